@@ -1,0 +1,7 @@
+"""A fast detection transformer, provably DETR: `build_model`, `load_model`, `build_criterion` and the weights'
+namings."""
+
+from detr_fast.model.detr import DETR, build_model
+from detr_fast.training.criterion import build_criterion
+
+__all__ = ["DETR", "build_criterion", "build_model"]

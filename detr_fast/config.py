@@ -1,0 +1,306 @@
+"""Every fact about a model or a run, stated once: frozen dataclasses, named presets, checked when made."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the file, id or option and says what to do."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a misspelt `name`, with the nearest of `known`."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return UserError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(`message`) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A dataclass that comes from a dict with unknown keys refused and goes to one."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises UserError for a key that is no field, with the nearest name."""
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise unknown_name(f"{cls.__name__} key", str(key), known)
+        tupled = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**tupled)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """The architecture and what it expects of its input; stored in every checkpoint. Defaults are DETR's (REFERENCE:
+    Recipe)."""
+
+    backbone: str = "resnet50"
+    """resnet50, resnet101, tiny, or the name of a timm model."""
+    dilation: bool = False
+    """DC5: the last stage's stride becomes dilation."""
+    num_classes: int = 91
+    """Logits have one entry more, "no object", the last."""
+    num_queries: int = 100
+    hidden_dim: int = 256
+    num_heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    feedforward_dim: int = 2048
+    dropout: float = 0.1
+    source_position: bool = False
+    """Add the position to the encoder's input too, not to queries and keys alone. Not in DETR; a shallow backbone
+    needs it."""
+    image_size: int = 800
+    """Shorter side at evaluation and prediction, in pixels."""
+    max_size: int = 1333
+    """Bound on the longer side, in pixels."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        require(self.num_classes >= 1, f"num_classes must be at least 1, got {self.num_classes}.")
+        require(self.num_queries >= 1, f"num_queries must be at least 1, got {self.num_queries}.")
+        require(self.decoder_layers >= 1, f"decoder_layers must be at least 1, got {self.decoder_layers}.")
+        require(
+            self.hidden_dim % (2 * self.num_heads) == 0 and self.hidden_dim % 4 == 0,
+            f"hidden_dim {self.hidden_dim} must be divisible by 4 and by twice num_heads ({self.num_heads}).",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
+        require(
+            1 <= self.image_size <= self.max_size,
+            f"image_size {self.image_size} must be between 1 and max_size {self.max_size}.",
+        )
+
+
+MODELS = {
+    "detr_r50": ModelConfig(),
+    "detr_r50_dc5": ModelConfig(dilation=True),
+    "detr_r101": ModelConfig(backbone="resnet101"),
+    "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True),
+    "detr_tiny": ModelConfig(
+        backbone="tiny",
+        num_classes=6,
+        num_queries=10,
+        hidden_dim=128,
+        num_heads=4,
+        encoder_layers=2,
+        decoder_layers=3,
+        feedforward_dim=256,
+        dropout=0.0,
+        source_position=True,
+        image_size=64,
+        max_size=64,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
+    ),
+}
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    """The preset `name`, or DETR's defaults around the timm backbone `name`, with `changes`. Raises UserError if
+    unknown."""
+    if name in MODELS:
+        return replace(MODELS[name], **changes)
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        hint = unknown_name("model", name, MODELS)
+        raise UserError(f"{hint} Other names are timm backbones: pip install 'detr-fast[timm]'.") from error
+    if not timm.is_model(name):
+        raise unknown_name("model", name, [*MODELS, *difflib.get_close_matches(name, timm.list_models(), n=3)])
+    data = timm.get_pretrained_cfg(name)
+    statistics = {"image_mean": tuple(data.mean), "image_std": tuple(data.std)} if data else {}
+    return replace(ModelConfig(backbone=name), **(statistics | changes))
+
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Kernels = Literal["auto", "ref"]
+Attention = Literal["auto", "sdpa", "ref"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(Checked):
+    """How a model runs: the same words in train, evaluate and predict."""
+
+    device: Device = "auto"
+    """auto: the GPU where there is one."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware multiplies in it, else fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
+    channels_last: bool = True
+    """Convolutions in NHWC order."""
+    kernels: Kernels = "auto"
+    """ref: DETR's own sequence of operations, nothing fused or folded."""
+    attention: Attention = "auto"
+    """auto and sdpa: torch's scaled_dot_product_attention; ref: with materialised weights."""
+    seed: int = 42
+    """Of weights, data order, augmentation and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Checked):
+    """Where images come from and how they are read."""
+
+    data: str = "shapes:64"
+    """A folder in COCO layout, or shapes:SIDE, the embedded data set at that image side."""
+    train_images: str | None = None
+    """Folder of the training images, instead of the one found under --data; likewise the next three."""
+    train_annotations: str | None = None
+    val_images: str | None = None
+    val_annotations: str | None = None
+    image_size: int | None = None
+    """Shorter side at evaluation in pixels; default: the model's (800)."""
+    max_size: int | None = None
+    """Bound on the longer side in pixels; default: the model's (1333)."""
+    batch_size: int = 2
+    """Images a step on each device, before accumulation."""
+    workers: int = 2
+    """Processes that read images; 0: read in the main process."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What to do with an image that cannot be decoded."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, got {self.batch_size}.")
+        require(self.workers >= 0, f"--workers must be at least 0, got {self.workers}.")
+        require(
+            (self.train_images is None) == (self.train_annotations is None),
+            "Give --train-images and --train-annotations together.",
+        )
+        require(
+            (self.val_images is None) == (self.val_annotations is None),
+            "Give --val-images and --val-annotations together.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataOptions, RuntimeOptions):
+    """One training run. Defaults are DETR's recipe (REFERENCE: Recipe); `RECIPES` holds what differs for other
+    models."""
+
+    model: str = "detr_r50"
+    """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
+    num_classes: int | None = None
+    """Default: what the data has. More than the largest category id, as DETR's 91 for COCO: labels are the ids
+    themselves."""
+    num_queries: int | None = None
+    """Default: the model's (100)."""
+    weights: str | None = None
+    """Start from these detector weights (own, facebookresearch or Hugging Face), the class head fitted to the data."""
+    backbone_weights: str = "imagenet"
+    """imagenet (downloaded), none (random), or a file."""
+    output: str = "runs/default"
+    """Folder for everything a run leaves behind."""
+    resume: str | None = None
+    """A checkpoint to continue, or auto: the output folder's last one, if there is one."""
+
+    epochs: int = 300
+    accumulate: int = 1
+    """Batches whose gradients make one optimizer step."""
+    lr: float = 1e-4
+    lr_backbone: float = 1e-5
+    weight_decay: float = 1e-4
+    clip: float = 0.1
+    """Largest norm of all gradients together; 0: no clipping."""
+    schedule: Literal["step", "cosine"] = "step"
+    lr_drop: int = 200
+    """Epoch at which the step schedule divides the learning rates by ten."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rates rise from zero."""
+    ema: float = 0.0
+    """Decay of the averaged weights, which are then evaluated and kept beside the trained ones; 0: none."""
+    dropout: float | None = None
+    """Default: the model's (0.1)."""
+    checkpoint_activations: bool = False
+    """Recompute the transformer's activations in the backward pass: less memory, more time."""
+    no_object_weight: float = 0.1
+    """Weight of "no object" among the classes in the loss."""
+
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Shorter sides to draw from, in pixels."""
+    crop_sizes: tuple[int, ...] = (400, 500, 600)
+    """Shorter sides to draw from before a random crop, in half of the images; empty: no crops."""
+    crop_range: tuple[int, int] = (384, 600)
+    """Smallest and largest side of that crop, in pixels."""
+
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    log_every: int = 10
+    """Optimizer steps between log lines; the only times that the step's values are read."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints within an epoch; 0: at epoch ends alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "accumulate", "eval_every", "log_every"):
+            require(
+                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}."
+            )
+        for name in ("lr", "lr_backbone", "weight_decay", "clip", "warmup_steps", "save_every"):
+            require(
+                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}."
+            )
+        require(0 <= self.ema < 1, f"--ema must be in [0, 1), got {self.ema}.")
+        require(len(self.train_sizes) > 0 and min(self.train_sizes) > 0, "--train-sizes needs positive sizes.")
+        low, high = self.crop_range
+        require(0 < low <= high, f"--crop-range {low} {high}: the smaller side comes first.")
+
+
+RECIPES = {
+    "detr_tiny": TrainConfig(
+        model="detr_tiny",
+        backbone_weights="none",
+        epochs=9,
+        batch_size=16,
+        workers=0,
+        lr=5e-4,
+        lr_backbone=5e-4,
+        schedule="cosine",
+        warmup_steps=200,
+        train_sizes=(64,),
+        crop_sizes=(),
+        eval_every=3,
+        log_every=20,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DataOptions, RuntimeOptions):
+    """Evaluate a detector on a data set's validation (or test) images."""
+
+    weights: str
+    """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
+    split: str = "val"
+    """Which annotations to evaluate on: val, test or train."""
+    output: str = "runs/evaluation"
+    """Folder for evaluation.json and the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(RuntimeOptions):
+    """Find objects in photographs."""
+
+    images: str
+    """An image or a folder of images."""
+    weights: str
+    """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
+    out: str = "runs/predictions"
+    """Folder for predictions.json and the pictures."""
+    threshold: float = 0.7
+    """Least score of a box that is kept."""
+    batch_size: int = 1

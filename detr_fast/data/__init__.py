@@ -1,0 +1,1 @@
+"""Images and targets: COCO-format files, the embedded data set, transforms, batches."""

@@ -1,0 +1,40 @@
+"""Targets of a batch, padded to one static shape, so that everything on the device works without asking for sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels (B, T) int64, boxes_cxcywh (B, T, 4) float32 in [0, 1], count (B,) int64; rows past an image's count are
+    padding."""
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    count: Tensor
+
+    @classmethod
+    def from_list(cls, targets: Sequence[dict[str, Tensor]]) -> Self:
+        """From one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} an image."""
+        device = targets[0]["labels"].device
+        counts = [len(target["labels"]) for target in targets]
+        labels = torch.zeros(len(targets), max(counts), dtype=torch.int64, device=device)
+        # a padding box has an area, so that no geometry on it divides by zero
+        boxes = torch.full((len(targets), max(counts), 4), 0.5, device=device)
+        for row, (target, count) in enumerate(zip(targets, counts, strict=True)):
+            labels[row, :count] = target["labels"]
+            boxes[row, :count] = target["boxes"]
+        return cls(labels, boxes, torch.tensor(counts, device=device))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        move = {"device": device, "non_blocking": non_blocking}
+        return type(self)(self.labels.to(**move), self.boxes_cxcywh.to(**move), self.count.to(**move))
+
+    @property
+    def present(self) -> Tensor:
+        """(B, T) bool: which rows are targets."""
+        return torch.arange(self.labels.shape[1], device=self.count.device) < self.count[:, None]

@@ -1,0 +1,1 @@
+"""From outputs to detections, COCO metrics and pictures."""

@@ -1,0 +1,104 @@
+"""The detector: backbone, transformer, class and box heads (DETR, Carion et al. 2020, section 3.2)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detr_fast.config import ModelConfig, model_config
+from detr_fast.model.backbone import build_backbone, load_backbone_weights
+from detr_fast.model.position_encoding import sine_position_encoding
+from detr_fast.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from detr_fast.data.coco import Category
+    from detr_fast.evaluation.prediction import Detections
+
+
+class BoxHead(nn.Module):
+    """Three linear layers with ReLU between them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layers[0](x))
+        x = F.relu(self.layers[1](x))
+        return self.layers[2](x)
+
+
+class DETR(nn.Module):
+    """Images in, a fixed set of class scores and boxes out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.categories: tuple[Category, ...] | None = None
+        """What each label stands for, in label order; None: labels are the data set's own ids."""
+        self.backbone = build_backbone(config.backbone, config.dilation)
+        dim = config.hidden_dim
+        self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
+        self.transformer = Transformer(
+            dim,
+            config.num_heads,
+            config.encoder_layers,
+            config.decoder_layers,
+            config.feedforward_dim,
+            config.dropout,
+        )
+        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.class_embed = nn.Linear(dim, config.num_classes + 1)
+        self.bbox_embed = BoxHead(dim)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """Images (B, 3, H, W) normalised; mask (B, H, W) bool, True where padded, or None where nothing is.
+
+        Returns `pred_logits` (B, Q, num_classes + 1), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the image without its
+        padding, both float32, and under `aux_outputs` the same for the decoder's earlier layers, first to last.
+        """
+        features = self.input_proj(self.backbone(images))  # (B, D, h, w)
+        small_mask = self._mask_like(mask, features)
+        position = sine_position_encoding(small_mask, self.config.hidden_dim).flatten(1, 2).to(features.dtype)
+        source = features.flatten(2).transpose(1, 2)  # (B, N, D)
+        if self.config.source_position:
+            source = source + position
+        padding = None if mask is None else small_mask.flatten(1)
+        states = self.transformer(source, padding, self.query_embed.weight, position)  # (L, B, Q, D)
+        logits = self.class_embed(states).float()
+        boxes = self.bbox_embed(states).float().sigmoid()
+        layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+        return {**layers[-1], "aux_outputs": layers[:-1]}
+
+    @staticmethod
+    def _mask_like(mask: Tensor | None, features: Tensor) -> Tensor:
+        """The mask at the features' size (B, h, w), by nearest neighbour."""
+        size = features.shape[-2:]
+        if mask is None:
+            return torch.zeros(features.shape[0], *size, dtype=torch.bool, device=features.device)
+        return F.interpolate(mask[None].float(), size=size)[0].bool()
+
+    def predict(self, images: Sequence[Any] | Any, threshold: float = 0.7) -> "list[Detections]":
+        """Objects in photographs: paths, PIL images or (H, W, 3) uint8 arrays, one or a list of them.
+
+        Returns for each image its labels, class names, scores above `threshold` and boxes xyxy in pixels.
+        Raises UserError for a file that is no image.
+        """
+        from detr_fast.evaluation.prediction import predict
+
+        return predict(self, images, threshold)
+
+
+def build_model(name: str, num_classes: int | None = None, backbone_weights: str = "none", **changes: Any) -> DETR:
+    """A new model: a preset's name or a timm backbone's, with random weights but for the backbone's, where given.
+
+    `num_classes` counts without "no object" (presets: 91); `backbone_weights` is "none", "imagenet" or a file;
+    `changes` are ModelConfig fields. Raises UserError for an unknown name or weights that cannot be had.
+    """
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    model = DETR(model_config(name, **changes))
+    load_backbone_weights(model.backbone, model.config.backbone, backbone_weights)
+    return model

@@ -1,0 +1,27 @@
+"""Sine position encoding over two axes, normalised by the image's own extent (DETR, Carion et al. 2020, appendix
+A.4)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+TEMPERATURE = 10000.0
+
+
+def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
+    """Positions (B, h, w, dim) float32 for a mask (B, h, w) that is True where padded.
+
+    The first half of the channels encodes y, the second x; in each half sine and cosine alternate.
+    """
+    inside = (~mask).float()
+    half = dim // 2
+    channel = torch.arange(half, device=mask.device, dtype=torch.float32)
+    period = TEMPERATURE ** (2 * channel.div(2, rounding_mode="floor") / half)
+    encoded = []
+    for axis in (1, 2):
+        place = inside.cumsum(axis)
+        extent = place.select(axis, -1).unsqueeze(axis) + 1e-6
+        angle = (place / extent * (2 * math.pi))[..., None] / period  # (B, h, w, half)
+        encoded.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(3))
+    return torch.cat(encoded, dim=3)

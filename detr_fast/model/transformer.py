@@ -1,0 +1,106 @@
+"""DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from detr_fast.model.attention import MultiheadAttention
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over the image's tokens, then feed-forward, each with residual and norm."""
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, source: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        """(B, N, D) with positions (B, N, D) and padding (B, N), True where padded -> (B, N, D)."""
+        placed = source + position
+        source = self.norm1(source + self.dropout(self.self_attn(placed, placed, source, padding)))
+        return self.norm2(source + self.feedforward(source))
+
+    def feedforward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention over the queries, cross-attention to the memory, feed-forward."""
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
+        self.multihead_attn = MultiheadAttention(dim, num_heads, dropout)
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    feedforward = EncoderLayer.feedforward
+
+    def forward(
+        self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions -> (B, Q, D)."""
+        placed = state + query_position
+        state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
+        attended = self.multihead_attn(state + query_position, placed_memory, memory, padding)
+        state = self.norm2(state + self.dropout(attended))
+        return self.norm3(state + self.feedforward(state))
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: list[EncoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: list[DecoderLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+
+
+class Transformer(nn.Module):
+    """Encoder over the image's tokens and decoder over the queries, which start from zeros."""
+
+    def __init__(
+        self, dim: int, num_heads: int, encoder_layers: int, decoder_layers: int, feedforward_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        sizes = (dim, num_heads, feedforward_dim, dropout)
+        self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(encoder_layers)])
+        self.decoder = Decoder([DecoderLayer(*sizes) for _ in range(decoder_layers)], dim)
+        self.checkpoint_activations = False
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, source: Tensor, padding: Tensor | None, query_position: Tensor, position: Tensor) -> Tensor:
+        """Tokens (B, N, D), padding (B, N), query positions (Q, D), positions (B, N, D) -> normed states (L, B, Q, D).
+
+        Each layer's state is normed for the heads; the unnormed one goes on to the next layer.
+        """
+        for layer in self.encoder.layers:
+            source = self._run(layer, source, position, padding)
+        placed = source + position
+        state = source.new_zeros(source.shape[0], *query_position.shape)
+        states = []
+        for layer in self.decoder.layers:
+            state = self._run(layer, state, query_position, source, placed, padding)
+            states.append(self.decoder.norm(state))
+        return torch.stack(states)
+
+    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpoint_activations and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return layer(*inputs)

@@ -1,0 +1,1 @@
+"""Matching, loss, optimizer, step, loop, checkpoints."""
