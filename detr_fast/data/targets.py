@@ -31,8 +31,8 @@ class Targets:
         return cls(labels, boxes, torch.tensor(counts, device=device))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        move = {"device": device, "non_blocking": non_blocking}
-        return type(self)(self.labels.to(**move), self.boxes_cxcywh.to(**move), self.count.to(**move))
+        parts = (self.labels, self.boxes_cxcywh, self.count)
+        return type(self)(*(part.to(device, non_blocking=non_blocking) for part in parts))
 
     @property
     def present(self) -> Tensor:

@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(x, *self.downsample)  # type: ignore[arg-type]
+        identity = x if self.downsample is None else conv_norm(x, *self.downsample)
         x = conv_norm(x, self.conv1, self.bn1).relu_()
         x = conv_norm(x, self.conv2, self.bn2).relu_()
         return conv_norm(x, self.conv3, self.bn3).add_(identity).relu_()
@@ -87,7 +87,7 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(in_channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(x, *self.downsample)  # type: ignore[arg-type]
+        identity = x if self.downsample is None else conv_norm(x, *self.downsample)
         x = conv_norm(x, self.conv1, self.bn1).relu()
         return (conv_norm(x, self.conv2, self.bn2) + identity).relu()
 

@@ -51,4 +51,4 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)

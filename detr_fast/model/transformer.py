@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from detr_fast.model.attention import MultiheadAttention
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention over the image's tokens, then feed-forward, each with residual and norm."""
+class PostNormLayer(nn.Module):
+    """What encoder and decoder layers share: self-attention, feed-forward, a residual and a norm around each."""
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -19,6 +19,13 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+
+    def feedforward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+
+
+class EncoderLayer(PostNormLayer):
+    """Self-attention over the image's tokens, then feed-forward."""
 
     def forward(self, source: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """(B, N, D) with positions (B, N, D) and padding (B, N), True where padded -> (B, N, D)."""
@@ -26,25 +33,14 @@ class EncoderLayer(nn.Module):
         source = self.norm1(source + self.dropout(self.self_attn(placed, placed, source, padding)))
         return self.norm2(source + self.feedforward(source))
 
-    def feedforward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
 
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(PostNormLayer):
     """Self-attention over the queries, cross-attention to the memory, feed-forward."""
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attn = MultiheadAttention(dim, num_heads, dropout)
+        super().__init__(dim, num_heads, feedforward_dim, dropout)
         self.multihead_attn = MultiheadAttention(dim, num_heads, dropout)
-        self.linear1 = nn.Linear(dim, feedforward_dim)
-        self.linear2 = nn.Linear(feedforward_dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    feedforward = EncoderLayer.feedforward
 
     def forward(
         self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, padding: Tensor | None
@@ -102,5 +98,5 @@ class Transformer(nn.Module):
 
     def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpoint_activations and self.training:
-            return checkpoint(layer, *inputs, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

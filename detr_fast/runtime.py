@@ -1,0 +1,81 @@
+"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its
+reason."""
+
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, require
+from detr_fast.model.detr import DETR
+from detr_fast.model.implementation import select_implementation
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The choices of one run; `reasons` says for each why it was made."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """What matrix products and convolutions are computed in; float32 means no autocast."""
+    channels_last: bool
+    compile: bool
+    kernels: Kernels
+    attention: Attention
+    reasons: dict[str, str]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def place(self, model: DETR) -> DETR:
+        """The model on the device, in the memory order and with the operations chosen."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.reasons.update(select_implementation(model, self.kernels, self.attention))
+        return model
+
+
+def choose_device(asked: Device) -> tuple[torch.device, str]:
+    """Raises UserError where a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    require(asked != "cuda" or available, "--device cuda: torch finds no GPU. Use --device cpu, or see doctor.")
+    if asked == "auto":
+        return (torch.device("cuda"), "a GPU is there") if available else (torch.device("cpu"), "no GPU found")
+    return torch.device(asked), "asked for"
+
+
+def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of products and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
+    scaler."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    require(asked != "fp16" or device.type == "cuda", "--precision fp16 needs a GPU. Use bf16 or fp32 on a CPU.")
+    if asked != "auto":
+        return names[asked], "asked for"
+    if multiplies_bf16(device):
+        return torch.bfloat16, "the hardware multiplies bf16"
+    return torch.float32, "the hardware does not multiply bf16"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products, not merely emulation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_runtime(options: RuntimeOptions) -> Runtime:
+    """Raises UserError where something asked for by name is not there."""
+    device, device_reason = choose_device(options.device)
+    dtype, precision_reason = choose_precision(options.precision, device)
+    compiler = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    require(
+        not options.compile or bool(compiler),
+        "--compile needs a C++ compiler on a CPU. Install one (apt install g++) or leave --compile out.",
+    )
+    reasons = {
+        "device": f"{device} ({device_reason})",
+        "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",
+    }
+    return Runtime(device, dtype, options.channels_last, options.compile, options.kernels, options.attention, reasons)

@@ -1,0 +1,38 @@
+"""SIGTERM and Ctrl-C: asked once, a run finishes its step and saves; asked twice, it leaves at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Interruption:
+    """Which signal has come, if any."""
+
+    signal_number: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal, as a shell reports it; 0 where none has come."""
+        return 0 if self.signal_number is None else 128 + self.signal_number
+
+
+@contextmanager
+def deferred_interruption() -> Iterator[Interruption]:
+    """Inside, the first signal is only noted; the second acts as if it had not been caught."""
+    interruption = Interruption()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interruption.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

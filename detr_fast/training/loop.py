@@ -1,0 +1,185 @@
+"""The training loop: windows of batches to steps, steps to epochs; logs, evaluates, saves."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from detr_fast.config import TrainConfig, UserError
+from detr_fast.data.batching import Batch
+from detr_fast.evaluation.coco_metrics import Evaluation
+from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.interruption import Interruption
+from detr_fast.training.meter import Meter
+from detr_fast.training.metrics_log import MetricsLog
+from detr_fast.training.optimizer import Schedule
+from detr_fast.training.progress import TrainingDisplay
+from detr_fast.training.run_folder import RunFolder
+from detr_fast.training.step import TrainStep
+
+MOST_NONFINITE_READINGS = 20
+"""Log lines with non-finite matching costs after which a run stops; a non-finite loss stops it at once."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the seed, all that data order, augmentation, schedule and dropout depend on."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_ap: float = -1.0
+    nonfinite_readings: int = 0
+    seconds: float = 0.0
+    """Time trained before this process."""
+
+
+@dataclass
+class TrainingLoop:
+    """Runs `step` over `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
+
+    options: TrainConfig
+    step: TrainStep
+    schedule: Schedule
+    batches: Iterator[Batch]
+    batches_per_epoch: int
+    evaluate: Callable[[], Evaluation]
+    folder: RunFolder | None
+    """None on ranks that write nothing."""
+    log: MetricsLog | None
+    display: TrainingDisplay
+    progress: Progress = field(default_factory=Progress)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint says of its model besides the weights."""
+    evaluation: Evaluation | None = None
+    """The latest."""
+
+    def __post_init__(self) -> None:
+        self.total_steps = self.schedule.total_steps
+        self.meter = Meter(self.step.runtime.device, self.step.world)
+        self._began = time.perf_counter() - self.progress.seconds
+        self._first_step = self.progress.step
+
+    def run(self, interruption: Interruption) -> int:
+        """Trains to the end or to a signal; returns the exit code."""
+        self.step.model.train()
+        self.meter.restart()
+        while self.progress.step < self.total_steps:
+            self._advance()
+            ended_epoch = self._ended_epoch()
+            last = self.progress.step == self.total_steps
+            stopping = self._agreed(interruption)
+            saving = stopping or ended_epoch or last or self._due(self.options.save_every)
+            if saving or self._due(self.options.log_every):
+                self._read()
+            if last or (ended_epoch and ended_epoch % self.options.eval_every == 0):
+                self._evaluate()
+            if saving:
+                self._save()
+            if stopping and not last:
+                self.display.say(f"Stopped after step {self.progress.step}; --resume auto goes on from here.")
+                return interruption.exit_code
+        return 0
+
+    def _advance(self) -> None:
+        """One optimizer step. Random numbers in it depend on (seed, step, rank) alone, so that a resumed run repeats
+        them."""
+        asked = time.perf_counter()
+        window = [next(self.batches) for _ in range(self.options.accumulate)]
+        waited = time.perf_counter() - asked
+        world = self.step.world
+        torch.manual_seed((self.options.seed << 40) + (self.progress.step * world.size + world.rank))
+        self.schedule.apply(self.step.optimizer, self.progress.step)
+        terms = self.step(window)
+        self.progress.step += 1
+        self.meter.add(terms, sum(len(batch.image_ids) for batch in window), waited)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the part of the present one."""
+        return self.progress.step * self.options.accumulate / self.batches_per_epoch
+
+    def _ended_epoch(self) -> int:
+        """The number of epochs done, if this step ended one, else 0."""
+        before = (self.progress.step - 1) * self.options.accumulate // self.batches_per_epoch
+        return int(self.epoch) if int(self.epoch) > before else 0
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress.step % every == 0
+
+    def _agreed(self, interruption: Interruption) -> bool:
+        """Whether to stop: alone at any step; several ranks ask each other, at log lines, so that none goes on by
+        itself."""
+        asked = interruption.signal_number is not None
+        if self.step.world.size == 1:
+            return asked
+        if not self._due(self.options.log_every):
+            return False
+        flag = torch.tensor(float(asked), device=self.step.runtime.device)
+        return bool(self.step.world.sum(flag).item())
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _read(self) -> None:
+        """Reads the device's sums, checks them, and shows them."""
+        if self.meter.steps == 0:
+            return
+        values = self.meter.read() | {"lr": self.step.optimizer.param_groups[0]["lr"]}
+        self._check(values)
+        done = self.progress.step - self._first_step
+        elapsed = self._seconds() - self.progress.seconds
+        eta = (self.total_steps - self.progress.step) * elapsed / max(done, 1)
+        if self.log:
+            self.log.write("train", self.epoch, self.progress.step, self._seconds(), values)
+            self.display.update(self.epoch, self.progress.step, values, eta)
+
+    def _check(self, values: dict[str, float]) -> None:
+        """Raises UserError where the run has nothing left to learn from; the last checkpoint is from before."""
+        self.progress.nonfinite_readings += values["nonfinite_costs"] > 0
+        advice = "Lower --lr or use --precision fp32; --resume auto goes on from the last checkpoint."
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"The loss is {values['loss']} at step {self.progress.step}. {advice}")
+        if self.progress.nonfinite_readings > MOST_NONFINITE_READINGS:
+            raise UserError(f"Predictions were not finite {self.progress.nonfinite_readings} times. {advice}")
+
+    def _evaluate(self) -> None:
+        self.evaluation = self.evaluate()
+        metrics = self.evaluation.metrics
+        self.step.model.train()
+        if self.log and self.folder:
+            self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics)
+            self.display.say(f"epoch {int(self.epoch)}: AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}")
+            if metrics["AP"] > self.progress.best_ap:
+                save_checkpoint(self.folder.best, self._model_state())
+        self.progress.best_ap = max(self.progress.best_ap, metrics["AP"])
+        self.meter.restart()
+
+    def _model_state(self) -> dict[str, Any]:
+        """What is needed to use the model."""
+        model = self.step.averaged or self.step.model
+        return {**self.metadata, "model": model.state_dict(), "step": self.progress.step}
+
+    def _save(self) -> None:
+        """What is needed to continue the run as if it had not stopped."""
+        if not self.folder:
+            return
+        averaged = self.step.averaged
+        progress = vars(self.progress) | {"seconds": self._seconds()}
+        state = {
+            **self.metadata,
+            "model": self.step.model.state_dict(),
+            "ema": averaged.state_dict() if averaged else None,
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "options": self.options.to_dict(),
+            "progress": progress,
+        }
+        save_checkpoint(self.folder.last, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from what `_save` wrote; model and averaged weights are loaded by the caller."""
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,49 @@
+"""A run's numbers as CSV and TensorBoard: one row a log line or evaluation."""
+
+import csv
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+TRAIN_COLUMNS = (
+    *("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm", "lr"),
+    *("images_per_second", "data_wait_share", "memory_mib"),
+)
+PLACE_COLUMNS = ("kind", "epoch", "step", "seconds")
+
+
+class MetricsLog:
+    """Appends rows to `csv_file` and the same numbers to TensorBoard; a resumed run first drops what came after its
+    step."""
+
+    def __init__(self, csv_file: Path, tensorboard: Path, val_columns: tuple[str, ...], resumed_step: int) -> None:
+        self.columns = (*PLACE_COLUMNS, *TRAIN_COLUMNS, *val_columns)
+        kept = [row for row in read_rows(csv_file) if int(row["step"]) <= resumed_step] if resumed_step else []
+        self._file = csv_file.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, self.columns, restval="", extrasaction="ignore")
+        self._writer.writeheader()
+        self._writer.writerows(kept)
+        self._file.flush()
+        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, kind: str, epoch: float, step: int, seconds: float, values: dict[str, float]) -> None:
+        """One row; `kind` is train or val, `seconds` since the run began."""
+        numbers = {name: f"{value:.6g}" for name, value in values.items()}
+        place = {"kind": kind, "epoch": f"{epoch:.4g}", "step": step, "seconds": f"{seconds:.1f}"}
+        self._writer.writerow(place | numbers)
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_rows(csv_file: Path) -> list[dict[str, str]]:
+    """The rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out."""
+    if not csv_file.is_file():
+        return []
+    with csv_file.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]

@@ -1,0 +1,41 @@
+"""AdamW with DETR's two groups, and the learning rate as a function of the step alone."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
+    """The backbone, by its name, gets its own learning rate; decay is on all. One fused launch a group where
+    possible."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if "backbone" not in name], "lr": lr},
+        {"params": [parameter for name, parameter in trained if "backbone" in name], "lr": lr_backbone},
+    ]
+    groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on every learning rate at an optimizer step; it has no state, so nothing of it is saved."""
+
+    kind: Literal["step", "cosine"]
+    total_steps: int
+    drop_step: int
+    warmup_steps: int
+
+    def factor(self, step: int) -> float:
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.kind == "step":
+            return warmup * (0.1 if step >= self.drop_step else 1.0)
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.total_steps)))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        factor = self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,87 @@
+"""A run's output folder: its layout, held by one run at a time, checked before the first step."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from detr_fast.config import UserError, require
+from detr_fast.training.checkpoint import sweep_partial
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where each thing a run leaves behind lies."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.csv"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def last(self) -> Path:
+        return self.root / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "checkpoints" / "best.pt"
+
+
+@contextmanager
+def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterator[RunFolder]:
+    """The folder, locked for this process until it ends, however it ends.
+
+    Raises UserError where it cannot be written, has no room for the checkpoints, is held by another run, or holds an
+    earlier run that is not being resumed.
+    """
+    folder = RunFolder(root)
+    try:
+        for made in (folder.last.parent, folder.plots, folder.tensorboard):
+            made.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--output {root} cannot be written: {error.strerror}. Give another folder.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output {root} is in use by another run. Give another folder.") from error
+        require(
+            resuming or not folder.last.exists(),
+            f"--output {root} holds a run already. Continue it with --resume auto, or give another --output.",
+        )
+        sweep_partial(folder.last.parent)
+        check_room(root, checkpoint_bytes)
+        yield folder
+
+
+def check_room(root: Path, checkpoint_bytes: int) -> None:
+    """last.pt, its successor while it is written, and best.pt have to fit. Raises UserError where they do not."""
+    if not os.access(root, os.W_OK):
+        raise UserError(f"--output {root} is read-only. Give another folder.")
+    free, needed = shutil.disk_usage(root).free, 3 * checkpoint_bytes
+    require(
+        free >= needed,
+        f"--output {root} has {free >> 20} MiB free and the checkpoints need {needed >> 20} MiB. "
+        "Free some space or give another folder.",
+    )

@@ -1,0 +1,103 @@
+"""Checkpoints survive kills and full disks, and damage is seen (FAULTS rows 1 to 3)."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_fast.config import UserError
+from detr_fast.training.checkpoint import PARTIAL_SUFFIX, is_checkpoint, load_checkpoint, save_checkpoint, sweep_partial
+
+SAVE_FOREVER = """
+import sys, torch
+from pathlib import Path
+from detr_fast.training.checkpoint import save_checkpoint
+number = 0
+while True:
+    save_checkpoint(Path(sys.argv[1]), {"model": torch.full((500_000,), float(number)), "step": number})
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def save(path: Path, step: int = 1, size: int = 1000) -> Path:
+    save_checkpoint(path, {"model": torch.full((size,), float(step)), "step": step})
+    return path
+
+
+def test_what_is_saved_is_loaded_and_torch_reads_it_too(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.pt", step=3)
+    assert load_checkpoint(path)["step"] == 3
+    assert torch.equal(torch.load(path, weights_only=True)["model"], torch.full((1000,), 3.0))
+    assert is_checkpoint(path)
+
+
+def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    """Row 1. Killed at random moments, most of them within a save."""
+    path = tmp_path / "last.pt"
+    chance = random.Random(0)
+    interrupted = 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(3):  # the children start slowly: leave as long as it takes to be amid some later save
+            process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        finished = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        state = load_checkpoint(path)
+        assert state["step"] >= max(finished, default=3)
+        assert torch.equal(state["model"], torch.full((500_000,), float(state["step"])))
+        interrupted += bool(list(tmp_path.glob(f"*{PARTIAL_SUFFIX}")))
+    sweep_partial(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_rest(tmp_path: Path) -> None:
+    """Row 2. A file size limit stands for the disk's end: the write fails in the same place."""
+    path = save(tmp_path / "last.pt", step=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"Could not write .*last\.pt"):
+            save(path, step=2, size=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert load_checkpoint(path)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.9, 0.995])
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path, place: float) -> None:
+    """Row 3: `torch.load` alone would accept most of these."""
+    path = save(tmp_path / "last.pt")
+    save(tmp_path / "best.pt")
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"last\.pt.*\n?.*best\.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
+def test_a_cut_or_empty_file_is_found(tmp_path: Path, kept: int) -> None:
+    """Row 3."""
+    path = save(tmp_path / "last.pt")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"last\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.pt"):
+        load_checkpoint(tmp_path / "none.pt")

@@ -1,0 +1,65 @@
+"""An output folder belongs to one run, and is checked before the first step (FAULTS rows 2 and 9)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detr_fast.config import UserError
+from detr_fast.training.run_folder import held_run_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from detr_fast.training.run_folder import held_run_folder
+with held_run_folder(Path(sys.argv[1]), resuming=False, checkpoint_bytes=0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    """Row 9, and the lock of a killed run does not stay."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match="in use by another run"), held_run_folder(tmp_path, False, 0):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with held_run_folder(tmp_path, False, 0) as folder:
+        assert folder.last.parent.is_dir()
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
+    with held_run_folder(tmp_path, False, 0) as folder:
+        folder.last.write_bytes(b"")
+    with pytest.raises(UserError, match="--resume auto"), held_run_folder(tmp_path, False, 0):
+        pass
+    with held_run_folder(tmp_path, True, 0):
+        pass
+
+
+def test_leftovers_of_a_killed_save_are_swept(tmp_path: Path) -> None:
+    """Row 1."""
+    with held_run_folder(tmp_path, False, 0) as folder:
+        leftover = folder.last.with_name("last.pt.partial")
+        leftover.write_bytes(b"half")
+    with held_run_folder(tmp_path, False, 0):
+        assert not leftover.exists()
+
+
+def test_no_room_for_the_checkpoints_is_said_before_training(tmp_path: Path) -> None:
+    """Row 2."""
+    with pytest.raises(UserError, match="MiB free"), held_run_folder(tmp_path, False, 2**60):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """Row 2. A file in the folder's place: root may write into read-only folders, so those cannot be tried
+    everywhere."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), held_run_folder(tmp_path / "file" / "run", False, 0):
+        pass

@@ -1,0 +1,189 @@
+"""Whole runs on a small data set: what they leave, and that an interrupted one continues as if it had not been."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detr_fast import load_model
+from detr_fast.config import RECIPES, TrainConfig, UserError
+from detr_fast.train import default_options, main
+from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.step import TrainStep
+
+STEPS = 12
+"""Two epochs of 48 images in batches of 8."""
+
+
+def options(root: Path, output: Path, **changes: Any) -> TrainConfig:
+    small = {"data": str(root), "output": str(output), "epochs": 2, "batch_size": 8, "log_every": 1, "eval_every": 2}
+    return replace(RECIPES["detr_tiny"], **(small | {"device": "cpu", "warmup_steps": 2} | changes))
+
+
+def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in a checkpoint, by its place."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {place: tensor for key, inner in items for place, tensor in tensors(inner, f"{path}/{key}").items()}
+
+
+def require_bit_equal(one: Path, other: Path) -> None:
+    a, b = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, other))
+    assert a["progress"]["step"] == b["progress"]["step"]
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys() and len(first) > 100
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def losses(folder: Path) -> list[tuple[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["kind"] == "train"]
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Sends this process a signal within the given step."""
+
+    def plan(step: int, number: int) -> None:
+        calls = 0
+        original = TrainStep.__call__
+
+        def call(self: TrainStep, batches: list) -> dict:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                os.kill(os.getpid(), number)
+            return original(self, batches)
+
+        monkeypatch.setattr(TrainStep, "__call__", call)
+
+    return plan
+
+
+def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: Path) -> None:
+    assert main(options(shapes_root, tmp_path, epochs=6, ema=0.9, lr=1e-3, lr_backbone=1e-3)) == 0
+    for name in ("config.json", "metrics.csv", "evaluation.json", "checkpoints/last.pt", "checkpoints/best.pt"):
+        assert (tmp_path / name).is_file(), name
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert len(list((tmp_path / "plots").glob("*.png"))) >= 3
+    values = [float(loss) for _, loss in losses(tmp_path)]
+    assert sum(values[-6:]) < 0.98 * sum(values[:6])
+    assert 0 <= json.loads((tmp_path / "evaluation.json").read_text())["AP50"] <= 1
+    model = load_model(tmp_path / "checkpoints" / "best.pt")
+    assert model.categories is not None and model.categories[0].name == "circle"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "changes"),
+    [
+        (signal.SIGTERM, 143, {}),
+        (signal.SIGINT, 130, {"accumulate": 2, "ema": 0.9, "dropout": 0.1, "workers": 1}),
+    ],
+    ids=["terminated in mid-epoch", "interrupted with accumulation, average, dropout, another number of workers"],
+)
+def test_an_interrupted_run_continues_bit_equal(
+    shapes_root: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    changes: dict[str, Any],
+) -> None:
+    """FAULTS rows 4, 6 and 7."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert main(options(shapes_root, whole, **changes)) == 0
+    with monkeypatch.context():
+        interrupt_at(4, number)
+        assert main(options(shapes_root, parted, **changes)) == code
+    monkeypatch.undo()
+    assert load_checkpoint(parted / "checkpoints" / "last.pt")["progress"]["step"] == 4
+    assert main(options(shapes_root, parted, **{**changes, "resume": "auto", "workers": 0})) == 0
+    require_bit_equal(whole, parted)
+    assert losses(whole) == losses(parted)
+
+
+def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path) -> None:
+    """FAULTS rows 1 and 4, with real kills: SIGKILL as soon as some checkpoint is there, until the run is done."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(options(shapes_root, whole)) == 0
+    command = [sys.executable, "-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny"]
+    command += ["--epochs", "2", "--batch-size", "8", "--log-every", "1", "--eval-every", "2", "--warmup-steps", "2"]
+    command += ["--device", "cpu", "--save-every", "1", "--output", str(killed), "--resume", "auto"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for lines_before_kill in (2, 5, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += "img/s" in line
+            if seen == lines_before_kill:
+                process.kill()
+                break
+        process.stdout.read()
+        process.wait()
+    assert process.returncode == 0
+    require_bit_equal(whole, killed)
+
+
+def test_a_finished_run_has_nothing_to_do(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAULTS row 10."""
+    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    assert main(options(shapes_root, tmp_path, epochs=1, resume="auto")) == 0
+    assert "nothing to do" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"batch_size": 4}, "--batch-size 8"), ({"num_queries": 12}, "--num-queries 10"), ({"seed": 7}, "--seed 42")],
+)
+def test_resuming_with_other_options_names_the_one_that_would_agree(
+    shapes_root: Path, tmp_path: Path, changes: dict[str, Any], option: str
+) -> None:
+    """FAULTS row 11."""
+    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
+    with pytest.raises(UserError, match=option):
+        main(options(shapes_root, tmp_path, resume="auto", **changes))
+
+
+def test_a_resumed_run_keeps_the_options_it_was_started_with(shapes_root: Path, tmp_path: Path) -> None:
+    assert main(options(shapes_root, tmp_path, epochs=1, lr=3e-4)) == 0
+    resumed = default_options(["--output", str(tmp_path), "--resume", "auto"])
+    assert (resumed.lr, resumed.data, resumed.batch_size) == (3e-4, str(shapes_root), 8)
+
+
+def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path, tmp_path: Path) -> None:
+    """FAULTS row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
+    with pytest.raises(UserError, match=r"step \d+.*--lr"):
+        main(options(shapes_root, tmp_path, lr=1e30, lr_backbone=1e30, warmup_steps=0))
+
+
+def test_fine_tuning_keeps_what_the_classes_share(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options(shapes_root, tmp_path / "first", epochs=1)) == 0
+    weights = str(tmp_path / "first" / "checkpoints" / "best.pt")
+    assert main(options(shapes_root, tmp_path / "second", epochs=1, weights=weights)) == 0
+    assert "kept for 6 of 6 classes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_defaults_follow_the_data_and_the_model() -> None:
+    assert default_options([]).model == "detr_tiny"
+    shapes = default_options(["--data", "shapes:128"])
+    assert (shapes.model, shapes.image_size, shapes.train_sizes) == ("detr_tiny", 128, (128,))
+    own = default_options(["--data", "some/folder"])
+    assert (own.model, own.epochs, own.lr, own.image_size) == ("detr_r50", 300, 1e-4, None)
