@@ -1,6 +1,7 @@
 """What every command shares: options parsed from a dataclass, a user's error as one message and exit code 2."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
@@ -22,6 +23,7 @@ def run(
     `default` gives, from the same arguments, the values of options that are not given.
     """
     argv = sys.argv[1:] if argv is None else argv
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         values = {} if default is None else {"default": default(argv)}
         options = tyro.cli(options_type, args=argv, **values)  # type: ignore[call-overload]

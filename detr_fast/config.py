@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
+import tyro
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the file, id or option and says what to do."""
@@ -295,7 +297,7 @@ class EvaluateConfig(DataOptions, RuntimeOptions):
 class PredictConfig(RuntimeOptions):
     """Find objects in photographs."""
 
-    images: str
+    images: tyro.conf.Positional[str]
     """An image or a folder of images."""
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""

@@ -1,9 +1,13 @@
 """Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its
 reason."""
 
+import os
+import platform
 import shutil
+import sysconfig
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -65,15 +69,23 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def missing_for_compile() -> str | None:
+    """What torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
+    name = os.environ.get("CXX", "g++")
+    if not shutil.which(name):
+        return f"there is no compiler {name}: sudo apt install g++, or set CXX to another one"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        package = ".".join(platform.python_version_tuple()[:2])
+        return f"Python.h is missing: sudo apt install python{package}-dev"
+    return None
+
+
 def choose_runtime(options: RuntimeOptions) -> Runtime:
     """Raises UserError where something asked for by name is not there."""
     device, device_reason = choose_device(options.device)
     dtype, precision_reason = choose_precision(options.precision, device)
-    compiler = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    require(
-        not options.compile or bool(compiler),
-        "--compile needs a C++ compiler on a CPU. Install one (apt install g++) or leave --compile out.",
-    )
+    lacking = missing_for_compile() if options.compile and device.type == "cpu" else None
+    require(lacking is None, f"--compile cannot run: {lacking}. Or leave --compile out.")
     reasons = {
         "device": f"{device} ({device_reason})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",

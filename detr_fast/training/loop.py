@@ -61,6 +61,7 @@ class TrainingLoop:
         self.meter = Meter(self.step.runtime.device, self.step.world)
         self._began = time.perf_counter() - self.progress.seconds
         self._first_step = self.progress.step
+        self._skipped: set[str] = set()
 
     def run(self, interruption: Interruption) -> int:
         """Trains to the end or to a signal; returns the exit code."""
@@ -89,12 +90,19 @@ class TrainingLoop:
         asked = time.perf_counter()
         window = [next(self.batches) for _ in range(self.options.accumulate)]
         waited = time.perf_counter() - asked
+        self._name_skipped(window)
         world = self.step.world
         torch.manual_seed((self.options.seed << 40) + (self.progress.step * world.size + world.rank))
         self.schedule.apply(self.step.optimizer, self.progress.step)
         terms = self.step(window)
         self.progress.step += 1
         self.meter.add(terms, sum(len(batch.image_ids) for batch in window), waited)
+
+    def _name_skipped(self, window: list[Batch]) -> None:
+        """Says once of each image that could not be read, with --on-bad-image skip."""
+        for path in {path for batch in window for path in batch.skipped} - self._skipped:
+            self._skipped.add(path)
+            self.display.say(f"skipped ({len(self._skipped)} so far), cannot be read: {path}")
 
     @property
     def epoch(self) -> float:

@@ -1,0 +1,20 @@
+# Each command sets up .venv first, which takes no time when all is there.
+#   make train ARGS="--data ROOT --epochs 50"
+#   make test PYTHON=/path/to/python3.12
+
+.PHONY: train test setup clean
+
+train: setup
+	.venv/bin/python -m detr_fast.train --compile --resume auto $(ARGS)
+
+test: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pytest $(ARGS)
+
+setup:
+	@./setup.sh
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks

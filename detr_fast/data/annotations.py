@@ -1,0 +1,295 @@
+"""A COCO json read, checked and cleaned: what cannot be right is an error that names the id, what can be mended is."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detr_fast.config import UserError, require
+
+LARGEST_NUMBER = 2**53
+"""Beyond it float64 does not hold every whole number; NaN and infinities fail the comparison with it as well."""
+ROUNDING_PX = 0.05
+"""How far a box may pass its image's edge by the rounding of its coordinates alone."""
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class as the data set names it."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """An image as the json describes it, sizes in pixels."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What was mended while reading; annotations by the ids that the file gives them."""
+
+    dropped_empty: tuple[Any, ...]
+    """No area, or none inside the image."""
+    dropped_unlisted: tuple[Any, ...]
+    """Of images that the file does not list."""
+    clamped: tuple[Any, ...]
+    """Reached past the image's edge."""
+    defaulted_crowd: int
+    """Annotations without `iscrowd`, taken as 0."""
+    defaulted_area: int
+    """Annotations without `area`, taken as width times height."""
+    renumbered: bool
+    """Annotation ids were missing, double or below 1, and are now 1, 2, ..."""
+    likely_xyxy: bool
+    """The boxes look like corners (x0, y0, x1, y1) instead of COCO's x, y, width, height."""
+
+    def faults(self, ids_shown: int = 5) -> list[str]:
+        """What is wrong with the data, a line for each kind, with the first annotations' ids."""
+        kinds = {
+            "boxes have no area inside their image: dropped": self.dropped_empty,
+            "annotations are of images that are not listed: dropped": self.dropped_unlisted,
+            "boxes pass their image's edge: clamped for training": self.clamped,
+        }
+        lines = [f"{len(ids)} {text} (annotations {shortened(ids, ids_shown)})" for text, ids in kinds.items() if ids]
+        if self.likely_xyxy:
+            lines.append(
+                "boxes look like x0, y0, x1, y1, but COCO's are x, y, width, height: check a few, and rewrite the file"
+            )
+        return lines
+
+    def defaults(self) -> list[str]:
+        """What the file leaves out and is filled in without harm, a line for each kind."""
+        kinds = {
+            "annotations without iscrowd: taken as 0": self.defaulted_crowd,
+            "annotations without area: taken as width times height": self.defaulted_area,
+        }
+        lines = [f"{count} {text}" for text, count in kinds.items() if count]
+        if self.renumbered:
+            lines.append("annotation ids missing, double or below 1: renumbered")
+        return lines
+
+    def lines(self) -> list[str]:
+        """All of it; empty if the file was clean."""
+        return self.faults() + self.defaults()
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations:
+    """A cleaned COCO file. Images and categories in ascending id order, annotations (N) in the file's."""
+
+    file: Path
+    images: tuple[ImageEntry, ...]
+    categories: tuple[Category, ...]
+    ids: np.ndarray
+    """(N,) int64, distinct, at least 1."""
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    boxes_xywh_px: np.ndarray
+    """(N, 4) float64, as the file gives them."""
+    boxes_xyxy_px: np.ndarray
+    """(N, 4) float32, clamped to the image."""
+    areas: np.ndarray
+    """(N,) float64, in square pixels."""
+    crowd: np.ndarray
+    """(N,) bool: a group of objects, not trained on and ignored in evaluation."""
+    corrections: Corrections
+
+    def document(self) -> dict[str, Any]:
+        """As a COCO dict for an evaluator: crowd annotations included, boxes not clamped, as COCO evaluates them."""
+        columns = (self.ids, self.image_ids, self.category_ids, self.boxes_xywh_px, self.areas, self.crowd)
+        names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        rows = zip(*(column.tolist() for column in (*columns[:-1], columns[-1].astype(int))), strict=True)
+        return {
+            "images": [vars(image).copy() for image in self.images],
+            "annotations": [dict(zip(names, row, strict=True)) for row in rows],
+            "categories": [vars(category).copy() for category in self.categories],
+        }
+
+
+def read_annotations(file: Path) -> Annotations:
+    """Raises UserError that names the file and the line, or the id of what is wrong."""
+    document = load_json(file)
+    images = read_images(file, section(file, document, "images"))
+    categories = read_categories(file, section(file, document, "categories"))
+    rows = section(file, document, "annotations")
+    boxes = read_boxes(file, rows)
+    columns = {
+        "ids": distinct_ids(rows),
+        "image_ids": whole_numbers(file, rows, "annotation", "image_id"),
+        "category_ids": whole_numbers(file, rows, "annotation", "category_id"),
+        "boxes_xywh_px": boxes,
+        "areas": read_areas(file, rows, boxes),
+        "crowd": np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
+    }
+    refuse_unlisted_categories(file, rows, columns["category_ids"], categories)
+    size_of = {image.id: (image.width, image.height) for image in images}
+    sizes = np.array([size_of.get(id_, (0, 0)) for id_ in columns["image_ids"].tolist()]).reshape(-1, 2)
+    columns["boxes_xyxy_px"], clamped, empty = clamp_boxes(boxes, sizes)
+    listed = np.asarray(sizes.all(axis=1))
+    keep = listed & ~empty
+    corrections = Corrections(
+        dropped_empty=ids_where(rows, listed & empty),
+        dropped_unlisted=ids_where(rows, ~listed),
+        clamped=ids_where(rows, keep & clamped),
+        defaulted_crowd=sum("iscrowd" not in row for row in rows),
+        defaulted_area=sum("area" not in row for row in rows),
+        renumbered=columns["ids"].tolist() != [row.get("id") for row in rows],
+        likely_xyxy=look_like_corners(boxes[listed], sizes[listed]),
+    )
+    kept = {name: column[keep] for name, column in columns.items()}
+    return Annotations(file=file, images=images, categories=categories, corrections=corrections, **kept)
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file}: not valid json at line {error.lineno}, column {error.colno}: {error.msg}. "
+            "Is the file complete? Write or copy it anew."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not a text file in UTF-8 ({error}).") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: nested too deeply to be COCO json.") from error
+    require(isinstance(document, dict), f"{file}: COCO json is an object with images, annotations and categories.")
+    return document
+
+
+def section(file: Path, document: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The list of objects under `key`."""
+    rows = document.get(key)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: {key!r} must be a list of objects, as in COCO json.")
+    return rows
+
+
+def shortened(items: Sequence[Any], shown: int) -> str:
+    """The first `shown` items, and how many more there are."""
+    text = ", ".join(map(str, items[:shown]))
+    return text if len(items) <= shown else f"{text} and {len(items) - shown} more"
+
+
+def name_of(row: dict[str, Any], position: int) -> Any:
+    """What messages call an annotation: its id, or its place in the file, counted from 0."""
+    return row.get("id", f"number {position}")
+
+
+def ids_where(rows: list[dict[str, Any]], mask: np.ndarray) -> tuple[Any, ...]:
+    return tuple(name_of(rows[position], position) for position in np.flatnonzero(mask).tolist())
+
+
+def distinct_ids(rows: list[dict[str, Any]]) -> np.ndarray:
+    """(rows,) int64: the annotations' ids, or 1, 2, ... where they are not distinct whole numbers from 1 on."""
+    ids = [row.get("id") for row in rows]
+    usable = all(type(id_) is int and 1 <= id_ < LARGEST_NUMBER for id_ in ids) and len(set(ids)) == len(ids)
+    return np.array(ids if usable else range(1, len(rows) + 1), dtype=np.int64)
+
+
+def whole_numbers(file: Path, rows: Sequence[dict[str, Any]], kind: str, key: str) -> np.ndarray:
+    """(rows,) int64. Raises UserError naming the first row whose `key` is missing or no whole number."""
+    for position, row in enumerate(rows):
+        value = row.get(key)
+        if type(value) is not int or abs(value) >= LARGEST_NUMBER:
+            raise UserError(f"{file}: {kind} {name_of(row, position)}: {key!r} must be a whole number, not {value!r}.")
+    return np.array([row[key] for row in rows], dtype=np.int64)
+
+
+def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
+    double = [str(id_) for id_, count in Counter(ids).items() if count > 1]
+    require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
+
+
+def read_images(file: Path, rows: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
+    columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
+    refuse_double(file, "image", columns[0])
+    images = []
+    for row, id_, width, height in zip(rows, *columns, strict=True):
+        name = row.get("file_name")
+        require(isinstance(name, str) and name != "", f"{file}: image {id_}: 'file_name' must be a name, not {name!r}.")
+        require(width > 0 and height > 0, f"{file}: image {id_}: its size {width} x {height} must be positive.")
+        images.append(ImageEntry(id_, name, width, height))
+    require(len(images) > 0, f"{file}: lists no images.")
+    return tuple(sorted(images, key=lambda image: image.id))
+
+
+def read_categories(file: Path, rows: list[dict[str, Any]]) -> tuple[Category, ...]:
+    ids = whole_numbers(file, rows, "category", "id").tolist()
+    refuse_double(file, "category", ids)
+    require(len(ids) > 0, f"{file}: lists no categories.")
+    require(min(ids) >= 0, f"{file}: category {min(ids)}: ids must not be negative.")
+    categories = (Category(id_, str(row.get("name", id_))) for id_, row in zip(ids, rows, strict=True))
+    return tuple(sorted(categories, key=lambda category: category.id))
+
+
+def refuse_unlisted_categories(
+    file: Path, rows: list[dict[str, Any]], category_ids: np.ndarray, categories: Sequence[Category]
+) -> None:
+    known = [category.id for category in categories]
+    unlisted = np.flatnonzero(~np.isin(category_ids, known)).tolist()
+    if unlisted:
+        examples = ", ".join(f"annotation {name_of(rows[i], i)} has {category_ids[i]}" for i in unlisted[:5])
+        raise UserError(f"{file}: {len(unlisted)} annotations have a category that 'categories' lacks: {examples}.")
+
+
+def is_number(value: Any) -> bool:
+    """Finite, that is, and no bool or text."""
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
+
+
+def read_boxes(file: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """(rows, 4) float64."""
+    for position, row in enumerate(rows):
+        box = row.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
+            raise UserError(
+                f"{file}: annotation {name_of(row, position)}: 'bbox' must be four finite numbers "
+                f"x, y, width, height, not {box!r}."
+            )
+    return np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
+
+
+def read_areas(file: Path, rows: list[dict[str, Any]], boxes_xywh_px: np.ndarray) -> np.ndarray:
+    """(rows,) float64, from the boxes where the file has none."""
+    areas = boxes_xywh_px[:, 2] * boxes_xywh_px[:, 3]
+    for position, row in enumerate(rows):
+        if "area" in row:
+            require(
+                is_number(row["area"]),
+                f"{file}: annotation {name_of(row, position)}: 'area' must be a finite number, not {row['area']!r}.",
+            )
+            areas[position] = row["area"]
+    return areas
+
+
+def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Corners (N, 4) float32 inside images of `sizes_wh` (N, 2), which of them were cut, and which have no area."""
+    low, extent = np.split(boxes_xywh_px.astype(np.float32), 2, axis=1)
+    corners = np.concatenate((low, low + extent), axis=1)
+    inside = np.clip(corners, 0, np.tile(sizes_wh, 2)).astype(np.float32)
+    cut = (np.abs(inside - corners) > ROUNDING_PX).any(axis=1)
+    empty = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
+    return inside, np.asarray(cut), np.asarray(empty)
+
+
+def look_like_corners(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> bool:
+    """Whether almost all boxes would be right as x0, y0, x1, y1, and many are wrong as x, y, width, height."""
+    if len(boxes_xywh_px) == 0:
+        return False
+    low, extent = np.split(boxes_xywh_px, 2, axis=1)
+    right_as_corners = ((extent > low) & (extent <= sizes_wh + ROUNDING_PX)).all(axis=1)
+    wrong_as_extent = (low + extent > sizes_wh + 1).any(axis=1)
+    return bool(right_as_corners.mean() > 0.95 and wrong_as_extent.mean() > 0.2)

@@ -1,0 +1,222 @@
+"""A data set in COCO format: images read from a folder, labels and boxes from a json."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from detr_fast.boxes import xyxy_to_cxcywh
+from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
+from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
+from detr_fast.data.batching import Sample
+from detr_fast.data.decode import decode_image
+from detr_fast.data.sampler import Position, random_generator
+from detr_fast.data.splits import find_split, require_split
+from detr_fast.data.transforms import EvaluationTransform, LabelledImage, TrainTransform, Transform
+
+__all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """An image and what is to be found on it, crowds left out."""
+
+    id: int
+    path: Path
+    width: int
+    height: int
+    labels: np.ndarray
+    """(T,) int64"""
+    boxes_xyxy_px: np.ndarray
+    """(T, 4) float32, clamped to the image"""
+
+
+class CocoDataset(Dataset[Sample]):
+    """Samples by (epoch, index), in ascending order of image ids; images without targets are among them."""
+
+    def __init__(
+        self,
+        images_folder: Path,
+        annotation_file: Path,
+        transform: Transform,
+        *,
+        seed: int = 0,
+        categories: Sequence[Category] | None = None,
+        raw_ids: bool = False,
+        num_classes: int | None = None,
+        on_bad_image: Literal["error", "skip"] = "error",
+    ) -> None:
+        """Labels are places in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
+        `num_classes` is larger than all ids, the ids themselves.
+
+        Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image outside the
+        folder. What is mended instead is in `annotations.corrections`.
+        """
+        self.annotation_file = annotation_file
+        self.annotations = read_annotations(annotation_file)
+        self.transform = transform
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.categories = choose_categories(self.annotations, categories, raw_ids, num_classes)
+        """What each label stands for, in label order; None: labels are the ids."""
+        self.label_of = label_map(self.annotations, self.categories)
+        """Category id to label."""
+        self.num_classes = num_classes or max(self.label_of.values()) + 1
+        self.records = make_records(self.annotations, images_folder, self.label_of)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, position: Position) -> Sample:
+        """The augmentation is drawn from (seed, epoch, index) alone. Raises UserError for an image that is missing,
+        cannot be decoded, or has another size than the annotations say."""
+        epoch, index = position
+        record = self.records[index]
+        image = decode_image(record.path)
+        original_size = (image.shape[1], image.shape[2])
+        require(original_size == (record.height, record.width), size_mismatch(record, original_size))
+        item = LabelledImage(image, torch.from_numpy(record.labels), torch.from_numpy(record.boxes_xyxy_px))
+        item = self.transform(item, random_generator(self.seed, epoch, index))
+        height, width = item.size
+        relative = item.boxes_xyxy_px / torch.tensor([width, height, width, height])
+        return Sample(item.image, item.labels, xyxy_to_cxcywh(relative), record.id, original_size)
+
+    def coco_document(self) -> dict[str, Any]:
+        """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""
+        return self.annotations.document()
+
+    def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
+        return [record for record in self.records if len(record.labels) > limit]
+
+    def warn_if_queries_are_few(self, num_queries: int) -> None:
+        """A query finds at most one object."""
+        crowded = self.images_with_more_targets(num_queries)
+        if crowded:
+            most = max(len(record.labels) for record in crowded)
+            warnings.warn(
+                f"{len(crowded)} images of {self.annotation_file} have more than {num_queries} targets (up to {most}): "
+                f"only {num_queries} of an image's are learned. Raise --num-queries."
+            )
+
+
+def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
+    height, width = file_size
+    return (
+        f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
+        "(EXIF rotation is not applied). Correct one of them, or go on without it: --on-bad-image skip."
+    )
+
+
+def choose_categories(
+    annotations: Annotations, categories: Sequence[Category] | None, raw_ids: bool, num_classes: int | None
+) -> tuple[Category, ...] | None:
+    """What each label stands for; None: labels are the ids. Raises UserError where `num_classes` are too few."""
+    if categories is None and num_classes is not None:
+        raw_ids = raw_ids or num_classes > annotations.categories[-1].id
+    chosen = None if raw_ids else tuple(annotations.categories if categories is None else categories)
+    needed = annotations.categories[-1].id + 1 if chosen is None else len(chosen)
+    require(
+        num_classes is None or num_classes >= needed,
+        f"--num-classes {num_classes}: the data has {needed} classes. Leave the option out, or give at least {needed}.",
+    )
+    return chosen
+
+
+def label_map(annotations: Annotations, categories: Sequence[Category] | None) -> dict[int, int]:
+    """Category id to label: the place in `categories`, or the id itself.
+
+    Raises UserError for a category that annotations use and `categories` lack.
+    """
+    if categories is None:
+        return {category.id: category.id for category in annotations.categories}
+    used = set(annotations.category_ids.tolist())
+    unknown = [category for category in annotations.categories if category.id in used and category not in categories]
+    if unknown:
+        raise UserError(
+            f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
+            f"It knows {names(categories)}. Give data with the same ids and names."
+        )
+    return {category.id: label for label, category in enumerate(categories)}
+
+
+def names(categories: Sequence[Category]) -> str:
+    return shortened([f"{category.id} {category.name!r}" for category in categories], 10)
+
+
+def make_records(annotations: Annotations, folder: Path, label_of: dict[int, int]) -> list[ImageRecord]:
+    """One for each image. Raises UserError for a file name that leads out of `folder`."""
+    trained_on = np.flatnonzero(~annotations.crowd)
+    rows = trained_on[np.argsort(annotations.image_ids[trained_on], kind="stable")]
+    image_ids = [image.id for image in annotations.images]
+    starts = np.searchsorted(annotations.image_ids[rows], image_ids, side="left")
+    ends = np.searchsorted(annotations.image_ids[rows], image_ids, side="right")
+    labels = np.array([label_of[id_] for id_ in annotations.category_ids[rows].tolist()], dtype=np.int64)
+    boxes = annotations.boxes_xyxy_px[rows]
+    real_folder = os.path.realpath(folder)
+    return [
+        ImageRecord(
+            image.id,
+            safe_path(annotations.file, real_folder, image.file_name, image.id),
+            image.width,
+            image.height,
+            labels[start:end],
+            boxes[start:end],
+        )
+        for image, start, end in zip(annotations.images, starts, ends, strict=True)
+    ]
+
+
+def safe_path(file: Path, real_folder: str, file_name: str, image_id: int) -> Path:
+    """Where `file_name` lies once links are followed. Raises UserError outside `real_folder`."""
+    try:
+        path = os.path.realpath(os.path.join(real_folder, file_name))
+    except ValueError as error:
+        raise UserError(f"{file}: image {image_id}: 'file_name' {file_name!r} is no file name.") from error
+    require(
+        path.startswith(os.path.join(real_folder, "")),
+        f"{file}: image {image_id}: 'file_name' {file_name!r} leads out of the folder {real_folder}. "
+        "Put the image inside it and name it from there.",
+    )
+    return Path(path)
+
+
+def build_dataset(
+    options: DataOptions,
+    split: str,
+    model: ModelConfig | None = None,
+    *,
+    categories: Sequence[Category] | None = None,
+    raw_ids: bool = False,
+) -> CocoDataset:
+    """The split that `options` lead to: augmented for training where `options` are a TrainConfig and `split` is train.
+
+    `model` says the image sizes where `options` do not; default: the model that a TrainConfig names, else DETR's.
+    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset.
+    """
+    folder, file = require_split(options, split)
+    training = options if isinstance(options, TrainConfig) else None
+    if model is None:
+        model = model_config(training.model) if training else ModelConfig()
+    max_size = options.max_size or model.max_size
+    transform: Transform = EvaluationTransform(options.image_size or model.image_size, max_size)
+    if training and split == "train":
+        transform = TrainTransform(training.train_sizes, max_size, training.crop_sizes, training.crop_range)
+    dataset = CocoDataset(
+        folder,
+        file,
+        transform,
+        seed=training.seed if training else 0,
+        categories=categories,
+        raw_ids=raw_ids,
+        num_classes=training.num_classes if training else None,
+        on_bad_image=options.on_bad_image,
+    )
+    if dataset.annotations.corrections.likely_xyxy:
+        warnings.warn(f"{file}: boxes look like x0, y0, x1, y1, but COCO's are x, y, width, height: check a few.")
+    return dataset

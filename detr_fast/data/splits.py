@@ -1,0 +1,78 @@
+"""Where a data set's splits lie: the embedded one, folders given one by one, or a root in a known layout."""
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from detr_fast.config import DataOptions, UserError, require
+from detr_fast.data.shapes import ensure_shapes, parse_shapes
+
+Split = Literal["train", "val", "test"]
+Location = tuple[Path, Path]
+"""The images' folder and the annotation file."""
+
+
+def find_split(options: DataOptions, split: str) -> Location | None:
+    """Where `split` lies, or None where the data set has no such split. Without val, test stands in, with a warning.
+
+    Raises UserError where a root, or one half of a split, is missing.
+    """
+    require(split in ("train", "val", "test"), f"split {split!r}: give train, val or test.")
+    explicit = explicit_location(options, split)
+    if explicit is not None:
+        return explicit
+    if options.data.split(":")[0] == "shapes":
+        given_otherwise = options.train_images is not None or options.val_images is not None
+        return None if given_otherwise or split == "test" else shapes_location(options.data, split)
+    root = Path(options.data)
+    require(root.is_dir(), f"--data {root}: there is no such folder. Give one in COCO layout, or shapes:SIDE.")
+    found = first_present(root, split)
+    if found is None and split == "val":
+        found = first_present(root, "test")
+        if found is not None:
+            warnings.warn(f"{root} has no val split: its test split is used for validation.")
+    return found
+
+
+def require_split(options: DataOptions, split: str) -> Location:
+    """As `find_split`. Raises UserError that lists what was looked for where there is none."""
+    found = find_split(options, split)
+    if found is not None:
+        return found
+    looked_for = "; ".join(f"{file} beside {images}/" for images, file in candidates(Path(options.data), split))
+    give = f", or give --{split}-images and --{split}-annotations" if split != "test" else ""
+    raise UserError(f"No {split} split. Looked for {looked_for}. Lay the data out like one of these{give}.")
+
+
+def explicit_location(options: DataOptions, split: str) -> Location | None:
+    given = {
+        "train": (options.train_images, options.train_annotations),
+        "val": (options.val_images, options.val_annotations),
+    }
+    images, file = given.get(split, (None, None))
+    if images is None or file is None:
+        return None
+    require(Path(images).is_dir(), f"--{split}-images {images}: there is no such folder.")
+    require(Path(file).is_file(), f"--{split}-annotations {file}: there is no such file.")
+    return Path(images), Path(file)
+
+
+def shapes_location(data: str, split: str) -> Location:
+    root = ensure_shapes(parse_shapes(data))
+    return root / split, root / "annotations" / f"{split}.json"
+
+
+def candidates(root: Path, split: str) -> list[Location]:
+    annotations = root / "annotations"
+    return [
+        (root / split, annotations / f"{split}.json"),
+        (root / f"{split}2017", annotations / f"instances_{split}2017.json"),
+    ]
+
+
+def first_present(root: Path, split: str) -> Location | None:
+    for images, file in candidates(root, split):
+        if file.is_file():
+            require(images.is_dir(), f"{file} is there, but not the folder of its images, {images}.")
+            return images, file
+    return None

@@ -1,0 +1,68 @@
+"""`python -m detr_fast.evaluate`: COCO's numbers of a detector on a data set, as a table, json and pictures."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from detr_fast.command import run
+from detr_fast.config import EvaluateConfig, require
+from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
+from detr_fast.evaluation.report import write_evaluation
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.weights import load_model
+
+
+def main(options: EvaluateConfig) -> None:
+    runtime = choose_runtime(options)
+    model = runtime.place(load_model(options.weights))
+    dataset = evaluation_dataset(model, options)
+    console = Console()
+    console.print(f"{options.weights} on {len(dataset)} images, {', '.join(runtime.reasons.values())}", markup=False)
+    batches = evaluation_loader(dataset, options.batch_size, options.workers, runtime.device.type == "cuda")
+    evaluation = evaluate_model(model, dataset, batches, runtime)
+    write_evaluation(evaluation, dataset, Path(options.output))
+    for table in metric_tables(evaluation):
+        console.print(table)
+    console.print(f"evaluation.json and plots/ are in {options.output}", markup=False)
+
+
+def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
+    """The split, labelled as the model's classes are. Raises UserError where the data has classes it does not know."""
+    raw_ids = model.categories is None
+    dataset = build_dataset(options, options.split, model.config, categories=model.categories, raw_ids=raw_ids)
+    require(
+        dataset.num_classes <= model.config.num_classes,
+        f"{dataset.annotation_file} has category ids up to {dataset.num_classes - 1}, but {options.weights} has "
+        f"{model.config.num_classes} classes and does not say which. Evaluate it on the data it was trained on.",
+    )
+    return dataset
+
+
+def metric_tables(evaluation: Evaluation) -> list[Table]:
+    """The twelve numbers with the best operating point, and AP by class."""
+    point = evaluation.operating_point
+    numbers = Table("metric", Column("value", justify="right"), title="COCO metrics")
+    for name, value in evaluation.metrics.items():
+        numbers.add_row(name, show(value))
+    numbers.caption = (
+        f"At IoU 0.50 and scores of at least {point.threshold:.3f}: precision {point.precision:.3f}, "
+        f"recall {point.recall:.3f}, mean over the classes (best F1)."
+    )
+    figures = (Column(name, justify="right") for name in ("AP", "AP50"))
+    classes = Table("class", *figures, title="Average precision by class")
+    for name, values in evaluation.per_class.items():
+        classes.add_row(Text(name), show(values["AP"]), show(values["AP50"]))  # Text: a name is no markup
+    return [numbers, classes]
+
+
+def show(value: float) -> str:
+    return "–" if value == ABSENT else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

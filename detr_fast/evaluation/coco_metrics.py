@@ -1,0 +1,177 @@
+"""COCO's twelve numbers and precision-recall curves of a set of detections.
+
+hotcoco computes them; pycocotools, the referee, is a hundred times slower and gives the same bits (tests/
+test_coco_metrics.py). Both are given the same cleaned-up ground truth, so that neither's pitfalls are met.
+"""
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import hotcoco
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr_fast.config import require
+from detr_fast.data.batching import Batch
+from detr_fast.data.coco import CocoDataset
+from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections
+from detr_fast.evaluation.precision_recall import OperatingPoint, PrecisionRecall
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import Runtime
+
+Evaluator = Literal["hotcoco", "pycocotools"]
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""In the evaluators' order: average precision over IoU 0.50:0.95, at 0.50, at 0.75; of small (below 32² px), medium and
+large (above 96² px) objects; average recall with 1, 10 and 100 detections an image; again by size."""
+ABSENT = -1.0
+"""COCO's value of a number that no object of the data bears on, such as APs without small objects."""
+ALL_AREAS, MOST_DETECTIONS = 0, -1
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation found. Numbers are in [0, 1], or ABSENT."""
+
+    metrics: dict[str, float]
+    """The twelve METRICS."""
+    per_class: dict[str, dict[str, float]]
+    """AP and AP50 by class name."""
+    curves: PrecisionRecall
+    """At IoU 0.50, of the classes that the data has objects of."""
+    detections: np.ndarray
+    """Rows (N, 7): image id, x, y, width, height in pixels, score, category id; see inference.py."""
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """Precision and recall at the score threshold that serves the classes best."""
+        return self.curves.best_f1()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What evaluation.json holds."""
+        return {**self.metrics, "at_best_f1": self.operating_point.to_dict(), "per_class": self.per_class}
+
+
+def evaluate_model(
+    model: DETR,
+    dataset: CocoDataset,
+    batches: Iterable[Batch],
+    runtime: Runtime,
+    evaluator: Evaluator = "hotcoco",
+) -> Evaluation:
+    """The model's detections on `batches` (an evaluation loader over `dataset`), held against the data's annotations.
+
+    Images that no batch brought, because they could not be read, are left out with a warning. With several processes
+    each runs its own share, and all return the same. The model's mode is restored.
+    Raises UserError for outputs that are not finite and for classes that the data does not have.
+    """
+    detections = collect_detections(model, batches, runtime, dataset.categories)
+    evaluated = set(detections[:, IMAGE_ID].tolist())
+    require(len(evaluated) > 0, f"{dataset.annotation_file}: none of its images could be read.")
+    left_out = [record.path.name for record in dataset.records if record.id not in evaluated]
+    if left_out:
+        shown = ", ".join(left_out[:NAMED_AT_MOST]) + (", ..." if len(left_out) > NAMED_AT_MOST else "")
+        warnings.warn(f"The evaluation is without {len(left_out)} images that could not be read: {shown}")
+    document = only_images(dataset.coco_document(), evaluated)
+    return evaluate_detections(document, detections, evaluator)
+
+
+def evaluate_detections(
+    document: dict[str, Any], detections: np.ndarray, evaluator: Evaluator = "hotcoco"
+) -> Evaluation:
+    """Rows (N, 7) float64 (see inference.py) against a COCO document. No detections at all give 0.0.
+
+    Detections of categories that the document does not list are left out, as COCO's tool does; objects of a crowd count
+    neither as found nor as missed.
+    """
+    truth = clean_document(document)
+    names = category_names(truth["categories"])
+    known = detections[np.isin(detections[:, CATEGORY_ID], list(names))]
+    stats, precision, scores, recall_steps = EVALUATORS[evaluator](truth, known)
+    category_ids = sorted(names)
+    found = precision[:, :, :, ALL_AREAS, MOST_DETECTIONS]  # (IoU thresholds, recall steps, categories)
+    per_class = {
+        names[category]: {"AP": mean_present(found[:, :, k]), "AP50": mean_present(found[0, :, k])}
+        for k, category in enumerate(category_ids)
+    }
+    present = [k for k in range(len(category_ids)) if found[0, 0, k] > ABSENT]
+    curves = PrecisionRecall(
+        names=tuple(names[category_ids[k]] for k in present),
+        recall=recall_steps,
+        precision=found[0].T[present],
+        scores=scores[0, :, :, ALL_AREAS, MOST_DETECTIONS].T[present],
+    )
+    return Evaluation(dict(zip(METRICS, map(float, stats), strict=True)), per_class, curves, detections)
+
+
+def only_images(document: dict[str, Any], image_ids: Container[float]) -> dict[str, Any]:
+    images = [one for one in document["images"] if one["id"] in image_ids]
+    annotations = [one for one in document["annotations"] if one["image_id"] in image_ids]
+    return {**document, "images": images, "annotations": annotations}
+
+
+def clean_document(document: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which annotations are counted from 1: COCO's tool takes a match with annotation 0 for none."""
+    annotations = [{"iscrowd": 0, **one, "id": number} for number, one in enumerate(document["annotations"], 1)]
+    return {"images": document["images"], "annotations": annotations, "categories": document["categories"]}
+
+
+def category_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Id to name; a name that several categories share gets the id behind it."""
+    uses = Counter(one["name"] for one in categories)
+    return {one["id"]: one["name"] if uses[one["name"]] == 1 else f"{one['name']} ({one['id']})" for one in categories}
+
+
+def mean_present(values: np.ndarray) -> float:
+    """The mean without ABSENT entries; ABSENT where there is nothing else."""
+    present = values[values > ABSENT]
+    return float(present.mean()) if present.size else ABSENT
+
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""The twelve numbers; precision and scores (IoU thresholds, recall steps, categories, areas, detection limits), with
+categories by ascending id; the recall steps."""
+
+
+def run_hotcoco(truth: dict[str, Any], detections: np.ndarray) -> Arrays:
+    ground = hotcoco.COCO(truth)
+    found = ground.load_res(detections) if len(detections) else hotcoco.COCO(without_annotations(truth))
+    evaluator = hotcoco.COCOeval(ground, found, "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summary_lines()  # computes the numbers without printing them
+    result = evaluator.eval
+    assert result is not None  # after accumulate()
+    return np.array(evaluator.stats), result["precision"], result["scores"], np.array(evaluator.params.rec_thrs)
+
+
+def run_pycocotools(truth: dict[str, Any], detections: np.ndarray) -> Arrays:
+    with redirect_stdout(io.StringIO()):
+        ground = pycocotools_index(truth)
+        found = ground.loadRes(detections) if len(detections) else pycocotools_index(without_annotations(truth))
+        evaluator = COCOeval(ground, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    result = evaluator.eval
+    return np.array(evaluator.stats), result["precision"], result["scores"], np.array(evaluator.params.recThrs)
+
+
+def pycocotools_index(document: dict[str, Any]) -> COCO:
+    index = COCO()
+    index.dataset = document
+    index.createIndex()
+    return index
+
+
+def without_annotations(document: dict[str, Any]) -> dict[str, Any]:
+    """The detections of a model that finds nothing: both tools refuse or fail on an empty list of results."""
+    return {**document, "annotations": []}
+
+
+EVALUATORS = {"hotcoco": run_hotcoco, "pycocotools": run_pycocotools}

@@ -1,0 +1,59 @@
+"""What an evaluation leaves in an output folder: its numbers as json, its curves and its first images as pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from detr_fast.config import UserError
+from detr_fast.data.coco import CocoDataset, ImageRecord
+from detr_fast.data.decode import decode_image
+from detr_fast.evaluation.coco_metrics import Evaluation, category_names
+from detr_fast.evaluation.inference import CATEGORY_ID, HEIGHT, IMAGE_ID, SCORE, X
+from detr_fast.evaluation.pictures import Picture, draw_detections
+from detr_fast.evaluation.plots import draw_precision_recall
+
+PICTURES = 12
+PICTURE_THRESHOLD = 0.5
+"""Least score of a box that is drawn."""
+
+
+def write_evaluation(evaluation: Evaluation, dataset: CocoDataset, output: Path) -> None:
+    """`output`/evaluation.json, plots/precision_recall.png, and plots/detections.png with the data's first images.
+
+    Raises UserError where one of them cannot be written.
+    """
+    file = output / "evaluation.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}.") from error
+    draw_precision_recall(evaluation, output / "plots" / "precision_recall.png")
+    note = f"score at least {PICTURE_THRESHOLD}"
+    draw_detections(pictures(evaluation, dataset), output / "plots" / "detections.png", note=note)
+
+
+def pictures(evaluation: Evaluation, dataset: CocoDataset) -> list[Picture]:
+    """The first PICTURES images that were evaluated, with true and predicted boxes."""
+    names = category_names(dataset.coco_document()["categories"])
+    rows = evaluation.detections
+    evaluated = set(rows[:, IMAGE_ID].tolist())
+    records = [record for record in dataset.records if record.id in evaluated][:PICTURES]
+    drawn = rows[rows[:, SCORE] >= PICTURE_THRESHOLD]
+    return [picture(dataset, record, drawn[drawn[:, IMAGE_ID] == record.id], names) for record in records]
+
+
+def picture(dataset: CocoDataset, record: ImageRecord, rows: np.ndarray, names: dict[int, str]) -> Picture:
+    """One image with its annotations and its detections `rows` (N, 7)."""
+    category_of = {label: category for category, label in dataset.label_of.items()}
+    low, size = np.split(rows[:, X : HEIGHT + 1], 2, axis=1)
+    return Picture(
+        image=decode_image(record.path).permute(1, 2, 0).numpy(),
+        title=record.path.name,
+        true_boxes=record.boxes_xyxy_px,
+        true_names=[names[category_of[label]] for label in record.labels.tolist()],
+        boxes=np.hstack((low, low + size)),
+        names=[names.get(int(category), str(int(category))) for category in rows[:, CATEGORY_ID]],
+        scores=rows[:, SCORE].tolist(),
+    )

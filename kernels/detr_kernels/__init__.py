@@ -1,0 +1,1 @@
+"""Fused kernels for detection transformers; knows nothing of DETR's configuration."""

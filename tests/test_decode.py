@@ -1,0 +1,154 @@
+"""Every kind of file that is found in the wild, under the name it is found under (faults 12 to 15 and 17)."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from detr_fast.config import UserError
+from detr_fast.data import decode
+from detr_fast.data.decode import decode_image
+
+RNG = np.random.default_rng(0)
+SMOOTH = np.stack(np.broadcast_arrays(np.arange(60) * 4, np.arange(40)[:, None] * 6, 90), axis=-1).astype(np.uint8)
+"""(40, 60, 3): survives JPEG compression within a few levels."""
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write(folder: Path, data: bytes, name: str = "image.jpg") -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+def photograph(**options: object) -> bytes:
+    return encoded(Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)), "JPEG", **options)
+
+
+BROKEN = {
+    "truncated": photograph()[:-200],
+    "truncated progressive": photograph(progressive=True)[:-200],
+    "without its last two bytes": photograph()[:-2],
+    "garbage scan": photograph()[:700] + bytes(RNG.integers(0, 255, 900, dtype=np.uint8)) + b"\xff\xd9",
+    "garbage CMYK scan": encoded(Image.frombytes("CMYK", (60, 40), RNG.bytes(60 * 40 * 4)), "JPEG")[:900]
+    + bytes(RNG.integers(0, 255, 900, dtype=np.uint8))
+    + b"\xff\xd9",
+    "truncated CMYK": encoded(Image.new("CMYK", (300, 300), (9, 90, 200, 30)), "JPEG")[:-400],
+    "header alone": photograph()[:20],
+    "start marker alone": b"\xff\xd8\xff",
+    "empty": b"",
+    "HTML": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "truncated PNG": encoded(Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)), "PNG")[:-900],
+}
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN.keys())
+def test_fault_12_broken_file_is_an_error_that_names_it(tmp_path: Path, data: bytes) -> None:
+    path = write(tmp_path, data)
+    with pytest.raises(UserError, match=r"image.jpg.*--on-bad-image skip"):
+        decode_image(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent.jpg.*missing"):
+        decode_image(tmp_path / "absent.jpg")
+
+
+def test_jpeg_is_what_the_decoder_gives(tmp_path: Path) -> None:
+    data = photograph(quality=92)
+    image = decode_image(write(tmp_path, data))
+    assert image.dtype == torch.uint8 and image.shape == (3, 40, 60)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), simplejpeg.decode_jpeg(data))
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "WEBP"])
+def test_fault_13_content_decides_not_the_ending(tmp_path: Path, format: str) -> None:
+    image = decode_image(write(tmp_path, encoded(Image.new("RGB", (60, 40), (200, 30, 90)), format), "photo.jpg"))
+    assert image.shape == (3, 40, 60)
+    assert (image.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 90.0])).abs().max() < 3
+
+
+def test_fault_13_jpeg_named_png(tmp_path: Path) -> None:
+    assert decode_image(write(tmp_path, photograph(), "photo.png")).shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
+def test_fault_14_png_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(SMOOTH).convert(mode)
+    decoded = decode_image(write(tmp_path, encoded(image, "PNG"))).permute(1, 2, 0).numpy()
+    assert np.array_equal(decoded, np.asarray(image.convert("RGB")))
+
+
+def test_fault_14_alpha_is_dropped_without_blending(tmp_path: Path) -> None:
+    decoded = decode_image(write(tmp_path, encoded(Image.new("RGBA", (8, 8), (10, 200, 30, 0)), "PNG")))
+    assert decoded[:, 0, 0].tolist() == [10, 200, 30]
+
+
+def test_fault_14_gray_and_cmyk_jpeg(tmp_path: Path) -> None:
+    gray = decode_image(write(tmp_path, encoded(Image.fromarray(SMOOTH).convert("L"), "JPEG", quality=95)))
+    assert gray.shape == (3, 40, 60) and torch.equal(gray[0], gray[2])
+    cmyk = decode_image(write(tmp_path, encoded(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=95)))
+    assert np.abs(cmyk.permute(1, 2, 0).numpy().astype(int) - SMOOTH).mean() < 6
+
+
+def test_fault_14_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    decoded = decode_image(write(tmp_path, encoded(Image.fromarray(values), "PNG")))
+    assert np.array_equal(decoded[1].numpy(), (values >> 8).astype(np.uint8))
+
+
+def test_fault_15_exif_rotation_is_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by a quarter
+    for format in ("JPEG", "PNG"):
+        path = write(tmp_path, encoded(Image.fromarray(SMOOTH), format, exif=exif))
+        assert decode_image(path).shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF"])
+def test_fault_17_too_many_pixels_are_refused_by_either_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    path = write(tmp_path, encoded(Image.new("RGB", (60, 40)), format))
+    monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 40)
+    decode_image(path)
+    monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 40 - 1)
+    with pytest.raises(UserError, match="60 x 40 pixels"):
+        decode_image(path)
+
+
+def test_fault_17_a_real_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bomb\.png"):
+        decode_image(write(tmp_path, encoded(Image.new("1", (15000, 12000)), "PNG"), "bomb.png"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    format=st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"]),
+    seed=st.integers(0, 2**32 - 1),
+    flips=st.integers(1, 8),
+)
+def test_fault_12_damaged_bytes_give_an_image_or_a_clear_error(
+    tmp_path: Path, format: str, seed: int, flips: int
+) -> None:
+    data = bytearray(encoded(Image.fromarray(SMOOTH), format))
+    rng = np.random.default_rng(seed)
+    for place in rng.integers(0, len(data), flips):
+        data[place] = rng.integers(256)
+    try:
+        image = decode_image(write(tmp_path, bytes(data)))
+    except UserError as error:
+        assert "image.jpg" in str(error)
+    else:
+        assert image.dtype == torch.uint8 and image.shape[0] == 3

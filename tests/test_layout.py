@@ -1,0 +1,83 @@
+"""What holds for the whole checkout: who may import whom, and folder names that hide no one else's package."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGES = {
+    "detr_fast": CHECKOUT / "detr_fast",
+    "detr_kernels": CHECKOUT / "kernels" / "detr_kernels",
+    "detr_profiling": CHECKOUT / "profiling" / "detr_profiling",
+}
+FORBIDDEN_IMPORTS = {"detr_fast": {"detr_profiling"}, "detr_kernels": {"detr_fast", "detr_profiling"}}
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names of what a module imports, in functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def run_python(code: str, **variables: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("package", FORBIDDEN_IMPORTS)
+def test_imports_point_one_way(package: str) -> None:
+    for path in PACKAGES[package].rglob("*.py"):
+        wrong = imported_packages(path.read_text()) & FORBIDDEN_IMPORTS[package]
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    for folder in (*PACKAGES.values(), CHECKOUT / "tests", CHECKOUT / "benchmarks"):
+        for path in folder.rglob("*"):
+            assert path.stem not in {"utils", "util", "misc", "helpers", "common"}, path
+
+
+def test_top_folders_are_no_packages() -> None:
+    folders = ("kernels", "profiling", "benchmarks")
+    found = [CHECKOUT / folder / "__init__.py" for folder in folders] + list((CHECKOUT / "tests").rglob("__init__.py"))
+    assert not [path for path in found if path.exists()]
+
+
+@pytest.mark.parametrize("name", ["kernels", "profiling"])
+def test_installed_package_wins_over_our_folder(name: str, tmp_path: Path) -> None:
+    """PyPI has a package `kernels`, Python 3.15 one named `profiling`; both are imported by torch's surroundings."""
+    installed = tmp_path / name / "__init__.py"
+    installed.parent.mkdir()
+    installed.touch()
+    assert run_python(f"import {name}; print({name}.__file__)", PYTHONPATH=str(tmp_path)) == str(installed)
+
+
+def test_every_module_imports_without_triton_xformers_and_gpu() -> None:
+    code = """
+import pkgutil, sys
+for absent in ("triton", "xformers", "pynvml"):
+    sys.modules[absent] = None
+import detr_fast
+for module in pkgutil.walk_packages(detr_fast.__path__, "detr_fast."):
+    __import__(module.name)
+import torch
+assert not torch.cuda.is_initialized()
+"""
+    run_python(code, CUDA_VISIBLE_DEVICES="")

@@ -1,0 +1,179 @@
+"""`predict`: every kind of input, the boxes' frame, the threshold, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from detr_fast.config import MODELS, DataOptions, UserError
+from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.coco import Category, build_dataset
+from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
+from detr_fast.evaluation.prediction import Detections, predict, runtime_of
+from detr_fast.model.detr import DETR, build_model
+
+
+class Constant(nn.Module):
+    """Finds the same on every image: class 1 at 0.9, class 0 at 0.5, class 2 at 0.7, each on another quarter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = MODELS["detr_tiny"]
+        self.categories: tuple[Category, ...] | None = None
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.logits = torch.tensor([[0.02, 0.9, 0.02, 0.06], [0.5, 0.1, 0.1, 0.3], [0.1, 0.1, 0.7, 0.1]]).log()
+        self.boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.5, 0.75, 1.0, 0.5]])
+        self.shapes: list[tuple[int, ...]] = []
+        self.modes: list[bool] = []
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        self.shapes.append(tuple(images.shape))
+        self.modes.append(self.training)
+        batch = len(images)
+        return {
+            "pred_logits": self.logits.expand(batch, -1, -1),
+            "pred_boxes": self.boxes.expand(batch, -1, -1),
+        }
+
+
+@pytest.fixture(scope="module")
+def model() -> DETR:
+    torch.manual_seed(0)
+    return build_model("detr_tiny").eval()
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, size=(48, 96, 3), dtype=np.uint8)
+
+
+def same(a: Detections, b: Detections) -> bool:
+    return a.names == b.names and torch.equal(a.scores, b.scores) and torch.equal(a.boxes_xyxy_px, b.boxes_xyxy_px)
+
+
+def test_boxes_are_in_pixels_of_the_image_that_was_given(pixels: np.ndarray) -> None:
+    constant = Constant()
+    (found,) = predict(constant, np.repeat(pixels, 2, axis=0), threshold=0.0)
+    assert constant.shapes == [(1, 3, 64, 64)]  # resized from 96 x 96
+    assert found.boxes_xyxy_px[0].tolist() == [0, 0, 48, 48]
+    (found,) = predict(constant, pixels, threshold=0.0)
+    assert constant.shapes[1] == (1, 3, 32, 64)
+    assert found.boxes_xyxy_px.tolist() == [[0, 0, 48, 24], [0, 24, 96, 48], [48, 0, 96, 24]]
+
+
+@pytest.mark.parametrize(("threshold", "labels"), [(0.0, [1, 2, 0]), (0.6, [1, 2]), (0.8, [1]), (0.95, [])])
+def test_the_threshold_keeps_the_best_first(threshold: float, labels: list[int], pixels: np.ndarray) -> None:
+    (found,) = predict(Constant(), pixels, threshold)
+    assert found.labels.tolist() == labels
+    assert len(found) == len(labels)
+
+
+def test_a_score_equal_to_the_threshold_is_kept(pixels: np.ndarray) -> None:
+    (found,) = predict(Constant(), pixels, threshold=0.0)
+    assert len(predict(Constant(), pixels, threshold=found.scores[1].item())[0]) == 2
+
+
+def test_names_are_the_models(pixels: np.ndarray) -> None:
+    constant = Constant()
+    assert predict(constant, pixels)[0].names == ["1", "2"]
+    constant.categories = (Category(3, "cat"), Category(7, "<script>"), Category(8, "$x$"))
+    assert predict(constant, pixels)[0].to_dict() == {
+        "detections": [
+            {"label": 1, "name": "<script>", "score": pytest.approx(0.9), "box_xyxy_px": [0, 0, 48, 24]},
+            {"label": 2, "name": "$x$", "score": pytest.approx(0.7), "box_xyxy_px": [0, 24, 96, 48]},
+        ]
+    }
+
+
+def test_the_models_mode_is_restored_also_after_an_error(pixels: np.ndarray) -> None:
+    constant = Constant().train()
+    predict(constant, pixels)
+    assert constant.modes == [False]
+    assert constant.training
+    constant.logits[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        predict(constant, pixels)
+    assert constant.training
+    assert predict(constant.eval(), []) == []
+    assert not constant.training
+
+
+def test_paths_pil_images_and_arrays_give_the_same(model: DETR, pixels: np.ndarray, tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.fromarray(pixels).save(file)
+    flipped_view = np.ascontiguousarray(pixels[..., ::-1])[..., ::-1]  # negative strides, as BGR turned to RGB has
+    several = predict(model, [file, str(file), Image.open(file), pixels, flipped_view], threshold=0.0)
+    assert len(several) == 5
+    assert all(same(one, several[0]) for one in several)
+    assert same(predict(model, file, threshold=0.0)[0], several[0])
+    assert len(several[0]) == 10
+
+
+def test_a_batch_gives_what_single_images_give(model: DETR, pixels: np.ndarray) -> None:
+    images = [pixels, 255 - pixels, pixels[::-1]]
+    singly, together = predict(model, images, 0.0), predict(model, images, 0.0, batch_size=2)
+    for one, other in zip(singly, together, strict=True):
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.boxes_xyxy_px, other.boxes_xyxy_px, rtol=1e-4, atol=1e-3)
+    assert not same(singly[0], singly[1])
+
+
+def test_prediction_is_evaluation(model: DETR, shapes_root: Path) -> None:
+    """The same image gives the same scores and classes either way."""
+    dataset = build_dataset(DataOptions(data=str(shapes_root)), "val", model.config)
+    rows = collect_detections(model, evaluation_loader(dataset, 1, workers=0), runtime_of(model), None)
+    found = predict(model, [record.path for record in dataset.records], threshold=0.0)
+    for record, one in zip(dataset.records, found, strict=True):
+        mine = rows[rows[:, IMAGE_ID] == record.id]
+        mine = mine[np.argsort(-mine[:, SCORE], kind="stable")]
+        np.testing.assert_array_equal(mine[:, SCORE], one.scores.double().numpy())
+        np.testing.assert_array_equal(mine[:, CATEGORY_ID], one.labels.numpy())
+
+
+def test_exif_rotation_is_ignored(pixels: np.ndarray, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees for display
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    for image in (tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")):
+        assert predict(Constant(), image)[0].boxes_xyxy_px[1].tolist() == [0, 24, 96, 48]
+
+
+def test_the_method_of_the_model(model: DETR, pixels: np.ndarray) -> None:
+    assert same(model.predict(pixels, threshold=0.0)[0], predict(model, pixels, threshold=0.0)[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), dtype=np.float32), r"not array \(8, 8, 3\) float32"),
+        (np.zeros((8, 8), dtype=np.uint8), r"not array \(8, 8\) uint8"),
+        (np.zeros((2, 8, 8, 3), dtype=np.uint8), "not array"),
+        (np.zeros((0, 8, 3), dtype=np.uint8), "8x0 pixels"),
+        (Image.new("RGB", (0, 5)), "0x5 pixels"),
+        ("no/such/image.jpg", r"no/such/image\.jpg"),
+        (3, "not int"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        predict(Constant(), [image])
+
+
+def test_html_named_jpg_and_a_torn_pil_image_are_named(pixels: np.ndarray, tmp_path: Path) -> None:
+    html, torn = tmp_path / "page.jpg", tmp_path / "torn.png"
+    html.write_text("<html></html>")
+    Image.fromarray(pixels).save(torn)
+    torn.write_bytes(torn.read_bytes()[:2000])
+    for image, name in ((html, "page.jpg"), (Image.open(torn), "torn.png")):
+        with pytest.raises(UserError, match=name):
+            predict(Constant(), image)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 1.5}, {"threshold": float("nan")}, {"batch_size": 0}])
+def test_senseless_options_are_refused(options: dict[str, Any], pixels: np.ndarray) -> None:
+    with pytest.raises(UserError, match="must be"):
+        predict(Constant(), pixels, **options)

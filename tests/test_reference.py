@@ -1,0 +1,170 @@
+"""Our model and criterion against the plain reference, where golden/ has no numbers: other sizes, counts, precisions.
+
+The plain reference is held against facebookresearch's own outputs in test_golden.py.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from detr_profiling.closeness import assert_close
+from detr_profiling.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
+from detr_profiling.reference import ReferenceDETR, reference_criterion
+from torch import Tensor, nn
+
+from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
+from detr_fast.model.implementation import select_implementation
+from detr_fast.training.optimizer import build_optimizer
+
+LAYERS = {"encoder_layers": 2, "decoder_layers": 3}
+BATCHES = {
+    "ragged": ([(96, 128), (80, 64)], [3, 5]),
+    "no targets in one image, odd sizes": ([(33, 130), (65, 64), (64, 47)], [4, 0, 2]),
+    "more targets than queries": ([(64, 96)], [11]),
+    "no targets at all": ([(64, 64), (32, 64)], [0, 0]),
+}
+NUM_QUERIES = 8
+GRADIENT_FLOOR = 1e-7
+"""Of the total norm. Gradients that are zero in exact arithmetic (the decoder starts from zeros) are rounding noise."""
+
+Step = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
+
+
+@dataclass
+class Pair:
+    """Our model and the reference with the same weights, and a batch."""
+
+    ours: DETR
+    reference: ReferenceDETR
+    batch: tuple[Tensor, Tensor]
+    targets: list[dict[str, Tensor]]
+
+    def double(self) -> "Pair":
+        images, mask = self.batch
+        double = copy.deepcopy(self.ours).double(), copy.deepcopy(self.reference).double()
+        return Pair(*double, (images.double(), mask), self.targets)
+
+    def step_ours(self, kernels: str) -> Step:
+        select_implementation(self.ours, kernels)  # type: ignore[arg-type]
+        return step(self.ours, build_criterion(), self)
+
+    def step_reference(self) -> Step:
+        return step(self.reference, reference_criterion, self)
+
+
+def step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], pair: Pair) -> Step:
+    """Outputs, terms, and gradients under our names."""
+    model.zero_grad()
+    outputs = model(*pair.batch)
+    terms = criterion(outputs, pair.targets)
+    terms["loss"].backward()
+    named = {key.replace("backbone.0.body.", "backbone."): value.grad for key, value in model.named_parameters()}
+    return outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
+
+
+def keyed(model: DETR) -> dict[str, Tensor]:
+    return keyed_state_dict(export_state_dict(model, "facebook"), salt=7)
+
+
+def mild(model: DETR) -> dict[str, Tensor]:
+    """DETR's own initialisation, with norms and biases that are not 1 and 0."""
+    state_dict = export_state_dict(model, "facebook")
+    noise = keyed_state_dict(state_dict, salt=8)
+    return {key: noise[key] if value.dim() < 2 else value for key, value in state_dict.items()}
+
+
+def make_pair(weights: Callable[[DETR], dict[str, Tensor]], batch: str) -> Pair:
+    torch.manual_seed(3)
+    ours = build_model("detr_r50", num_queries=NUM_QUERIES, dropout=0.0, **LAYERS)
+    state_dict = weights(ours)
+    load_state_dict(ours, state_dict)
+    reference = ReferenceDETR(num_queries=NUM_QUERIES, dropout=0.0, **LAYERS)
+    reference.load_state_dict(state_dict)
+    sizes, counts = BATCHES[batch]
+    return Pair(ours.eval(), reference.eval(), keyed_batch(sizes, salt=1), keyed_targets(counts, salt=1))
+
+
+@pytest.fixture(scope="module", params=BATCHES)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return make_pair(keyed, request.param)
+
+
+def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each parameter's gradient within `tolerance` of the expected one's norm."""
+    assert grads.keys() == expected.keys()
+    floor = GRADIENT_FLOOR * sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
+    for name, grad in grads.items():
+        error = (grad - expected[name]).norm()
+        assert error <= tolerance * expected[name].norm() + floor, name
+
+
+def assert_same_step(ours: Step, expected: Step, tolerance: float) -> None:
+    (outputs, terms, grads), (expected_outputs, expected_terms, expected_grads) = ours, expected
+    for layer, reference in zip(all_layers(outputs), all_layers(expected_outputs), strict=True):
+        for name in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(layer[name].double(), reference[name].double(), atol=1e-5, rtol=0)
+    for name, value in expected_terms.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
+    assert_same_gradients(grads, expected_grads, tolerance)
+
+
+def all_layers(outputs: dict[str, Any]) -> list[dict[str, Tensor]]:
+    return [*outputs["aux_outputs"], outputs]
+
+
+def test_same_step_in_the_reference_order_of_operations(pair: Pair) -> None:
+    assert_same_step(pair.step_ours("ref"), pair.step_reference(), tolerance=1e-4)
+
+
+def test_fast_path_is_the_same_function(pair: Pair) -> None:
+    """In float64, where rounding hides nothing but the heads' float32 outputs (6e-8)."""
+    double = pair.double()
+    assert_same_step(double.step_ours("auto"), double.step_reference(), tolerance=1e-6)
+
+
+# floors, as parts of the largest logit, of 1 for boxes and of all gradients' norm together: keyed weights amplify a
+# rounding of the backbone in the first attention, and a ReLU at its kink moves a gradient at once by a little
+@pytest.mark.parametrize(("weights", "floors"), [(keyed, (1e-4, 1e-4, 2e-2)), (mild, (1e-5, 1e-6, 2e-3))])
+def test_fast_path_in_float32(weights: Callable[[DETR], dict[str, Tensor]], floors: tuple[float, ...]) -> None:
+    pair = make_pair(weights, "ragged")
+    exact, eager, fast = pair.double().step_reference(), pair.step_reference(), pair.step_ours("auto")
+    for kind, floor in zip(("pred_logits", "pred_boxes"), floors, strict=False):
+        oracle = exact[0][kind]
+        scale = oracle.abs().max().item() if kind == "pred_logits" else 1.0
+        assert_close(fast[0][kind], oracle, eager[0][kind], floor * scale, kind)
+    oracle_grads, eager_grads, fast_grads = (joined(step[2]) for step in (exact, eager, fast))
+    norm = oracle_grads.norm()
+    zero = torch.zeros(1)
+    fast_error, eager_error = ((grads - oracle_grads).norm()[None] / norm for grads in (fast_grads, eager_grads))
+    assert_close(fast_error, zero, eager_error, floors[2], "gradients")
+
+
+def joined(grads: dict[str, Tensor]) -> Tensor:
+    return torch.cat([grads[name].flatten().double() for name in sorted(grads)])
+
+
+def test_twenty_training_steps() -> None:
+    """The same loss curve. AdamW makes full steps of gradients that are rounding noise, so the curves may part by a
+    percent; the first steps agree closely."""
+    pair = make_pair(mild, "ragged")
+    ours = curve(pair.ours, build_criterion(), pair)
+    reference = curve(pair.reference, reference_criterion, pair)
+    assert ours[:2] == pytest.approx(reference[:2], rel=1e-6)
+    assert ours == pytest.approx(reference, rel=1e-2)
+    assert reference[-1] < 0.8 * reference[0]
+
+
+def curve(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], pair: Pair) -> list[float]:
+    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = criterion(model(*pair.batch), pair.targets)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
