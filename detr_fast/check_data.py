@@ -1,5 +1,6 @@
 """`python -m detr_fast.check_data`: everything that is wrong with a data set, in one list, before training starts."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ def check_split(split: str, dataset: CocoDataset, options: CheckDataConfig, cons
     console.print("\n  ".join([f"{split}: {summary(dataset)}", *dataset.annotations.corrections.defaults()]))
     return [
         *check_annotations(dataset, options.num_queries),
-        *check_images(split, dataset.records, options.workers, console),
+        *check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console),
     ]
 
 

@@ -171,14 +171,14 @@ class DataOptions(Checked):
     """Bound on the longer side in pixels; default: the model's (1333)."""
     batch_size: int = 2
     """Images a step on each device, before accumulation."""
-    workers: int = 2
-    """Processes that read images; 0: read in the main process."""
+    workers: int | None = None
+    """Processes that read images; default: 4 beside a GPU, none on a CPU, whose cores the model needs itself."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"--batch-size must be at least 1, got {self.batch_size}.")
-        require(self.workers >= 0, f"--workers must be at least 0, got {self.workers}.")
+        require(self.workers is None or self.workers >= 0, f"--workers must be at least 0, got {self.workers}.")
         require(
             (self.train_images is None) == (self.train_annotations is None),
             "Give --train-images and --train-annotations together.",
@@ -268,7 +268,6 @@ RECIPES = {
         backbone_weights="none",
         epochs=9,
         batch_size=16,
-        workers=0,
         lr=5e-4,
         lr_backbone=5e-4,
         schedule="cosine",

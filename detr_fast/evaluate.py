@@ -23,7 +23,8 @@ def main(options: EvaluateConfig) -> None:
     dataset = evaluation_dataset(model, options)
     console = Console()
     console.print(f"{options.weights} on {len(dataset)} images, {', '.join(runtime.reasons.values())}", markup=False)
-    batches = evaluation_loader(dataset, options.batch_size, options.workers, runtime.device.type == "cuda")
+    workers = runtime.workers(options.workers)
+    batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)
     write_evaluation(evaluation, dataset, Path(options.output))
     for table in metric_tables(evaluation):

@@ -29,6 +29,12 @@ class Runtime:
     attention: Attention
     reasons: dict[str, str]
 
+    def workers(self, asked: int | None) -> int:
+        """How many processes read images: as asked, else as the device leaves room for."""
+        if asked is not None:
+            return asked
+        return 4 if self.device.type == "cuda" else 0
+
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 

@@ -153,7 +153,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if state and step.averaged:
         load_state_dict(step.averaged, state["ema"])
 
-    loader_options = (options.batch_size, options.workers, options.seed, world.rank, world.size)
+    workers = runtime.workers(options.workers)
+    loader_options = (options.batch_size, workers, options.seed, world.rank, world.size)
     sampler = EpochSampler(len(train_set), *loader_options[:1], *loader_options[2:])
     schedule = make_schedule(options, sampler.batches_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
@@ -165,7 +166,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
 
     def evaluate() -> Evaluation:
         kept = step.averaged or model
-        loader = evaluation_loader(val_set, options.batch_size, options.workers, rank=world.rank, world=world.size)
+        loader = evaluation_loader(val_set, options.batch_size, workers, rank=world.rank, world=world.size)
         return evaluate_model(kept, val_set, loader, replace(runtime, compile=False))
 
     with held_output(options, world, resuming=state is not None, model=model) as folder:
