@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.closeness import assert_close
-from detr_profiling.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
+from detr_profiling.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
 from detr_profiling.reference import ReferenceDETR, reference_criterion
 from torch import Tensor, nn
 
@@ -65,21 +65,10 @@ def step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], pair: Pa
     return outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
 
 
-def keyed(model: DETR) -> dict[str, Tensor]:
-    return keyed_state_dict(export_state_dict(model, "facebook"), salt=7)
-
-
-def mild(model: DETR) -> dict[str, Tensor]:
-    """DETR's own initialisation, with norms and biases that are not 1 and 0."""
-    state_dict = export_state_dict(model, "facebook")
-    noise = keyed_state_dict(state_dict, salt=8)
-    return {key: noise[key] if value.dim() < 2 else value for key, value in state_dict.items()}
-
-
-def make_pair(weights: Callable[[DETR], dict[str, Tensor]], batch: str) -> Pair:
+def make_pair(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]], batch: str) -> Pair:
     torch.manual_seed(3)
     ours = build_model("detr_r50", num_queries=NUM_QUERIES, dropout=0.0, **LAYERS)
-    state_dict = weights(ours)
+    state_dict = fill(export_state_dict(ours, "facebook"), 7)
     load_state_dict(ours, state_dict)
     reference = ReferenceDETR(num_queries=NUM_QUERIES, dropout=0.0, **LAYERS)
     reference.load_state_dict(state_dict)
@@ -89,7 +78,7 @@ def make_pair(weights: Callable[[DETR], dict[str, Tensor]], batch: str) -> Pair:
 
 @pytest.fixture(scope="module", params=BATCHES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return make_pair(keyed, request.param)
+    return make_pair(keyed_state_dict, request.param)
 
 
 def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -127,19 +116,20 @@ def test_fast_path_is_the_same_function(pair: Pair) -> None:
 
 # floors, as parts of the largest logit, of 1 for boxes and of all gradients' norm together: keyed weights amplify a
 # rounding of the backbone in the first attention, and a ReLU at its kink moves a gradient at once by a little
-@pytest.mark.parametrize(("weights", "floors"), [(keyed, (1e-4, 1e-4, 2e-2)), (mild, (1e-5, 1e-6, 2e-3))])
-def test_fast_path_in_float32(weights: Callable[[DETR], dict[str, Tensor]], floors: tuple[float, ...]) -> None:
-    pair = make_pair(weights, "ragged")
+FLOORS = {"keyed": (keyed_state_dict, 1e-4, 1e-4, 2e-2), "mild": (mild_state_dict, 1e-5, 1e-6, 2e-3)}
+
+
+@pytest.mark.parametrize("weights", FLOORS)
+def test_fast_path_in_float32(weights: str) -> None:
+    fill, logits_floor, boxes_floor, gradient_floor = FLOORS[weights]
+    pair = make_pair(fill, "ragged")
     exact, eager, fast = pair.double().step_reference(), pair.step_reference(), pair.step_ours("auto")
-    for kind, floor in zip(("pred_logits", "pred_boxes"), floors, strict=False):
-        oracle = exact[0][kind]
-        scale = oracle.abs().max().item() if kind == "pred_logits" else 1.0
-        assert_close(fast[0][kind], oracle, eager[0][kind], floor * scale, kind)
-    oracle_grads, eager_grads, fast_grads = (joined(step[2]) for step in (exact, eager, fast))
-    norm = oracle_grads.norm()
-    zero = torch.zeros(1)
-    fast_error, eager_error = ((grads - oracle_grads).norm()[None] / norm for grads in (fast_grads, eager_grads))
-    assert_close(fast_error, zero, eager_error, floors[2], "gradients")
+    logits, boxes = (tuple(step[0][name] for step in (fast, exact, eager)) for name in ("pred_logits", "pred_boxes"))
+    assert_close(*logits, floor=logits_floor * logits[1].abs().max().item(), name="logits")
+    assert_close(*boxes, floor=boxes_floor, name="boxes")
+    oracle = joined(exact[2])
+    errors = [(joined(step[2]) - oracle).norm() / oracle.norm() for step in (fast, eager)]
+    assert_close(errors[0], torch.zeros(()), errors[1], gradient_floor, "all gradients together, relative")
 
 
 def joined(grads: dict[str, Tensor]) -> Tensor:
@@ -149,7 +139,7 @@ def joined(grads: dict[str, Tensor]) -> Tensor:
 def test_twenty_training_steps() -> None:
     """The same loss curve. AdamW makes full steps of gradients that are rounding noise, so the curves may part by a
     percent; the first steps agree closely."""
-    pair = make_pair(mild, "ragged")
+    pair = make_pair(mild_state_dict, "ragged")
     ours = curve(pair.ours, build_criterion(), pair)
     reference = curve(pair.reference, reference_criterion, pair)
     assert ours[:2] == pytest.approx(reference[:2], rel=1e-6)

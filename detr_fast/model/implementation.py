@@ -20,10 +20,11 @@ def select_implementation(model: nn.Module, kernels: Kernels = "auto", attention
     """Sets the model's operations and returns what was chosen for each, with the reason. Weights are not touched."""
     chosen, reason = choose_attention(kernels, attention)
     folded = kernels != "ref"
+    result = {"attention": f"{chosen} ({reason})"}
     for module in model.modules():
         if isinstance(module, MultiheadAttention):
             module.implementation = chosen
         elif isinstance(module, FrozenBatchNorm2d):
             module.folded = folded
-    frozen = "folded into the convolution: exact, one pass less" if folded else "as its own operations: --kernels ref"
-    return {"attention": f"{chosen} ({reason})", "frozen batch norm": frozen}
+            result["frozen batch norm"] = "folded into convolutions" if folded else "by itself (--kernels ref)"
+    return result

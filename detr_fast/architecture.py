@@ -1,0 +1,126 @@
+"""Which architecture a file of weights belongs to, from what its tensors' shapes and its companions say."""
+
+from itertools import count, takewhile
+from typing import Any
+
+from detr_fast.config import MODELS, ModelConfig, UserError, model_config
+from detr_fast.model.backbone import DEPTHS
+from detr_fast.naming import NamedWeights
+from detr_fast.weights_file import WeightsFile
+
+OWN_BACKBONES = (*DEPTHS, "tiny")
+STAGE3_DEPTHS = {depths[2]: name for name, depths in DEPTHS.items()}
+
+
+def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
+    """The fields of ModelConfig that can be seen in names and shapes. DC5 and the number of heads cannot."""
+
+    def size(key: str, axis: int) -> int | None:
+        return weights[key].shape[axis] if key in weights and weights[key].dim() > axis else None
+
+    def number(pattern: str) -> int:
+        return sum(1 for _ in takewhile(lambda index: pattern.format(index) in weights, count()))
+
+    class_entries = size("class_embed.weight", 0)
+    seen = {
+        "backbone": STAGE3_DEPTHS.get(number("backbone.layer3.{}.conv3.weight")),
+        "num_classes": class_entries - 1 if class_entries else None,
+        "num_queries": size("query_embed.weight", 0),
+        "hidden_dim": size("query_embed.weight", 1),
+        "feedforward_dim": size("transformer.decoder.layers.0.linear1.weight", 0),
+        "encoder_layers": number("transformer.encoder.layers.{}.linear1.weight"),
+        "decoder_layers": number("transformer.decoder.layers.{}.linear1.weight"),
+    }
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None = None) -> ModelConfig:
+    """The architecture of `weights`, read from `file`. Raises UserError where it is not DETR's or cannot be told.
+
+    What we wrote says it itself. Otherwise shapes say most of it, and `dilation` (DC5) comes from the argument, else
+    from the file's training options or config.json, else from "dc5" in the path's last part.
+    """
+    visible = visible_architecture(weights)
+    if file.model_config is not None:
+        config = make_config(file, file.model_config)
+        check_agreement(file, config, visible)
+        return config
+    companions = {**from_args(file.args), **from_huggingface(file)}
+    if dilation is not None:
+        companions["dilation"] = dilation
+    companions.setdefault("dilation", "dc5" in file.path.name.lower())
+    values = visible | companions
+    if not {"backbone", "num_classes", "hidden_dim", "feedforward_dim"} <= values.keys():
+        raise UserError(
+            f"{file.path} does not look like a DETR with a ResNet-50 or ResNet-101 backbone: "
+            f"its first names are {', '.join(sorted(weights.tensors)[:3])}."
+        )
+    return make_config(file, values)
+
+
+def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
+    """ModelConfig.from_dict with a backbone that exists; the file's name is in what it raises."""
+    try:
+        config = ModelConfig.from_dict(values)
+        if config.backbone not in OWN_BACKBONES:
+            model_config(config.backbone)  # raises for what is no timm model
+        return config
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{file.path} describes no model that can be built: {error}") from error
+
+
+def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, Any]) -> None:
+    """Raises UserError where the stated configuration and the shapes contradict each other: before anything is built.
+
+    A timm backbone may well look like a ResNet.
+    """
+    for name, value in visible.items():
+        stated = getattr(config, name)
+        if stated != value and not (name == "backbone" and stated not in OWN_BACKBONES):
+            raise UserError(f"{file.path} contradicts itself: model_config has {name}={stated}, its weights {value}.")
+
+
+def from_args(args: dict[str, Any]) -> dict[str, Any]:
+    """facebookresearch's training options, as far as the shapes do not say them."""
+    names = {"dilation": ("dilation", bool), "nheads": ("num_heads", int), "dropout": ("dropout", float)}
+    return {ours: args[theirs] for theirs, (ours, kind) in names.items() if isinstance(args.get(theirs), kind)}
+
+
+def from_huggingface(file: WeightsFile) -> dict[str, Any]:
+    """Hugging Face's config.json, as far as the shapes do not say it."""
+    config = file.huggingface_config
+    if not config:
+        return {}
+    kept = {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False}
+    for name, value in kept.items():
+        if config.get(name, value) != value:
+            raise UserError(
+                f"{file.path}: its config.json has {name}={config[name]!r}, which computes something else than DETR; "
+                f"only {value!r} can be loaded."
+            )
+    backbone = config.get("backbone_config")
+    backbone = backbone if isinstance(backbone, dict) else {}
+    found = {
+        "dilation": bool(config.get("dilation")) or backbone.get("output_stride") == 16,
+        "num_heads": config.get("encoder_attention_heads", 8),
+        "dropout": config.get("dropout", 0.1),
+    }
+    timm_name = backbone.get("backbone") or config.get("backbone")
+    return found | ({"backbone": str(timm_name)} if timm_name else {})
+
+
+def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
+    """The command line's options, or fields of ModelConfig, under which a model would have the `visible` sizes."""
+    differing = {name: value for name, value in visible.items() if getattr(config, name) != value}
+    options = []
+    if "backbone" in differing:
+        backbone = differing.pop("backbone")
+        options += [
+            f"--model {name}"
+            for name, preset in MODELS.items()
+            if preset.backbone == backbone and preset.dilation == config.dilation
+        ]
+    for name in ("num_classes", "num_queries"):
+        if name in differing:
+            options.append(f"--{name.replace('_', '-')} {differing.pop(name)}")
+    return options + [f"{name}={value} (ModelConfig)" for name, value in differing.items()]

@@ -1,0 +1,104 @@
+"""Weights in and out of a model, whoever named them: own, facebookresearch or Hugging Face."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detr_fast.architecture import agreeing_options, infer_config, visible_architecture
+from detr_fast.class_head import fit_class_head, read_categories
+from detr_fast.config import UserError
+from detr_fast.model.detr import DETR
+from detr_fast.naming import NamedWeights, Naming, to_naming
+from detr_fast.weights_file import read_state_dict, read_weights_file
+
+__all__ = [
+    "export_state_dict",
+    "fit_class_head",
+    "load_for_fine_tuning",
+    "load_model",
+    "load_state_dict",
+    "read_state_dict",
+]
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dilation: bool | None = None) -> DETR:
+    """The model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights, where
+    it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors.
+
+    Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
+    91 classes that does not name them gets COCO's names. Raises UserError where the file is unreadable, unsafe, or
+    no DETR.
+    """
+    file = read_weights_file(Path(path))
+    weights = NamedWeights.recognise(file.state_dict)
+    model = DETR(infer_config(file, weights, dilation))
+    try:
+        _fill(model, weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    model.categories = read_categories(file, model.config.num_classes)
+    return model.to(device).eval()
+
+
+def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
+    """Copies `state_dict`, in any of the namings, into `model`: every entry, or none.
+
+    Raises UserError that lists what is missing, unexpected or of another shape, and the option that would agree.
+    """
+    _fill(model, NamedWeights.recognise(state_dict))
+
+
+def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Tensor]:
+    """The model's weights under the names of `naming`, bit-equal; most share memory with the model.
+
+    Raises UserError where the other implementation has no such model.
+    """
+    if naming != "detr_fast" and (model.config.source_position or model.config.backbone == "tiny"):
+        raise UserError(
+            f"A model with backbone={model.config.backbone}, source_position={model.config.source_position} has no "
+            f"counterpart in {naming}'s DETR. Export it with --naming detr_fast."
+        )
+    return to_naming(model.state_dict(), naming)
+
+
+def load_for_fine_tuning(model: DETR, path: str | Path) -> list[str]:
+    """Fills `model` from `path`, its class head as far as the classes agree; returns the names of those that did.
+
+    Everything else must fit. Raises UserError as `load_model` and `load_state_dict` do.
+    """
+    file = read_weights_file(Path(path))
+    weights = NamedWeights.recognise(file.state_dict)
+    source = read_categories(file, visible_architecture(weights).get("num_classes"))
+    try:
+        fitted, kept = fit_class_head(model, file.state_dict, source, model.categories)
+        load_state_dict(model, fitted)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return kept
+
+
+def _fill(model: DETR, weights: NamedWeights) -> None:
+    """Copies the weights into the model. Raises UserError before anything is copied."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    unexpected = weights.unexpected(own)
+    found = {key: weights[key] for key in own if key in weights}
+    differing = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in found.items()
+        if value.shape != own[key].shape
+    ]
+    if missing or unexpected or differing:
+        lists = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
+        lines = [f"{len(keys)} {what}: {_shortened(keys)}" for what, keys in lists.items() if keys]
+        options = agreeing_options(model.config, visible_architecture(weights))
+        hint = f"A model made with {' '.join(options)} would agree." if options else "This is another architecture."
+        raise UserError("\n  ".join(["the weights do not fit the model.", *lines, hint]))
+    model.load_state_dict(found)
+
+
+def _shortened(keys: list[str], shown: int = 4) -> str:
+    more = f", and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more

@@ -1,0 +1,64 @@
+"""The one judge of closeness: of tests, of the benchmark's gate and of the parity report.
+
+A tolerance is derived, not picked: a result may err, against an oracle in higher precision, at most twice as much as
+plain eager code errs in the same precision, plus a stated floor.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """The largest absolute error of a result, the error of plain eager code, and what was allowed."""
+
+    error: float
+    eager_error: float
+    allowed: float
+    close: bool
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.close
+
+
+def largest_error(value: Tensor, oracle: Tensor) -> float:
+    """Largest |value - oracle|, compared in float64; NaN where any entry of `value` is NaN or infinite."""
+    if value.shape != oracle.shape:
+        raise ValueError(f"shapes differ: {tuple(value.shape)} and {tuple(oracle.shape)}")
+    if not value.isfinite().all():
+        return float("nan")
+    if value.numel() == 0:
+        return 0.0
+    return (value.detach().double() - oracle.detach().double().to(value.device)).abs().max().item()
+
+
+def closeness(result: Tensor, oracle: Tensor, eager: Tensor, floor: float, name: str = "result") -> Closeness:
+    """Judges `result` by `oracle`, the same in float64 (or float32), and `eager`, the plain code in the result's dtype.
+
+    All of one shape. `floor`, in the values' own unit, is what any two orders of summation may differ by; it decides
+    alone where eager happens to be exact. A NaN or an infinity in the result or in the oracle is never close.
+    Raises ValueError where shapes differ.
+    """
+    error, eager_error = largest_error(result, oracle), largest_error(eager, oracle)
+    allowed = FACTOR * eager_error + floor
+    close = bool(oracle.isfinite().all()) and error <= allowed  # false for NaN on either side
+    verdict = "close" if close else "NOT close"
+    message = f"{name}: {verdict}, error {error:.3g}, allowed {allowed:.3g} = {FACTOR:g} x {eager_error:.3g} (eager) + "
+    return Closeness(error, eager_error, allowed, close, f"{message}{floor:.3g} (floor)")
+
+
+def assert_close(result: Tensor, oracle: Tensor, eager: Tensor, floor: float, name: str = "result") -> Closeness:
+    """`closeness`, with AssertionError where it is not; returned for reports."""
+    judged = closeness(result, oracle, eager, floor, name)
+    if not judged:
+        raise AssertionError(judged.message)
+    return judged
+
+
+def relative_floor(oracle: Tensor, factor: float = 1e-6) -> float:
+    """A floor for `closeness`: `factor` times the largest magnitude in `oracle`."""
+    return factor * oracle.detach().abs().max().item() if oracle.numel() else factor

@@ -1,0 +1,149 @@
+"""The criterion's hard cases: no targets, more targets than queries, non-finite outputs, parts of one batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from detr_profiling.reference import reference_criterion
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import generalized_box_iou
+
+from detr_fast import build_criterion
+from detr_fast.boxes import cxcywh_to_xyxy, generalized_iou
+from detr_fast.data.targets import Targets
+from detr_fast.training.criterion import Normalizers, SetCriterion
+from detr_fast.training.matcher import MatchCosts, batched_assignment, match, match_cost
+
+NUM_CLASSES = 5
+
+
+def make_outputs(batch: int, num_queries: int, layers: int = 3, seed: int = 0) -> dict[str, Any]:
+    """Random outputs that are leaves, so that they get gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = []
+    for _ in range(layers):
+        logits = torch.randn(batch, num_queries, NUM_CLASSES + 1, generator=generator)
+        boxes = torch.rand(batch, num_queries, 4, generator=generator) * 0.5 + 0.2
+        outputs.append({"pred_logits": logits.requires_grad_(), "pred_boxes": boxes.requires_grad_()})
+    return {**outputs[-1], "aux_outputs": outputs[:-1]}
+
+
+def make_targets(counts: list[int], seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return [
+        {
+            "labels": torch.randint(0, NUM_CLASSES, (count,), generator=generator),
+            "boxes": torch.rand(count, 4, generator=generator) * 0.5 + 0.2,
+        }
+        for count in counts
+    ]
+
+
+def leaves(outputs: dict[str, Any]) -> list[Tensor]:
+    layers = [*outputs["aux_outputs"], outputs]
+    return [layer[name] for layer in layers for name in ("pred_logits", "pred_boxes")]
+
+
+@pytest.fixture
+def criterion() -> SetCriterion:
+    return build_criterion(NUM_CLASSES)
+
+
+# a batch without any target, one image without, more targets than queries in one image and in all
+@pytest.mark.parametrize("counts", [[0, 0], [0, 3], [4, 9], [9, 12], [1]])
+def test_same_terms_and_gradients_as_the_reference(criterion: SetCriterion, counts: list[int]) -> None:
+    outputs, targets = make_outputs(len(counts), num_queries=7), make_targets(counts)
+    terms, expected = criterion(outputs, targets), reference_criterion(outputs, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, atol=1e-6, rtol=1e-5)
+    grads, expected_grads = (torch.autograd.grad(each["loss"], leaves(outputs)) for each in (terms, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-7, rtol=1e-5)
+    assert terms["loss"].isfinite() and terms["nonfinite_costs"] == 0
+
+
+def test_empty_batch_still_teaches_no_object(criterion: SetCriterion) -> None:
+    outputs = make_outputs(2, 7)
+    terms = criterion(outputs, make_targets([0, 0]))
+    terms["loss"].backward()
+    assert terms["loss_bbox"] == 0 and terms["loss_giou"] == 0 and terms["loss_ce"] > 0
+    assert outputs["pred_logits"].grad.abs().sum() > 0 and outputs["pred_boxes"].grad.abs().sum() == 0
+
+
+def test_of_more_targets_than_queries_the_cheapest_are_matched() -> None:
+    generator = torch.Generator().manual_seed(5)
+    cost = torch.rand(2, 4, 9, generator=generator)
+    query_of_target = batched_assignment(cost, torch.tensor([9, 3]))
+    for problem, count in enumerate((9, 3)):
+        queries, targets = linear_sum_assignment(cost[problem, :, :count].numpy())
+        matched = (query_of_target[problem] >= 0).nonzero()[:, 0]
+        assert matched.tolist() == sorted(targets.tolist())
+        assert sorted(query_of_target[problem, matched].tolist()) == sorted(queries.tolist())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
+def test_non_finite_outputs_are_matched_last_and_counted(name: str, broken: float) -> None:
+    outputs, targets = make_outputs(2, 7), Targets.from_list(make_targets([3, 2]))
+    with torch.no_grad():
+        outputs[name][1, 4] = broken
+    stacked = [outputs[key][None] for key in ("pred_logits", "pred_boxes")]
+    query_of_target, nonfinite = match(*stacked, targets, MatchCosts())
+    assert nonfinite == 2  # one query, two targets; the cost of the padding, a third, is no one's
+    assert 4 not in query_of_target[0, 1].tolist()
+    assert (query_of_target[0, 0, :3] >= 0).all() and (query_of_target[0, 1, :2] >= 0).all()
+
+
+def test_all_costs_non_finite(criterion: SetCriterion) -> None:
+    outputs = make_outputs(1, 3)
+    with torch.no_grad():
+        outputs["pred_boxes"].fill_(float("nan"))
+    terms = criterion(outputs, make_targets([2]))
+    assert terms["nonfinite_costs"] == 6
+    assert not terms["loss"].isfinite()  # counted and matched without a crash; the step is then skipped
+
+
+def test_parts_with_joined_normalizers_are_the_joined_batch(criterion: SetCriterion) -> None:
+    """Microbatches of different box counts, one with more targets than queries."""
+    counts = [3, 0, 9, 1]
+    outputs, targets = make_outputs(4, 7), make_targets(counts)
+    whole = criterion(outputs, targets)
+    whole_grads = torch.autograd.grad(whole["loss"], leaves(outputs))
+
+    parts = [slice(0, 2), slice(2, 3), slice(3, 4)]
+    normalizers: list[Normalizers] = [criterion.normalizers(Targets.from_list(targets[part]), 7) for part in parts]
+    joined = sum(normalizers[1:], normalizers[0])
+    losses = [criterion(images(outputs, part), targets[part], joined) for part in parts]
+    grads = torch.autograd.grad(sum(terms["loss"] for terms in losses), leaves(outputs))
+    for name in ("loss", "loss_ce", "loss_bbox_0", "loss_giou_1"):
+        torch.testing.assert_close(sum(terms[name] for terms in losses), whole[name], atol=0, rtol=1e-5)
+    for grad, whole_grad in zip(grads, whole_grads, strict=True):
+        torch.testing.assert_close(grad, whole_grad, atol=1e-7, rtol=1e-5)
+
+
+def images(outputs: dict[str, Any], part: slice) -> dict[str, Any]:
+    """The outputs of some of the images."""
+    layers = [{key: layer[key][part] for key in ("pred_logits", "pred_boxes")} for layer in outputs["aux_outputs"]]
+    return {**{key: outputs[key][part] for key in ("pred_logits", "pred_boxes")}, "aux_outputs": layers}
+
+
+def test_giou_as_torchvision_has_it() -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (cxcywh_to_xyxy(torch.rand(count, 4, generator=generator) + 0.01) for count in (40, 30))
+    torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=0)
+    far_apart = torch.tensor([[0.0, 0.0, 0.1, 0.1], [0.9, 0.9, 1.0, 1.0]])
+    assert generalized_iou(far_apart[0], far_apart[1]) == pytest.approx(-0.98, abs=1e-6)
+
+
+def test_cost_uses_each_images_own_targets() -> None:
+    outputs, targets = make_outputs(2, 7), make_targets([3, 2])
+    cost = match_cost(
+        outputs["pred_logits"][None], outputs["pred_boxes"][None], Targets.from_list(targets), MatchCosts()
+    )
+    for image, target in enumerate(targets):
+        predicted, wanted = outputs["pred_boxes"][image], target["boxes"]
+        giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        probability = outputs["pred_logits"][image].softmax(-1)[:, target["labels"]]
+        expected = -probability + 5 * torch.cdist(predicted, wanted, p=1) - 2 * giou
+        torch.testing.assert_close(cost[0, image, :, : len(wanted)], expected, atol=1e-5, rtol=0)
