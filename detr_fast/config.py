@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self, get_type_hints
 
 import tyro
+from typeguard import TypeCheckError, check_type
 
 
 class UserError(Exception):
@@ -28,16 +29,20 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """A dataclass that comes from a dict with unknown keys refused and goes to one."""
+    """A dataclass that goes to a dict, and comes from one whose keys and types are those of its fields."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises UserError for a key that is no field, with the nearest name."""
-        known = {field.name for field in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise unknown_name(f"{cls.__name__} key", str(key), known)
+        """Raises UserError for a key that is no field, with the nearest name, and for a value of another type."""
+        hints = get_type_hints(cls)
         tupled = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for key, value in tupled.items():
+            if key not in hints:
+                raise unknown_name(f"{cls.__name__} key", str(key), hints)
+            try:
+                check_type(value, hints[key])
+            except TypeCheckError as error:
+                raise UserError(f"{cls.__name__} key {key!r}: {value!r} {error}.") from error
         return cls(**tupled)
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +206,11 @@ class TrainConfig(DataOptions, RuntimeOptions):
     themselves."""
     num_queries: int | None = None
     """Default: the model's (100)."""
+    encoder_layers: int | None = None
+    """Default: the model's (6); fewer learn faster from little data, and so do fewer of the next."""
+    decoder_layers: int | None = None
+    source_position: bool = False
+    """Add positions to the encoder's input too, as detr_tiny does. Learns faster, but is no longer DETR."""
     weights: str | None = None
     """Start from these detector weights (own, facebookresearch or Hugging Face), the class head fitted to the data."""
     backbone_weights: str = "imagenet"
@@ -265,8 +275,9 @@ class TrainConfig(DataOptions, RuntimeOptions):
 RECIPES = {
     "detr_tiny": TrainConfig(
         model="detr_tiny",
+        source_position=MODELS["detr_tiny"].source_position,
         backbone_weights="none",
-        epochs=9,
+        epochs=6,
         batch_size=16,
         lr=5e-4,
         lr_backbone=5e-4,

@@ -187,3 +187,9 @@ def test_defaults_follow_the_data_and_the_model() -> None:
     assert (shapes.model, shapes.image_size, shapes.train_sizes) == ("detr_tiny", 128, (128,))
     own = default_options(["--data", "some/folder"])
     assert (own.model, own.epochs, own.lr, own.image_size) == ("detr_r50", 300, 1e-4, None)
+
+
+def test_a_best_checkpoint_is_for_use_and_says_so_when_resumed(shapes_root: Path, tmp_path: Path) -> None:
+    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
+    with pytest.raises(UserError, match=r"best\.pt.*--weights"):
+        default_options(["--resume", str(tmp_path / "checkpoints" / "best.pt")])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from detr_fast.config import TrainConfig, UserError
@@ -91,8 +92,8 @@ class TrainingLoop:
         window = [next(self.batches) for _ in range(self.options.accumulate)]
         waited = time.perf_counter() - asked
         self._name_skipped(window)
-        world = self.step.world
-        torch.manual_seed((self.options.seed << 40) + (self.progress.step * world.size + world.rank))
+        seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
         terms = self.step(window)
         self.progress.step += 1
@@ -186,8 +187,3 @@ class TrainingLoop:
             "progress": progress,
         }
         save_checkpoint(self.folder.last, state)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `_save` wrote; model and averaged weights are loaded by the caller."""
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,119 @@
+"""A run's parts, made from its options, and from a checkpoint where it continues one."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from detr_fast.config import ModelConfig, TrainConfig, model_config, require
+from detr_fast.data.batching import Batch, train_loader
+from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.model.backbone import load_backbone_weights
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import Runtime
+from detr_fast.training.criterion import LossWeights, build_criterion
+from detr_fast.training.distributed import World
+from detr_fast.training.optimizer import Schedule, build_optimizer
+from detr_fast.training.step import TrainStep
+from detr_fast.weights import load_for_fine_tuning, load_state_dict
+
+State = dict[str, Any] | None
+"""What last.pt holds; None for a new run."""
+
+
+def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
+    """Training and validation images with one map of classes, and the model's configuration that fits them."""
+    train_set = build_dataset(options, "train")
+    shared = ModelConfig.__dataclass_fields__.keys() & TrainConfig.__dataclass_fields__.keys() - {"num_classes"}
+    changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
+    config = model_config(options.model, num_classes=train_set.num_classes, **changes)
+    train_set.warn_if_queries_are_few(config.num_queries)
+    raw_ids = train_set.categories is None
+    return train_set, build_dataset(options, "val", config, categories=train_set.categories, raw_ids=raw_ids), config
+
+
+def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
+    """Raises UserError where the options would not continue the checkpoint's run but start another one."""
+    stored = {**state["options"], **state["model_config"]}
+    asked = {**options.to_dict(), **config.to_dict()}
+    for name in (*ModelConfig.__dataclass_fields__, "data", "seed", "batch_size", "accumulate", "ema"):
+        before, now = (tuple(v) if isinstance(v, list) else v for v in (stored.get(name), asked[name]))
+        option = f"--{name.replace('_', '-')}"
+        require(
+            before == now,
+            f"--resume: the checkpoint was trained with {option} {before}, asked for is {now}. "
+            f"Give {option} {before}, or start a new run with --weights.",
+        )
+
+
+def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
+    """The checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
+    torch.manual_seed(options.seed)
+    model = DETR(config)
+    model.categories = train_set.categories
+    if state:
+        load_state_dict(model, state["model"])
+    elif options.weights:
+        kept = load_for_fine_tuning(model, options.weights)
+        out.print(f"{options.weights}: the class head is kept for {len(kept)} of {config.num_classes} classes")
+    else:
+        load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
+    model.transformer.checkpoint_activations = options.checkpoint_activations
+    return model
+
+
+def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: State) -> TrainStep:
+    """The step around a model that is in its place already."""
+    criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
+    step = TrainStep(
+        model=model,
+        criterion=criterion.to(runtime.device),
+        optimizer=build_optimizer(model, options.lr, options.lr_backbone, options.weight_decay),
+        runtime=runtime,
+        world=world,
+        clip=options.clip,
+        averaged=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
+        ema_decay=options.ema,
+    )
+    if state:
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
+        if step.averaged:
+            load_state_dict(step.averaged, state["ema"])
+    return step
+
+
+def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:
+    def steps(epochs: int) -> int:
+        return epochs * batches_per_epoch // options.accumulate
+
+    return Schedule(options.schedule, steps(options.epochs), steps(options.lr_drop), options.warmup_steps)
+
+
+def make_batches(
+    options: TrainConfig, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
+) -> Iterator[Batch]:
+    """This rank's batches without end, from (epoch, batch) `first` on."""
+    epoch, batch = first
+    return train_loader(
+        train_set,
+        options.batch_size,
+        runtime.workers(options.workers),
+        options.seed,
+        rank=world.rank,
+        world=world.size,
+        start_epoch=epoch,
+        start_batch=batch,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def stored_metadata(model: DETR) -> dict[str, Any]:
+    """What every checkpoint says of its model besides the weights."""
+    categories = model.categories
+    return {
+        "model_config": model.config.to_dict(),
+        "categories": None if categories is None else [vars(category) for category in categories],
+    }

@@ -1,0 +1,157 @@
+"""The step's promises: nothing read on the host, and the same step however it is run."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
+from detr_fast.data.batching import Batch, Sample, collate
+from detr_fast.model.detr import DETR, build_model
+from detr_fast.runtime import choose_runtime
+from detr_fast.training import criterion as criterion_module
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+
+TINY = MODELS["detr_tiny"]
+HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+def batch(sizes: list[tuple[int, int]], counts: list[int]) -> Batch:
+    samples = []
+    for index, ((height, width), count) in enumerate(zip(sizes, counts, strict=True)):
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
+        labels = torch.randint(0, TINY.num_classes, (count,), generator=generator)
+        samples.append(Sample(image, labels, boxes, index, (height, width)))
+    return collate(samples)
+
+
+RAGGED = batch([(64, 64), (48, 56)], [2, 1])
+FULL = batch([(64, 64), (64, 64)], [2, 0])
+
+
+def make_step(config: ModelConfig = TINY, ema: float = 0.0, **runtime_options: Any) -> TrainStep:
+    torch.manual_seed(0)
+    runtime = choose_runtime(RuntimeOptions(**{"device": "cpu", "precision": "fp32", **runtime_options}))
+    model = runtime.place(DETR(config)).train()
+    averaged = runtime.place(DETR(config)) if ema else None
+    if averaged:
+        averaged.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
+    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=ema)
+
+
+def gradients(step: TrainStep) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in step.trained if parameter.grad is not None])
+
+
+class CountHostReads(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_READS:
+            self.reads.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("data", [RAGGED, FULL], ids=["ragged", "one size"])
+def test_a_step_asks_the_device_for_nothing(data: Batch) -> None:
+    """But for the assignment, which SciPy solves on the host: one copy there, which on a CPU is no read."""
+    step = make_step(ema=0.9)
+    step([data])
+    with CountHostReads() as count:
+        step([data])
+    assert count.reads == []
+
+
+def test_a_host_read_in_the_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = criterion_module.match
+
+    def reading(*arguments: Any) -> Any:
+        arguments[0].sum().item()
+        return original(*arguments)
+
+    monkeypatch.setattr(criterion_module, "match", reading)
+    with CountHostReads() as count:
+        make_step()([FULL])
+    assert len(count.reads) == 1
+
+
+@pytest.mark.parametrize("change", [{"channels_last": False}, {"kernels": "ref"}, {"attention": "ref"}])
+def test_how_it_runs_does_not_change_what_it_computes(change: dict[str, Any]) -> None:
+    one, other = make_step(), make_step(**change)
+    assert one([RAGGED])["loss"].item() == pytest.approx(other([RAGGED])["loss"].item(), rel=1e-5)
+    assert (gradients(one) - gradients(other)).norm() < 1e-3 * gradients(one).norm()
+
+
+def test_recomputed_activations_give_the_same_gradients_dropout_included() -> None:
+    one, other = (make_step(replace(TINY, dropout=0.1)) for _ in range(2))
+    other.model.transformer.checkpoint_activations = True
+    for step in (one, other):
+        torch.manual_seed(1)
+        step([FULL])
+    assert torch.equal(gradients(one), gradients(other))
+
+
+def test_the_compiled_step_is_the_same_step() -> None:
+    config = replace(TINY, encoder_layers=1, decoder_layers=2)
+    one, other = make_step(config), make_step(config, compile=True)
+    assert one([FULL])["loss"].item() == pytest.approx(other([FULL])["loss"].item(), rel=1e-4)
+    assert (gradients(one) - gradients(other)).norm() < 1e-3 * gradients(one).norm()
+
+
+def test_bf16_autocast_stays_near_fp32_and_keeps_the_losses_in_fp32() -> None:
+    one, other = make_step(), make_step(precision="bf16")
+    exact, rough = one([FULL]), other([FULL])
+    assert rough["loss"].dtype == torch.float32
+    assert rough["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
+    assert rough["loss"].item() != exact["loss"].item()
+
+
+def test_the_average_follows_its_formula() -> None:
+    step = make_step(ema=0.75)
+    assert step.averaged is not None
+    before = step.averaged.query_embed.weight.clone()
+    step([FULL])
+    expected = 0.75 * before + 0.25 * step.model.query_embed.weight
+    torch.testing.assert_close(step.averaged.query_embed.weight, expected)
+    norm = step.model.backbone.bn1.running_mean  # type: ignore[union-attr]
+    assert torch.equal(step.averaged.backbone.bn1.running_mean, norm)  # type: ignore[union-attr]
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
+    step = make_step()
+    assert step([FULL])["grad_norm"] > 0.1
+    assert gradients(step).norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="fp16"):
+        choose_runtime(RuntimeOptions(device="cpu", precision="fp16"))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        choose_runtime(RuntimeOptions(device="cpu", compile=True))
+
+
+def test_a_timm_backbone_trains_with_its_batch_norm_frozen() -> None:
+    pytest.importorskip("timm", reason="timm is an extra")
+    sizes = {"hidden_dim": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 32}
+    model = build_model("resnet10t", num_classes=6, **sizes)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, 1e-2, 1e-2, 0.0)
+    step = TrainStep(model.train(), build_criterion(6), optimizer, choose_runtime(RuntimeOptions(device="cpu")))
+    step([RAGGED])
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("backbone") for name in changed)
+    assert not any("running" in name or ".bn" in name for name in changed)
