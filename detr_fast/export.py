@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from detr_fast.config import Checked, UserError, require
 from detr_fast.model.detr import DETR
-from detr_fast.naming import Naming
 from detr_fast.weights import export_state_dict, load_model
+from detr_fast.weights.naming import Naming
 
 
 @dataclass(frozen=True, kw_only=True)

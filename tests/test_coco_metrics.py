@@ -15,8 +15,8 @@ from detr_fast.data.coco import Category, CocoDataset, build_dataset
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, evaluate_detections, evaluate_model
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.evaluation.precision_recall import PrecisionRecall
-from detr_fast.model.detr import build_model
 from detr_fast.runtime import Runtime
+from detr_fast.weights import build_model
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False, False, "auto", "auto", {})
 

@@ -15,7 +15,7 @@ from detr_fast.data.coco import Category
 from detr_fast.data.shapes import CLASSES
 from detr_fast.evaluation.coco_metrics import METRICS
 from detr_fast.export import write_weights
-from detr_fast.model.detr import build_model
+from detr_fast.weights import build_model
 
 SHAPES = tuple(Category(number, name) for number, name in enumerate(CLASSES, 1))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from detr_fast.model.detr import build_model
 from detr_fast.training.optimizer import Schedule, build_optimizer
+from detr_fast.weights import build_model
 
 
 def test_the_backbone_has_its_own_rate_and_nothing_frozen_is_trained() -> None:

@@ -14,7 +14,8 @@ from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, build_dataset
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
-from detr_fast.model.detr import DETR, build_model
+from detr_fast.model.detr import DETR
+from detr_fast.weights import build_model
 
 
 class Constant(nn.Module):

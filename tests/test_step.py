@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
-from detr_fast.data.batching import Batch, Sample, collate
-from detr_fast.model.detr import DETR, build_model
+from detr_fast.data.batching import Batch, collate
+from detr_fast.data.sample import Sample
+from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
+from detr_fast.weights import build_model
 
 TINY = MODELS["detr_tiny"]
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}

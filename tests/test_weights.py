@@ -14,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
-from detr_fast.class_head import coco_categories, fit_class_head
 from detr_fast.config import UserError, model_config
 from detr_fast.data.annotations import Category
 from detr_fast.export import ExportConfig, main, write_weights
-from detr_fast.model.backbone import load_backbone_weights
-from detr_fast.naming import Naming, naming_of
 from detr_fast.training.checkpoint import save_checkpoint
-from detr_fast.weights import load_for_fine_tuning, read_state_dict
+from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, read_state_dict
+from detr_fast.weights.class_head import coco_categories, fit_class_head
+from detr_fast.weights.naming import Naming, naming_of
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 64, "num_queries": 7}
 PETS = (Category(3, "Dog"), Category(8, "parrot"), Category(9, "CAT"))

@@ -4,36 +4,20 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
+from detr_fast.data.coco import CocoDataset
+from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import EpochSampler, Position
 from detr_fast.data.targets import Targets
 
-if TYPE_CHECKING:
-    from detr_fast.data.coco import CocoDataset
-
 WORKER_TIMEOUT_S = 600
 """Longer than any batch takes to read: past it a worker hangs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One image as it goes into a batch."""
-
-    image: Tensor
-    """uint8 (3, h, w)"""
-    labels: Tensor
-    """(T,) int64"""
-    boxes_cxcywh: Tensor
-    """(T, 4) float32, relative to the image"""
-    image_id: int
-    original_size: tuple[int, int]
-    """(h, w) of the file, before any transform"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +115,7 @@ class Read:
 class TrainReader(Dataset[Read]):
     """Reads `dataset` by (epoch, index); with "skip", the next good image stands in for one that cannot be read."""
 
-    def __init__(self, dataset: "CocoDataset") -> None:
+    def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, position: Position) -> Read:
@@ -151,7 +135,7 @@ class TrainReader(Dataset[Read]):
 class EvaluationReader(Dataset[Read]):
     """Reads `dataset` by index; with "skip", an image that cannot be read is left out: a stand-in would count twice."""
 
-    def __init__(self, dataset: "CocoDataset") -> None:
+    def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> Read:
@@ -177,7 +161,7 @@ def collate_reads(reads: Sequence[Read]) -> Collated:
 
 
 def train_loader(
-    dataset: "CocoDataset",
+    dataset: CocoDataset,
     batch_size: int,
     workers: int,
     seed: int,
@@ -196,7 +180,7 @@ def train_loader(
 
 
 def evaluation_loader(
-    dataset: "CocoDataset", batch_size: int, workers: int, pin_memory: bool = False, rank: int = 0, world: int = 1
+    dataset: CocoDataset, batch_size: int, workers: int, pin_memory: bool = False, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """Every image once, in order; of several ranks, each takes every `world`-th. Raises as `train_loader`."""
     indices = range(rank, len(dataset), world)

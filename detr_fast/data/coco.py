@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from detr_fast.boxes import xyxy_to_cxcywh
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
-from detr_fast.data.batching import Sample
 from detr_fast.data.decode import decode_image
+from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import Position, random_generator
 from detr_fast.data.splits import find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform, LabelledImage, TrainTransform, Transform

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast.config import UserError, require
-from detr_fast.data.batching import Batch, Sample, collate
+from detr_fast.data.batching import Batch, collate
 from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, rgb_pixels
+from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import LabelledImage, resize, resized_size
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode
 from detr_fast.model.detr import DETR

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.config import ModelConfig, model_config
-from detr_fast.model.backbone import build_backbone, load_backbone_weights
+from detr_fast.config import ModelConfig
+from detr_fast.model.backbone import build_backbone
 from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.model.transformer import Transformer
 
@@ -89,16 +89,3 @@ class DETR(nn.Module):
         from detr_fast.evaluation.prediction import predict
 
         return predict(self, images, threshold)
-
-
-def build_model(name: str, num_classes: int | None = None, backbone_weights: str = "none", **changes: Any) -> DETR:
-    """A new model: a preset's name or a timm backbone's, with random weights but for the backbone's, where given.
-
-    `num_classes` counts without "no object" (presets: 91); `backbone_weights` is "none", "imagenet" or a file;
-    `changes` are ModelConfig fields. Raises UserError for an unknown name or weights that cannot be had.
-    """
-    if num_classes is not None:
-        changes["num_classes"] = num_classes
-    model = DETR(model_config(name, **changes))
-    load_backbone_weights(model.backbone, model.config.backbone, backbone_weights)
-    return model

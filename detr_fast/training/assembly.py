@@ -10,14 +10,13 @@ from rich.console import Console
 from detr_fast.config import ModelConfig, TrainConfig, model_config, require
 from detr_fast.data.batching import Batch, train_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.model.backbone import load_backbone_weights
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
 from detr_fast.training.optimizer import Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
-from detr_fast.weights import load_for_fine_tuning, load_state_dict
+from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
 
 State = dict[str, Any] | None
 """What last.pt holds; None for a new run."""

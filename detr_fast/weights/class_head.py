@@ -7,8 +7,8 @@ from torch import Tensor
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.model.detr import DETR
-from detr_fast.naming import NamedWeights, counterparts
-from detr_fast.weights_file import WeightsFile
+from detr_fast.weights.files import WeightsFile
+from detr_fast.weights.naming import NamedWeights, counterparts
 
 COCO_NUM_CLASSES = 91
 

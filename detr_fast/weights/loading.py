@@ -1,26 +1,32 @@
-"""Weights in and out of a model, whoever named them: own, facebookresearch or Hugging Face."""
+"""Models made and loaded, and their weights in and out, whoever named them."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detr_fast.architecture import agreeing_options, infer_config, visible_architecture
-from detr_fast.class_head import fit_class_head, read_categories
-from detr_fast.config import UserError
+from detr_fast.config import UserError, model_config
 from detr_fast.model.detr import DETR
-from detr_fast.naming import NamedWeights, Naming, to_naming
-from detr_fast.weights_file import read_state_dict, read_weights_file
+from detr_fast.weights.architecture import agreeing_options, infer_config, visible_architecture
+from detr_fast.weights.backbone_weights import load_backbone_weights
+from detr_fast.weights.class_head import fit_class_head, read_categories
+from detr_fast.weights.files import read_weights_file
+from detr_fast.weights.naming import NamedWeights, Naming, to_naming
 
-__all__ = [
-    "export_state_dict",
-    "fit_class_head",
-    "load_for_fine_tuning",
-    "load_model",
-    "load_state_dict",
-    "read_state_dict",
-]
+
+def build_model(name: str, num_classes: int | None = None, backbone_weights: str = "none", **changes: Any) -> DETR:
+    """A new model: a preset's name or a timm backbone's, with random weights but for the backbone's, where given.
+
+    `num_classes` counts without "no object" (presets: 91); `backbone_weights` is "none", "imagenet" or a file;
+    `changes` are ModelConfig fields. Raises UserError for an unknown name or weights that cannot be had.
+    """
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    model = DETR(model_config(name, **changes))
+    load_backbone_weights(model.backbone, model.config.backbone, backbone_weights)
+    return model
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dilation: bool | None = None) -> DETR:

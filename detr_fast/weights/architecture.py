@@ -5,8 +5,8 @@ from typing import Any
 
 from detr_fast.config import MODELS, ModelConfig, UserError, model_config
 from detr_fast.model.backbone import DEPTHS
-from detr_fast.naming import NamedWeights
-from detr_fast.weights_file import WeightsFile
+from detr_fast.weights.files import WeightsFile
+from detr_fast.weights.naming import NamedWeights
 
 OWN_BACKBONES = (*DEPTHS, "tiny")
 STAGE3_DEPTHS = {depths[2]: name for name, depths in DEPTHS.items()}

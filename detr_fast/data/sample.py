@@ -1,0 +1,20 @@
+"""What reading one image gives."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image as it goes into a batch."""
+
+    image: Tensor
+    """uint8 (3, h, w)"""
+    labels: Tensor
+    """(T,) int64"""
+    boxes_cxcywh: Tensor
+    """(T, 4) float32, relative to the image"""
+    image_id: int
+    original_size: tuple[int, int]
+    """(h, w) of the file, before any transform"""

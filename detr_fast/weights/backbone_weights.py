@@ -1,0 +1,62 @@
+"""A backbone's weights before any detection: downloaded from ImageNet's classifiers, or from a file of one."""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.config import UserError
+from detr_fast.model.backbone import DEPTHS, TimmBackbone
+from detr_fast.weights.files import read_state_dict
+
+
+def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
+    """Fills `backbone` from `source`: "imagenet" (torchvision's for a ResNet, timm's otherwise), "none", or a file.
+
+    A file holds a plain state dict of the classifier (torchvision, timm); its head is left out. Raises UserError where
+    the download fails or the file does not fit: random weights are used only when asked for as "none".
+    """
+    if source == "none" or (source == "imagenet" and name == "tiny"):
+        return
+    target = backbone.body if isinstance(backbone, TimmBackbone) else backbone
+    state = download_weights(name) if source == "imagenet" else read_state_dict(Path(source))
+    fill_backbone(target, state, source)
+
+
+def download_weights(name: str) -> dict[str, Tensor]:
+    """ImageNet weights of `name`. Raises UserError that names the two ways without a download."""
+    try:
+        if name in DEPTHS:
+            import torchvision
+
+            weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+            return weights.get_state_dict(progress=False, check_hash=True)
+        import timm
+
+        return timm.create_model(name, pretrained=True).state_dict()
+    except (URLError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Could not download ImageNet weights for {name}: {reason}\n"
+            "Give a file with --backbone-weights PATH, or start from random weights with --backbone-weights none."
+        ) from error
+
+
+def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads by name; where no name agrees, in order, as long as every shape does (ports that renamed the layers)."""
+    own = body.state_dict()
+    chosen = {key: state[key] for key in own if key in state}
+    if not chosen:
+        usable = [value for key, value in state.items() if not key.endswith("num_batches_tracked")]
+        keys = [key for key in own if not key.endswith("num_batches_tracked")]
+        chosen = dict(zip(keys, usable, strict=False))
+    missing = [key for key in own if key not in chosen and not key.endswith("num_batches_tracked")]
+    differing = [key for key, value in chosen.items() if own[key].shape != value.shape]
+    if missing or differing:
+        raise UserError(
+            f"--backbone-weights {source} do not fit the backbone: {len(missing)} missing (first {missing[:2]}), "
+            f"{len(differing)} of another shape (first {differing[:2]}). Give the weights of the same architecture."
+        )
+    with torch.no_grad():
+        body.load_state_dict(chosen, strict=False)
