@@ -230,7 +230,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
     """Largest norm of all gradients together; 0: no clipping."""
     schedule: Literal["step", "cosine"] = "step"
     lr_drop: int = 200
-    """Epoch at which the step schedule divides the learning rates by ten."""
+    """Epochs after which, each time, the step schedule divides the learning rates by ten."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rates rise from zero."""
     ema: float = 0.0
@@ -258,7 +258,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "accumulate", "eval_every", "log_every"):
+        for name in ("epochs", "accumulate", "lr_drop", "eval_every", "log_every"):
             require(
                 getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}."
             )
@@ -266,6 +266,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
             require(
                 getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}."
             )
+        require(self.no_object_weight > 0, f"--no-object-weight must be positive, got {self.no_object_weight}.")
         require(0 <= self.ema < 1, f"--ema must be in [0, 1), got {self.ema}.")
         require(len(self.train_sizes) > 0 and min(self.train_sizes) > 0, "--train-sizes needs positive sizes.")
         low, high = self.crop_range

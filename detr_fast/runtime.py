@@ -90,7 +90,7 @@ def choose_runtime(options: RuntimeOptions) -> Runtime:
     """Raises UserError where something asked for by name is not there."""
     device, device_reason = choose_device(options.device)
     dtype, precision_reason = choose_precision(options.precision, device)
-    lacking = missing_for_compile() if options.compile and device.type == "cpu" else None
+    lacking = missing_for_compile() if options.compile else None
     require(lacking is None, f"--compile cannot run: {lacking}. Or leave --compile out.")
     reasons = {
         "device": f"{device} ({device_reason})",

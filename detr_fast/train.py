@@ -15,7 +15,7 @@ from detr_fast.config import RECIPES, TrainConfig, require
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
-from detr_fast.data.shapes import parse_shapes
+from detr_fast.data.shapes import is_shapes, parse_shapes
 from detr_fast.evaluation.coco_metrics import METRICS, Evaluation, evaluate_model
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
@@ -36,33 +36,38 @@ from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.progress import TrainingDisplay
-from detr_fast.training.run_folder import RunFolder, held_run_folder
+from detr_fast.training.run_folder import RunFolder, held_run_folder, writing
 from detr_fast.training.step import TrainStep
 
 
 def default_options(argv: Sequence[str]) -> TrainConfig:
     """What holds where an option is not given: a resumed run's own options, else the recipe of the model to train."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--data", "--model", "--output", "--resume"):
+    for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
-    state = load_resumed(asked.resume, asked.output or TrainConfig.output)
+    state = load_resumed(resumed_path(asked.resume, asked.output or TrainConfig.output))
     if state:
         return TrainConfig.from_dict(state["options"])
     data = asked.data or TrainConfig.data
-    if not data.startswith("shapes"):
+    if asked.train_images or not is_shapes(data):
         return RECIPES.get(asked.model, TrainConfig(model=asked.model or TrainConfig.model))
     model, side = asked.model or "detr_tiny", parse_shapes(data)
     recipe = RECIPES.get(model, TrainConfig(model=model))
     return replace(recipe, train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
 
 
-def load_resumed(resume: str | None, output: str) -> dict[str, Any] | None:
-    """The checkpoint to continue; None where none is asked for, or `auto` finds none. Raises UserError for another."""
-    if resume is None:
-        return None
-    path = Path(output) / "checkpoints" / "last.pt" if resume == "auto" else Path(resume)
-    if resume == "auto" and not path.exists():
+def resumed_path(resume: str | None, output: str) -> Path | None:
+    """The checkpoint to continue; None where none is asked for, or `auto` finds none."""
+    if resume != "auto":
+        return Path(resume) if resume else None
+    last = RunFolder(Path(output)).last
+    return last if last.exists() else None
+
+
+def load_resumed(path: Path | None) -> dict[str, Any] | None:
+    """What `path` holds, if there is one. Raises UserError where a run cannot be continued from it."""
+    if path is None:
         return None
     state = load_checkpoint(path)
     require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
@@ -72,7 +77,8 @@ def load_resumed(resume: str | None, output: str) -> dict[str, Any] | None:
 def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     """One process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
-    state = load_resumed(options.resume, options.output)
+    resumed = resumed_path(options.resume, options.output)
+    state = load_resumed(resumed)
     train_set, val_set, config = make_data(options)
     if state:
         check_resumed(state, options, config)
@@ -81,13 +87,14 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     ).batches_per_epoch
     schedule = make_schedule(options, batches_per_epoch)
     progress = Progress(**state["progress"]) if state else Progress()
-    if progress.step >= schedule.total_steps:
+    require(schedule.total_steps > 0, "--accumulate takes more batches than all epochs have. Lower it.")
+    if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
         return 0
     model = runtime.place(make_model(config, options, train_set, state, console))
     step = make_step(model, options, runtime, world, state)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
-    with held_output(options, world, model, resuming=state is not None) as folder:
+    with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
         log = MetricsLog(folder.metrics, folder.tensorboard, METRICS, progress.step) if world.is_main else None
         loop = TrainingLoop(
@@ -113,6 +120,11 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     return code
 
 
+def is_last_of(path: Path | None, output: str) -> bool:
+    """Whether `path` is the output folder's own checkpoint: another run's may not take its place."""
+    return path is not None and path.resolve() == RunFolder(Path(output)).last.resolve()
+
+
 def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -> Callable[[], Evaluation]:
     """Evaluates the weights to keep, uncompiled: compiling once more would take longer than it saves."""
     runtime, world = replace(step.runtime, compile=False), step.world
@@ -136,7 +148,9 @@ def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool)
     copies = 4 if options.ema else 3  # weights, the optimizer's two moments, the average
     checkpoint_bytes = copies * sum(parameter.numel() * 4 for parameter in model.parameters())
     with held_run_folder(root, resuming, checkpoint_bytes) as folder:
-        folder.config.write_text(json.dumps({"options": options.to_dict(), **stored_metadata(model)}, indent=2))
+        text = json.dumps({"options": options.to_dict(), **stored_metadata(model)}, indent=2)
+        with writing(folder.config):
+            folder.config.write_text(text)
         yield folder
 
 

@@ -197,13 +197,34 @@ def test_raw_ids_are_the_labels(write: Write) -> None:
     file = write(with_categories([1, 90], annotation(1, [1, 1, 9, 9], 90)))
     dataset = dataset_of(file, raw_ids=True)
     assert dataset.categories is None and dataset.num_classes == 91 and dataset.records[0].labels.tolist() == [90]
-    assert dataset_of(file, num_classes=91).categories is None
-    spare = dataset_of(file, num_classes=5)
-    assert spare.num_classes == 5 and spare.records[0].labels.tolist() == [1]
-    with pytest.raises(UserError, match="--num-classes 1"):
-        dataset_of(file, num_classes=1)
-    with pytest.raises(UserError, match="--num-classes 90"):
-        dataset_of(file, num_classes=90, raw_ids=True)
+    named = dataset_of(file, num_classes=92)
+    assert named.num_classes == 92 and named.records[0].labels.tolist() == [90]
+    assert named.categories is not None and [named.categories[label].name for label in (0, 1, 90)] == [
+        "N/A",
+        "class 1",
+        "class 90",
+    ]
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 90])
+def test_a_number_of_classes_that_leaves_labels_without_meaning_is_refused(write: Write, num_classes: int) -> None:
+    file = write(with_categories([1, 90], annotation(1, [1, 1, 9, 9], 90)))
+    assert dataset_of(file, num_classes=2).categories is not None
+    with pytest.raises(UserError, match=f"--num-classes {num_classes}: .*at least 91"):
+        dataset_of(file, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("value", ["0", 2, None])
+def test_fault_24_a_crowd_flag_that_is_none_is_refused(write: Write, value: Any) -> None:
+    with pytest.raises(UserError, match="annotation 4: 'iscrowd'"):
+        read_annotations(write(document(annotation(4, [1, 1, 9, 9], 1, iscrowd=value))))
+
+
+def test_fault_19_a_number_beyond_all_bounds(tmp_path: Path) -> None:
+    file = tmp_path / "huge.json"
+    file.write_text('{"images": ' + "9" * 5000 + "}")
+    with pytest.raises(UserError, match=r"huge\.json"):
+        read_annotations(file)
 
 
 def test_a_checkpoints_categories_decide_the_labels(write: Write) -> None:

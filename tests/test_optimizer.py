@@ -15,9 +15,13 @@ def test_the_backbone_has_its_own_rate_and_nothing_frozen_is_trained() -> None:
     assert counted == 41_302_368  # REFERENCE: what upstream trains of its 41,524,768
 
 
-def test_step_schedule_drops_once() -> None:
-    schedule = Schedule("step", total_steps=300, drop_step=200, warmup_steps=0)
-    assert [schedule.factor(step) for step in (0, 199, 200, 299)] == pytest.approx([1, 1, 0.1, 0.1])
+def test_step_schedule_drops_every_time_as_upstreams_does() -> None:
+    schedule = Schedule("step", total_steps=300, drop_step=100, warmup_steps=0)
+    theirs = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), 100)
+    for step in range(300):
+        assert schedule.factor(step) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
 
 
 def test_cosine_schedule_warms_up_and_ends_near_zero() -> None:

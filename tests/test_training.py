@@ -149,7 +149,11 @@ def test_a_finished_run_has_nothing_to_do(
 
 @pytest.mark.parametrize(
     ("changes", "option"),
-    [({"batch_size": 4}, "--batch-size 8"), ({"num_queries": 12}, "--num-queries 10"), ({"seed": 7}, "--seed 42")],
+    [
+        ({"batch_size": 4}, "--batch-size 8"),
+        ({"model": "detr_r50"}, "--model detr_tiny"),
+        ({"data": "shapes:64"}, "--data .*another --output"),
+    ],
 )
 def test_resuming_with_other_options_names_the_one_that_would_agree(
     shapes_root: Path, tmp_path: Path, changes: dict[str, Any], option: str
@@ -185,6 +189,8 @@ def test_defaults_follow_the_data_and_the_model() -> None:
     assert default_options([]).model == "detr_tiny"
     shapes = default_options(["--data", "shapes:128"])
     assert (shapes.model, shapes.image_size, shapes.train_sizes) == ("detr_tiny", 128, (128,))
+    for arguments in (["--data", "some/folder"], ["--data", "shapes_of/mine"], ["--train-images", "some/folder"]):
+        assert default_options(arguments).model == "detr_r50", arguments
     own = default_options(["--data", "some/folder"])
     assert (own.model, own.epochs, own.lr, own.image_size) == ("detr_r50", 300, 1e-4, None)
 
@@ -193,3 +199,58 @@ def test_a_best_checkpoint_is_for_use_and_says_so_when_resumed(shapes_root: Path
     assert main(options(shapes_root, tmp_path, epochs=1)) == 0
     with pytest.raises(UserError, match=r"best\.pt.*--weights"):
         default_options(["--resume", str(tmp_path / "checkpoints" / "best.pt")])
+
+
+def test_resuming_in_another_memory_order_continues_the_same_run(shapes_root: Path, tmp_path: Path) -> None:
+    """A fused update reads moments as they lie in memory: those of a checkpoint have to be laid as the weights are."""
+    ends = {}
+    for channels_last in (True, False):
+        folder = tmp_path / str(channels_last)
+        assert main(options(shapes_root, folder, epochs=1, precision="fp32", schedule="step", lr=1e-4)) == 0
+        more = {"epochs": 2, "precision": "fp32", "schedule": "step", "lr": 1e-4, "resume": "auto"}
+        assert main(options(shapes_root, folder, channels_last=channels_last, **more)) == 0
+        ends[channels_last] = load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
+    for name, value in ends[True].items():
+        assert torch.allclose(value.float(), ends[False][name].float(), atol=2e-3), name
+
+
+def test_another_folders_run_is_not_overwritten_by_resuming_into_it(shapes_root: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        assert main(options(shapes_root, tmp_path / name, epochs=1)) == 0
+    one = str(tmp_path / "one" / "checkpoints" / "last.pt")
+    with pytest.raises(UserError, match="holds a run already"):
+        main(options(shapes_root, tmp_path / "other", epochs=2, resume=one))
+
+
+def test_a_run_without_a_step_is_refused(shapes_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--accumulate"):
+        main(options(shapes_root, tmp_path, epochs=1, accumulate=7))
+
+
+def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
+    shapes_root: Path, tmp_path: Path, interrupt_at: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context():
+        interrupt_at(STEPS, signal.SIGTERM)
+        assert main(options(shapes_root, tmp_path)) == 143
+    monkeypatch.undo()
+    assert not (tmp_path / "evaluation.json").exists()
+    assert main(options(shapes_root, tmp_path, resume="auto")) == 0
+    assert (tmp_path / "evaluation.json").exists() and (tmp_path / "checkpoints" / "best.pt").exists()
+
+
+def test_a_frozen_backbone_is_not_trained(shapes_root: Path, tmp_path: Path) -> None:
+    assert main(options(shapes_root, tmp_path, epochs=1, lr_backbone=0.0)) == 0
+    assert len(load_checkpoint(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
+
+
+def test_two_processes_train_evaluate_and_leave_one_run(shapes_root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny", "--device", "cpu"]
+    command += ["--epochs", "1", "--batch-size", "4", "--log-every", "2", "--output", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8 images a step" in done.stdout
+    assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6"]
+    assert "AP" in json.loads((tmp_path / "evaluation.json").read_text())

@@ -130,7 +130,7 @@ def read_annotations(file: Path) -> Annotations:
         "category_ids": whole_numbers(file, rows, "annotation", "category_id"),
         "boxes_xywh_px": boxes,
         "areas": read_areas(file, rows, boxes),
-        "crowd": np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
+        "crowd": read_crowd(file, rows),
     }
     refuse_unlisted_categories(file, rows, columns["category_ids"], categories)
     size_of = {image.id: (image.width, image.height) for image in images}
@@ -151,6 +151,14 @@ def read_annotations(file: Path) -> Annotations:
     return Annotations(file=file, images=images, categories=categories, corrections=corrections, **kept)
 
 
+def read_crowd(file: Path, rows: list[dict[str, Any]]) -> np.ndarray:
+    """(N,) bool. Raises UserError for an `iscrowd` that is neither 0 nor 1."""
+    for row in rows:
+        value = row.get("iscrowd", 0)
+        require(value in (0, 1), f"{file}: annotation {row.get('id')}: 'iscrowd' must be 0 or 1, not {value!r}.")
+    return np.array([row.get("iscrowd", 0) for row in rows], dtype=bool)
+
+
 def load_json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
@@ -165,6 +173,8 @@ def load_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a text file in UTF-8 ({error}).") from error
     except RecursionError as error:
         raise UserError(f"{file}: nested too deeply to be COCO json.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{file}: not valid json: {error}.") from error
     require(isinstance(document, dict), f"{file}: COCO json is an object with images, annotations and categories.")
     return document
 

@@ -67,7 +67,7 @@ class CocoDataset(Dataset[Sample]):
         """What each label stands for, in label order; None: labels are the ids."""
         self.label_of = label_map(self.annotations, self.categories)
         """Category id to label."""
-        self.num_classes = num_classes or max(self.label_of.values()) + 1
+        self.num_classes = max(self.label_of.values()) + 1 if self.categories is None else len(self.categories)
         self.records = make_records(self.annotations, images_folder, self.label_of)
 
     def __len__(self) -> int:
@@ -105,6 +105,10 @@ class CocoDataset(Dataset[Sample]):
             )
 
 
+UNUSED = "N/A"
+"""The name of a label that no category of the data has."""
+
+
 def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     height, width = file_size
     return (
@@ -116,16 +120,25 @@ def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
 def choose_categories(
     annotations: Annotations, categories: Sequence[Category] | None, raw_ids: bool, num_classes: int | None
 ) -> tuple[Category, ...] | None:
-    """What each label stands for; None: labels are the ids. Raises UserError where `num_classes` are too few."""
-    if categories is None and num_classes is not None:
-        raw_ids = raw_ids or num_classes > annotations.categories[-1].id
-    chosen = None if raw_ids else tuple(annotations.categories if categories is None else categories)
-    needed = annotations.categories[-1].id + 1 if chosen is None else len(chosen)
+    """What each label stands for; None: labels are the ids, and their names are not known.
+
+    `num_classes` above all ids makes labels the ids, too, with names. Raises UserError for a number between that and
+    how many classes there are: some labels would stand for nothing.
+    """
+    if raw_ids:
+        return None
+    if categories is not None:
+        return tuple(categories)
+    own, largest = tuple(annotations.categories), annotations.categories[-1].id
+    if num_classes is None or num_classes == len(own):
+        return own
     require(
-        num_classes is None or num_classes >= needed,
-        f"--num-classes {num_classes}: the data has {needed} classes. Leave the option out, or give at least {needed}.",
+        num_classes > largest,
+        f"--num-classes {num_classes}: the data has {len(own)} classes, with ids up to {largest}. "
+        f"Leave the option out, or give at least {largest + 1} to use the ids as labels.",
     )
-    return chosen
+    name_of = {category.id: category.name for category in own}
+    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes))
 
 
 def label_map(annotations: Annotations, categories: Sequence[Category] | None) -> dict[int, int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_fast.config import require
+from detr_fast.config import UserError, require
 
 VERSION = 1
 """Counts up whenever the generator draws something else, so that no stale cache is read."""
@@ -181,17 +181,29 @@ def write_split(root: Path, split: str, seed: int, side: int, count: int) -> Non
     (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
 
 
+def cache_error(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The embedded data set cannot be written to {folder}: {error.strerror}. "
+        "Free some space, or set DETR_FAST_CACHE to a folder that can be written."
+    )
+
+
 def cache_folder() -> Path:
     """Where generated data is kept: DETR_FAST_CACHE, else the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "detr_fast"
     return Path(os.environ.get("DETR_FAST_CACHE", default))
 
 
+def is_shapes(data: str) -> bool:
+    """Whether --data names the embedded data set and no folder."""
+    return data.split(":")[0] == "shapes"
+
+
 def parse_shapes(data: str) -> int:
     """The image side in pixels that `shapes` or `shapes:SIDE` asks for. Raises UserError for anything else."""
     _, _, side = data.partition(":")
     require(
-        data == "shapes" or (side.isdigit() and 48 <= int(side) <= 1024),
+        data == "shapes" or (side.isdecimal() and 48 <= int(side) <= 1024),
         f"--data {data}: give shapes:SIDE with SIDE 48 to 1024.",
     )
     return int(side or 64)
@@ -205,15 +217,18 @@ def ensure_shapes(side: int, seed: int = 0, sizes: dict[str, int] | None = None)
     root = cache_folder() / f"shapes-v{VERSION}-{side}px-seed{seed}-{counts}"
     if root.is_dir():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root.parent))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root.parent))
+    except OSError as error:
+        raise cache_error(root.parent, error) from error
     try:
         for number, (split, count) in enumerate(sizes.items()):
             write_split(partial, split, seed * len(sizes) + number, side, count)
         partial.rename(root)
-    except OSError:
+    except OSError as error:
         if not root.is_dir():  # not merely another process that was faster
-            raise
+            raise cache_error(root.parent, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from detr_fast.config import DataOptions, UserError, require
-from detr_fast.data.shapes import ensure_shapes, parse_shapes
+from detr_fast.data.shapes import ensure_shapes, is_shapes, parse_shapes
 
 Split = Literal["train", "val", "test"]
 Location = tuple[Path, Path]
@@ -21,7 +21,7 @@ def find_split(options: DataOptions, split: str) -> Location | None:
     explicit = explicit_location(options, split)
     if explicit is not None:
         return explicit
-    if options.data.split(":")[0] == "shapes":
+    if is_shapes(options.data):
         given_otherwise = options.train_images is not None or options.val_images is not None
         return None if given_otherwise or split == "test" else shapes_location(options.data, split)
     root = Path(options.data)

@@ -133,13 +133,9 @@ def category_ids(labels: np.ndarray, categories: Sequence[Category]) -> np.ndarr
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, on every one of them. An image that two had, to fill up their shares, counts once."""
+    """The rows of all processes, on every one of them."""
     if not dist.is_initialized():
         return rows
     shares: list[np.ndarray] = [rows] * dist.get_world_size()
     dist.all_gather_object(shares, rows)
-    kept = shares[:1]
-    for share in shares[1:]:
-        seen = np.unique(np.concatenate(kept)[:, IMAGE_ID])
-        kept.append(share[~np.isin(share[:, IMAGE_ID], seen)])
-    return np.concatenate(kept)
+    return np.concatenate(shares)

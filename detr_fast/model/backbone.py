@@ -3,8 +3,10 @@
 ResNet: He et al. 2016, with torchvision's parameter names. DC5: DETR (Carion et al. 2020), section 4.1.
 """
 
+import torch
 from torch import Tensor, nn
 
+from detr_fast.config import require
 from detr_fast.model.normalization import FrozenBatchNorm2d, conv_norm
 
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -115,7 +117,10 @@ def initialize_convolutions(module: nn.Module) -> None:
 
 
 class TimmBackbone(nn.Module):
-    """The last feature map of a timm model, its batch norms frozen."""
+    """The last feature map of a timm model, its batch norms frozen, and of a ResNet the stem and first stage too.
+
+    Raises UserError for a model that gives no feature map (B, C, h, w) for images of any size.
+    """
 
     def __init__(self, name: str, dilation: bool) -> None:
         super().__init__()
@@ -126,6 +131,21 @@ class TimmBackbone(nn.Module):
         body = timm.create_model(name, pretrained=False, features_only=True, **stride)
         self.out_channels: int = body.feature_info.channels()[-1]
         self.body = freeze_batch_norm_2d(body)
+        for parameter_name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(not parameter_name.startswith(("conv1.", "bn1.", "layer1.")))
+        self._probe(name)
+
+    @torch.no_grad()
+    def _probe(self, name: str) -> None:
+        training = self.body.training
+        try:
+            channels = self.body.eval()(torch.zeros(1, 3, 128, 96))[-1].shape[1]
+        except (AssertionError, RuntimeError, ValueError):
+            channels = 0
+        require(
+            channels == self.out_channels, f"--model {name} takes no images of any size: choose a convolutional one."
+        )
+        self.body.train(training)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images)[-1]

@@ -29,22 +29,23 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
     config = model_config(options.model, num_classes=train_set.num_classes, **changes)
     train_set.warn_if_queries_are_few(config.num_queries)
-    raw_ids = train_set.categories is None
-    return train_set, build_dataset(options, "val", config, categories=train_set.categories, raw_ids=raw_ids), config
+    return train_set, build_dataset(options, "val", config, categories=train_set.categories), config
 
 
 def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
     """Raises UserError where the options would not continue the checkpoint's run but start another one."""
-    stored = {**state["options"], **state["model_config"]}
-    asked = {**options.to_dict(), **config.to_dict()}
-    for name in (*ModelConfig.__dataclass_fields__, "data", "seed", "batch_size", "accumulate", "ema"):
-        before, now = (tuple(v) if isinstance(v, list) else v for v in (stored.get(name), asked[name]))
-        option = f"--{name.replace('_', '-')}"
+    stored, asked = {**state["model_config"], **state["options"]}, {**config.to_dict(), **options.to_dict()}
+    fixed = ("data", "model", "seed", "batch_size", "accumulate", "ema", *ModelConfig.__dataclass_fields__)
+    for name in fixed:
+        before, now = (tuple(v) if isinstance(v, list) else v for v in (stored[name], asked[name]))
+        option = f"--{name.replace('_', '-')}" if name in asked.keys() & options.to_dict().keys() else name
         require(
             before == now,
-            f"--resume: the checkpoint was trained with {option} {before}, asked for is {now}. "
-            f"Give {option} {before}, or start a new run with --weights.",
+            f"The run to resume has {option} {before}, asked for is {now}. "
+            f"Give {option} {before}, or another --output for a new run.",
         )
+    before, now = state["model_config"]["num_classes"], config.num_classes
+    require(before == now, f"The run to resume has {before} classes, its data now has {now}. Give another --output.")
 
 
 def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
@@ -59,6 +60,8 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
         out.print(f"{options.weights}: the class head is kept for {len(kept)} of {config.num_classes} classes")
     else:
         load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
+    if options.lr_backbone == 0:
+        model.backbone.requires_grad_(False)
     model.transformer.checkpoint_activations = options.checkpoint_activations
     return model
 
@@ -78,10 +81,21 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
     )
     if state:
         step.optimizer.load_state_dict(state["optimizer"])
-        step.scaler.load_state_dict(state["scaler"])
+        keep_layouts(step.optimizer)
+        if state["scaler"]:
+            step.scaler.load_state_dict(state["scaler"])
         if step.averaged:
             load_state_dict(step.averaged, state["ema"])
     return step
+
+
+def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update walks
+    through memory without looking at strides."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:

@@ -98,4 +98,4 @@ def is_checkpoint(path: Path) -> bool:
 def previous(path: Path) -> str:
     """A hint at the other checkpoint beside `path`, where there is one."""
     others = sorted(other for other in path.parent.glob("*.pt") if other != path)
-    return f" Beside it is {others[0]}." if others else ""
+    return f" Beside it is {others[0]}, to start from with --weights." if others else ""

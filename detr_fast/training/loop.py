@@ -1,6 +1,7 @@
 """The training loop: windows of batches to steps, steps to epochs; logs, evaluates, saves."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,9 @@ class Progress:
 
     step: int = 0
     """Optimizer steps done."""
-    best_ap: float = -1.0
+    evaluated_step: int = 0
+    """The step after which the model was evaluated last."""
+    best_ap: float = -math.inf
     nonfinite_readings: int = 0
     seconds: float = 0.0
     """Time trained before this process."""
@@ -68,22 +71,30 @@ class TrainingLoop:
         """Trains to the end or to a signal; returns the exit code."""
         self.step.model.train()
         self.meter.restart()
-        while self.progress.step < self.total_steps:
+        while True:
+            if self._evaluation_is_due():  # asked first, since a run may have been stopped just before one
+                self._evaluate()
+                self._save()
+            if self.progress.step >= self.total_steps:
+                return 0
             self._advance()
-            ended_epoch = self._ended_epoch()
-            last = self.progress.step == self.total_steps
             stopping = self._agreed(interruption)
-            saving = stopping or ended_epoch or last or self._due(self.options.save_every)
+            saving = stopping or self._ended_epoch() or self._is_last() or self._due(self.options.save_every)
             if saving or self._due(self.options.log_every):
                 self._read()
-            if last or (ended_epoch and ended_epoch % self.options.eval_every == 0):
-                self._evaluate()
             if saving:
                 self._save()
-            if stopping and not last:
+            if stopping:
                 self.display.say(f"Stopped after step {self.progress.step}; --resume auto goes on from here.")
-                return interruption.exit_code
-        return 0
+                return interruption.exit_code or 128 + signal.SIGTERM  # another rank was asked to stop
+
+    def _is_last(self) -> bool:
+        return self.progress.step == self.total_steps
+
+    def _evaluation_is_due(self) -> bool:
+        epochs = self._ended_epoch()
+        due = self._is_last() or (epochs > 0 and epochs % self.options.eval_every == 0)
+        return due and self.progress.evaluated_step != self.progress.step
 
     def _advance(self) -> None:
         """One optimizer step. Random numbers in it depend on (seed, step, rank) alone, so that a resumed run repeats
@@ -155,7 +166,9 @@ class TrainingLoop:
             raise UserError(f"Predictions were not finite {self.progress.nonfinite_readings} times. {advice}")
 
     def _evaluate(self) -> None:
+        self.step.share_buffers()
         self.evaluation = self.evaluate()
+        self.progress.evaluated_step = self.progress.step
         metrics = self.evaluation.metrics
         self.step.model.train()
         if self.log and self.folder:
@@ -173,6 +186,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """What is needed to continue the run as if it had not stopped."""
+        self.step.share_buffers()
         if not self.folder:
             return
         averaged = self.step.averaged

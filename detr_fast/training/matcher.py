@@ -44,11 +44,13 @@ def batched_assignment(cost: Tensor, num_targets: Tensor) -> Tensor:
     -1 where there is no target, or no query left for it: of more targets than queries the cheapest Q are matched.
     Solved by SciPy on the host: one copy there and one back for all problems together.
     """
-    host_cost, counts = cost.cpu().numpy(), num_targets.cpu().numpy()
-    query_of_target = np.full((cost.shape[0], cost.shape[2]), -1, dtype=np.int64)
+    problems, queries, targets = cost.shape
+    joined = torch.cat((cost.flatten(1), num_targets[:, None].to(cost.dtype)), dim=1).cpu().numpy()
+    host_cost, counts = joined[:, :-1].reshape(problems, queries, targets), joined[:, -1].astype(int)
+    query_of_target = np.full((problems, targets), -1, dtype=np.int64)
     for problem, count in enumerate(counts):
-        queries, columns = linear_sum_assignment(host_cost[problem, :, :count])
-        query_of_target[problem, columns] = queries
+        rows, columns = linear_sum_assignment(host_cost[problem, :, :count])
+        query_of_target[problem, columns] = rows
     return torch.from_numpy(query_of_target).to(cost.device, non_blocking=True)
 
 

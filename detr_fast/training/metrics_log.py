@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from detr_fast.training.run_folder import writing
+
 TRAIN_COLUMNS = (
     *("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm", "lr"),
     *("images_per_second", "data_wait_share", "memory_mib"),
@@ -19,19 +21,22 @@ class MetricsLog:
     def __init__(self, csv_file: Path, tensorboard: Path, val_columns: tuple[str, ...], resumed_step: int) -> None:
         self.columns = (*PLACE_COLUMNS, *TRAIN_COLUMNS, *val_columns)
         kept = [row for row in read_rows(csv_file) if int(row["step"]) <= resumed_step] if resumed_step else []
-        self._file = csv_file.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, self.columns, restval="", extrasaction="ignore")
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._file.flush()
+        self._path = csv_file
+        with writing(csv_file):
+            self._file = csv_file.open("w", newline="")
+            self._writer = csv.DictWriter(self._file, self.columns, restval="", extrasaction="ignore")
+            self._writer.writeheader()
+            self._writer.writerows(kept)
+            self._file.flush()
         self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, kind: str, epoch: float, step: int, seconds: float, values: dict[str, float]) -> None:
         """One row; `kind` is train or val, `seconds` since the run began."""
         numbers = {name: f"{value:.6g}" for name, value in values.items()}
         place = {"kind": kind, "epoch": f"{epoch:.4g}", "step": step, "seconds": f"{seconds:.1f}"}
-        self._writer.writerow(place | numbers)
-        self._file.flush()
+        with writing(self._path):
+            self._writer.writerow(place | numbers)
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 

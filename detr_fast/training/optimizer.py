@@ -32,7 +32,7 @@ class Schedule:
     def factor(self, step: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.kind == "step":
-            return warmup * (0.1 if step >= self.drop_step else 1.0)
+            return warmup * 0.1 ** (step // max(1, self.drop_step))
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.total_steps)))
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:

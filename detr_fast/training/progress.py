@@ -1,7 +1,7 @@
 """What a run shows while it goes on: a bar with the figures that matter; plain lines where there is no terminal."""
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 FIGURES = "loss {loss:.3f}  {images_per_second:.0f} img/s  wait {data_wait_share:.0%}  {memory_mib:.0f} MiB"
 
@@ -17,12 +17,11 @@ class TrainingDisplay:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} steps  {task.fields[figures]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
         )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task: TaskID = self._progress.add_task(
-            "train", total=total_steps, completed=done_steps, epoch=f"0/{epochs}", figures=""
+            "train", total=total_steps, completed=done_steps, epoch=f"0/{epochs}", figures="", eta="-:--"
         )
 
     def __enter__(self) -> "TrainingDisplay":
@@ -35,11 +34,12 @@ class TrainingDisplay:
     def update(self, epoch: float, step: int, values: dict[str, float], eta_seconds: float) -> None:
         figures = FIGURES.format(**values)
         shown_epoch = f"{min(int(epoch) + 1, self.epochs)}/{self.epochs}"
-        self._progress.update(self._task, completed=step, epoch=shown_epoch, figures=figures)
+        minutes, seconds = divmod(int(eta_seconds), 60)
+        eta = f"{minutes}:{seconds:02d}"
+        self._progress.update(self._task, completed=step, epoch=shown_epoch, figures=figures, eta=eta)
         if not self.console.is_terminal:
-            minutes, seconds = divmod(int(eta_seconds), 60)
             self.console.print(
-                f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {minutes}:{seconds:02d}",
+                f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {eta}",
                 soft_wrap=True,
                 highlight=False,
             )

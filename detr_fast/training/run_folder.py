@@ -75,6 +75,17 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
         yield folder
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write `path` into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Could not write {path}: {error.strerror}. Free some space or give another --output."
+        ) from error
+
+
 def check_room(root: Path, checkpoint_bytes: int) -> None:
     """last.pt, its successor while it is written, and best.pt have to fit. Raises UserError where they do not."""
     if not os.access(root, os.W_OK):

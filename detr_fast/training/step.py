@@ -1,9 +1,12 @@
 """One optimizer step: the one place where outputs become updates, and where a captured form can take over."""
 
+import operator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -19,7 +22,8 @@ from detr_fast.training.distributed import World
 class TrainStep:
     """Forward, loss and backward over a window of batches, then clip, AdamW and the average. Reads nothing on the host.
 
-    The window's batches and all ranks share one set of normalizers, so the step is that of their joined batch.
+    The window's batches and all ranks share one set of normalizers, so the step is that of their joined batch; but for
+    live batch norm, whose statistics are each batch's own. SciPy's assignment is the exception: it works on the host.
     """
 
     model: DETR
@@ -63,13 +67,18 @@ class TrainStep:
             self._average()
         return terms
 
+    def share_buffers(self) -> None:
+        """Gives every rank the main one's batch norm statistics: each has gathered those of its own batches."""
+        if self.world.size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
     def _normalizers(self, batches: list[Batch]) -> Normalizers:
         """Of all batches and ranks together, for each rank: the gradients are averaged over the ranks afterwards."""
         queries = self.model.config.num_queries
         parts = [self.criterion.normalizers(batch.targets, queries) for batch in batches]
-        boxes = torch.stack([part.boxes for part in parts]).sum()
-        class_weight = torch.stack([part.class_weight for part in parts]).sum()
-        summed = self.world.sum(torch.stack((boxes, class_weight))) / self.world.size
+        window = reduce(operator.add, parts)
+        summed = self.world.sum(torch.stack((window.boxes, window.class_weight))) / self.world.size
         return Normalizers(*summed.unbind())
 
     def _backward(self, batch: Batch, normalizers: Normalizers) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def download_weights(name: str) -> dict[str, Tensor]:
 
         return timm.create_model(name, pretrained=True).state_dict()
     except (URLError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"Could not download ImageNet weights for {name}: {reason}\n"
             "Give a file with --backbone-weights PATH, or start from random weights with --backbone-weights none."

@@ -159,7 +159,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _parse_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} holds invalid json: {error}") from error
 
 
