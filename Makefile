@@ -2,7 +2,7 @@
 #   make train ARGS="--data ROOT --epochs 50"
 #   make test PYTHON=/path/to/python3.12
 
-.PHONY: train test setup clean
+.PHONY: train test bench setup clean
 
 train: setup
 	.venv/bin/python -m detr_fast.train --compile --resume auto $(ARGS)
@@ -12,6 +12,9 @@ test: setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/pytest $(ARGS)
+
+bench: setup
+	.venv/bin/pytest benchmarks --benchmark-only $(ARGS)
 
 setup:
 	@./setup.sh
