@@ -176,6 +176,21 @@ def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path,
         main(options(shapes_root, tmp_path, lr=1e30, lr_backbone=1e30, warmup_steps=0))
 
 
+def test_outputs_that_keep_being_non_finite_stop_the_run(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS row 27: a finite loss with replaced costs may pass, but not for ever."""
+    monkeypatch.setattr("detr_fast.training.loop.MOST_NONFINITE_READINGS", 3)
+    original = TrainStep.__call__
+
+    def call(self: TrainStep, batches: list) -> dict:
+        return original(self, batches) | {"nonfinite_costs": torch.tensor(2)}
+
+    monkeypatch.setattr(TrainStep, "__call__", call)
+    with pytest.raises(UserError, match="not finite 4 times"):
+        main(options(shapes_root, tmp_path))
+
+
 def test_fine_tuning_keeps_what_the_classes_share(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,6 +255,15 @@ def test_shards_stay_in_their_folder(model: DETR, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_a_configuration_without_bounds_is_refused(model: DETR, tmp_path: Path) -> None:
+    """FAULTS row 36. A sparse file: nothing of that size is written or read."""
+    save_file(export_state_dict(model, "huggingface"), tmp_path / "model.safetensors")
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"config\.json.*no configuration"):
+        load_model(tmp_path)
+
+
 def test_config_that_computes_something_else_is_refused(model: DETR, tmp_path: Path) -> None:
     write_weights(model, tmp_path / "model.safetensors", "huggingface")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", "auxiliary_loss": True}))

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from detr_fast.config import UserError
 
+LARGEST_JSON = 64 << 20
+"""Bytes; an index of shards, the largest of these files, has a few hundred thousand."""
+
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -147,6 +150,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty where there is no such file."""
     if not path.exists():
         return {}
+    if path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path} has {path.stat().st_size >> 20} MiB: that is no configuration.")
     try:
         content = _parse_json(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
