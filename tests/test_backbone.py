@@ -72,3 +72,18 @@ def test_a_backbone_says_how_many_channels_it_gives(name: str, stride: int) -> N
     backbone = build_backbone(name, dilation=False)
     features = backbone(torch.randn(1, 3, 64, 96))
     assert features.shape == (1, backbone.out_channels, 64 // stride, 96 // stride)
+
+
+def test_a_timm_resnet_keeps_its_stem_and_first_stage() -> None:
+    pytest.importorskip("timm", reason="timm is an extra")
+    trained = {
+        name: parameter.requires_grad for name, parameter in build_backbone("resnet18", False).named_parameters()
+    }
+    frozen = {name.split(".")[1] for name, learns in trained.items() if not learns}
+    assert frozen == {"conv1", "layer1"}  # bn1 has no parameters left
+
+
+def test_a_timm_model_that_takes_one_size_of_image_is_refused() -> None:
+    pytest.importorskip("timm", reason="timm is an extra")
+    with pytest.raises(UserError, match="--model vit_tiny_patch16_224"):
+        build_backbone("vit_tiny_patch16_224", dilation=False)

@@ -48,7 +48,9 @@ def run_step(windows: list[list[Batch]], world: World | None = None) -> dict[str
     for window in windows:
         terms = step(window)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": terms["loss"], "norm": terms["grad_norm"], "gradients": gradients}
+    statistics = next(model.buffers()).fill_(step.world.rank)
+    step.share_buffers()
+    return {"statistics": statistics, "loss": terms["loss"], "norm": terms["grad_norm"], "gradients": gradients}
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
@@ -85,5 +87,6 @@ def test_two_processes_make_the_joined_batch(tmp_path: Path) -> None:
     once, twice = run_step(joined), run_step(joined * 2)
     for rank in (0, 1):
         require_same(once, torch.load(tmp_path / f"{rank}-1.pt"))
+        assert torch.load(tmp_path / f"{rank}-1.pt")["statistics"].count_nonzero() == 0  # the main one's, on both
         assert torch.load(tmp_path / f"{rank}-2.pt")["loss"].item() == pytest.approx(twice["loss"].item(), rel=1e-4)
     assert twice["loss"].item() != pytest.approx(once["loss"].item(), rel=1e-4)

@@ -130,9 +130,15 @@ def test_outputs_of_every_layer(run: Run) -> None:
             torch.testing.assert_close(output[f"pred_{kind}"], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("case", "tolerance"), [("r50", 1e-4), ("r101", 1e-4), ("r50_dc5", 1e-3)])
-def test_outputs_with_what_runs_by_default(case: str, tolerance: float) -> None:
-    """Folded and fused. On these weights fp32 itself is only this exact with DC5: float64 is 9e-5 off, ours 3.4e-4."""
+DC5_BY_DEFAULT = pytest.param(
+    "r50_dc5",
+    marks=pytest.mark.xfail(strict=True, reason="3.4e-4: these weights amplify fp32 rounding; float64 is 9e-5 off"),
+)
+
+
+@pytest.mark.parametrize("case", ["r50", "r101", DC5_BY_DEFAULT])
+def test_outputs_with_what_runs_by_default(case: str) -> None:
+    """Folded and fused. The same function by test_reference.py, in float64; here, what fp32 leaves of it."""
     model = our_model(case)
     select_implementation(model)
     with torch.no_grad():
@@ -141,7 +147,7 @@ def test_outputs_with_what_runs_by_default(case: str, tolerance: float) -> None:
         name = "pred" if index == 5 else f"aux{index}"
         for kind in ("logits", "boxes"):
             expected = golden_array(f"{case}/{name}_{kind}")
-            torch.testing.assert_close(layer[f"pred_{kind}"], expected, atol=tolerance, rtol=0)
+            torch.testing.assert_close(layer[f"pred_{kind}"], expected, atol=1e-4, rtol=0)
 
 
 def test_every_term(run: Run) -> None:
