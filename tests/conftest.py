@@ -1,8 +1,14 @@
-"""What several test files need: small data sets, made once."""
+"""What several test files need: small data sets, made once, and Triton kernels that run without a GPU."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported: before all of ours
 
 from detr_fast.data.shapes import ensure_shapes
 
@@ -15,3 +21,12 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         return ensure_shapes(64, sizes={"train": 48, "val": 12})
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN, and the largest integer: an entry that a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -4,8 +4,11 @@ A tolerance is derived, not picked: a result may err, against an oracle in highe
 plain eager code errs in the same precision, plus a stated floor.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 FACTOR = 2.0
@@ -62,3 +65,51 @@ def assert_close(result: Tensor, oracle: Tensor, eager: Tensor, floor: float, na
 def relative_floor(oracle: Tensor, factor: float = 1e-6) -> float:
     """A floor for `closeness`: `factor` times the largest magnitude in `oracle`."""
     return factor * oracle.detach().abs().max().item() if oracle.numel() else factor
+
+
+def outputs_and_gradients(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Tensor]:
+    """What `function(*inputs)` returns, its non-empty tensors, and the gradients of every floating input.
+
+    The gradients are those of a random weighting of the outputs, the same for every dtype.
+    """
+    leaves = [
+        each.detach().requires_grad_() if isinstance(each, Tensor) and each.is_floating_point() else each
+        for each in inputs
+    ]
+    result = function(*leaves)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    generator = torch.Generator().manual_seed(0)
+    weightings = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    differentiable = [pair for pair in zip(outputs, weightings, strict=True) if pair[0].requires_grad]
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not differentiable or not wanted:
+        return outputs
+    total = sum(((output * weighting).sum() for output, weighting in differentiable), outputs[0].new_zeros(()))
+    return [*outputs, *torch.autograd.grad(total, wanted, materialize_grads=True)]
+
+
+def in_dtype(inputs: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """`inputs` with every floating tensor in `dtype`."""
+    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+def assert_same_function(
+    fused: Callable[..., Any], eager: Callable[..., Any], inputs: Sequence[Any], floor: float, factor: float = 1.0
+) -> list[Closeness]:
+    """`fused` against `eager` on the same `inputs`: outputs and the gradient of every floating input.
+
+    Judged by `eager` in float64. The floor of each value is `floor` times its largest magnitude, or times `factor`
+    where that is larger: gradients that cancel to nothing still carry their summands' rounding.
+    """
+    results = outputs_and_gradients(fused, inputs)
+    plain = outputs_and_gradients(eager, inputs)
+    oracle = outputs_and_gradients(eager, in_dtype(inputs, torch.float64))
+    judged = []
+    for index, (result, exact, rough) in enumerate(zip(results, oracle, plain, strict=True)):
+        if not result.is_floating_point():
+            continue
+        if result.dtype != rough.dtype:
+            raise AssertionError(f"value {index} is {result.dtype}, eager's {rough.dtype}")
+        scale = max(factor, exact.detach().abs().max().item() if exact.numel() else 0.0)
+        judged.append(assert_close(result, exact, rough, floor * scale, name=f"value {index}"))
+    return judged

@@ -1,0 +1,150 @@
+"""`python -m detr_kernels.compile_ahead`: compiles every launch for GPUs that are not there, and says what each uses.
+
+The launchers run as they are, on tensors without data (the meta device), so that what is compiled is what a GPU would
+be given: same specialisation, same blocks, same warps. Registers, stack and shared memory are read from the machine
+code. A kernel that spills shows a stack.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_kernels import layer_norm
+from detr_kernels.dispatch import launches_to
+from detr_kernels.language import INTERPRETED, triton
+
+CAPABILITIES = (80, 90, 100)
+"""A100, H100 and H200, B200."""
+IMAGES, QUERIES, LAYERS, DIM, HEADS, CLASSES, TARGETS = 16, 100, 6, 256, 8, 91, 63
+TOKENS = 25 * 34
+"""Of one 800x1066 image at stride 32."""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor of which only shape and dtype exist."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_layer_norm() -> None:
+    x, residual = meta(IMAGES * TOKENS, DIM), meta(IMAGES * TOKENS, DIM, dtype=torch.float32)
+    weight, seed = meta(DIM, dtype=torch.float32), meta(1, dtype=torch.int64)
+    y, total = layer_norm._forward(x, residual, weight, weight, seed, 1e-5, 0.1, True)
+    layer_norm._backward(y, total, weight, seed, 1e-5, 0.1, x.dtype, residual.dtype)
+
+
+SPECIMENS: dict[str, Callable[[], None]] = {"fused_add_layer_norm": launch_layer_norm}
+"""Public function -> all its launches at the shapes of DETR-R50 on 16 images of 800x1066 in bf16, as under autocast."""
+
+NOTE = "Shapes of DETR-R50, 16 images of 800x1066, bf16 under autocast; a stack of 0 bytes means that nothing spills."
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch compiled for one capability."""
+
+    function: str
+    kernel: str
+    capability: int
+    warps: int
+    registers: int
+    """A thread."""
+    shared_bytes: int
+    stack_bytes: int
+    """A thread; what did not fit into registers, or is indexed at run time."""
+
+
+class AbsentGpu:
+    """What Triton asks of a driver when it compiles: a target, and that there is a device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def recorded_launches(specimen: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Kernel, arguments and options of every launch that `specimen` makes; nothing runs."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launches.append((kernel, arguments, options))
+
+    with launches_to(record):
+        specimen()
+    return launches
+
+
+def compile_launches(functions: list[str], capabilities: list[int]) -> Iterator[Compiled]:
+    """Every launch of `functions` for each of `capabilities`, in this order."""
+    for function in functions:
+        for kernel, arguments, options in recorded_launches(SPECIMENS[function]):
+            for capability in capabilities:
+                triton.runtime.driver.set_active(AbsentGpu(capability))
+                compiled = kernel.warmup(*arguments, grid=(1,), **options)
+                registers, stack_bytes = resources(compiled.asm["cubin"])
+                metadata = compiled.metadata
+                yield Compiled(
+                    function, metadata.name, capability, metadata.num_warps, registers, metadata.shared, stack_bytes
+                )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, as the machine code states them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def table(rows: list[Compiled]) -> str:
+    """The rows as Markdown."""
+    head = ["function", "kernel", "sm", "warps", "registers", "shared, bytes", "stack, bytes"]
+    cells = [[str(value) for value in vars(row).values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m detr_kernels.compile_ahead", description=__doc__)
+    parser.add_argument("functions", nargs="*", help=f"which of {', '.join(SPECIMENS)}; all if none is named")
+    parser.add_argument("--sm", type=int, nargs="+", default=list(CAPABILITIES), help="compute capabilities")
+    parser.add_argument("--out", type=Path, help="Markdown file to write the table to")
+    options = parser.parse_args(argv)
+    if unknown := set(options.functions) - SPECIMENS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(SPECIMENS)}.")
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 is set, and nothing compiles then: unset it")
+    rows = list(compile_launches(options.functions or list(SPECIMENS), options.sm))
+    text = table(rows)
+    print(text, end="")
+    if options.out:
+        title = (
+            f"What `python -m detr_kernels.compile_ahead --out {options.out}` printed with Triton {triton.__version__}."
+        )
+        options.out.write_text(f"{title}\n{SPECIMENS_NOTE}\n\n{text}")
+
+
+SPECIMENS_NOTE = "Shapes of DETR-R50, 16 images of 800x1066, bf16 under autocast; a stack of 0 bytes means no spills."
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Triton and its language, or, where Triton is not installed, stand-ins that let the kernels' files be imported.
+
+INTERPRETED says whether kernels were made to run on the CPU, by TRITON_INTERPRET=1 at import.
+"""
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+
+    INSTALLED: bool
+    INTERPRETED: bool
+else:
+    try:
+        import triton
+        import triton.language as tl
+
+        INSTALLED, INTERPRETED = True, triton.knobs.runtime.interpret
+    except ModuleNotFoundError:
+
+        def jit(function: Any = None, **options: Any) -> Any:
+            """Keeps the function as it is; `launch` refuses to run it."""
+            return (lambda function: function) if function is None else function
+
+        triton = SimpleNamespace(jit=jit)
+        tl = SimpleNamespace(constexpr=object)
+        INSTALLED = INTERPRETED = False
+
+__all__ = ["INSTALLED", "INTERPRETED", "tl", "triton"]
