@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels import layer_norm
+from detr_kernels import (
+    assignment,
+    convolution,
+    convolution_gradients,
+    convolution_tail,
+    detection_loss,
+    layer_norm,
+    matching_cost,
+    pixels,
+    triton_attention,
+    triton_attention_backward,
+)
 from detr_kernels.dispatch import launches_to
 from detr_kernels.language import INTERPRETED, triton
 
@@ -40,7 +51,88 @@ def launch_layer_norm() -> None:
     layer_norm._backward(y, total, weight, seed, 1e-5, 0.1, x.dtype, residual.dtype)
 
 
-SPECIMENS: dict[str, Callable[[], None]] = {"fused_add_layer_norm": launch_layer_norm}
+def launch_assignment() -> None:
+    for queries in (QUERIES, 300):
+        cost = meta(LAYERS * IMAGES, queries, TARGETS, dtype=torch.float32)
+        assignment._solve(cost, meta(LAYERS * IMAGES, dtype=torch.int64))
+
+
+def launch_match_cost() -> None:
+    for logits, boxes, labels, target_boxes in predictions_and_targets():
+        matching_cost._forward(logits, boxes, labels, target_boxes, 1.0, 5.0, 2.0)
+
+
+def launch_set_loss() -> None:
+    for logits, boxes, labels, target_boxes in predictions_and_targets():
+        counts, query_of_target = (meta(*shape, dtype=torch.int64) for shape in ((IMAGES,), (LAYERS, *labels.shape)))
+        scalar = meta(dtype=torch.float32)
+        tensors = (logits, boxes, labels, target_boxes, counts, query_of_target, scalar, scalar)
+        d_terms = detection_loss._forward(*tensors, 0.1)
+        detection_loss._backward(d_terms, *tensors[:4], *tensors[5:], 0.1)
+
+
+def predictions_and_targets() -> Iterator[tuple[Tensor, ...]]:
+    """Logits and boxes of every layer, labels and boxes of the targets: with the model's float32 logits, and bf16."""
+    boxes = meta(LAYERS, IMAGES, QUERIES, 4, dtype=torch.float32)
+    target_boxes = meta(IMAGES, TARGETS, 4, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = meta(LAYERS, IMAGES, QUERIES, CLASSES + 1, dtype=dtype)
+        yield logits, boxes, meta(IMAGES, TARGETS, dtype=torch.int64), target_boxes
+
+
+def launch_normalize_pad() -> None:
+    height, width = 800, 1066
+    buffer, offsets = meta(IMAGES * height * width * 3, dtype=torch.uint8), meta(IMAGES, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        images = (buffer, offsets, meta(IMAGES, 2, dtype=torch.int64), offsets)
+        pixels._forward(*images, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
+
+
+def launch_conv1x1() -> None:
+    """A layer of each of ResNet-50's stages, and a shortcut without a ReLU."""
+    for inputs, outputs, height, width, stride, residual in (
+        (64, 256, 200, 267, 1, True),
+        (256, 128, 200, 267, 1, False),
+        (1024, 256, 50, 67, 1, False),
+        (512, 2048, 25, 34, 1, True),
+        (256, 512, 200, 267, 2, False),
+    ):
+        x, weight = meta(IMAGES, inputs, height, width), meta(outputs, inputs, 1, 1)
+        bias, relu = meta(outputs, dtype=torch.float32), stride == 1
+        y = meta(IMAGES, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
+        convolution._forward(x, weight, bias, y if residual else None, stride, relu)
+        mask = y if relu and not residual else None  # with a residual, dy is masked once for all
+        convolution_gradients._input_gradient(y, mask, weight, height, width, stride)
+        convolution_gradients._weight_gradient(y, mask, x, stride, False)
+
+
+def launch_convolution_tail() -> None:
+    """The 3x3 of layer3, and a learned bias."""
+    conv, bias = meta(IMAGES, 256, 50, 67), meta(256, dtype=torch.float32)
+    y = convolution_tail._forward(conv, bias, None, True)
+    convolution_tail._backward(conv, y)
+
+
+def launch_packed_attention() -> None:
+    """The encoder's self-attention, its queries and keys of one projection, and the decoder's cross-attention."""
+    offsets, seed = meta(IMAGES + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
+    of_tokens, of_queries = (meta(IMAGES * longest, HEADS, DIM // HEADS) for longest in (TOKENS, QUERIES))
+    halves = [half.unflatten(1, (HEADS, -1)) for half in meta(IMAGES * TOKENS, 2 * DIM).chunk(2, 1)]
+    for q, k, longest in ((*halves, [TOKENS, TOKENS]), (of_queries, of_tokens, [QUERIES, TOKENS])):
+        out, lse = triton_attention._forward(q, k, of_tokens, offsets, offsets, seed, longest, 0.1)
+        triton_attention_backward._backward(out, q, k, of_tokens, out, lse, offsets, offsets, seed, longest, 0.1)
+
+
+SPECIMENS: dict[str, Callable[[], None]] = {
+    "conv1x1_bias_act": launch_conv1x1,
+    "conv_bias_act": launch_convolution_tail,
+    "normalize_pad": launch_normalize_pad,
+    "fused_add_layer_norm": launch_layer_norm,
+    "batched_assignment": launch_assignment,
+    "match_cost": launch_match_cost,
+    "set_loss": launch_set_loss,
+    "packed_attention": launch_packed_attention,
+}
 """Public function -> all its launches at the shapes of DETR-R50 on 16 images of 800x1066 in bf16, as under autocast."""
 
 NOTE = "Shapes of DETR-R50, 16 images of 800x1066, bf16 under autocast; a stack of 0 bytes means that nothing spills."

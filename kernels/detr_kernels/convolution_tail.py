@@ -1,0 +1,270 @@
+"""Any convolution with bias, residual and ReLU, and the one place where its form is chosen.
+
+    y = relu(conv(x, weight) + bias + residual)
+
+1x1 has a kernel of its own (`convolution.py`). Of 3x3 and 7x7 the library computes the convolution, without a bias, and
+one kernel here does the rest in one pass instead of three; or cuDNN does it all, for what its fused form can. Backward:
+
+    dz = dy (y > 0)    dbias = sum of dz over the pixels    dresidual = dz    dx, dweight: the library's, of dz
+
+dz and dbias come from one pass, and of the output y alone is kept for it.
+
+The kernel writes y to memory of its own, not over the convolution's output: torch registers no gradient for an operator
+that mutates. The convolution's output dies with it, so a captured graph or a compiler uses its memory again.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detr_kernels.convolution import (
+    DTYPES,
+    as_under_autocast,
+    check_convolution,
+    conv1x1_bias_act,
+    output_shape,
+)
+from detr_kernels.convolution_tiles import channels_last, image_room
+from detr_kernels.dispatch import cdiv, choose_backend, launch, next_power_of_2
+from detr_kernels.language import tl, triton
+
+ConvolutionBackend = Literal["auto", "triton", "cudnn", "ref"]
+"""triton: our kernels, with the library's convolution where it is not 1x1; cudnn: cuDNN's fused form; ref: plain torch;
+auto: what was measured to be faster in a whole step on that device."""
+
+TILE = 4096
+"""Entries that a program holds at a time: 32 a thread with 4 warps, in loads of 16 bytes."""
+PARTIAL_SUMS = 256
+"""Programs of the backward pass, and so rows of partial bias gradients: about two to every multiprocessor."""
+
+
+def conv_bias_act_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = True,
+) -> Tensor:
+    """The same in plain torch, in place after the convolution."""
+    y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation)
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if relu else y
+
+
+@triton.jit
+def _forward_kernel(
+    conv,  # (pixels, channels)
+    bias,  # (channels,)
+    residual,  # (pixels, channels), or None
+    y,  # (pixels, channels)
+    pixels,
+    channels,
+    RELU: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = (pixel < pixels) & (channel < channels)
+    at = pixel.to(tl.int64) * channels + channel
+    total = tl.load(conv + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # keeps a NaN, as torch does
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dy,  # (pixels, channels)
+    y,  # (pixels, channels)
+    dz,  # (pixels, channels)
+    dbias,  # (programs, channels) float32, to be summed
+    pixels,
+    channels,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    channel = tl.arange(0, CHANNELS)
+    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for first in range(program * PIXELS, pixels, tl.num_programs(0) * PIXELS):
+        pixel = first + tl.arange(0, PIXELS)[:, None]
+        inside = (pixel < pixels) & (channel[None, :] < channels)
+        at = pixel.to(tl.int64) * channels + channel[None, :]
+        grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.where(tl.load(y + at, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, grad)
+        sums += grad
+        tl.store(dz + at, grad.to(dz.dtype.element_ty), mask=inside)
+    tl.store(dbias + program * channels + channel, tl.sum(sums, 0), mask=channel < channels)
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    """How many pixels of how many channels a program holds at a time."""
+    width = next_power_of_2(channels)
+    return {"PIXELS": max(1, TILE // width), "CHANNELS": width}
+
+
+def _forward(conv: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """conv, residual and result (B, N, H, W), bias (N,)."""
+    conv, bias = channels_last(conv), bias.contiguous()
+    residual = None if residual is None else channels_last(residual)
+    y = torch.empty_like(conv)
+    channels = conv.shape[1]
+    pixels, blocks = conv.numel() // channels, _blocks(channels)
+    grid = (cdiv(pixels, blocks["PIXELS"]),)
+    launch(_forward_kernel, grid, conv, bias, residual, y, pixels, channels, RELU=relu, **blocks, num_warps=4)
+    return y
+
+
+def _backward(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """dy and y (B, N, H, W) -> dz in their shape, dbias (N,) float32."""
+    dy, y = channels_last(dy), channels_last(y)
+    dz = torch.empty_like(dy)
+    channels = dy.shape[1]
+    pixels, blocks = dy.numel() // channels, _blocks(channels)
+    programs = min(PARTIAL_SUMS, cdiv(pixels, blocks["PIXELS"]))
+    dbias = torch.empty(programs, channels, dtype=torch.float32, device=dy.device)
+    launch(_backward_kernel, (programs,), dy, y, dz, dbias, pixels, channels, **blocks, num_warps=8)
+    return dz, dbias.sum(0)
+
+
+forward_op = torch.library.custom_op("detr_kernels::bias_act", _forward, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::bias_act_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(conv, bias, residual, relu):
+    return image_room(conv, *conv.shape[1:])
+
+
+@backward_op.register_fake
+def _(dy, y):
+    return image_room(dy, *dy.shape[1:]), torch.empty(dy.shape[1], dtype=torch.float32, device=dy.device)
+
+
+def _before_act(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dz and, where it is wanted, dbias; `y` is None where there was no ReLU."""
+    if y is None:
+        return dy, dy.sum((0, 2, 3), dtype=torch.float32) if with_bias else None
+    return backward_op(dy, y) if with_bias else (torch.ops.aten.threshold_backward(dy, y, 0), None)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, _, relu = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(output if relu else None)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wants_conv, wants_bias, wants_residual, _ = ctx.needs_input_grad
+    dz, dbias = _before_act(dy, ctx.saved_tensors[0], wants_bias)
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return dz if wants_conv else None, dbias, dz if wants_residual else None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """relu(conv + bias + residual), always with the ReLU; cuDNN's bias has x's dtype, and float32 may be TF32."""
+    x, weight, bias = channels_last(x), channels_last(weight), bias.to(x.dtype)
+    geometry = [stride] * 2, [padding] * 2, [dilation] * 2, 1
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, channels_last(residual), 1.0, bias, *geometry)
+
+
+cudnn_op = torch.library.custom_op("detr_kernels::conv_bias_relu_cudnn", _cudnn, mutates_args=())
+
+
+@cudnn_op.register_fake
+def _(x, weight, bias, residual, stride, padding, dilation):
+    return image_room(x, *output_shape(x, weight, stride, padding, dilation)[1:])
+
+
+def _cudnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, *ctx.geometry = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight, output)
+
+
+def _cudnn_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+    dz, dbias = _before_act(dy, y, wants_bias)
+    dx = dweight = None
+    if wants_x or wants_weight:
+        geometry = *([each] * 2 for each in ctx.geometry), False, [0, 0], 1
+        mask = [wants_x, wants_weight, False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, mask)
+    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+    return dx, dweight, dbias, dz if wants_residual else None, None, None, None
+
+
+cudnn_op.register_autograd(_cudnn_autograd, setup_context=_cudnn_setup_context)
+
+
+def choose_convolution(
+    kernel_size: int, device: torch.device, asked: ConvolutionBackend = "auto", training: bool = False
+) -> tuple[Literal["triton", "cudnn", "ref"], str]:
+    """The form in which a convolution of `kernel_size` runs on `device`, and why.
+
+    `auto` asks `dispatch.MEASURED` for conv1x1_bias_act or conv_bias_act, in training for "... in training": a forward
+    pass that won says nothing about its backward pass. Raises RuntimeError where what is asked for cannot run.
+    """
+    if asked == "cudnn":
+        if device.type != "cuda":
+            raise RuntimeError(f"conv_bias_act: cuDNN does not run on {device.type}. Ask for backend='ref'.")
+        return "cudnn", "asked for"
+    if asked == "auto" and device.type == "cpu":
+        return "ref", "oneDNN adds the bias itself"
+    kernel = "conv1x1_bias_act" if kernel_size == 1 else "conv_bias_act"
+    return choose_backend(f"{kernel} in training" if training else kernel, device, asked)
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    relu: bool = True,
+    backend: ConvolutionBackend = "auto",
+) -> Tensor:
+    """`relu(F.conv2d(x, weight, bias, stride, padding, dilation) + residual)`; residual and relu are optional.
+
+    x (B, C, H, W), weight (N, C, h, w), bias (N,), residual and result (B, N, H', W'), channels-last except with `ref`,
+    which keeps x's layout. Under autocast it computes in autocast's dtype. triton: for 1x1 of stride 1 or 2 without
+    padding one matrix product with everything in it, otherwise the library's convolution and one kernel after it, which
+    adds the bias in float32. cudnn: one call where there is a ReLU, plain torch without one. Raises ValueError for
+    shapes or dtypes that do not fit and RuntimeError where what is asked for cannot run.
+    """
+    x, weight, residual = as_under_autocast(x, weight, residual)
+    check_convolution(x, weight, bias, residual, stride, padding, dilation)
+    if backend == "auto" and x.dtype not in DTYPES:
+        backend = "ref"
+    pointwise = weight.shape[2:] == (1, 1) and padding == 0 and stride in (1, 2)
+    given = [each for each in (x, weight, bias, residual) if each is not None]
+    training = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    form, _ = choose_convolution(1 if pointwise else weight.shape[-1], x.device, backend, training)
+    if form == "ref" or (form == "cudnn" and not relu):
+        return conv_bias_act_ref(x, weight, bias, residual, stride, padding, dilation, relu)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{form} computes in bfloat16, float16 or float32 here, not in {x.dtype}")
+    if form == "cudnn":
+        return cudnn_op(x, weight, bias, residual, stride, padding, dilation)
+    if pointwise:
+        return conv1x1_bias_act(x, weight, bias, residual, stride, relu, backend="triton")
+    return forward_op(F.conv2d(channels_last(x), weight, None, stride, padding, dilation), bias, residual, relu)

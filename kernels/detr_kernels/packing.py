@@ -1,0 +1,90 @@
+"""Tokens without padding: those of all images one after another, found without asking the device how many there are.
+
+A batch of tokens (B, N, D) and its padding mask (B, N) become (B*N, D) with the real tokens first, in the images'
+order, and the padded ones as a tail that belongs to no image. So the shape is the same whatever the mask says: nothing
+waits for the host, and a captured graph serves every mask. What is per token (linear layers, norms) still computes the
+tail; attention skips it. (The usual unpadding before FlashAttention keeps no tail, and so reads the mask on the host.)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Gather(torch.autograd.Function):
+    """x[index], whose gradient is gathered by the inverse: autograd itself would add into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return dy.index_select(0, inverse), None, None
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """x[index], where row i of x is row `inverse[i]` of the result: an exact gradient without a scatter."""
+    return _Gather.apply(x, index, inverse)
+
+
+def images_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """The image (rows,) int64 that each packed row belongs to, by `offsets` (B+1,) int32; B in the tail."""
+    return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each token of a batch lies when the tokens of all images lie one after another."""
+
+    offsets: Tensor
+    """(B+1,) int32: image b's tokens are rows offsets[b] to offsets[b+1]."""
+    order: Tensor | None
+    """(B*N,) int64: row i is token order[i] of the flattened batch. None where nothing is padded."""
+    inverse: Tensor | None
+    """(B*N,) int64: token i of the flattened batch is row inverse[i]."""
+    longest: int
+    """N: no image has more tokens."""
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return self.offsets.shape[0] - 1
+
+    @classmethod
+    def of(cls, padding: Tensor) -> "Packing":
+        """From `padding` (B, N) bool, True where padded; on its device."""
+        images, longest = padding.shape
+        real = ~padding.flatten()
+        before = real.cumsum(0)
+        offsets = F.pad((~padding).sum(1).cumsum(0), (1, 0))
+        rows = torch.arange(images * longest, device=padding.device)
+        inverse = torch.where(real, before - 1, offsets[-1] + rows - before)
+        order = torch.empty_like(rows).scatter_(0, inverse, rows)
+        return cls(offsets.int(), order, inverse, longest)
+
+    @classmethod
+    def uniform(cls, images: int, longest: int, device: torch.device | str) -> "Packing":
+        """For images of `longest` tokens each, none padded: packing and unpacking are views."""
+        offsets = torch.arange(images + 1, dtype=torch.int32, device=device) * longest
+        return cls(offsets, None, None, longest)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, ...) -> (B*N, ...)."""
+        if x.shape[:2] != (self.images, self.longest):
+            raise ValueError(f"tokens must be ({self.images}, {self.longest}, ...); got {tuple(x.shape)}")
+        x = x.flatten(0, 1)
+        return x if self.order is None or self.inverse is None else gather_rows(x, self.order, self.inverse)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(B*N, ...) -> (B, N, ...), the inverse of `pack`."""
+        if x.shape[0] != self.images * self.longest:
+            raise ValueError(f"rows must be {self.images * self.longest}; got {tuple(x.shape)}")
+        if self.order is not None and self.inverse is not None:
+            x = gather_rows(x, self.inverse, self.order)
+        return x.unflatten(0, (self.images, self.longest))

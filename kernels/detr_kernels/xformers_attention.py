@@ -1,0 +1,178 @@
+"""The one place that touches xformers: FlashAttention-2 (Dao 2023) on packed tokens, as its `BlockDiagonalMask` asks.
+
+`memory_efficient_attention` with `op=(fmha.flash.FwOp, fmha.flash.BwOp)`, taken apart at the seam between its forward
+and its backward pass. Each half is an operator of our own: torch.compile sees two opaque calls instead of xformers'
+Python, and the state of dropout's generator goes from one to the other as a tensor. The mask carries the offsets that
+already lie on the device and a fixed bound on the lengths, where `from_seqlens` would copy a list from the host. So
+nothing here waits, and a captured graph serves every length.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detr_kernels.packing import images_of_rows
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDEST_TRAINED, WIDEST = 192, 256
+"""Widths of a head: wider ones than the first have no backward pass with dropout on most GPUs."""
+
+
+@torch.compiler.assume_constant_result
+def why_not_xformers() -> str | None:
+    """Why xformers' FlashAttention cannot be loaded, in the words of what failed; None where it can."""
+    return _failure()
+
+
+@functools.cache
+def _failure() -> str | None:
+    try:
+        _load_cuda_12_runtime()
+        from xformers import _cpp_lib
+        from xformers.ops import fmha
+    except (ImportError, OSError) as error:
+        return f"xformers cannot be imported ({type(error).__name__}: {error})"
+    if problem := _cpp_lib._cpp_library_load_exception:
+        cause = problem.__cause__ or problem
+        return f"xformers' extension cannot be loaded ({cause}); pip install nvidia-cuda-runtime-cu12 may help"
+    return None if fmha.flash.FwOp.is_available() else "this xformers comes without FlashAttention"
+
+
+def _load_cuda_12_runtime() -> None:
+    """Makes libcudart.so.12 known to the process: xformers is built for CUDA 12, and a torch for 13 brings another."""
+    package = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        library = Path(folder) / "lib" / "libcudart.so.12"
+        if library.exists():
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
+    """Why `xformers_attention` cannot run for such tensors; None where it can."""
+    widest = WIDEST_TRAINED if training else WIDEST
+    if device.type != "cuda":
+        return f"xformers has no {device.type} path"
+    if dtype not in DTYPES:
+        return f"FlashAttention computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > widest:
+        return f"FlashAttention takes heads whose width is a multiple of 8 up to {widest}, not {head_dim}"
+    return _too_old(device) or why_not_xformers()
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # a fake device
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"FlashAttention needs compute capability 8.0, this GPU has {major}.{minor}"
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest_q: int, longest_k: int, p: float
+) -> Any:
+    """What xformers' operators take: q, k, v with a batch dimension of one, and the mask.
+
+    FlashAttention reads of the mask `seqstart` and `max_seqlen` alone; what would be known on the host stays empty.
+    """
+    from xformers.ops import fmha
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    lengths = (
+        _SeqLenInfo(seqstart=offsets, max_seqlen=longest, min_seqlen=0, seqstart_py=[])
+        for offsets, longest in ((q_offsets, longest_q), (k_offsets, longest_k))
+    )
+    return fmha.Inputs(q[None], k[None], v[None], attn_bias=BlockDiagonalMask(*lengths), p=p)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest_q: int, longest_k: int, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (Mq, H, d) and log-sum-exp (H, Mq), both undefined in the tail, and the generator's state (2,) int64."""
+    from xformers.ops import fmha
+
+    inputs = _inputs(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
+    out, context = fmha.flash.FwOp.apply(inputs, needs_gradient=True)
+    assert context is not None
+    # xformers declares the state int64 and returns uint64
+    state = torch.zeros(2, dtype=torch.int64, device=q.device) if p == 0 else context.rng_state.view(torch.int64)
+    return out[0].contiguous(), context.lse[0].contiguous(), state
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, undefined in the tail."""
+    from xformers.ops import fmha
+
+    inputs = _inputs(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
+    context = fmha.common.Context(lse=lse[None], out=out[None], rng_state=state.view(torch.uint64))
+    gradients = fmha.flash.BwOp.apply(context, inputs, dout[None])
+    return gradients.dq[0].contiguous(), gradients.dk[0].contiguous(), gradients.dv[0].contiguous()
+
+
+forward_op = torch.library.custom_op("detr_kernels::xformers_attention", _forward, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::xformers_attention_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, q.new_empty(2, dtype=torch.int64)
+
+
+@backward_op.register_fake
+def _(dout, q, k, v, *rest):
+    return tuple(each.new_empty(each.shape) for each in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, q_offsets, k_offsets, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *_, q_offsets, k_offsets = ctx.saved_tensors
+    dq, dk, dv = backward_op(dout, *ctx.saved_tensors, *ctx.numbers)
+    queries = _answered(q_offsets, k_offsets, dq.shape[0])
+    keys = _answered(k_offsets, q_offsets, dk.shape[0])
+    gradients = (torch.where(rows, each, 0) for rows, each in ((queries, dq), (keys, dk), (keys, dv)))
+    return *gradients, None, None, None, None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _answered(offsets: Tensor, other_offsets: Tensor, rows: int) -> Tensor:
+    """Which packed rows (rows, 1, 1) belong to an image that also has rows by `other_offsets`."""
+    some = F.pad(other_offsets.diff() > 0, (0, 1))  # False for the tail
+    return some[images_of_rows(offsets, rows)][:, None, None]
+
+
+def xformers_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest_q: int, longest_k: int, p: float
+) -> Tensor:
+    """`packed_attention` by xformers: (Mq, H, d), (Mk, H, d), (Mk, H, d) -> (Mq, H, d), dropout with probability `p`.
+
+    The caller asks `why_not_flash` first. FlashAttention leaves the tail undefined, and here it is zeros, as are the
+    rows of an image without keys; so are their gradients.
+    """
+    out, *_ = forward_op(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
+    return torch.where(_answered(q_offsets, k_offsets, q.shape[0]), out, 0)

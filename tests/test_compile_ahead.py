@@ -1,0 +1,61 @@
+"""Every launch of every kernel compiles without a GPU, for three generations of them, and nothing spills."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import detr_kernels
+import pytest
+from detr_kernels.compile_ahead import CAPABILITIES, SPECIMENS, recorded_launches
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+
+
+def compile_ahead(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: kernels that are interpreted here compile there."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(KERNELS)}
+    command = [sys.executable, "-m", "detr_kernels.compile_ahead", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def rows(text: str) -> list[list[str]]:
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return table[2:]
+
+
+def test_all_compile_and_none_spills(tmp_path: Path) -> None:
+    result = compile_ahead("--out", str(tmp_path / "table.md"))
+    assert result.returncode == 0, result.stderr
+    table = rows(result.stdout)
+    launches = sum(len(recorded_launches(specimen)) for specimen in SPECIMENS.values())
+    assert len(table) == launches * len(CAPABILITIES)
+    assert {row[0] for row in table} == set(SPECIMENS)
+    for function, kernel, capability, _, registers, shared_bytes, stack_bytes in table:
+        assert stack_bytes == "0", f"{function}, {kernel} spills on sm_{capability}"
+        assert 0 < int(registers) <= 255 and int(shared_bytes) <= 99 * 1024
+    assert rows((tmp_path / "table.md").read_text()) == table
+
+
+def test_every_kernel_has_a_specimen() -> None:
+    jitted = {
+        f"{path.stem}.{name}"
+        for path in (KERNELS / "detr_kernels").glob("*.py")
+        for name in re.findall(r"@triton\.jit.*\ndef (_\w*kernel)\(", path.read_text())
+    }
+    launched = {
+        f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        for specimen in SPECIMENS.values()
+        for kernel, _, _ in recorded_launches(specimen)
+    }
+    assert launched == jitted
+    assert set(SPECIMENS) <= set(detr_kernels.__all__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["nonsense"], "Known: "), (["--sm", "ninety"], "invalid int value")]
+)
+def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
+    result = compile_ahead(*arguments)
+    assert result.returncode == 2 and message in result.stderr
