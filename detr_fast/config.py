@@ -135,8 +135,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Kernels = Literal["auto", "ref"]
-Attention = Literal["auto", "sdpa", "ref"]
+Kernels = Literal["auto", "triton", "ref"]
+Attention = Literal["auto", "xformers", "sdpa", "triton", "ref"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,11 @@ class RuntimeOptions(Checked):
     channels_last: bool = True
     """Convolutions in NHWC order."""
     kernels: Kernels = "auto"
-    """ref: DETR's own sequence of operations, nothing fused or folded."""
+    """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
+    operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto and sdpa: torch's scaled_dot_product_attention; ref: with materialised weights."""
+    """auto: xformers on a GPU, sdpa on a CPU; sdpa: torch's scaled_dot_product_attention; triton: our own; ref: with
+    materialised weights."""
     seed: int = 42
     """Of weights, data order, augmentation and dropout."""
 

@@ -1,6 +1,5 @@
 """`python -m detr_fast.doctor`: what this machine has, what follows from it, and what to do about what is missing."""
 
-import ctypes
 import importlib
 import os
 import platform
@@ -8,10 +7,10 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from detr_kernels import why_not_xformers
 from rich.console import Console
 from rich.table import Table
 
@@ -110,19 +109,11 @@ def check_package(name: str, serves: str, without: str) -> Finding:
 
 
 def check_xformers() -> Finding:
-    """xformers imports even where its CUDA part does not link, so that part is loaded by itself."""
-    spec = find_spec("xformers")
-    if not spec or not spec.submodule_search_locations:
-        return Finding("xformers", "not installed", f"attention runs in torch: {INSTALL}", missing=True)
-    libraries = [library for folder in spec.submodule_search_locations for library in Path(folder).glob("_C*.so")]
-    if not libraries:
-        return Finding("xformers", f"{version('xformers')}, no CUDA part", "attention runs in torch", missing=True)
-    try:
-        ctypes.CDLL(str(libraries[0]))
-    except OSError as error:
-        todo = "attention runs in torch: pip install nvidia-cuda-runtime-cu12"
-        return Finding("xformers", f"{version('xformers')}, CUDA part does not load: {error}", todo, missing=True)
-    return Finding("xformers", f"{version('xformers')}, CUDA part loads", "for attention on a GPU; not used yet")
+    """Whether its CUDA part loads, which it may not though the package imports."""
+    problem = why_not_xformers()
+    if problem:
+        return Finding("xformers", problem, f"attention runs in torch: {INSTALL}", missing=True)
+    return Finding("xformers", f"{version('xformers')}, CUDA part loads", "--attention auto on a GPU in bf16 or fp16")
 
 
 def check_disk(folder: Path) -> Finding:
@@ -149,7 +140,9 @@ def examine() -> list[Finding]:
         *check_gpus(),
         check_cpu(),
         check_compiler(),
-        check_package("triton", "--compile on a GPU", "no --compile on a GPU"),
+        check_package(
+            "triton", "--compile and --kernels triton on a GPU", "neither --compile nor --kernels triton on a GPU"
+        ),
         check_xformers(),
         check_package("hotcoco", "evaluates", "evaluation needs it"),
         check_package("pycocotools", "referees the evaluation", "evaluation needs it"),

@@ -42,7 +42,7 @@ class Runtime:
         """The model on the device, in the memory order and with the operations chosen."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.reasons.update(select_implementation(model, self.kernels, self.attention))
+        self.reasons.update(select_implementation(model, self.kernels, self.attention, self.dtype))
         return model
 
 

@@ -15,6 +15,7 @@ from detr_fast.data.coco import Category, CocoDataset, build_dataset
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, evaluate_detections, evaluate_model
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.evaluation.precision_recall import PrecisionRecall
+from detr_fast.model.implementation import Implementation
 from detr_fast.runtime import Runtime
 from detr_fast.weights import build_model
 
@@ -137,6 +138,7 @@ class Scripted(nn.Module):
     def __init__(self, outputs: list[tuple[Tensor, Tensor]], largest_batch: int = 99) -> None:
         super().__init__()
         self.config = MODELS["detr_tiny"]
+        self.implementation = Implementation()
         self.outputs = outputs
         self.largest_batch = largest_batch
         self.modes: list[bool] = []

@@ -5,15 +5,13 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.reference import reference_criterion
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import generalized_box_iou
 
 from detr_fast import build_criterion
-from detr_fast.boxes import cxcywh_to_xyxy, generalized_iou
 from detr_fast.data.targets import Targets
+from detr_fast.model.implementation import Implementation
 from detr_fast.training.criterion import Normalizers, SetCriterion
-from detr_fast.training.matcher import MatchCosts, batched_assignment, match, match_cost
+from detr_fast.training.matcher import MatchCosts, match
 
 NUM_CLASSES = 5
 
@@ -71,17 +69,6 @@ def test_empty_batch_still_teaches_no_object(criterion: SetCriterion) -> None:
     assert outputs["pred_logits"].grad.abs().sum() > 0 and outputs["pred_boxes"].grad.abs().sum() == 0
 
 
-def test_of_more_targets_than_queries_the_cheapest_are_matched() -> None:
-    generator = torch.Generator().manual_seed(5)
-    cost = torch.rand(2, 4, 9, generator=generator)
-    query_of_target = batched_assignment(cost, torch.tensor([9, 3]))
-    for problem, count in enumerate((9, 3)):
-        queries, targets = linear_sum_assignment(cost[problem, :, :count].numpy())
-        matched = (query_of_target[problem] >= 0).nonzero()[:, 0]
-        assert matched.tolist() == sorted(targets.tolist())
-        assert sorted(query_of_target[problem, matched].tolist()) == sorted(queries.tolist())
-
-
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
 def test_non_finite_outputs_are_matched_last_and_counted(name: str, broken: float) -> None:
@@ -89,7 +76,7 @@ def test_non_finite_outputs_are_matched_last_and_counted(name: str, broken: floa
     with torch.no_grad():
         outputs[name][1, 4] = broken
     stacked = [outputs[key][None] for key in ("pred_logits", "pred_boxes")]
-    query_of_target, nonfinite = match(*stacked, targets, MatchCosts())
+    query_of_target, nonfinite = match(*stacked, targets, MatchCosts(), Implementation())
     assert nonfinite == 2  # one query, two targets; the cost of the padding, a third, is no one's
     assert 4 not in query_of_target[0, 1].tolist()
     assert (query_of_target[0, 0, :3] >= 0).all() and (query_of_target[0, 1, :2] >= 0).all()
@@ -126,24 +113,3 @@ def images(outputs: dict[str, Any], part: slice) -> dict[str, Any]:
     """The outputs of some of the images."""
     layers = [{key: layer[key][part] for key in ("pred_logits", "pred_boxes")} for layer in outputs["aux_outputs"]]
     return {**{key: outputs[key][part] for key in ("pred_logits", "pred_boxes")}, "aux_outputs": layers}
-
-
-def test_giou_as_torchvision_has_it() -> None:
-    generator = torch.Generator().manual_seed(1)
-    a, b = (cxcywh_to_xyxy(torch.rand(count, 4, generator=generator) + 0.01) for count in (40, 30))
-    torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b), atol=1e-6, rtol=0)
-    far_apart = torch.tensor([[0.0, 0.0, 0.1, 0.1], [0.9, 0.9, 1.0, 1.0]])
-    assert generalized_iou(far_apart[0], far_apart[1]) == pytest.approx(-0.98, abs=1e-6)
-
-
-def test_cost_uses_each_images_own_targets() -> None:
-    outputs, targets = make_outputs(2, 7), make_targets([3, 2])
-    cost = match_cost(
-        outputs["pred_logits"][None], outputs["pred_boxes"][None], Targets.from_list(targets), MatchCosts()
-    )
-    for image, target in enumerate(targets):
-        predicted, wanted = outputs["pred_boxes"][image], target["boxes"]
-        giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
-        probability = outputs["pred_logits"][image].softmax(-1)[:, target["labels"]]
-        expected = -probability + 5 * torch.cdist(predicted, wanted, p=1) - 2 * giou
-        torch.testing.assert_close(cost[0, image, :, : len(wanted)], expected, atol=1e-5, rtol=0)

@@ -56,22 +56,17 @@ def test_package_that_is_absent_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "libfoo.so.1" in broken.found
 
 
-def test_xformers_whose_cuda_part_does_not_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
-        raise OSError("libcudart.so.12: cannot open shared object file")
-
-    if doctor.find_spec("xformers") is None:
-        pytest.skip("xformers is not installed")
-    monkeypatch.setattr(doctor.ctypes, "CDLL", fail)
+@pytest.mark.parametrize("problem", ["xformers' extension cannot be loaded (libcudart.so.12 is missing)", None])
+def test_xformers_that_does_not_load_is_named_with_what_follows(
+    problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "why_not_xformers", lambda: problem)
     finding = doctor.check_xformers()
-    assert finding.missing
-    assert "libcudart.so.12" in finding.found
-    assert "nvidia-cuda-runtime-cu12" in finding.follows
-
-
-def test_absent_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert doctor.check_xformers().found == "not installed"
+    assert finding.missing is bool(problem)
+    if problem:
+        assert finding.found == problem and "runs in torch" in finding.follows and "make setup" in finding.follows
+    else:
+        assert "loads" in finding.found
 
 
 def test_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.postprocess import postprocess
-from detr_fast.model.implementation import select_implementation
+from detr_fast.model.implementation import Implementation, select_implementation
 from detr_fast.training.matcher import MatchCosts, match
 from detr_fast.training.optimizer import build_optimizer
 
@@ -79,7 +79,11 @@ def reference_model(case: str) -> nn.Module:
 
 def our_indices(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> list[list[list[int]]]:
     query_of_target, _ = match(
-        outputs["pred_logits"][None], outputs["pred_boxes"][None], Targets.from_list(targets), MatchCosts()
+        outputs["pred_logits"][None],
+        outputs["pred_boxes"][None],
+        Targets.from_list(targets),
+        MatchCosts(),
+        Implementation(),
     )
     rows = [row[: len(target["labels"])] for row, target in zip(query_of_target[0], targets, strict=True)]
     return [[queries.sort().values.tolist(), queries.argsort().tolist()] for queries in rows]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detr_kernels import match_cost, match_cost_ref
+from detr_kernels.boxes import generalized_iou_ref
 from detr_profiling.closeness import assert_same_function
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
@@ -132,3 +133,12 @@ def test_operator_is_registered_as_torch_asks() -> None:
     from detr_kernels.matching_cost import forward_op
 
     torch.library.opcheck(forward_op, (*make_inputs((2, 2, 5, 7, 3)), 1.0, 5.0, 2.0))
+
+
+def test_giou_is_torchvisions() -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.rand(count, 4, generator=generator) + 0.01 for count in (40, 30))
+    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (a, b))
+    torch.testing.assert_close(
+        generalized_iou_ref(a[:, None], b[None]), generalized_box_iou(*corners), atol=1e-6, rtol=0
+    )

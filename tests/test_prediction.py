@@ -15,6 +15,7 @@ from detr_fast.data.coco import Category, build_dataset
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
 from detr_fast.model.detr import DETR
+from detr_fast.model.implementation import Implementation
 from detr_fast.weights import build_model
 
 
@@ -24,6 +25,7 @@ class Constant(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = MODELS["detr_tiny"]
+        self.implementation = Implementation()
         self.categories: tuple[Category, ...] | None = None
         self.weight = nn.Parameter(torch.zeros(()))
         self.logits = torch.tensor([[0.02, 0.9, 0.02, 0.06], [0.5, 0.1, 0.1, 0.3], [0.1, 0.1, 0.7, 0.1]]).log()

@@ -1,12 +1,12 @@
 """From single images to batches on the device: one worker's read, the collation, the two loaders, the normalisation."""
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+from detr_kernels import Backend, PackedImages, normalize_pad
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -77,30 +77,28 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-@functools.lru_cache(maxsize=16)
-def channel_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) float32, kept on the device: a copy at every step would wait for the host."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
-
-
 def normalize(
-    batch: Batch, mean: tuple[float, float, float], std: tuple[float, float, float], channels_last: bool
+    batch: Batch,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    channels_last: bool,
+    dtype: torch.dtype = torch.float32,
+    form: Backend = "ref",
 ) -> tuple[Tensor, Tensor | None]:
-    """`(x / 255 - mean) / std` as float32 (B, 3, H, W), 0 where padded, and the mask (B, H, W), True where padded.
+    """`(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded, and the mask (B, H, W), True where padded.
 
     The mask is None where nothing is. Runs on the batch's device and asks it for nothing.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = batch.images.to(torch.float32, memory_format=layout)
-    device = images.device
-    images.div_(255).sub_(channel_constants(tuple(mean), device)).div_(channel_constants(tuple(std), device))
+    height, width = batch.images.shape[2:]
+    packed = PackedImages.of_padded(batch.images, batch.sizes)
+    images, sizes = normalize_pad(packed, height, width, mean, std, dtype, form)
+    if not channels_last:
+        images = images.contiguous()
     if not batch.padded:
         return images, None
-    rows = torch.arange(images.shape[2], device=device)[None, :, None]
-    columns = torch.arange(images.shape[3], device=device)[None, None, :]
-    height, width = batch.sizes[:, 0, None, None], batch.sizes[:, 1, None, None]
-    mask = (rows >= height) | (columns >= width)
-    return images.masked_fill_(mask[:, None], 0), mask
+    rows = torch.arange(height, device=images.device)[None, :, None]
+    columns = torch.arange(width, device=images.device)[None, None, :]
+    return images, (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
 
 
 @dataclass(frozen=True, eq=False)

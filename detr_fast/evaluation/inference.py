@@ -51,7 +51,8 @@ def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> t
 
     `forward` is `model`, or its compiled form; `batch` is on the device.
     """
-    images, mask = normalize(batch, model.config.image_mean, model.config.image_std, runtime.channels_last)
+    config, form = model.config, model.implementation.pixels
+    images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form)
     with runtime.autocast():
         logits, boxes = forward_in_parts(forward, images, mask, batch.image_ids)
     return postprocess(logits, boxes, batch.original_sizes)

@@ -1,10 +1,31 @@
 """Multi-head attention: the one place where queries meet keys, with `nn.MultiheadAttention`'s parameters."""
 
 import math
+from typing import NamedTuple
 
 import torch
+from detr_kernels import Packing, packed_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from detr_fast.config import Attention
+from detr_fast.model.implementation import Implementation
+
+
+class Layout(NamedTuple):
+    """Where the tokens of B images lie in a tensor (B, N, D).
+
+    Either image b has row b, of which the tokens where `padding` is True are not attended to; or all images' tokens lie
+    one after another, image b's from `offsets[b]` on, counted over both dimensions, and the rest belongs to no image.
+    """
+
+    padding: Tensor | None = None
+    """(B, N) bool; None: no token is padding."""
+    offsets: Tensor | None = None
+    """(B + 1,) int32; None: not packed."""
+
+
+UNPADDED = Layout()
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, dropout: float) -> Tensor:
@@ -27,7 +48,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.implementation = "sdpa"
+        self.form: Attention = "sdpa"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
@@ -35,11 +56,16 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D).
+    def use(self, implementation: Implementation) -> None:
+        self.form = implementation.attention
 
-        `key_padding_mask` (B, Nk) is True where a key is not to be attended to. An image whose keys are all masked
-        gets zeros before the output projection, where `nn.MultiheadAttention` gives NaN.
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, queries: Layout = UNPADDED, keys: Layout = UNPADDED
+    ) -> Tensor:
+        """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D); `queries` and `keys` say where the tokens lie.
+
+        An image whose keys are all padding gets zeros before the output projection, where `nn.MultiheadAttention` gives
+        NaN. Packed forms take packed or unpadded tokens alone.
         """
         if query is key:
             (wqk, wv), (bqk, bv) = self._split(2)
@@ -49,12 +75,40 @@ class MultiheadAttention(nn.Module):
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
         v = F.linear(value, wv, bv)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D/H)
-        attended = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        attend = attention_ref if self.implementation == "ref" else F.scaled_dot_product_attention
-        mixed = attend(q, k, v, attended, dropout)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
+        if self.form in ("sdpa", "ref"):
+            mixed = self._attend(q, k, v, keys.padding)
+        else:
+            mixed = self._attend_packed(q, k, v, queries, keys)
+        return self.out_proj(mixed.flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """(B, Nq, H, d), (B, Nk, H, d) -> (B, Nq, H, d), each image in its own row."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        attended = None if padding is None else ~padding[:, None, None, :]
+        attend = attention_ref if self.form == "ref" else F.scaled_dot_product_attention
+        return attend(q, k, v, attended, self.dropout if self.training else 0.0).transpose(1, 2)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
+        """The same of packed tokens."""
+        assert queries.padding is None and keys.padding is None
+        q_offsets, k_offsets = (
+            Packing.uniform(x.shape[0], x.shape[1], x.device).offsets if layout.offsets is None else layout.offsets
+            for x, layout in ((q, queries), (k, keys))
+        )
+        mixed = packed_attention(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            q_offsets,
+            k_offsets,
+            longest_q=q.shape[1],
+            longest_k=k.shape[1],
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.form,
+        )
+        return mixed.view(q.shape)
 
     def _split(self, parts: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The input projection's weight and bias, cut after `parts` of its three thirds."""

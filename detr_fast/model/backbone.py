@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import require
-from detr_fast.model.normalization import FrozenBatchNorm2d, conv_norm
+from detr_fast.model.normalization import FrozenBatchNorm2d, conv_norm_act
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -37,10 +37,12 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(x, *self.downsample)
-        x = conv_norm(x, self.conv1, self.bn1).relu_()
-        x = conv_norm(x, self.conv2, self.bn2).relu_()
-        return conv_norm(x, self.conv3, self.bn3).add_(identity).relu_()
+        identity = (
+            x if self.downsample is None else conv_norm_act(x, *self.downsample, relu=False)  # type: ignore[misc]
+        )
+        x = conv_norm_act(x, self.conv1, self.bn1)
+        x = conv_norm_act(x, self.conv2, self.bn2)
+        return conv_norm_act(x, self.conv3, self.bn3, identity)
 
 
 class ResNet(nn.Module):
@@ -68,7 +70,7 @@ class ResNet(nn.Module):
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(conv_norm(images, self.conv1, self.bn1).relu_())
+        x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
 
 
@@ -84,9 +86,11 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(in_channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else conv_norm(x, *self.downsample)
-        x = conv_norm(x, self.conv1, self.bn1).relu()
-        return (conv_norm(x, self.conv2, self.bn2) + identity).relu()
+        identity = (
+            x if self.downsample is None else conv_norm_act(x, *self.downsample, relu=False)  # type: ignore[misc]
+        )
+        x = conv_norm_act(x, self.conv1, self.bn1)
+        return conv_norm_act(x, self.conv2, self.bn2, identity)
 
 
 class TinyResNet(nn.Module):
@@ -106,7 +110,7 @@ class TinyResNet(nn.Module):
         initialize_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(conv_norm(images, self.conv1, self.bn1).relu())
+        return self.layers(conv_norm_act(images, self.conv1, self.bn1))
 
 
 def initialize_convolutions(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from detr_fast.config import ModelConfig
 from detr_fast.model.backbone import build_backbone
+from detr_fast.model.implementation import Implementation
 from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.model.transformer import Transformer
 
@@ -38,6 +39,7 @@ class DETR(nn.Module):
         self.config = config
         self.categories: tuple[Category, ...] | None = None
         """What each label stands for, in label order; None: labels are the data set's own ids."""
+        self.implementation = Implementation()
         self.backbone = build_backbone(config.backbone, config.dilation)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -52,6 +54,9 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(config.num_queries, dim)
         self.class_embed = nn.Linear(dim, config.num_classes + 1)
         self.bbox_embed = BoxHead(dim)
+
+    def use(self, implementation: Implementation) -> None:
+        self.implementation = implementation
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Images (B, 3, H, W) normalised; mask (B, H, W) bool, True where padded, or None where nothing is.

@@ -1,14 +1,16 @@
 """Convolution with batch norm: the one place where the backbone normalises, so that a faster form can replace it."""
 
 import torch
+from detr_kernels import ConvolutionBackend, conv_bias_act, fold_frozen_bn
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from detr_fast.model.implementation import Implementation
 
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics and affine terms: y = x * scale + shift, eps 1e-5.
 
-    `folded` chooses how `conv_norm` computes it: within the convolution, or as operations of its own.
+    `folded` chooses how `conv_norm_act` computes it: within the convolution, or as operations of its own.
 
     All four tensors are buffers, under the names that torchvision's BatchNorm2d uses, so its weights load as they are.
     """
@@ -22,6 +24,7 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self.folded = True
+        self.convolution_form: ConvolutionBackend = "ref"
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -30,6 +33,9 @@ class FrozenBatchNorm2d(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def use(self, implementation: Implementation) -> None:
+        self.folded, self.convolution_form = implementation.folded, implementation.convolution
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(C,) float32 each, so that norm(x) = x * scale + shift."""
@@ -41,14 +47,20 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(conv(x)), (B, C_in, H, W) -> (B, C_out, H', W').
+def conv_norm_act(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); without a residual or ReLU where so asked.
 
     A folded norm becomes part of the convolution's weight and bias: the same function with the same gradients, one pass
     over memory instead of two. Folded in float32; a following autocast rounds the product once.
     """
-    if not (isinstance(norm, FrozenBatchNorm2d) and norm.folded):
-        return norm(conv(x))
-    scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+    if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
+        weight, bias = fold_frozen_bn(
+            conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+        )
+        stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
+        return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
+    y = norm(conv(x))
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if relu else y

@@ -1,11 +1,13 @@
 """DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
 
 import torch
+from detr_kernels import Backend, Packing, fused_add_layer_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detr_fast.model.attention import MultiheadAttention
+from detr_fast.model.attention import Layout, MultiheadAttention
+from detr_fast.model.implementation import Implementation
 
 
 class PostNormLayer(nn.Module):
@@ -19,19 +21,29 @@ class PostNormLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+        self.norm_form: Backend = "ref"
+
+    def use(self, implementation: Implementation) -> None:
+        self.norm_form = implementation.layer_norm
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """norm(residual + dropout(x))"""
+        return fused_add_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, self.dropout.p, self.training, self.norm_form
+        )
 
     def feedforward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
 class EncoderLayer(PostNormLayer):
     """Self-attention over the image's tokens, then feed-forward."""
 
-    def forward(self, source: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
-        """(B, N, D) with positions (B, N, D) and padding (B, N), True where padded -> (B, N, D)."""
+    def forward(self, source: Tensor, position: Tensor, layout: Layout) -> Tensor:
+        """(B, N, D) with positions (B, N, D), both laid out as `layout` says -> (B, N, D)."""
         placed = source + position
-        source = self.norm1(source + self.dropout(self.self_attn(placed, placed, source, padding)))
-        return self.norm2(source + self.feedforward(source))
+        source = self.add_norm(self.self_attn(placed, placed, source, layout, layout), source, self.norm1)
+        return self.add_norm(self.feedforward(source), source, self.norm2)
 
 
 class DecoderLayer(PostNormLayer):
@@ -43,14 +55,15 @@ class DecoderLayer(PostNormLayer):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(
-        self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, padding: Tensor | None
+        self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, layout: Layout
     ) -> Tensor:
-        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions -> (B, Q, D)."""
+        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions, laid out as `layout`
+        says -> (B, Q, D)."""
         placed = state + query_position
-        state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
-        attended = self.multihead_attn(state + query_position, placed_memory, memory, padding)
-        state = self.norm2(state + self.dropout(attended))
-        return self.norm3(state + self.feedforward(state))
+        state = self.add_norm(self.self_attn(placed, placed, state), state, self.norm1)
+        attended = self.multihead_attn(state + query_position, placed_memory, memory, keys=layout)
+        state = self.add_norm(attended, state, self.norm2)
+        return self.add_norm(self.feedforward(state), state, self.norm3)
 
 
 class Encoder(nn.Module):
@@ -77,26 +90,36 @@ class Transformer(nn.Module):
         self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(encoder_layers)])
         self.decoder = Decoder([DecoderLayer(*sizes) for _ in range(decoder_layers)], dim)
         self.checkpoint_activations = False
+        self.packed = False
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
+    def use(self, implementation: Implementation) -> None:
+        self.packed = implementation.packed
+
     def forward(self, source: Tensor, padding: Tensor | None, query_position: Tensor, position: Tensor) -> Tensor:
         """Tokens (B, N, D), padding (B, N), query positions (Q, D), positions (B, N, D) -> normed states (L, B, Q, D).
 
-        Each layer's state is normed for the heads; the unnormed one goes on to the next layer.
+        Each layer's state is normed for the heads; the unnormed one goes on to the next layer. Where attention takes
+        packed tokens, the images' tokens are brought together once, here; nothing after the encoder needs their places.
         """
+        layout = Layout(padding)
+        if self.packed and padding is not None:
+            packing = Packing.of(padding)
+            source, position = (packing.pack(x).view(x.shape) for x in (source, position))
+            layout = Layout(offsets=packing.offsets)
         for layer in self.encoder.layers:
-            source = self._run(layer, source, position, padding)
+            source = self._run(layer, source, position, layout)
         placed = source + position
         state = source.new_zeros(source.shape[0], *query_position.shape)
         states = []
         for layer in self.decoder.layers:
-            state = self._run(layer, state, query_position, source, placed, padding)
+            state = self._run(layer, state, query_position, source, placed, layout)
             states.append(self.decoder.norm(state))
         return torch.stack(states)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | Layout) -> Tensor:
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

@@ -71,7 +71,7 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
     step = TrainStep(
         model=model,
-        criterion=criterion.to(runtime.device),
+        criterion=criterion,
         optimizer=build_optimizer(model, options.lr, options.lr_backbone, options.weight_decay),
         runtime=runtime,
         world=world,

@@ -23,7 +23,8 @@ class TrainStep:
     """Forward, loss and backward over a window of batches, then clip, AdamW and the average. Reads nothing on the host.
 
     The window's batches and all ranks share one set of normalizers, so the step is that of their joined batch; but for
-    live batch norm, whose statistics are each batch's own. SciPy's assignment is the exception: it works on the host.
+    live batch norm, whose statistics are each batch's own. SciPy's assignment, where it is used on a GPU, is the
+    exception: it works on the host.
     """
 
     model: DETR
@@ -36,6 +37,7 @@ class TrainStep:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.forward: nn.Module = self.model
@@ -83,7 +85,14 @@ class TrainStep:
 
     def _backward(self, batch: Batch, normalizers: Normalizers) -> dict[str, Tensor]:
         config = self.model.config
-        images, mask = normalize(batch, config.image_mean, config.image_std, self.runtime.channels_last)
+        images, mask = normalize(
+            batch,
+            config.image_mean,
+            config.image_std,
+            self.runtime.channels_last,
+            self.runtime.dtype,
+            self.model.implementation.pixels,
+        )
         with self.runtime.autocast():
             outputs = self.forward(images, mask)
         terms = self.criterion(outputs, batch.targets, normalizers)

@@ -15,6 +15,7 @@ such pairs as possible are matched.
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,17 +32,15 @@ CHUNK = 512
 """Entries that a program looks at together for non-finite ones: 16 a thread."""
 
 
-def _priced(cost: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """cost (P, Q, T) in float64 with non-finite entries at their price, and how many there are, (P,) int32.
-
-    Entries of no target are 0. None of P, Q and T may be 0.
-    """
-    real = torch.arange(cost.shape[2], device=cost.device) < count[:, None, None]  # (P, 1, T)
-    broken = real & ~cost.isfinite()
-    finite = torch.where(real & ~broken, cost, 0).double()
-    largest = finite.abs().amax((1, 2))  # (P,)
-    penalty = torch.where(largest > 0, 2 * count.clamp(max=cost.shape[1]) * largest, 1)
-    return torch.where(broken, penalty[:, None, None], finite), broken.sum((1, 2), dtype=torch.int32)
+def _priced(cost: np.ndarray) -> tuple[np.ndarray, int]:
+    """One problem's costs (queries, targets) with non-finite entries at their price, and how many there are."""
+    finite = np.isfinite(cost)
+    broken = finite.size - np.count_nonzero(finite)
+    if broken == 0:
+        return cost, 0
+    largest = float(np.abs(cost[finite]).max(initial=0.0))
+    penalty = 2 * min(cost.shape) * largest if largest > 0 else 1.0
+    return np.where(finite, cost.astype(np.float64), penalty), broken
 
 
 def _solve_on_host(cost: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,18 +48,16 @@ def _solve_on_host(cost: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     problems, queries, targets = cost.shape
-    found = torch.full((problems, targets + 1), -1, dtype=torch.int64)  # the last column is the number of non-finite
-    found[:, -1] = 0
-    if cost.numel():
-        count = num_targets.clamp(0, targets).float()  # exact up to 2^24
-        joined = torch.cat((cost.float().flatten(1), count[:, None]), dim=1).cpu()
-        count = joined[:, -1].long()
-        priced, found[:, -1] = _priced(joined[:, :-1].view(problems, queries, targets), count)
-        for problem, real in enumerate(count.tolist()):
-            matched_queries, matched_targets = linear_sum_assignment(priced[problem, :, :real].numpy())
-            found[problem, matched_targets] = torch.from_numpy(matched_queries)
-    found = found.to(cost.device)
-    return found[:, :-1].clone(), found[:, -1].int()
+    found = np.full((problems, targets + 1), -1)  # the last column is the number of non-finite costs
+    count = num_targets.clamp(0, targets).float()  # exact up to 2^24
+    joined = torch.cat((cost.float().flatten(1), count[:, None]), dim=1).cpu().numpy()
+    for problem, row in enumerate(joined):
+        real = row[:-1].reshape(queries, targets)[:, : int(row[-1])]
+        priced, found[problem, -1] = _priced(real)
+        matched_queries, matched_targets = linear_sum_assignment(priced)
+        found[problem, matched_targets] = matched_queries
+    answer = torch.from_numpy(found).to(cost.device)
+    return answer[:, :-1].clone(), answer[:, -1].int()
 
 
 scipy_op = torch.library.custom_op("detr_kernels::assignment_scipy", _solve_on_host, mutates_args=())

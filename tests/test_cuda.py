@@ -1,0 +1,86 @@
+"""What only a GPU can show: a whole training step that the driver itself sees not wait, and one that is captured."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from detr_kernels import batched_assignment
+from scipy.optimize import linear_sum_assignment
+
+from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
+from detr_fast.data.batching import Batch, collate
+from detr_fast.data.sample import Sample
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+CONFIG = replace(MODELS["detr_r50"], encoder_layers=2, decoder_layers=3, dropout=0.0)
+
+
+@pytest.fixture
+def no_waits() -> Iterator[None]:
+    """The driver raises where the host waits for the device; set by the test once everything is warm."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make_batch() -> Batch:
+    samples = []
+    for index, (size, count) in enumerate([((160, 224), 3), ((128, 192), 0), ((96, 224), 7)]):
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+        boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
+        labels = torch.randint(0, CONFIG.num_classes, (count,), generator=generator)
+        samples.append(Sample(image, labels, boxes, index, size))
+    return collate(samples).pin_memory()
+
+
+def make_step(kernels: Kernels, attention: Attention, precision: Precision, device: str = "cuda") -> TrainStep:
+    torch.manual_seed(0)
+    options = RuntimeOptions(device=device, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
+    runtime = choose_runtime(options)
+    model = runtime.place(DETR(CONFIG)).train()
+    return TrainStep(model, build_criterion(CONFIG.num_classes), build_optimizer(model, 1e-4, 1e-5, 1e-4), runtime)
+
+
+@pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("triton", "xformers"), ("auto", "auto")])
+@pytest.mark.usefixtures("no_waits")
+def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention) -> None:
+    step, batch = make_step(kernels, attention, "bf16"), make_batch()
+    step([batch])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    terms = step([batch])
+    torch.cuda.set_sync_debug_mode("default")
+    assert terms["loss"].isfinite()
+
+
+@pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("auto", "sdpa")])
+def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention) -> None:
+    on_cpu, on_gpu = make_step("ref", "ref", "fp32", "cpu"), make_step(kernels, attention, "fp32")
+    on_gpu.model.load_state_dict(on_cpu.model.state_dict())
+    expected, found = on_cpu([make_batch()]), on_gpu([make_batch()])
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
+
+
+def test_the_assignment_is_captured_and_replayed() -> None:
+    cost = torch.rand(96, 100, 30, device="cuda")
+    counts = torch.randint(0, 31, (96,), device="cuda")
+    batched_assignment(cost, counts, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        query_of_target = batched_assignment(cost, counts, "triton")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        cost.copy_(torch.rand(96, 100, 30))
+        graph.replay()
+        for problem, count in enumerate(counts.tolist()):
+            rows, columns = linear_sum_assignment(cost[problem, :, :count].cpu().numpy())
+            best = cost[problem, rows, columns].sum().item()
+            found = cost[problem, query_of_target[problem, :count], torch.arange(count)].sum().item()
+            assert found == pytest.approx(best, rel=1e-5)
