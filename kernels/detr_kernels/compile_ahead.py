@@ -140,16 +140,17 @@ NOTE = "Shapes of DETR-R50, 16 images of 800x1066, bf16 under autocast; a stack 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch compiled for one capability."""
+    """One launch compiled for each capability, in their order."""
 
     function: str
     kernel: str
-    capability: int
+    first: str
+    """Shape and dtype of its first argument, to tell launches of one kernel apart."""
     warps: int
-    registers: int
+    registers: list[int]
     """A thread."""
-    shared_bytes: int
-    stack_bytes: int
+    shared_bytes: list[int]
+    stack_bytes: list[int]
     """A thread; what did not fit into registers, or is indexed at run time."""
 
 
@@ -184,17 +185,19 @@ def recorded_launches(specimen: Callable[[], None]) -> list[tuple[Any, tuple[Any
 
 
 def compile_launches(functions: list[str], capabilities: list[int]) -> Iterator[Compiled]:
-    """Every launch of `functions` for each of `capabilities`, in this order."""
+    """Every launch of `functions` for each of `capabilities`."""
     for function in functions:
         for kernel, arguments, options in recorded_launches(SPECIMENS[function]):
+            first = f"({', '.join(map(str, arguments[0].shape))}) {str(arguments[0].dtype).removeprefix('torch.')}"
+            row = Compiled(function, kernel.fn.__name__, first, options["num_warps"], [], [], [])
             for capability in capabilities:
                 triton.runtime.driver.set_active(AbsentGpu(capability))
                 compiled = kernel.warmup(*arguments, grid=(1,), **options)
                 registers, stack_bytes = resources(compiled.asm["cubin"])
-                metadata = compiled.metadata
-                yield Compiled(
-                    function, metadata.name, capability, metadata.num_warps, registers, metadata.shared, stack_bytes
-                )
+                row.registers.append(registers)
+                row.shared_bytes.append(compiled.metadata.shared)
+                row.stack_bytes.append(stack_bytes)
+            yield row
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -209,10 +212,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def table(rows: list[Compiled]) -> str:
+def table(rows: list[Compiled], capabilities: list[int]) -> str:
     """The rows as Markdown."""
-    head = ["function", "kernel", "sm", "warps", "registers", "shared, bytes", "stack, bytes"]
-    cells = [[str(value) for value in vars(row).values()] for row in rows]
+    on = " / ".join(f"sm_{capability}" for capability in capabilities)
+    head = ["function", "kernel", "first argument", "warps", f"registers, {on}", "shared, bytes", "stack, bytes"]
+    cells = [
+        [" / ".join(map(str, value)) if isinstance(value, list) else str(value) for value in vars(row).values()]
+        for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells]) + "\n"
 
 
@@ -227,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set, and nothing compiles then: unset it")
     rows = list(compile_launches(options.functions or list(SPECIMENS), options.sm))
-    text = table(rows)
+    text = table(rows, options.sm)
     print(text, end="")
     if options.out:
         title = (
