@@ -22,7 +22,9 @@ def main(options: EvaluateConfig) -> None:
     model = runtime.place(load_model(options.weights))
     dataset = evaluation_dataset(model, options)
     console = Console()
-    console.print(f"{options.weights} on {len(dataset)} images, {', '.join(runtime.reasons.values())}", markup=False)
+    console.print(f"{options.weights} on {len(dataset)} images", markup=False)
+    for name, reason in runtime.reasons.items():
+        console.print(f"{name:>18}  {reason}", highlight=False, markup=False, soft_wrap=True)
     workers = runtime.workers(options.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from detr_kernels.dispatch import why_not_triton
 
 from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, require
 from detr_fast.model.detr import DETR
@@ -92,6 +93,9 @@ def choose_runtime(options: RuntimeOptions) -> Runtime:
     dtype, precision_reason = choose_precision(options.precision, device)
     lacking = missing_for_compile() if options.compile else None
     require(lacking is None, f"--compile cannot run: {lacking}. Or leave --compile out.")
+    for option in ("kernels", "attention"):
+        problem = why_not_triton(device) if getattr(options, option) == "triton" else None
+        require(problem is None, f"--{option} triton cannot run: {problem}. Use --{option} auto.")
     reasons = {
         "device": f"{device} ({device_reason})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",

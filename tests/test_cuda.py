@@ -1,5 +1,6 @@
 """What only a GPU can show: a whole training step that the driver itself sees not wait, and one that is captured."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -39,32 +40,38 @@ def make_batch() -> Batch:
     return collate(samples).pin_memory()
 
 
-def make_step(kernels: Kernels, attention: Attention, precision: Precision, device: str = "cuda") -> TrainStep:
+def make_step(
+    kernels: Kernels, attention: Attention, precision: Precision, device: str = "cuda", dropout: float = 0.0
+) -> TrainStep:
     torch.manual_seed(0)
     options = RuntimeOptions(device=device, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
     runtime = choose_runtime(options)
-    model = runtime.place(DETR(CONFIG)).train()
-    return TrainStep(model, build_criterion(CONFIG.num_classes), build_optimizer(model, 1e-4, 1e-5, 1e-4), runtime)
+    model = runtime.place(DETR(replace(CONFIG, dropout=dropout))).train()
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
 
 
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("triton", "xformers"), ("auto", "auto")])
 @pytest.mark.usefixtures("no_waits")
 def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention) -> None:
-    step, batch = make_step(kernels, attention, "bf16"), make_batch()
+    step, batch = make_step(kernels, attention, "bf16", dropout=0.1), make_batch()
     step([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    terms = step([batch])
+    terms = step([batch])  # fp16's scaler alone waits, by design: it asks whether anything overflowed
     torch.cuda.set_sync_debug_mode("default")
     assert terms["loss"].isfinite()
 
 
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("auto", "sdpa")])
-def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention) -> None:
+def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fifty layers of it would hide a mistake
     on_cpu, on_gpu = make_step("ref", "ref", "fp32", "cpu"), make_step(kernels, attention, "fp32")
     on_gpu.model.load_state_dict(on_cpu.model.state_dict())
     expected, found = on_cpu([make_batch()]), on_gpu([make_batch()])
-    for name, value in expected.items():
+    for name in (name for name in expected if name.startswith("loss")):
+        value = expected[name]
         assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
 
 

@@ -5,6 +5,7 @@ import torch
 from detr_kernels import fused_add_layer_norm, fused_add_layer_norm_ref
 from detr_profiling.closeness import assert_same_function
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +40,18 @@ def test_autocasts_mixture_of_dtypes() -> None:
     inputs = [x.bfloat16(), residual, weight, bias]
     assert fused(*inputs).dtype == torch.float32
     assert_same_function(fused, fused_add_layer_norm_ref, inputs, FLOORS[torch.bfloat16])
+
+
+def test_a_gpus_autocast_gives_float32_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, not on a CPU, autocast runs LayerNorm in float32: what follows it must not become bfloat16."""
+    monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
+        x = torch.zeros(4, 64, dtype=torch.bfloat16, device="cuda")
+        weight = torch.zeros(64, device="cuda")
+        for function in (fused, fused_add_layer_norm_ref):
+            assert function(x, x, weight, weight).dtype == torch.float32
 
 
 def test_a_view_that_is_not_contiguous() -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.batching import Batch
+from detr_fast.data.batching import Batch, normalize
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
 from detr_fast.model.implementation import select_implementation
@@ -54,8 +54,11 @@ def test_in_a_process_of_its_own() -> None:
     assert "passed" in result.stdout and "skipped" not in result.stdout
 
 
+COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
+
+
 class HostReadError(Exception):
-    """Something left the device."""
+    """Something left the device, or came from memory that the device cannot read by itself."""
 
 
 class RefuseHostReads(TorchDispatchMode):
@@ -73,6 +76,8 @@ class RefuseHostReads(TorchDispatchMode):
         taken, given = ({x.device.type for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in (args, result))
         if taken - {"cpu"} and "cpu" in given:
             raise HostReadError(str(func))
+        if "cpu" in taken and given - {"cpu"} and func.overloadpacket in COPIES:
+            raise HostReadError(f"{func} from memory that is not pinned")
         return result
 
 
@@ -116,8 +121,10 @@ def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attent
     runtime = Runtime(device, torch.float32, True, False, kernels, attention, {})
     with device:  # made there: a module of fake tensors cannot be moved
         model = DETR(CONFIG).train()
+        averaged = DETR(CONFIG).requires_grad_(False)
     select_implementation(model, kernels, attention)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), build_optimizer(model, 1e-4, 1e-5, 1e-4), runtime)
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
 
 
 OURS = {
@@ -150,12 +157,31 @@ def check_that_a_whole_step_waits_for_nothing(
     device: torch.device,
     reads: RefuseHostReads,
 ) -> None:
-    """Normalising, forward, cost, assignment, loss, backward, clipping and AdamW; dropout included."""
+    """Normalising, forward, cost, assignment, loss, backward, clipping, AdamW and the average; dropout included."""
     step = make_step(device, kernels, attention)
     terms = step([make_batch(device, padded)])
     assert all(value.device == device for value in terms.values())
     assert all(parameter.grad is not None and parameter.grad.device == device for parameter in step.trained)
     assert reads.operators == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/test_cuda.py runs the step on it")
+def test_what_a_gpu_gets_by_default_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, cost, assignment and loss on `cuda` under autocast, attention by xformers. Not backward: autograd would
+    look for the device."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
+    device = torch.device("cuda", 0)
+    with FakeTensorMode(), launches_to(lambda *_, **__: None), RefuseHostReads() as reads:
+        step, batch = make_step(device), make_batch(device, True)
+        select_implementation(step.model, dtype=torch.bfloat16)
+        images, mask = normalize(batch, CONFIG.image_mean, CONFIG.image_std, True, torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = step.model(images, mask)
+        terms = step.criterion(outputs, batch.targets)
+    assert terms["loss"].device == device and terms["loss"].dtype == torch.float32
+    assert reads.operators == {"xformers_attention", "assignment"}
 
 
 def check_that_scipys_assignment_is_seen_to_wait(device: torch.device, reads: RefuseHostReads) -> None:
@@ -172,6 +198,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "a boolean index": lambda x: x[x > 0],
     "a branch": lambda x: bool(x.sum() > 0),
     "a copy": lambda x: x.cpu(),
+    "a number from the host": lambda x: torch.tensor(1.0).to(x.device),
 }
 
 

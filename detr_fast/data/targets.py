@@ -33,8 +33,3 @@ class Targets:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         parts = (self.labels, self.boxes_cxcywh, self.count)
         return type(self)(*(part.to(device, non_blocking=non_blocking) for part in parts))
-
-    @property
-    def present(self) -> Tensor:
-        """(B, T) bool: which rows are targets."""
-        return torch.arange(self.labels.shape[1], device=self.count.device) < self.count[:, None]

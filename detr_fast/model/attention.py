@@ -4,11 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from detr_kernels import Packing, packed_attention
+from detr_kernels import AttentionBackend, Packing, packed_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.config import Attention
 from detr_fast.model.implementation import Implementation
 
 
@@ -48,7 +47,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.form: Attention = "sdpa"
+        self.form: AttentionBackend = "sdpa"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
@@ -91,7 +90,8 @@ class MultiheadAttention(nn.Module):
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
         """The same of packed tokens."""
-        assert queries.padding is None and keys.padding is None
+        if queries.padding is not None or keys.padding is not None:
+            raise ValueError(f"attention by {self.form} takes packed or unpadded tokens: see detr_kernels.Packing")
         q_offsets, k_offsets = (
             Packing.uniform(x.shape[0], x.shape[1], x.device).offsets if layout.offsets is None else layout.offsets
             for x, layout in ((q, queries), (k, keys))

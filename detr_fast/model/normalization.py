@@ -24,7 +24,7 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self.folded = True
-        self.convolution_form: ConvolutionBackend = "ref"
+        self.convolution_form: ConvolutionBackend = "auto"
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -53,12 +53,13 @@ def conv_norm_act(
     """relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); without a residual or ReLU where so asked.
 
     A folded norm becomes part of the convolution's weight and bias: the same function with the same gradients, one pass
-    over memory instead of two. Folded in float32; a following autocast rounds the product once.
+    over memory instead of two. Folded in float32 at least; a half-precision weight is rounded once, afterwards.
     """
     if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
         weight, bias = fold_frozen_bn(
             conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
         )
+        weight = weight.to(conv.weight.dtype)
         stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
     y = norm(conv(x))

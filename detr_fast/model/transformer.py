@@ -21,7 +21,7 @@ class PostNormLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.norm_form: Backend = "ref"
+        self.norm_form: Backend = "auto"
 
     def use(self, implementation: Implementation) -> None:
         self.norm_form = implementation.layer_norm

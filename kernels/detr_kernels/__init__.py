@@ -1,7 +1,7 @@
 """Fused kernels for detection transformers: plain-torch references, Triton kernels, and functions that choose."""
 
 from detr_kernels.assignment import AssignmentBackend, batched_assignment, batched_assignment_ref, choose_assignment
-from detr_kernels.attention import choose_attention, packed_attention, packed_attention_ref
+from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
 from detr_kernels.batch_norm import fold_frozen_bn
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
@@ -15,6 +15,7 @@ from detr_kernels.xformers_attention import why_not_xformers
 
 __all__ = [
     "AssignmentBackend",
+    "AttentionBackend",
     "Backend",
     "ConvolutionBackend",
     "PackedImages",

@@ -22,9 +22,9 @@ from detr_kernels.packing import gather_rows, images_of_rows
 from detr_kernels.triton_attention import triton_attention
 from detr_kernels.xformers_attention import why_not_flash, xformers_attention
 
-Attention = Literal["auto", "xformers", "sdpa", "triton", "ref"]
+AttentionBackend = Literal["auto", "xformers", "sdpa", "triton", "ref"]
 """xformers: FlashAttention; sdpa: torch's own, padded; triton: our kernels; ref: plain torch; auto: what fits best."""
-Implementation = Literal["xformers", "sdpa", "triton", "ref"]
+AttentionForm = Literal["xformers", "sdpa", "triton", "ref"]
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -110,8 +110,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, asked: Attention = "auto"
-) -> tuple[Implementation, str]:
+    device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, asked: AttentionBackend = "auto"
+) -> tuple[AttentionForm, str]:
     """The implementation to run for heads of `head_dim` in `dtype` on `device`, and why.
 
     Raises RuntimeError where what is asked for by name cannot run, and ValueError for an unknown name.
@@ -147,7 +147,7 @@ def packed_attention(
     longest_k: int,
     dropout: float = 0.0,
     training: bool = False,
-    backend: Attention = "auto",
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
     """Softmax attention of every image's queries over its own keys: q (Mq, H, d), k, v (Mk, H, d) -> (Mq, H, d).
 

@@ -38,7 +38,7 @@ def conv1x1_bias_act_ref(
     return out.relu() if relu else out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
 def _forward_kernel(
     x,  # (B, height, width, inputs)
     weight,  # (outputs, inputs)

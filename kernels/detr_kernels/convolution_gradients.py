@@ -31,7 +31,7 @@ def _masked(dy, out, at, inside):
     return dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
 def _input_gradient_kernel(
     dy,  # (pixels, outputs)
     out,  # (pixels, outputs), or None
@@ -64,7 +64,7 @@ def _input_gradient_kernel(
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(pixel < pixels) & (column < inputs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
 def _weight_gradient_kernel(
     dy,  # (pixels, outputs)
     out,  # (pixels, outputs), or None

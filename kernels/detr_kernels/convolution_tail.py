@@ -56,7 +56,7 @@ def conv_bias_act_ref(
     return y.relu_() if relu else y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _forward_kernel(
     conv,  # (pixels, channels)
     bias,  # (channels,)
@@ -81,7 +81,7 @@ def _forward_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _backward_kernel(
     dy,  # (pixels, channels)
     y,  # (pixels, channels)
@@ -219,8 +219,9 @@ def choose_convolution(
 ) -> tuple[Literal["triton", "cudnn", "ref"], str]:
     """The form in which a convolution of `kernel_size` runs on `device`, and why.
 
-    `auto` asks `dispatch.MEASURED` for conv1x1_bias_act or conv_bias_act, in training for "... in training": a forward
-    pass that won says nothing about its backward pass. Raises RuntimeError where what is asked for cannot run.
+    `auto` asks `dispatch.MEASURED`, which may name any form, for conv1x1_bias_act or conv_bias_act, and in training for
+    "... in training": a forward pass that won says nothing about its backward pass. Raises RuntimeError where what is
+    asked for cannot run.
     """
     if asked == "cudnn":
         if device.type != "cuda":

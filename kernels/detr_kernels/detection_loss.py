@@ -122,7 +122,7 @@ def _log_softmax(logit):
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "targets"])
 def _forward_kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)
@@ -173,7 +173,7 @@ def _forward_kernel(
     tl.store(terms + 5 * problems, tl.abs(tl.sum(detected) - count) / tl.num_programs(0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "targets"])
 def _backward_kernel(
     d_terms,  # (6, L) float32
     logits,  # (L, B, Q, COLUMNS)

@@ -1,8 +1,13 @@
 """Where Triton can run, which form of a kernel runs, with the reason, and the one way by which a kernel is launched."""
 
+import functools
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,8 +18,8 @@ from detr_kernels.language import INSTALLED, INTERPRETED
 Backend = Literal["auto", "triton", "ref"]
 """triton: our kernel; ref: plain torch; auto: what was measured to be faster in a whole step on that device."""
 
-MEASURED: dict[str, dict[str, str]] = {}
-"""Device name -> kernel -> the measurement that makes Triton the default there, as text for the reason.
+MEASURED: dict[str, dict[str, tuple[Any, str]]] = {}
+"""Device name -> kernel -> the form that is the default there, and the measurement that made it so, for the reason.
 
 Empty: nothing has been measured on a GPU yet, so `auto` is plain torch.
 """
@@ -41,7 +46,20 @@ def why_not_triton(device: torch.device) -> str | None:
         return None if INTERPRETED else "Triton has no CPU backend; TRITON_INTERPRET=1 runs it slowly, for tests"
     if device.type != "cuda":
         return f"Triton does not run on {device.type}"
-    return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it" if INTERPRETED else None
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, which is for the CPU: unset it"
+    return why_no_launcher()
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_no_launcher() -> str | None:
+    """What is missing of what Triton builds its launchers with, once for each kernel: a C compiler and Python.h."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
+        return "Triton needs a C compiler: sudo apt install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton needs Python.h: sudo apt install python3-dev"
+    return None
 
 
 def choose_backend(kernel: str, device: torch.device, asked: Backend = "auto") -> tuple[Literal["triton", "ref"], str]:
@@ -60,14 +78,13 @@ def choose_backend(kernel: str, device: torch.device, asked: Backend = "auto") -
         return "triton", "asked for"
     if problem or device.type == "cpu":
         return "ref", problem or "a CPU runs Triton in tests alone"
-    found = measurement(kernel, device)
-    return ("triton", found) if found else ("ref", "Triton's form was not measured to be faster on this GPU")
+    return measurement(kernel, device) or ("ref", "no other form was measured to be faster on this GPU")
 
 
 @torch.compiler.assume_constant_result
-def measurement(kernel: str, device: torch.device) -> str | None:
-    """What was measured for `kernel` on this GPU, if it won there."""
-    if not torch.cuda.is_available():  # a fake device
+def measurement(kernel: str, device: torch.device) -> tuple[Any, str] | None:
+    """The form of `kernel` that won on this GPU, with what was measured; None where nothing did."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # a fake device
         return None
     return MEASURED.get(torch.cuda.get_device_name(device), {}).get(kernel)
 

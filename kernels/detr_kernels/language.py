@@ -1,6 +1,8 @@
 """Triton and its language, or, where Triton is not installed, stand-ins that let the kernels' files be imported.
 
-INTERPRETED says whether kernels were made to run on the CPU, by TRITON_INTERPRET=1 at import.
+Kernels are not specialised (`do_not_specialize`) on numbers that differ from batch to batch: each new one would be
+compiled anew in the middle of training. INTERPRETED says whether kernels were made to run on the CPU, by
+TRITON_INTERPRET=1 at import.
 """
 
 from types import SimpleNamespace

@@ -19,8 +19,8 @@ from detr_kernels.dropout import draw_seed, kept
 from detr_kernels.language import tl, triton
 
 TILE = 2048
-"""Entries that a program holds at a time: 16 a thread with 4 warps. With twice as many the backward pass takes 172 registers,
-and one program fills a multiprocessor."""
+"""Entries that a program holds at a time: 16 a thread with 4 warps. With twice as many the backward pass takes 172
+registers a thread, and one program fills a multiprocessor."""
 PARTIAL_SUMS = 256
 """Programs of the backward pass, and so rows of partial weight gradients: a few to every multiprocessor."""
 
@@ -38,7 +38,7 @@ def fused_add_layer_norm_ref(
     return F.layer_norm(residual + F.dropout(x, dropout, training), weight.shape, weight, bias, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,  # (rows, dim)
     residual,  # (rows, dim)
@@ -62,7 +62,7 @@ def _forward_kernel(
     at = row.to(tl.int64) * dim + column
     entry = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        entry = tl.where(kept(tl.load(seed), row * dim + column, p), entry / (1 - p), 0.0)
+        entry = tl.where(kept(tl.load(seed), row * dim + column, p), entry * (1 / (1 - p)), 0.0)
     entry += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if SAVE:
         tl.store(total + at, entry.to(total.dtype.element_ty), mask=inside)
@@ -74,7 +74,7 @@ def _forward_kernel(
     tl.store(y + at, (centered * rstd * w + b).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dy,  # (rows, dim)
     total,  # (rows, dim)
@@ -106,7 +106,7 @@ def _backward_kernel(
         mean = tl.sum(entry, 1)[:, None] / dim
         centered = tl.where(inside, entry - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(centered * centered, 1)[:, None] / dim + eps)
-        normed = centered * rstd
+        normed = tl.where(inside, centered * rstd, 0.0)  # without eps a row past the last would give NaN
         sum_dweight += grad * normed
         sum_dbias += grad
         grad *= w
@@ -114,7 +114,7 @@ def _backward_kernel(
         dtotal = rstd * (grad - tl.sum(grad, 1)[:, None] / dim - normed * along)
         tl.store(dresidual + at, dtotal.to(dresidual.dtype.element_ty), mask=inside)
         if DROPOUT:
-            dtotal = tl.where(kept(tl.load(seed), row * dim + column, p), dtotal / (1 - p), 0.0)
+            dtotal = tl.where(kept(tl.load(seed), row * dim + column, p), dtotal * (1 / (1 - p)), 0.0)
         tl.store(dx + at, dtotal.to(dx.dtype.element_ty), mask=inside)
     at = program * dim + tl.arange(0, DIM)
     tl.store(dweight + at, tl.sum(sum_dweight, 0), mask=tl.arange(0, DIM) < dim)
@@ -165,7 +165,7 @@ def _backward(
     programs = min(PARTIAL_SUMS, cdiv(rows, blocks["ROWS"]))
     dweight, dbias = (torch.empty(programs, dim, dtype=torch.float32, device=total.device) for _ in range(2))
     arguments = (dy, total, weight, seed, dx, dresidual, dweight, dbias, rows, dim, eps, p)
-    launch(_backward_kernel, (programs,), *arguments, DROPOUT=p > 0, **blocks, num_warps=4)
+    launch(_backward_kernel, (programs,), *arguments, DROPOUT=p > 0, **blocks, num_warps=8)
     return dx, dresidual, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
 
@@ -190,6 +190,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(output[1], weight, seed)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be memory written for nothing
 
 
 def _autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,6 +222,8 @@ def fused_add_layer_norm(
         raise ValueError(f"x and residual must be (..., D), weight and bias (D,); got {shapes}")
     if choose_backend("fused_add_layer_norm", x.device, backend)[0] == "ref":
         return fused_add_layer_norm_ref(x, residual, weight, bias, eps, dropout, training)
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        residual = residual.float()  # there F.layer_norm computes in float32, and so does what follows it
     p = dropout if training else 0.0
     save = torch.is_grad_enabled() and any(each.requires_grad for each in (x, residual, weight, bias))
     seed = draw_seed(x.device) if p > 0 else torch.empty(1, dtype=torch.int64, device=x.device)

@@ -43,7 +43,7 @@ def match_cost_ref(
     return cost.flatten(0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "targets"])
 def _kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)

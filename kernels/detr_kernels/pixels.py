@@ -110,7 +110,9 @@ def normalize_pad_ref(
     inside = ((row < sizes[:, 0, None, None]) & (column < sizes[:, 1, None, None]))[..., None]  # (B, H, W, 1)
     if packed.buffer.ndim == 4:
         own_height, own_width = packed.buffer.shape[1:3]
-        pixels = F.pad(packed.buffer, (0, 0, 0, width - own_width, 0, height - own_height))
+        pixels = packed.buffer
+        if (own_height, own_width) != (height, width):
+            pixels = F.pad(pixels, (0, 0, 0, width - own_width, 0, height - own_height))
     else:
         start = packed.offsets[:, None, None] + row * packed.row_pixels[:, None, None] * 3  # (B, H, 1)
         byte = start[..., None] + (column[:, None] * 3 + torch.arange(3, device=device))  # (B, H, W, 3)
@@ -161,8 +163,8 @@ def _normalize_pad_kernel(
     ENTRIES: tl.constexpr,
 ):
     image = tl.program_id(2)
-    h = tl.minimum(tl.maximum(tl.load(sizes + image * 2).to(tl.int32), 0), height)
-    w = tl.minimum(tl.maximum(tl.load(sizes + image * 2 + 1).to(tl.int32), 0), width)
+    h = tl.minimum(tl.maximum(tl.load(sizes + image * 2), 0), height).to(tl.int32)
+    w = tl.minimum(tl.maximum(tl.load(sizes + image * 2 + 1), 0), width).to(tl.int32)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(lengths + image * 2, h.to(tl.int64))
         tl.store(lengths + image * 2 + 1, w.to(tl.int64))
@@ -171,7 +173,7 @@ def _normalize_pad_kernel(
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)[None, :]
     start = tl.load(offsets + image) + row * tl.load(row_pixels + image).to(tl.int64) * 3
     # how many entries of each row are read: those inside the image, and whatever was promised, inside the buffer
-    held = tl.minimum(n - start, w * 3).to(tl.int32)
+    held = tl.maximum(tl.minimum(n - start, w * 3), 0).to(tl.int32)
     held = tl.where((row < h) & (start >= 0), held, 0)
     inside = entry < held
     pixel = tl.load(buffer + start + entry, mask=inside, other=0).to(tl.float32)

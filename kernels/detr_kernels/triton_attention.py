@@ -19,7 +19,7 @@ from detr_kernels.language import tl, triton
 from detr_kernels.triton_attention_backward import backward_op
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     q,  # (Mq, H, d), rows q_step apart
     k,  # (Mk, H, d), rows k_step apart
@@ -112,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, q_offsets, k_offsets, seed, ctx.longest, ctx.p = inputs
     ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, seed)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be memory written for nothing
 
 
 def _autograd(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ from detr_kernels.dispatch import launch
 from detr_kernels.language import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _queries_backward_kernel(
     q,  # (Mq, H, d), rows q_step apart
     k,  # (Mk, H, d), rows k_step apart
@@ -81,7 +81,7 @@ def _queries_backward_kernel(
     tl.store(dq + at, (dq_tile * (SCALE / (1 - P))).to(dq.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_rows", "k_rows"])
 def _keys_backward_kernel(
     q,  # (Mq, H, d), rows q_step apart
     k,  # (Mk, H, d), rows k_step apart

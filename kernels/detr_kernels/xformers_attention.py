@@ -146,6 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, q_offsets, k_offsets, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be memory written for nothing
 
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
