@@ -5,16 +5,19 @@ import os
 import platform
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from detr_kernels import choose_assignment, choose_attention, choose_backend, choose_convolution
 from detr_kernels.dispatch import why_not_triton
 
-from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, require
+from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, UserError, require
 from detr_fast.model.detr import DETR
-from detr_fast.model.implementation import select_implementation
+from detr_fast.model.implementation import Implementation
+from detr_fast.model.normalization import FrozenBatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,54 @@ def missing_for_compile() -> str | None:
         package = ".".join(platform.python_version_tuple()[:2])
         return f"Python.h is missing: sudo apt install python{package}-dev"
     return None
+
+
+def select_implementation(
+    model: DETR, kernels: Kernels = "auto", attention: Attention = "auto", dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """Gives `model` its forms, for the device it is on and products in `dtype`; returns what runs, and why.
+
+    Raises UserError where a form asked for by name cannot run there.
+    """
+    if attention == "auto" and kernels != "auto":
+        attention = kernels
+    device, config = next(model.parameters()).device, model.config
+    try:
+        form, reason = choose_attention(device, dtype, config.hidden_dim // config.num_heads, True, attention)
+        frozen_norm = any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+        reasons = {"attention": f"{form} ({reason})"} | dict(_reasons(kernels, device, frozen_norm))
+    except RuntimeError as error:
+        raise UserError(f"--kernels {kernels} --attention {attention}: {error}") from error
+    implementation = Implementation(
+        # torch's own attention is faster on rows than on packed tokens, which it would have to pad again
+        attention="sdpa" if form == "sdpa" else attention,
+        convolution=kernels,
+        folded=kernels != "ref",
+        layer_norm=kernels,
+        pixels=kernels,
+        match_cost=kernels,
+        assignment="scipy" if kernels == "ref" else kernels,
+        set_loss=kernels,
+    )
+    implementation.apply_to(model)
+    return reasons
+
+
+def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Iterator[tuple[str, str]]:
+    """Operation -> its form and why; convolutions only where the backbone has frozen batch norm to fold into them."""
+    chosen: dict[str, tuple[str, str]] = {
+        "layer norm": choose_backend("fused_add_layer_norm", device, kernels),
+        "pixels": choose_backend("normalize_pad", device, kernels),
+        "match cost": choose_backend("match_cost", device, kernels),
+        "assignment": choose_assignment(device, "scipy" if kernels == "ref" else kernels),
+        "set loss": choose_backend("set_loss", device, kernels),
+    }
+    if frozen_norm:
+        yield "frozen batch norm", "by itself (--kernels ref)" if kernels == "ref" else "folded into convolutions"
+        chosen["1x1 convolution"] = choose_convolution(1, device, kernels, training=True)
+        chosen["convolution"] = choose_convolution(3, device, kernels, training=True)
+    for name, (form, reason) in chosen.items():
+        yield name, f"{form} ({reason})"
 
 
 def choose_runtime(options: RuntimeOptions) -> Runtime:

@@ -12,7 +12,7 @@ from detr_fast.config import MODELS, Attention, Kernels
 from detr_fast.data.targets import Targets
 from detr_fast.model import backbone
 from detr_fast.model.detr import DETR
-from detr_fast.model.implementation import select_implementation
+from detr_fast.runtime import select_implementation
 from detr_fast.training.criterion import SetCriterion, build_criterion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.postprocess import postprocess
-from detr_fast.model.implementation import Implementation, select_implementation
+from detr_fast.model.implementation import Implementation
+from detr_fast.runtime import select_implementation
 from detr_fast.training.matcher import MatchCosts, match
 from detr_fast.training.optimizer import build_optimizer
 

@@ -16,7 +16,7 @@ from detr_profiling.reference import ReferenceDETR, reference_criterion
 from torch import Tensor, nn
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
-from detr_fast.model.implementation import select_implementation
+from detr_fast.runtime import select_implementation
 from detr_fast.training.optimizer import build_optimizer
 
 LAYERS = {"encoder_layers": 2, "decoder_layers": 3}

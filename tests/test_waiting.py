@@ -28,8 +28,7 @@ from detr_fast.config import MODELS, Attention, Kernels
 from detr_fast.data.batching import Batch, normalize
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
-from detr_fast.model.implementation import select_implementation
-from detr_fast.runtime import Runtime
+from detr_fast.runtime import Runtime, select_implementation
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
