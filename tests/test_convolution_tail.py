@@ -229,12 +229,16 @@ def test_the_default_is_plain_torch_until_a_measurement_says_otherwise(monkeypat
     assert choose_convolution(3, cuda, "cudnn") == ("cudnn", "asked for")
     monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
     assert choose_convolution(1, cuda)[0] == choose_convolution(3, cuda)[0] == "ref"
-    wins = {"conv1x1_bias_act": "a win forward", "conv_bias_act in training": "a win in training"}
+    wins = {
+        "conv1x1_bias_act": ("triton", "a win forward"),
+        "conv7x7_bias_act in training": ("cudnn", "a win in training"),
+    }
     monkeypatch.setattr("detr_kernels.dispatch.measurement", lambda kernel, device: wins.get(kernel))
     assert choose_convolution(1, cuda) == ("triton", "a win forward")
     assert choose_convolution(1, cuda, training=True)[0] == "ref"
     assert choose_convolution(3, cuda)[0] == "ref"
-    assert choose_convolution(7, cuda, training=True) == ("triton", "a win in training")
+    assert choose_convolution(7, cuda, training=True) == ("cudnn", "a win in training")
+    assert choose_convolution(3, cuda, training=True)[0] == "ref"
     with pytest.raises(RuntimeError, match="cuDNN does not run on cpu"):
         choose_convolution(3, cpu, "cudnn")
     with pytest.raises(ValueError, match="backend"):

@@ -1,4 +1,4 @@
-"""Attention over packed tokens: every backend does what plain attention does image by image, ragged or empty."""
+"""AttentionBackend over packed tokens: every backend does what plain attention does image by image, ragged or empty."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from detr_kernels import packed_attention
-from detr_kernels.attention import Attention
+from detr_kernels.attention import AttentionBackend
 from detr_kernels.packing import images_of_rows
 from detr_kernels.triton_attention import triton_attention
 from detr_profiling.closeness import assert_same_function
@@ -27,7 +27,7 @@ LENGTHS = {
     "cross": ([100, 100, 0, 100], [130, 0, 9, 7]),
     "dropout": ([70, 20], [130, 9]),
 }
-BACKENDS: list[Attention] = ["ref", "sdpa", "triton"]
+BACKENDS: list[AttentionBackend] = ["ref", "sdpa", "triton"]
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -46,7 +46,7 @@ def make_inputs(name: str, dim: int, dtype: torch.dtype, heads: int = 2) -> list
     return [torch.randn(each, heads, dim, generator=generator).to(DEVICE, dtype) for each in rows]
 
 
-def packed(name: str, backend: Attention, **options: float) -> Callable[..., Tensor]:
+def packed(name: str, backend: AttentionBackend, **options: float) -> Callable[..., Tensor]:
     """`packed_attention` over images of the lengths `name`."""
     bounds = [max(lengths) + 3 for lengths in LENGTHS[name]]
     places = [offsets(lengths) for lengths in LENGTHS[name]]
@@ -69,7 +69,7 @@ def image_by_image(name: str) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("name", ["self", "cross"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_is_attention_within_each_image(backend: Attention, name: str) -> None:
+def test_is_attention_within_each_image(backend: AttentionBackend, name: str) -> None:
     assert_same_function(packed(name, backend), image_by_image(name), make_inputs(name, 32, torch.float32), 2e-6)
 
 
@@ -93,7 +93,7 @@ def test_scores_of_a_thousand(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_one_projection(backend: Attention) -> None:
+def test_slices_of_one_projection(backend: AttentionBackend) -> None:
     projected = torch.cat(make_inputs("self", 32, torch.float32), 1).flatten(1)
     split = lambda x: [part.unflatten(1, (2, 32)) for part in x.chunk(3, 1)]  # noqa: E731
     assert not split(projected)[0].is_contiguous()
@@ -108,7 +108,7 @@ def test_heads_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_tail_belongs_to_no_image(backend: Attention) -> None:
+def test_the_tail_belongs_to_no_image(backend: AttentionBackend) -> None:
     inputs = [x.requires_grad_() for x in make_inputs("cross", 16, torch.float32, heads=1)]
     spoilt = [torch.cat([x[:-TAIL], torch.full_like(x[-TAIL:], float("nan"))]) for x in inputs]
     out = packed("cross", backend)(*spoilt)
@@ -119,7 +119,7 @@ def test_the_tail_belongs_to_no_image(backend: Attention) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_attend_to(backend: Attention) -> None:
+def test_nothing_to_attend_to(backend: AttentionBackend) -> None:
     none, some = offsets([0, 0]), offsets([2, 1])
     for q_rows, k_rows, places in (
         (3, 4, (some, none)),
@@ -192,7 +192,7 @@ def test_dropouts_mask_does_not_depend_on_the_dtypes_blocks() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_draws_anew_each_time_and_only_in_training(backend: Attention) -> None:
+def test_dropout_draws_anew_each_time_and_only_in_training(backend: AttentionBackend) -> None:
     inputs = make_inputs("self", 16, torch.float32, heads=1)
     once, again = (packed("self", backend, dropout=0.5, training=True)(*inputs) for _ in range(2))
     assert not torch.equal(once, again)
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_a_graph_break(backend: Attention) -> None:
+def test_compiles_without_a_graph_break(backend: AttentionBackend) -> None:
     attend, inputs = packed("self", backend), make_inputs("self", 16, torch.float32, heads=1)
     compiled = torch.compile(lambda *inputs: attend(*inputs).relu(), fullgraph=True, backend="aot_eager")
     assert_same_function(compiled, lambda *inputs: packed("self", "ref")(*inputs).relu(), inputs, 2e-6)
@@ -249,7 +249,7 @@ def test_flash_attention_on_a_gpu_is_as_exact_as_eager(name: str, dtype: torch.d
 
 @needs_gpu
 @pytest.mark.parametrize("backend", ["xformers", "triton"])
-def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: Attention) -> None:
+def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: AttentionBackend) -> None:
     q, k, v = (x.requires_grad_() for x in make_inputs("self", 32, torch.float16, heads=8))
     out = packed("self", backend, dropout=0.5, training=True)(q, k, v)
     weighting = torch.randn_like(out)
@@ -260,7 +260,7 @@ def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: Attention) -> N
 
 @needs_gpu
 @pytest.mark.parametrize("backend", ["xformers", "triton"])
-def test_a_captured_graph_serves_other_lengths(backend: Attention) -> None:
+def test_a_captured_graph_serves_other_lengths(backend: AttentionBackend) -> None:
     q, k, v = make_inputs("cross", 32, torch.bfloat16, heads=8)
     places = [offsets(lengths) for lengths in LENGTHS["cross"]]
     attend = lambda backend: packed_attention(q, k, v, *places, 120, 140, backend=backend)  # noqa: E731

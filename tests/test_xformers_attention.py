@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from detr_kernels import choose_attention, packed_attention, packed_attention_ref, xformers_attention
-from detr_kernels.attention import Attention
+from detr_kernels.attention import AttentionBackend
 from detr_profiling.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -179,7 +179,7 @@ def test_a_gpu_runs_flash_attention_in_16_bits_and_says_why_not_otherwise() -> N
 
 
 @pytest.mark.parametrize("asked", ["sdpa", "ref"])
-def test_what_torch_does_is_always_there(asked: Attention) -> None:
+def test_what_torch_does_is_always_there(asked: AttentionBackend) -> None:
     assert choose_attention(torch.device("cpu"), torch.float64, 7, True, asked) == (asked, "asked for")
 
 

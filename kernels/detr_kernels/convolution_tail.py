@@ -219,9 +219,9 @@ def choose_convolution(
 ) -> tuple[Literal["triton", "cudnn", "ref"], str]:
     """The form in which a convolution of `kernel_size` runs on `device`, and why.
 
-    `auto` asks `dispatch.MEASURED`, which may name any form, for conv1x1_bias_act or conv_bias_act, and in training for
-    "... in training": a forward pass that won says nothing about its backward pass. Raises RuntimeError where what is
-    asked for cannot run.
+    `auto` asks `dispatch.MEASURED`, which may name any form for each size: "conv3x3_bias_act", and in training
+    "conv3x3_bias_act in training", since a forward pass that won says nothing about its backward pass. Raises
+    RuntimeError where what is asked for cannot run.
     """
     if asked == "cudnn":
         if device.type != "cuda":
@@ -229,7 +229,7 @@ def choose_convolution(
         return "cudnn", "asked for"
     if asked == "auto" and device.type == "cpu":
         return "ref", "oneDNN adds the bias itself"
-    kernel = "conv1x1_bias_act" if kernel_size == 1 else "conv_bias_act"
+    kernel = f"conv{kernel_size}x{kernel_size}_bias_act"
     return choose_backend(f"{kernel} in training" if training else kernel, device, asked)
 
 
