@@ -1,4 +1,4 @@
-"""AttentionBackend over packed tokens: every backend does what plain attention does image by image, ragged or empty."""
+"""Attention over packed tokens: every backend does what plain attention does image by image, ragged or empty."""
 
 import math
 from collections.abc import Callable
