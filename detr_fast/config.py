@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_type_hints
 
 import tyro
+from detr_kernels import AttentionBackend, Backend
 from typeguard import TypeCheckError, check_type
 
 
@@ -135,8 +136,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Kernels = Literal["auto", "triton", "ref"]
-Attention = Literal["auto", "xformers", "sdpa", "triton", "ref"]
+Kernels = Backend
+Attention = AttentionBackend
 
 
 @dataclass(frozen=True, kw_only=True)

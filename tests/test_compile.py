@@ -21,9 +21,9 @@ FORMS: list[tuple[Kernels, Attention]] = [("auto", "auto"), ("ref", "auto"), ("t
 NAMES = ["-".join(forms) for forms in FORMS]
 
 
-def make_model(kernels: Kernels, attention: Attention) -> tuple[DETR, SetCriterion]:
+def make_model(kernels: Kernels, attention: Attention, dropout: float = 0.0) -> tuple[DETR, SetCriterion]:
     torch.manual_seed(0)
-    model, criterion = DETR(CONFIG).to(DEVICE).train(), build_criterion(CONFIG.num_classes)
+    model, criterion = DETR(replace(CONFIG, dropout=dropout)).to(DEVICE).train(), build_criterion(CONFIG.num_classes)
     select_implementation(model, kernels, attention)
     model.implementation.apply_to(criterion)
     return model, criterion
@@ -37,6 +37,26 @@ def make_batch(padded: bool) -> tuple[Tensor, Tensor | None, Targets]:
     boxes = torch.rand(2, 3, 4, generator=generator) * 0.5 + 0.2
     labels = torch.randint(0, CONFIG.num_classes, (2, 3), generator=generator)
     return images, mask if padded else None, Targets(labels, boxes, torch.tensor([3, 0])).to(DEVICE)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_no_graph_break_in_training_as_it_is_done(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout's seeds, autocast's mixture of dtypes, and activations computed again."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
+    monkeypatch.setattr(backbone, "STAGE_WIDTHS", (8, 16, 16, 32))
+    images, mask, targets = make_batch(True)
+    model, criterion = make_model(kernels, "auto", dropout=0.1)
+    model.transformer.checkpoint_activations = True
+
+    def loss(images: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            outputs = model(images, mask)
+        return criterion(outputs, targets)["loss"]
+
+    counters.clear()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(images, mask, targets).backward()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

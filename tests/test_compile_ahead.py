@@ -37,6 +37,8 @@ def test_all_compile_and_none_spills(tmp_path: Path) -> None:
         assert stack_bytes == [0] * len(CAPABILITIES), f"{function}, {kernel} spills"
         assert all(0 < each <= 255 for each in registers) and max(shared_bytes) <= 99 * 1024
     assert rows((tmp_path / "table.md").read_text()) == table
+    committed = rows((KERNELS / "COMPILED.md").read_text())
+    assert committed == table, "write it again: python -m detr_kernels.compile_ahead --out kernels/COMPILED.md"
 
 
 def test_every_kernel_has_a_specimen() -> None:

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_kernels.dispatch import launch, next_power_of_2, why_not_triton
+from detr_kernels.dispatch import DTYPES, launch, next_power_of_2, why_not_triton
 from detr_kernels.language import tl, triton
 
 AssignmentBackend = Literal["auto", "triton", "scipy"]
 """triton: our kernel, which never waits; scipy: SciPy on the host; auto: SciPy for CPU tensors, Triton for a GPU's."""
 
-COSTS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 32768
 """So that the keys of the Triton form fit into int32."""
 CHUNK = 512
@@ -257,8 +256,8 @@ def batched_assignment(
     if cost.dim() != 3 or num_targets.shape != cost.shape[:1] or num_targets.device != cost.device:
         given = [(tuple(each.shape), str(each.device)) for each in (cost, num_targets)]
         raise ValueError(f"cost must be (P, Q, T) and num_targets (P,), on one device; got {given[0]} and {given[1]}")
-    if cost.dtype not in COSTS or num_targets.is_floating_point():
-        raise ValueError(f"cost must be of {COSTS}, num_targets integer; got {cost.dtype} and {num_targets.dtype}")
+    if cost.dtype not in DTYPES or num_targets.is_floating_point():
+        raise ValueError(f"cost must be of {DTYPES}, num_targets integer; got {cost.dtype} and {num_targets.dtype}")
     if nonfinite is not None and (nonfinite.dtype != torch.int64 or nonfinite.numel() != 1):
         raise ValueError(f"nonfinite must be one int64; got {tuple(nonfinite.shape)} {nonfinite.dtype}")
     solve = triton_op if choose_assignment(cost.device, backend)[0] == "triton" else scipy_op

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.attention_tiles import WIDTHS
-from detr_kernels.dispatch import why_not_triton
+from detr_kernels.dispatch import DTYPES, why_not_triton
 from detr_kernels.packing import gather_rows, images_of_rows
 from detr_kernels.triton_attention import triton_attention
 from detr_kernels.xformers_attention import why_not_flash, xformers_attention
@@ -25,7 +25,6 @@ from detr_kernels.xformers_attention import why_not_flash, xformers_attention
 AttentionBackend = Literal["auto", "xformers", "sdpa", "triton", "ref"]
 """xformers: FlashAttention; sdpa: torch's own, padded; triton: our kernels; ref: plain torch; auto: what fits best."""
 AttentionForm = Literal["xformers", "sdpa", "triton", "ref"]
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def choose_attention(
 def _why_not_these_heads(dtype: torch.dtype, head_dim: int) -> str | None:
     if head_dim not in WIDTHS:
         return f"the kernels take heads of width {', '.join(map(str, WIDTHS))}, not {head_dim}"
-    return None if dtype in TRITON_DTYPES else f"the kernels do not compute in {str(dtype).removeprefix('torch.')}"
+    return None if dtype in DTYPES else f"the kernels do not compute in {str(dtype).removeprefix('torch.')}"
 
 
 def packed_attention(

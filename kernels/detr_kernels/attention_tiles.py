@@ -1,4 +1,4 @@
-"""What the packed attention kernels share: an image's extent, the tail, products, and dropout's mask for a tile.
+"""What the packed attention kernels share: an image's extent, the tail, blocks and grid.
 
 A program has one image and head: axis 0 counts blocks of rows, axis 1 images and, as one more, the tail of rows that
 belong to none, axis 2 heads.
@@ -15,31 +15,6 @@ from detr_kernels.language import INTERPRETED, tl, triton
 
 WIDTHS = (16, 32, 64)
 """Widths of a head that the kernels take."""
-
-
-@triton.jit
-def product(a, b, INTERPRETED: tl.constexpr):
-    """a @ b in float32; Triton's interpreter cannot multiply bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def kept_weights(seed, first_query, first_key, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which weights of a tile survive dropout with probability `P`, to 1/65536: bool (BLOCK_Q, BLOCK_K).
-
-    A call of Philox (7 rounds, the fewest that pass every test: Salmon et al. 2011) gives eight numbers of 16 bits.
-    They go to keys 8 apart, because a thread holds just those of a matrix product: no number changes hands. A call for
-    each weight would make 3.6 times as many instructions of the forward pass's loop.
-    """
-    query = first_query + tl.arange(0, BLOCK_Q)[:, None]
-    eight_keys = first_key // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
-    a, b, c, d = tl.philox(seed, query, eight_keys, 0, 0, 7)
-    words = tl.join(tl.join(a, c), tl.join(b, d))
-    numbers = tl.reshape(tl.join(words, words << 16), (BLOCK_Q, BLOCK_K // 64, 8, 8))
-    THRESHOLD: tl.constexpr = int(P * 65536) << 16  # what is below the upper 16 bits cannot change the comparison
-    return tl.reshape(tl.permute(numbers, (0, 1, 3, 2)), (BLOCK_Q, BLOCK_K)) >= THRESHOLD
 
 
 @triton.jit

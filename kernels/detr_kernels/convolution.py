@@ -19,14 +19,11 @@ from detr_kernels.convolution_tiles import (
     choose_blocks,
     image_room,
     launch_options,
-    product,
     source_pixel,
     tile_of,
 )
-from detr_kernels.dispatch import Backend, cdiv, choose_backend, launch
-from detr_kernels.language import tl, triton
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from detr_kernels.dispatch import DTYPES, Backend, cdiv, choose_backend, launch
+from detr_kernels.language import product, tl, triton
 
 
 def conv1x1_bias_act_ref(

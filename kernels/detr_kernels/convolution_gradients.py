@@ -14,12 +14,11 @@ from detr_kernels.convolution_tiles import (
     choose_blocks,
     image_room,
     launch_options,
-    product,
     source_pixel,
     tile_of,
 )
 from detr_kernels.dispatch import cdiv, launch
-from detr_kernels.language import tl, triton
+from detr_kernels.language import product, tl, triton
 
 
 @triton.jit

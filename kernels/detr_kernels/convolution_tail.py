@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.convolution import (
-    DTYPES,
     as_under_autocast,
     check_convolution,
     conv1x1_bias_act,
     output_shape,
 )
 from detr_kernels.convolution_tiles import channels_last, image_room
-from detr_kernels.dispatch import cdiv, choose_backend, launch, next_power_of_2
+from detr_kernels.dispatch import DTYPES, cdiv, choose_backend, launch, next_power_of_2
 from detr_kernels.language import tl, triton
 
 ConvolutionBackend = Literal["auto", "triton", "cudnn", "ref"]

@@ -85,15 +85,6 @@ def source_pixel(pixel, height, width, STRIDE: tl.constexpr):
     return source_line * width + pixel % out_width * STRIDE
 
 
-@triton.jit
-def product(a, b, total, INTERPRETED: tl.constexpr):
-    """total + a @ b, float32; exact products, also of float32. Triton's interpreter cannot multiply bfloat16."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
 def launch_options(blocks: Blocks) -> dict[str, Any]:
     """What every kernel here is launched with, besides its tile."""
     pipeline = {"num_warps": blocks.warps, "num_stages": blocks.stages}

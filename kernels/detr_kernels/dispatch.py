@@ -24,6 +24,9 @@ MEASURED: dict[str, dict[str, tuple[Any, str]]] = {}
 Empty: nothing has been measured on a GPU yet, so `auto` is plain torch.
 """
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels take."""
+
 Launch = Callable[..., None]
 _launcher: ContextVar[Launch | None] = ContextVar("launcher", default=None)
 

@@ -30,4 +30,15 @@ else:
         tl = SimpleNamespace(constexpr=object)
         INSTALLED = INTERPRETED = False
 
-__all__ = ["INSTALLED", "INTERPRETED", "tl", "triton"]
+
+@triton.jit
+def product(a, b, total, INTERPRETED: tl.constexpr):
+    """total + a @ b, or a @ b with None, in float32; exact products, also of float32. The interpreter cannot multiply
+    bfloat16."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+__all__ = ["INSTALLED", "INTERPRETED", "product", "tl", "triton"]

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.dispatch import Backend, cdiv, choose_backend, launch
+from detr_kernels.dispatch import DTYPES, Backend, cdiv, choose_backend, launch
 from detr_kernels.language import tl, triton
 
 ROWS, ENTRIES = 4, 512
 """Rows of how many entries (3 a pixel) a program makes: 16 entries a thread, all of whose loads are under way at once;
 512 leave a ninth of the last block idle at 1066 pixels, 1024 would leave a quarter."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)

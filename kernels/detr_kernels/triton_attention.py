@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.attention_tiles import extent, grid, kept_weights, options, product, side_by_side, zero_tail
+from detr_kernels.attention_tiles import extent, grid, options, side_by_side, zero_tail
 from detr_kernels.dispatch import launch
-from detr_kernels.dropout import draw_seed
-from detr_kernels.language import tl, triton
+from detr_kernels.dropout import draw_seed, kept_weights
+from detr_kernels.language import product, tl, triton
 from detr_kernels.triton_attention_backward import backward_op
 
 
@@ -66,7 +66,7 @@ def _forward_kernel(
     for start_key in range(0, keys, BLOCK_K):
         key = start_key + tl.arange(0, BLOCK_K)
         k_tile = tl.load(k + key[:, None] * k_step + column, mask=key[:, None] < keys, other=0.0)
-        scores = tl.where(key[None, :] < keys, product(q_tile, tl.trans(k_tile), INTERPRETED), float("-inf"))
+        scores = tl.where(key[None, :] < keys, product(q_tile, tl.trans(k_tile), None, INTERPRETED), float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores * BASE_2 - (larger * BASE_2)[:, None])
         shrink = tl.exp2((largest - larger) * BASE_2)
@@ -74,7 +74,7 @@ def _forward_kernel(
         if P > 0:
             weights = tl.where(kept_weights(stream, start, start_key, P, BLOCK_Q, BLOCK_K), weights, 0.0)
         v_tile = tl.load(v + key[:, None] * v_step + column, mask=key[:, None] < keys, other=0.0)
-        mixed = mixed * shrink[:, None] + product(weights.to(v_tile.dtype), v_tile, INTERPRETED)
+        mixed = mixed * shrink[:, None] + product(weights.to(v_tile.dtype), v_tile, None, INTERPRETED)
         largest = larger
     total = tl.where(keys > 0, total, 1.0)
     mixed /= total[:, None] * (1 - P)

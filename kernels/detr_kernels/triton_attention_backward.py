@@ -11,9 +11,10 @@ atomically, so the gradients do not depend on the order of programs. The factor 
 import torch
 from torch import Tensor
 
-from detr_kernels.attention_tiles import extent, grid, kept_weights, options, product, side_by_side, zero_tail
+from detr_kernels.attention_tiles import extent, grid, options, side_by_side, zero_tail
 from detr_kernels.dispatch import launch
-from detr_kernels.language import tl, triton
+from detr_kernels.dropout import kept_weights
+from detr_kernels.language import product, tl, triton
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -71,13 +72,13 @@ def _queries_backward_kernel(
         key = start_key + tl.arange(0, BLOCK_K)
         k_tile = tl.load(k + key[:, None] * k_step + column, mask=key[:, None] < keys, other=0.0)
         v_tile = tl.load(v + key[:, None] * v_step + column, mask=key[:, None] < keys, other=0.0)
-        scores = product(q_tile, tl.trans(k_tile), INTERPRETED) * BASE_2
+        scores = product(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2
         weights = tl.where(key[None, :] < keys, tl.exp2(scores - log_sum[:, None]), 0.0)
-        dweights = product(dout_tile, tl.trans(v_tile), INTERPRETED)
+        dweights = product(dout_tile, tl.trans(v_tile), None, INTERPRETED)
         if P > 0:
             dweights = tl.where(kept_weights(stream, start, start_key, P, BLOCK_Q, BLOCK_K), dweights, 0.0)
         dscores = weights * (dweights - along[:, None])
-        dq_tile += product(dscores.to(k_tile.dtype), k_tile, INTERPRETED)
+        dq_tile += product(dscores.to(k_tile.dtype), k_tile, None, INTERPRETED)
     tl.store(dq + at, (dq_tile * (SCALE / (1 - P))).to(dq.dtype.element_ty), mask=there)
 
 
@@ -137,16 +138,16 @@ def _keys_backward_kernel(
         dout_tile = tl.load(dout + query[:, None] * (HEADS * WIDTH) + column, mask=query[:, None] < queries, other=0.0)
         log_sum = tl.load(lse + query, mask=query < queries, other=0.0)
         along = tl.load(delta + query, mask=query < queries, other=0.0)
-        weights = tl.exp2(product(q_tile, tl.trans(k_tile), INTERPRETED) * BASE_2 - log_sum[:, None])
-        dweights = product(dout_tile, tl.trans(v_tile), INTERPRETED)
+        weights = tl.exp2(product(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2 - log_sum[:, None])
+        dweights = product(dout_tile, tl.trans(v_tile), None, INTERPRETED)
         dropped = weights
         if P > 0:
             kept = kept_weights(stream, start_query, start, P, BLOCK_Q, BLOCK_K)
             dropped = tl.where(kept, weights, 0.0)
             dweights = tl.where(kept, dweights, 0.0)
-        dv_tile += product(tl.trans(dropped.to(dout_tile.dtype)), dout_tile, INTERPRETED)
+        dv_tile += product(tl.trans(dropped.to(dout_tile.dtype)), dout_tile, None, INTERPRETED)
         dscores = weights * (dweights - along[:, None])
-        dk_tile += product(tl.trans(dscores.to(q_tile.dtype)), q_tile, INTERPRETED)
+        dk_tile += product(tl.trans(dscores.to(q_tile.dtype)), q_tile, None, INTERPRETED)
     at = row * (HEADS * WIDTH) + column
     tl.store(dk + at, (dk_tile * (SCALE / (1 - P))).to(dk.dtype.element_ty), mask=key < keys)
     tl.store(dv + at, (dv_tile / (1 - P)).to(dv.dtype.element_ty), mask=key < keys)
