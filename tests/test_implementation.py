@@ -97,7 +97,9 @@ def test_each_choice_has_its_reason() -> None:
     assert reasons["attention"].startswith("sdpa (") and reasons["assignment"].startswith("scipy (")
     assert reasons["frozen batch norm"] == "folded into convolutions" and "oneDNN" in reasons["convolution"]
     assert all("(" in reason for name, reason in reasons.items() if name != "frozen batch norm")
-    plain = select_implementation(make_model(), "ref")
+    model = make_model()
+    plain = select_implementation(model, "ref")
+    assert plain["assignment"].startswith("scipy (") and model.implementation.assignment == "scipy"
     assert plain["frozen batch norm"].startswith("by itself") and plain["attention"].startswith("ref (")
     live_norm = DETR(MODELS["detr_tiny"])
     assert not {"convolution", "frozen batch norm"} & select_implementation(live_norm).keys()
