@@ -39,8 +39,9 @@ def test_what_is_saved_is_loaded_and_torch_reads_it_too(tmp_path: Path) -> None:
 
 
 def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    """Row 1. Killed at random moments, until three kills were within a save."""
+    """Row 1. Killed at random moments after a save has begun, until three kills were within one."""
     path = tmp_path / "last.pt"
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     chance = random.Random(0)
     interrupted = 0
     for _ in range(20):
@@ -49,14 +50,17 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path) -> 
         process.stdout.readline()
         for _ in range(3):  # the children start slowly: leave as long as it takes to be amid some later save
             process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.02))
+        deadline = time.monotonic() + 5
+        while not partial.exists() and time.monotonic() < deadline:
+            pass
+        time.sleep(chance.uniform(0, 0.003))
         process.send_signal(signal.SIGKILL)
         finished = [int(line) for line in process.stdout.read().split()]
         process.wait()
         state = load_checkpoint(path)
         assert state["step"] >= max(finished, default=3)
         assert torch.equal(state["model"], torch.full((500_000,), float(state["step"])))
-        interrupted += bool(list(tmp_path.glob(f"*{PARTIAL_SUFFIX}")))
+        interrupted += partial.exists()
         if interrupted == 3:
             break
     assert interrupted == 3
