@@ -15,6 +15,7 @@ from detr_fast.data.coco import Category
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
+from detr_fast.stages import stage
 
 IMAGE_ID, X, Y, WIDTH, HEIGHT, SCORE, CATEGORY_ID = range(7)
 """Columns of the rows (N, 7) float64; boxes are in pixels of the original image."""
@@ -52,8 +53,9 @@ def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> t
     `forward` is `model`, or its compiled form; `batch` is on the device.
     """
     config, form = model.config, model.implementation.pixels
-    images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form)
-    with runtime.autocast():
+    with stage("pixels"):
+        images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form)
+    with stage("forward"), runtime.autocast():
         logits, boxes = forward_in_parts(forward, images, mask, batch.image_ids)
     return postprocess(logits, boxes, batch.original_sizes)
 

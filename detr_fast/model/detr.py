@@ -12,6 +12,7 @@ from detr_fast.model.backbone import build_backbone
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.model.transformer import Transformer
+from detr_fast.stages import stage
 
 if TYPE_CHECKING:
     from detr_fast.data.coco import Category
@@ -64,7 +65,8 @@ class DETR(nn.Module):
         Returns `pred_logits` (B, Q, num_classes + 1), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the image without its
         padding, both float32, and under `aux_outputs` the same for the decoder's earlier layers, first to last.
         """
-        features = self.input_proj(self.backbone(images))  # (B, D, h, w)
+        with stage("backbone"):
+            features = self.input_proj(self.backbone(images))  # (B, D, h, w)
         small_mask = self._mask_like(mask, features)
         position = sine_position_encoding(small_mask, self.config.hidden_dim).flatten(1, 2).to(features.dtype)
         source = features.flatten(2).transpose(1, 2)  # (B, N, D)
@@ -72,8 +74,9 @@ class DETR(nn.Module):
             source = source + position
         padding = None if mask is None else small_mask.flatten(1)
         states = self.transformer(source, padding, self.query_embed.weight, position)  # (L, B, Q, D)
-        logits = self.class_embed(states).float()
-        boxes = self.bbox_embed(states).float().sigmoid()
+        with stage("heads"):
+            logits = self.class_embed(states).float()
+            boxes = self.bbox_embed(states).float().sigmoid()
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]}
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast.model.attention import Layout, MultiheadAttention
 from detr_fast.model.implementation import Implementation
+from detr_fast.stages import stage
 
 
 class PostNormLayer(nn.Module):
@@ -105,19 +106,21 @@ class Transformer(nn.Module):
         packed tokens, the images' tokens are brought together once, here; nothing after the encoder needs their places.
         """
         layout = Layout(padding)
-        if self.packed and padding is not None:
-            packing = Packing.of(padding)
-            source, position = (packing.pack(x).view(x.shape) for x in (source, position))
-            layout = Layout(offsets=packing.offsets)
-        for layer in self.encoder.layers:
-            source = self._run(layer, source, position, layout)
-        placed = source + position
-        state = source.new_zeros(source.shape[0], *query_position.shape)
-        states = []
-        for layer in self.decoder.layers:
-            state = self._run(layer, state, query_position, source, placed, layout)
-            states.append(self.decoder.norm(state))
-        return torch.stack(states)
+        with stage("encoder"):
+            if self.packed and padding is not None:
+                packing = Packing.of(padding)
+                source, position = (packing.pack(x).view(x.shape) for x in (source, position))
+                layout = Layout(offsets=packing.offsets)
+            for layer in self.encoder.layers:
+                source = self._run(layer, source, position, layout)
+        with stage("decoder"):
+            placed = source + position
+            state = source.new_zeros(source.shape[0], *query_position.shape)
+            states = []
+            for layer in self.decoder.layers:
+                state = self._run(layer, state, query_position, source, placed, layout)
+                states.append(self.decoder.norm(state))
+            return torch.stack(states)
 
     def _run(self, layer: nn.Module, *inputs: Tensor | Layout) -> Tensor:
         if self.checkpoint_activations and self.training:

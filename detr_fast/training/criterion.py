@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from detr_fast.data.targets import Targets
 from detr_fast.model.implementation import Implementation
+from detr_fast.stages import stage
 from detr_fast.training.matcher import MatchCosts, match
 
 
@@ -78,7 +79,9 @@ class SetCriterion(nn.Module):
         boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).float()  # (L, B, Q, 4)
         normalizers = normalizers or self.normalizers(targets, logits.shape[2])
         with torch.autocast(logits.device.type, enabled=False):
-            query_of_target, nonfinite_costs = match(logits, boxes_cxcywh, targets, self.costs, self.implementation)
+            with stage("matching"):
+                matched = match(logits, boxes_cxcywh, targets, self.costs, self.implementation)
+            query_of_target, nonfinite_costs = matched
             losses = set_loss(
                 logits,
                 boxes_cxcywh,

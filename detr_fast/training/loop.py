@@ -13,6 +13,7 @@ import torch
 from detr_fast.config import TrainConfig, UserError
 from detr_fast.data.batching import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
+from detr_fast.stages import stage
 from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
@@ -100,7 +101,8 @@ class TrainingLoop:
         """One optimizer step. Random numbers in it depend on (seed, step, rank) alone, so that a resumed run repeats
         them."""
         asked = time.perf_counter()
-        window = [next(self.batches) for _ in range(self.options.accumulate)]
+        with stage("data wait"):
+            window = [next(self.batches) for _ in range(self.options.accumulate)]
         waited = time.perf_counter() - asked
         self._name_skipped(window)
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))

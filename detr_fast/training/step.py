@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from detr_fast.data.batching import Batch, normalize
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
+from detr_fast.stages import stage
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
 
@@ -50,9 +51,12 @@ class TrainStep:
 
     def __call__(self, batches: list[Batch]) -> dict[str, Tensor]:
         """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping."""
-        batches = [batch.to(self.runtime.device) for batch in batches]
-        normalizers = self._normalizers(batches)
-        self.optimizer.zero_grad(set_to_none=True)
+        with stage("copy"):
+            batches = [batch.to(self.runtime.device) for batch in batches]
+        with stage("loss"):
+            normalizers = self._normalizers(batches)
+        with stage("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             with self._gradients_later(index < len(batches) - 1):
@@ -60,13 +64,14 @@ class TrainStep:
             for name, value in part.items():
                 share = value / len(batches) if "error" in name else value  # losses are shares of the joined batch's
                 terms[name] = terms[name] + share if name in terms else share
-        self.scaler.unscale_(self.optimizer)
-        clip = self.clip or float("inf")
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.averaged is not None:
-            self._average()
+        with stage("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            clip = self.clip or float("inf")
+            terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.averaged is not None:
+                self._average()
         return terms
 
     def share_buffers(self) -> None:
@@ -84,19 +89,18 @@ class TrainStep:
         return Normalizers(*summed.unbind())
 
     def _backward(self, batch: Batch, normalizers: Normalizers) -> dict[str, Tensor]:
-        config = self.model.config
-        images, mask = normalize(
-            batch,
-            config.image_mean,
-            config.image_std,
-            self.runtime.channels_last,
-            self.runtime.dtype,
-            self.model.implementation.pixels,
-        )
-        with self.runtime.autocast():
+        config, pixels = self.model.config, self.model.implementation.pixels
+        runtime = self.runtime
+        with stage("pixels"):
+            images, mask = normalize(
+                batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
+            )
+        with stage("forward"), runtime.autocast():
             outputs = self.forward(images, mask)
-        terms = self.criterion(outputs, batch.targets, normalizers)
-        self.scaler.scale(terms["loss"]).backward()
+        with stage("loss"):
+            terms = self.criterion(outputs, batch.targets, normalizers)
+        with stage("backward"):
+            self.scaler.scale(terms["loss"]).backward()
         return {name: value.detach() for name, value in terms.items()}
 
     def _gradients_later(self, later: bool) -> AbstractContextManager[None]:

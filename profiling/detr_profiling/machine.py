@@ -1,0 +1,114 @@
+"""What a measurement was made on: without it no figure means anything."""
+
+import datetime
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware, versions and the commit; None: not there, or not known."""
+
+    device: str
+    """The GPU's name, or the processor's."""
+    processor: str
+    cores: int
+    """That this process may run on."""
+    threads: int
+    """Of torch's operators."""
+    memory_gib: float
+    """The host's."""
+    capabilities: str
+    """Vector instructions of the CPU, or the GPU's compute capability."""
+    gpu_memory_gib: float | None
+    power_limit_watts: float | None
+    driver: str | None
+    cuda: str | None
+    python: str
+    versions: dict[str, str | None]
+    commit: str | None
+    """Short hash of the checkout, with + where it has changes."""
+    date: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """This machine, as torch will use it on `device`."""
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    driver, power_limit_watts = gpu_facts(device)
+    return Machine(
+        device=gpu.name if gpu else processor_name(),
+        processor=processor_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory_gib=round(pages * page_bytes / 2**30, 1),
+        capabilities=f"sm_{gpu.major}{gpu.minor}" if gpu else torch.backends.cpu.get_cpu_capability(),
+        gpu_memory_gib=round(gpu.total_memory / 2**30, 1) if gpu else None,
+        power_limit_watts=power_limit_watts,
+        driver=driver,
+        cuda=torch.version.cuda if gpu else None,
+        python=platform.python_version(),
+        versions={name: package_version(name) for name in PACKAGES},
+        commit=commit(),
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def processor_name() -> str:
+    """As Linux names it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def gpu_facts(device: torch.device) -> tuple[str | None, float | None]:
+    """Driver version and power limit in watts, as the driver tells them."""
+    if device.type != "cuda":
+        return None, None
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None, None
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
+    except pynvml.NVMLError:
+        return None, None
+
+
+def commit() -> str | None:
+    """Of the checkout that this file is in. DETR_FAST_COMMIT says it where a copy of the files came without git."""
+    if named := os.environ.get("DETR_FAST_COMMIT"):
+        return named
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None

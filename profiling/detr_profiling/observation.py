@@ -1,0 +1,57 @@
+"""What a model computed from a batch, in words that every implementation shares, so that two can be compared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.data.batching import Batch, normalize
+from detr_fast.evaluation.inference import evaluation_mode
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import Runtime
+from detr_fast.training.criterion import SetCriterion
+from detr_fast.training.matcher import match
+
+Observation = dict[str, Tensor]
+"""On the CPU: `logits` (L, B, Q, C+1) and `boxes` (L, B, Q, 4) cxcywh of the decoder's layers; where gradients are
+enabled also each `loss...` term, `matches` (L, B, T) int64 query of each target, -1 for none, and `gradient NAME` of
+each trained parameter under our name. Of an inference, L is 1."""
+
+
+def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
+    """What `forward`, which is `model` or its compiled form, computes from a batch on its device, without dropout."""
+    config, pixels = model.config, model.implementation.pixels
+    images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels)
+    with evaluation_mode(model):
+        with runtime.autocast():
+            outputs = forward(images, mask)
+        if not torch.is_grad_enabled():
+            return on_host(stacked_layers([outputs]))
+        terms = criterion(outputs, batch.targets)
+        found = stacked_layers([*outputs["aux_outputs"], outputs])
+        logits, boxes = found["logits"].float(), found["boxes"].float()
+        matches, _ = match(logits, boxes, batch.targets, criterion.costs, criterion.implementation)
+        return on_host(found | losses(terms) | {"matches": matches} | named_gradients(model, terms["loss"]))
+
+
+def on_host(found: Observation) -> Observation:
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+def stacked_layers(layers: Sequence[dict[str, Any]]) -> Observation:
+    """The outputs of several decoder layers, first to last, one above another."""
+    names = {"logits": "pred_logits", "boxes": "pred_boxes"}
+    return {name: torch.stack([layer[key] for layer in layers]) for name, key in names.items()}
+
+
+def losses(terms: dict[str, Tensor]) -> Observation:
+    return {name: value for name, value in terms.items() if name.startswith("loss")}
+
+
+def named_gradients(model: nn.Module, loss: Tensor) -> Observation:
+    """`gradient NAME` of each trained parameter; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+    names = (name.replace("backbone.0.body.", "backbone.") for name in trained)
+    return {f"gradient {name}": value for name, value in zip(names, gradients, strict=True)}

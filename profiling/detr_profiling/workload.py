@@ -1,0 +1,176 @@
+"""What is measured: one training step or one inference of a model, on a batch that is the same for all."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, model_config, require
+from detr_fast.data.batching import Batch
+from detr_fast.data.targets import Targets
+from detr_fast.evaluation.inference import detect_batch
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_device, choose_runtime
+from detr_fast.stages import stage
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+from detr_fast.weights import export_state_dict, load_state_dict
+from detr_profiling.keyed_weights import mild_state_dict
+from detr_profiling.observation import Observation, observe_model
+
+Mode = Literal["training", "inference"]
+
+
+MOST_OBSERVED = 4
+"""Images whose outputs and gradients are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions(RuntimeOptions):
+    """What to run: any model, size and batch, in any form."""
+
+    model: str = "detr_r50"
+    """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
+    mode: Mode = "training"
+    """A whole training step, or inference."""
+    size: str = "auto"
+    """Height and width of the images in pixels, as in 800x1066; auto: that on a GPU, 320x427 on a CPU."""
+    batch_size: int | None = None
+    """Images a step; default: 16 on a GPU, 1 on a CPU."""
+    objects: int = 7
+    """Most objects on an image."""
+    dropout: float | None = None
+    """Default: the model's (0.1)."""
+    threads: int | None = None
+    """Threads of torch's operators on a CPU; default: torch's choice."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.size == "auto" or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size) is not None,
+            f"--size must be HEIGHTxWIDTH, such as 800x1066, or auto, not {self.size!r}.",
+        )
+        require(self.batch_size is None or self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1.")
+        require(self.objects >= 1, f"--objects {self.objects}: at least 1.")
+        require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: at least 1.")
+
+    def resolved(self) -> "WorkloadOptions":
+        """With what `auto` stands for on this device, but for how operations run."""
+        device, _ = choose_device(self.device)
+        size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
+        return replace(
+            self,
+            device=device.type,  # type: ignore[arg-type]
+            size=size if self.size == "auto" else self.size,
+            batch_size=self.batch_size or images,
+            threads=self.threads or torch.get_num_threads(),
+        )
+
+    def observed(self) -> "WorkloadOptions":
+        """With the images that are compared: in float64, which the oracle needs, more would not fit."""
+        return replace(self, batch_size=min(self.batch_size or MOST_OBSERVED, MOST_OBSERVED))
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        height, width = self.resolved().size.split("x")
+        return int(height), int(width)
+
+    def architecture(self) -> ModelConfig:
+        changes = {} if self.dropout is None else {"dropout": self.dropout}
+        return model_config(self.model, **changes)
+
+
+@dataclass
+class Workload:
+    """One model with its batch, ready to run again and again."""
+
+    name: str
+    options: WorkloadOptions
+    model: nn.Module
+    run: Callable[[], Any]
+    """One whole step, from the batch on the host to the last write; does not wait for a GPU."""
+    observe: Callable[[], Observation] | None = None
+    """The same numbers at every call: without dropout, and without an optimizer's step. None: not comparable."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """What runs as what, and why."""
+
+    @property
+    def images(self) -> int:
+        return self.options.batch_size or 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_batch(options: WorkloadOptions, num_classes: int) -> Batch:
+    """Random pixels and boxes on the host, pinned beside a GPU; the later half of the images is an eighth narrower."""
+    (height, width), images, objects = options.height_width, options.resolved().batch_size or 1, options.objects
+    generator = torch.Generator().manual_seed(options.seed)
+    pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    narrow = [index >= (images + 1) // 2 for index in range(images)]
+    sizes = torch.tensor([[height, width - width // 8 * less] for less in narrow])
+    for row, (_, inside) in zip(pixels, sizes.tolist(), strict=True):
+        row[:, :, inside:] = 0
+    low = torch.rand(images, objects, 2, generator=generator) * 0.6
+    extent = torch.rand(images, objects, 2, generator=generator) * 0.3 + 0.05
+    labels = torch.randint(num_classes, (images, objects), generator=generator)
+    counts = torch.randint(1, objects + 1, (images,), generator=generator)
+    targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
+    batch = Batch(pixels, sizes, any(narrow), targets, list(range(images)), sizes)
+    return batch.pin_memory() if options.resolved().device == "cuda" else batch
+
+
+def initial_model(options: WorkloadOptions) -> DETR:
+    """On the CPU, its weights from the seed alone, norms and biases not 1 and 0, so that every term shows."""
+    torch.manual_seed(options.seed)
+    model = DETR(options.architecture())
+    if options.model in MODELS and options.model != "detr_tiny":
+        load_state_dict(model, mild_state_dict(export_state_dict(model, "facebook"), options.seed))
+    return model
+
+
+def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = None) -> Workload:
+    """Ours; `forms`: fields of Implementation that are to be other than the options make them.
+
+    Raises UserError where something asked for by name is not there.
+    """
+    options = options.resolved()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    runtime = choose_runtime(options)
+    model = runtime.place(initial_model(options))
+    if forms:
+        replace(model.implementation, **forms).apply_to(model)
+    model.train(options.mode == "training")
+    batch = make_batch(options, model.config.num_classes)
+    criterion = build_criterion(model.config.num_classes)
+    model.implementation.apply_to(criterion)
+    if options.mode == "training":
+        optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+        step = TrainStep(model, criterion, optimizer, runtime)
+        forward: Any = step.forward
+
+        def run() -> Any:
+            return step([batch])
+    else:
+        forward = torch.compile(model) if runtime.compile else model
+
+        @torch.no_grad()
+        def run() -> Any:
+            with stage("copy"):
+                placed = batch.to(runtime.device)
+            return detect_batch(forward, placed, model, runtime)
+
+    def observe() -> Observation:
+        observed = make_batch(options.observed(), model.config.num_classes).to(runtime.device)
+        with torch.set_grad_enabled(options.mode == "training"):
+            return observe_model(model, forward, criterion, observed, runtime)
+
+    return Workload("detr_fast", options, model, run, observe, runtime.reasons)

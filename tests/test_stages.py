@@ -1,0 +1,44 @@
+"""The parts of a step have names in a profiler's trace, and cost nothing in a compiled graph."""
+
+import warnings
+
+import torch
+from detr_profiling.workload import WorkloadOptions, build_workload
+from torch.profiler import profile
+
+from detr_fast.stages import STAGES, current_stage, stage
+
+TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", objects=2)
+
+
+def test_a_step_opens_every_stage_but_waiting_for_data() -> None:
+    run = build_workload(TINY).run
+    with profile(acc_events=True) as profiler:
+        run()
+    ranges = {event.name: event.time_range for event in profiler.events() if event.name in STAGES}
+    assert ranges.keys() == set(STAGES) - {"data wait"}
+    for inner, outer in [("backbone", "forward"), ("encoder", "forward"), ("decoder", "forward"), ("heads", "forward")]:
+        assert ranges[outer].start <= ranges[inner].start and ranges[inner].end <= ranges[outer].end
+
+
+def test_the_innermost_open_stage_is_known_also_after_an_error() -> None:
+    assert current_stage() is None
+    with stage("forward"):
+        try:
+            with stage("encoder"):
+                assert current_stage() == "encoder"
+                raise ValueError
+        except ValueError:
+            assert current_stage() == "forward"
+    assert current_stage() is None
+
+
+def test_no_break_and_no_word_in_a_compiled_graph() -> None:
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        with stage("encoder"):
+            return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(doubled, fullgraph=True, backend="eager")
+        assert compiled(torch.ones(2)).tolist() == [2, 2]

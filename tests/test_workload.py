@@ -1,0 +1,111 @@
+"""What is measured is the same for all: weights, batch, and what is computed from them."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from detr_profiling.closeness import assert_close, relative_floor
+from detr_profiling.peers import PEERS, build_peer
+from detr_profiling.timing import Timing, measure
+from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions, build_workload, make_batch
+
+from detr_fast.config import UserError
+
+OPTIONS = WorkloadOptions(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3)
+INFERENCE = replace(OPTIONS, mode="inference")
+
+
+@pytest.mark.parametrize("options", [OPTIONS, INFERENCE], ids=["training", "inference"])
+def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None:
+    found, exact, eager = (
+        workload.observe()  # type: ignore[misc]
+        for workload in (
+            build_workload(options),
+            build_peer("reference", options, torch.float64),
+            build_peer("reference", options),
+        )
+    )
+    assert found.keys() == exact.keys()
+    assert ("loss" in found) == (options.mode == "training")
+    for name in ("logits", "boxes", *(name for name in found if name.startswith("loss"))):
+        assert_close(found[name], exact[name], eager[name], relative_floor(exact[name], 1e-5), name)
+    if options.mode == "training":
+        joined = [torch.cat([each[name].flatten() for name in found if "gradient" in name]) for each in (found, exact)]
+        # a ReLU at its kink moves single gradients at once by a little
+        assert (joined[0] - joined[1]).norm() < 2e-3 * joined[1].norm()
+        assert torch.equal(found["matches"], exact["matches"]) and (found["matches"] >= 0).any()
+
+
+def test_a_run_trains_and_an_observation_does_not() -> None:
+    workload = build_workload(OPTIONS)
+    assert workload.observe is not None
+    first, again = workload.observe(), workload.observe()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    workload.run()
+    assert not torch.equal(workload.observe()["logits"], first["logits"])
+    assert workload.model.training
+
+
+@pytest.mark.parametrize("name", [peer for peer in PEERS if peer != "hf-compiled"])
+def test_peers_train_and_infer(name: str) -> None:
+    if name.startswith("hf"):
+        pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
+    trained = build_peer(name, OPTIONS)
+    before = [parameter.detach().clone() for parameter in trained.model.parameters() if parameter.requires_grad]
+    assert trained.run().isfinite()
+    after = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    inferred = build_peer(name, INFERENCE)
+    inferred.run()
+    if name.startswith("hf"):
+        found, exact = inferred.observe(), build_peer("reference", INFERENCE).observe()  # type: ignore[misc]
+        assert (found["logits"] - exact["logits"]).abs().max() < 1e-4
+
+
+def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
+    batch, again = make_batch(OPTIONS, 91), make_batch(OPTIONS, 91)
+    assert torch.equal(batch.images, again.images) and torch.equal(batch.targets.labels, again.targets.labels)
+    assert batch.padded and batch.sizes.tolist() == [[64, 96], [64, 84]] and not batch.images[1, :, :, 84:].any()
+    assert not torch.equal(batch.images, make_batch(replace(OPTIONS, seed=1), 91).images)
+    assert not make_batch(replace(OPTIONS, batch_size=1), 91).padded
+
+
+def test_forms_of_single_operations() -> None:
+    workload = build_workload(OPTIONS, {"folded": False, "attention": "ref"})
+    implementation = workload.model.implementation
+    assert not implementation.folded and implementation.attention == "ref" and implementation.layer_norm == "auto"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", ["800", "0x64", "64x", "axb", "64 x 64"])
+def test_a_size_that_is_none(size: str) -> None:
+    with pytest.raises(UserError, match="--size"):
+        WorkloadOptions(size=size)
+
+
+def test_what_cannot_be_compared_says_so() -> None:
+    with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
+        build_peer("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
+    with pytest.raises(UserError, match="Did you mean 'reference'"):
+        build_peer("referense", OPTIONS)
+
+
+def test_auto_is_decided_once() -> None:
+    options = WorkloadOptions(device="cpu").resolved()
+    assert (options.size, options.batch_size, options.height_width) == ("320x427", 1, (320, 427))
+    assert options == options.resolved()
+    assert replace(options, batch_size=16).observed().batch_size == MOST_OBSERVED
+
+
+def test_timing() -> None:
+    timing = Timing((3.0, 1.0, 2.0, 4.0, 10.0))
+    assert (timing.median_ms, timing.q1_ms, timing.q3_ms, timing.runs) == (3, 2, 4, 5)
+    assert timing.text() == "3 (2, 5 runs)"
+    assert (timing + Timing((2.0,))).runs == 6
+
+
+def test_measure_waits_for_the_device_before_and_after_each_run() -> None:
+    calls: list[str] = []
+    timing = measure(lambda: calls.append("run"), lambda: calls.append("wait"), rounds=3, warmup=2)
+    assert timing.runs == 3 and calls == ["wait", "run", "wait"] * 5
+    assert all(a <= b for a, b in pairwise(sorted(timing.runs_ms)))
