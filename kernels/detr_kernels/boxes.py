@@ -23,10 +23,15 @@ def generalized_iou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
     (a_center, a_size), (b_center, b_size) = a_cxcywh.split(2, -1), b_cxcywh.split(2, -1)
     a_low, a_high = a_center - 0.5 * a_size, a_center + 0.5 * a_size
     b_low, b_high = b_center - 0.5 * b_size, b_center + 0.5 * b_size
-    intersection = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0).prod(-1)
-    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - intersection
+    intersection = area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    hull = area((torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0))
+    union = area(a_high - a_low) + area(b_high - b_low) - intersection
     return intersection / union - (hull - union) / hull
+
+
+def area(size: Tensor) -> Tensor:
+    """(..., 2) -> (...). Not `prod`, whose backward pass reads on the host whether an entry is zero."""
+    return size[..., 0] * size[..., 1]
 
 
 @triton.jit
