@@ -8,10 +8,11 @@ from torch.profiler import record_function
 
 STAGES = (
     *("data wait", "copy", "pixels"),
-    *("forward", "backbone", "encoder", "decoder", "heads"),
+    *("forward", "backbone", "encoder", "decoder", "heads", "postprocess"),
     *("loss", "matching", "backward", "optimizer"),
 )
-"""In the order of a step. Forward holds the four after it, loss holds matching: their own time is what these leave."""
+"""In the order of a step or an inference. Forward holds the four after it, loss holds matching: their own time is what
+these leave."""
 
 _open: list[str] = []
 

@@ -94,13 +94,14 @@ def test_auto_is_decided_once() -> None:
     options = WorkloadOptions(device="cpu").resolved()
     assert (options.size, options.batch_size, options.height_width) == ("320x427", 1, (320, 427))
     assert options == options.resolved()
+    assert WorkloadOptions(device="cpu").observed().batch_size == 1
     assert replace(options, batch_size=16).observed().batch_size == MOST_OBSERVED
 
 
 def test_timing() -> None:
     timing = Timing((3.0, 1.0, 2.0, 4.0, 10.0))
     assert (timing.median_ms, timing.q1_ms, timing.q3_ms, timing.runs) == (3, 2, 4, 5)
-    assert timing.text() == "3 (2, 5 runs)"
+    assert timing.text() == "3.00 (2.0, 5 runs)"
     assert (timing + Timing((2.0,))).runs == 6
 
 

@@ -57,7 +57,8 @@ def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> t
         images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form)
     with stage("forward"), runtime.autocast():
         logits, boxes = forward_in_parts(forward, images, mask, batch.image_ids)
-    return postprocess(logits, boxes, batch.original_sizes)
+    with stage("postprocess"):
+        return postprocess(logits, boxes, batch.original_sizes)
 
 
 def row_values(scores: Tensor, labels: Tensor, boxes_xyxy_px: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"Could not write {path}: {error.strerror}. Free some space or give another --output."
+            f"Could not write {path}: {error.strerror}. Free some space or give another folder."
         ) from error
 
 

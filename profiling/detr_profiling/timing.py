@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from detr_profiling import formats
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -35,7 +37,7 @@ class Timing:
 
     def text(self) -> str:
         """As in `302 (11, 5 runs)`: milliseconds, the quartiles' distance, the runs."""
-        return f"{self.median_ms:.3g} ({self.q3_ms - self.q1_ms:.2g}, {self.runs} runs)"
+        return formats.timing(self.median_ms, self.q1_ms, self.q3_ms, self.runs)
 
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median_ms, "q1": self.q1_ms, "q3": self.q3_ms, "runs": self.runs}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -58,20 +58,23 @@ class WorkloadOptions(RuntimeOptions):
         require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: at least 1.")
 
     def resolved(self) -> "WorkloadOptions":
-        """With what `auto` stands for on this device, but for how operations run."""
+        """These alone, without what a command adds, and with what `auto` stands for on this device, but for how
+        operations run."""
         device, _ = choose_device(self.device)
         size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
-        return replace(
-            self,
-            device=device.type,  # type: ignore[arg-type]
-            size=size if self.size == "auto" else self.size,
-            batch_size=self.batch_size or images,
-            threads=self.threads or torch.get_num_threads(),
-        )
+        asked = {each.name: getattr(self, each.name) for each in fields(WorkloadOptions)}
+        found = {
+            "device": device.type,
+            "size": size if self.size == "auto" else self.size,
+            "batch_size": self.batch_size or images,
+            "threads": self.threads or torch.get_num_threads(),
+        }
+        return WorkloadOptions(**(asked | found))
 
     def observed(self) -> "WorkloadOptions":
         """With the images that are compared: in float64, which the oracle needs, more would not fit."""
-        return replace(self, batch_size=min(self.batch_size or MOST_OBSERVED, MOST_OBSERVED))
+        options = self.resolved()
+        return replace(options, batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
     @property
     def height_width(self) -> tuple[int, int]:
