@@ -2,7 +2,7 @@
 #   make train ARGS="--data ROOT --epochs 50"
 #   make test PYTHON=/path/to/python3.12
 
-.PHONY: train test bench setup clean
+.PHONY: train test bench trace report setup clean
 
 train: setup
 	.venv/bin/python -m detr_fast.train --compile --resume auto $(ARGS)
@@ -15,6 +15,12 @@ test: setup
 
 bench: setup
 	.venv/bin/pytest benchmarks --benchmark-only $(ARGS)
+
+trace: setup
+	.venv/bin/python -m detr_profiling trace $(ARGS)
+
+report: setup
+	.venv/bin/python -m detr_profiling suite $(ARGS)
 
 setup:
 	@./setup.sh

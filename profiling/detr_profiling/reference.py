@@ -1,8 +1,8 @@
 """The paper's DETR in plain torch: the oracle that the fast model and its training are held against.
 
-Written for being obvious, not fast: nn.MultiheadAttention with materialised weights, frozen batch norm as its own
-operations, one image after another in the matching, one layer after another in the loss. Parameters carry
-facebookresearch's names. Nothing here comes from `detr_fast`. (Carion et al. 2020.)
+Written for being obvious, not fast: nn.MultiheadAttention with materialised weights, one image after another in the
+matching, one layer after another in the loss. Parameters carry facebookresearch's names. Nothing here or in
+reference_backbones.py comes from `detr_fast`. (Carion et al. 2020.)
 """
 
 import math
@@ -15,68 +15,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NUM_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+from detr_profiling.reference_backbones import ResNet, TinyNet
+
 TERM_WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 NO_OBJECT_WEIGHT = 0.1
-
-
-class FixedNorm(nn.Module):
-    """Batch norm whose statistics and affine terms are constants."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias, mean, var = (buffer[:, None, None] for buffer in self.buffers())
-        scale = weight * (var + 1e-5).rsqrt()
-        return x * scale + (bias - mean * scale)
-
-
-class Block(nn.Module):
-    """ResNet's bottleneck, stride and dilation in its 3x3 convolution (He et al. 2016)."""
-
-    def __init__(self, channels: int, width: int, stride: int, dilation: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), FixedNorm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
-        self.bn2 = FixedNorm(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), FixedNorm(4 * width)
-        self.downsample = nn.Sequential()
-        if stride != 1 or channels != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), FixedNorm(4 * width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
-
-
-class Backbone(nn.Module):
-    """ResNet up to its last stage; with `dilation` (DC5) that stage keeps its stride for dilation."""
-
-    def __init__(self, name: str, dilation: bool) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), FixedNorm(64)
-        channels = 64
-        for stage, blocks in enumerate(NUM_BLOCKS[name]):
-            dilated = dilation and stage == 3
-            layer = nn.Sequential()
-            for index in range(blocks):
-                stride = 2 if index == 0 and stage > 0 and not dilated else 1
-                # the first block still sees the features of the stage before, so it is not dilated yet
-                layer.append(Block(channels, 64 * 2**stage, stride, 2 if dilated and index > 0 else 1))
-                channels = 256 * 2**stage
-            self.add_module(f"layer{stage + 1}", layer)
-        for parameter_name, parameter in self.named_parameters():
-            parameter.requires_grad_(parameter_name[:6] in ("layer2", "layer3", "layer4"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        for stage in range(4):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x
 
 
 def positions(padded: Tensor, dim: int) -> Tensor:
@@ -173,8 +115,12 @@ class ReferenceDETR(nn.Module):
         decoder_layers: int = 6,
         feedforward: int = 2048,
         dropout: float = 0.1,
+        source_position: bool = False,
     ) -> None:
+        """`backbone`: resnet50, resnet101 or tiny. `source_position`, which DETR has not: positions are added to the
+        encoder's input too."""
         super().__init__()
+        self.source_position = source_position
         sizes = (dim, heads, feedforward, dropout)
         encoder = Stack(EncoderLayer(*sizes, decoder=False) for _ in range(encoder_layers))
         decoder = Stack(DecoderLayer(*sizes, decoder=True) for _ in range(decoder_layers))
@@ -182,8 +128,9 @@ class ReferenceDETR(nn.Module):
         self.class_embed = nn.Linear(dim, num_classes + 1)
         self.bbox_embed = Stack(nn.Linear(dim, size) for size in (dim, dim, 4))
         self.query_embed = nn.Embedding(num_queries, dim)
-        self.input_proj = nn.Conv2d(2048, dim, 1)
-        self.backbone = nn.Sequential(nn.Sequential(OrderedDict(body=Backbone(backbone, dilation))))
+        body = TinyNet() if backbone == "tiny" else ResNet(backbone, dilation)
+        self.input_proj = nn.Conv2d(body.out_channels, dim, 1)
+        self.backbone = nn.Sequential(nn.Sequential(OrderedDict(body=body)))
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
         """Images (B, 3, H, W), mask (B, H, W) True where padded -> logits (B, Q, C+1), boxes_cxcywh (B, Q, 4)."""
@@ -191,7 +138,9 @@ class ReferenceDETR(nn.Module):
         padded = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
         position = positions(padded, features.shape[1]).to(features.dtype).flatten(2).permute(2, 0, 1)  # (N, B, D)
         queries = self.query_embed.weight[:, None].expand(-1, images.shape[0], -1)  # (Q, B, D)
-        states = self.transformer(features.flatten(2).permute(2, 0, 1), position, padded.flatten(1), queries)
+        source = features.flatten(2).permute(2, 0, 1)  # (N, B, D)
+        source = source + position if self.source_position else source
+        states = self.transformer(source, position, padded.flatten(1), queries)
         *early, last = [self.heads(state) for state in states]
         return {**last, "aux_outputs": early}
 
@@ -216,25 +165,38 @@ def pairwise_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     return overlap / union - (hull - union) / hull
 
 
-@torch.no_grad()
-def match_image(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (Q, C+1) and boxes (Q, 4) of one image -> matched queries and targets, (min(Q, T),) each."""
+def image_cost(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """Logits (Q, C+1) and boxes (Q, 4) of one image -> the cost (Q, T) of each pair."""
     class_cost = -logits.softmax(-1)[:, target["labels"]]
     l1_cost = torch.cdist(boxes_cxcywh, target["boxes"].to(boxes_cxcywh.dtype), p=1)
     giou_cost = -pairwise_giou(corners(boxes_cxcywh), corners(target["boxes"]))
-    queries, targets = linear_sum_assignment((class_cost + 5 * l1_cost + 2 * giou_cost).cpu())
+    return class_cost + 5 * l1_cost + 2 * giou_cost
+
+
+@torch.no_grad()
+def match_image(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (Q, C+1) and boxes (Q, 4) of one image -> matched queries and targets, (min(Q, T),) each."""
+    queries, targets = linear_sum_assignment(image_cost(logits, boxes_cxcywh, target).cpu())
     return torch.as_tensor(queries, dtype=torch.int64), torch.as_tensor(targets, dtype=torch.int64)
+
+
+Matches = Sequence[tuple[Tensor, Tensor]]
+"""For each image the matched queries and their targets."""
 
 
 def layer_losses(output: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The three losses of one decoder layer, not yet weighted, each layer matched anew."""
+    images = zip(output["pred_logits"], output["pred_boxes"], targets, strict=True)
+    return matched_losses(output, targets, [match_image(logits, boxes, target) for logits, boxes, target in images])
+
+
+def matched_losses(output: dict[str, Any], targets: Sequence[dict[str, Tensor]], matches: Matches) -> dict[str, Tensor]:
     logits, boxes_cxcywh = output["pred_logits"], output["pred_boxes"]
     no_object = logits.shape[-1] - 1
     labels = torch.full(logits.shape[:2], no_object, device=logits.device)
     num_boxes = max(1, sum(len(target["labels"]) for target in targets))
     l1 = giou = boxes_cxcywh.new_zeros(())
-    for image, target in enumerate(targets):
-        queries, chosen = match_image(logits[image], boxes_cxcywh[image], target)
+    for image, (target, (queries, chosen)) in enumerate(zip(targets, matches, strict=True)):
         labels[image, queries] = target["labels"][chosen]
         predicted, wanted = boxes_cxcywh[image, queries], target["boxes"][chosen].to(boxes_cxcywh.dtype)
         l1 = l1 + (predicted - wanted).abs().sum()
@@ -245,10 +207,15 @@ def layer_losses(output: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -
     return {"loss_ce": loss_ce, "loss_bbox": l1 / num_boxes, "loss_giou": giou / num_boxes}
 
 
+def weighted_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`terms` and `loss`, their sum, weighted 1/5/2."""
+    loss = sum(value * TERM_WEIGHTS[name.rstrip("_0123456789")] for name, value in terms.items())
+    return {**terms, "loss": torch.as_tensor(loss)}
+
+
 def reference_criterion(outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Every loss under DETR's names, `_0`, `_1`, ... for the earlier layers, and `loss`, their weighted sum (1/5/2)."""
+    """Every loss under DETR's names, `_0`, `_1`, ... for the earlier layers, and `loss`, their weighted sum."""
     terms = layer_losses(outputs, targets)
     for index, output in enumerate(outputs["aux_outputs"]):
         terms |= {f"{name}_{index}": value for name, value in layer_losses(output, targets).items()}
-    loss = sum(value * TERM_WEIGHTS[name.rstrip("_0123456789")] for name, value in terms.items())
-    return {**terms, "loss": torch.as_tensor(loss)}
+    return weighted_terms(terms)

@@ -1,0 +1,262 @@
+"""`python -m detr_profiling ladder`: from the plain reference to everything on, one technique a row.
+
+Each measurement is a process of its own. The rows take turns, round after round, so that a machine that becomes slower
+does so for all of them; what a technique is worth stands twice, as what it adds on its way up and as what is lost
+without it at the top.
+"""
+
+import csv
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from detr_fast.config import UserError, require
+from detr_fast.training.run_folder import writing
+from detr_profiling import formats
+from detr_profiling.formats import number
+from detr_profiling.machine import describe_machine
+from detr_profiling.measurement import Configuration, Measurement, measure_in_process, write_oracle_in_process
+from detr_profiling.report import HTML_FILE, MARKDOWN_FILE, write_report
+from detr_profiling.report_ladder import remarks
+from detr_profiling.results import LADDER_FILE, load_results
+from detr_profiling.techniques import Technique, start, techniques
+from detr_profiling.timing import Timing
+from detr_profiling.trace_tables import plain_table
+from detr_profiling.workload import WorkloadOptions
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions(WorkloadOptions):
+    """Climb from the plain reference to these options, one technique at a time; `auto` is all that this device has."""
+
+    compile: bool = True
+    """Compile with torch.compile at the top."""
+    out: str = "runs/profile"
+    """Folder for ladder.csv, and the report that shows it."""
+    runs: int = 5
+    """Timed runs of a row in each round."""
+    rounds: int = 2
+    """Times that all rows are measured anew, one after another."""
+    leave_one_out: bool = True
+    """Also measure everything on but one technique."""
+    minutes: float | None = None
+    """Start no measurement that would probably end later; what is left out says so."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.runs >= 1 and self.rounds >= 1, "--runs and --rounds must be at least 1.")
+
+
+@dataclass
+class Rung:
+    """One row: a technique added to those before it, and everything on without it."""
+
+    technique: str
+    configuration: Configuration
+    without: Configuration | None = None
+    """None where the top does not exist without it, or is the same."""
+    measured: Measurement | None = None
+    measured_without: Measurement | None = None
+    round_medians_ms: list[float] = field(default_factory=list)
+    note: str = ""
+    """Why something was not measured."""
+
+
+def build_rungs(top: WorkloadOptions, leave_one_out: bool = True) -> list[Rung]:
+    """The reference, then a row for each technique that runs on the device of `top`."""
+    top = top.resolved()
+    steps = techniques(top)
+    rungs = [Rung(REFERENCE, start(top))]
+    for technique in steps:
+        rungs.append(Rung(technique.name, technique.applied(rungs[-1].configuration)))
+    if leave_one_out:
+        for rung, technique in zip(rungs[1:], steps, strict=True):
+            rest = climb(start(top), [each for each in steps if each is not technique])
+            if rest.implementation == "detr_fast" and rest not in (rungs[-1].configuration, rungs[-2].configuration):
+                rung.without = rest
+    return rungs
+
+
+def climb(configuration: Configuration, steps: Iterable[Technique]) -> Configuration:
+    for technique in steps:
+        configuration = technique.applied(configuration)
+    return configuration
+
+
+class Clock:
+    """The time that is left, judged by what each row took before."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.ends = time.perf_counter() + minutes * 60 if minutes else float("inf")
+        self.longest_s = 0.0
+
+    def allows(self) -> bool:
+        return time.perf_counter() + self.longest_s <= self.ends
+
+    def took(self, seconds: float) -> None:
+        self.longest_s = max(self.longest_s, seconds)
+
+
+def measure_rungs(rungs: list[Rung], options: LadderOptions, say: Console) -> None:
+    """Fills the rungs: round 1, what is lost without each, then the further rounds of both, while there is time."""
+    clock = Clock(options.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        oracle = Path(folder)
+        write_oracle_in_process(rungs[0].configuration.options, oracle)
+        for number in range(options.rounds):
+            for rung in rungs:
+                measure_rung(rung, options.runs, oracle, clock, say, number)
+            for rung in rungs:
+                measure_without(rung, options.runs, oracle, clock, say)
+    top, before = rungs[-1], rungs[-2]
+    if options.leave_one_out:
+        top.measured_without = before.measured  # without the last technique is the row before
+
+
+def measure_rung(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console, number: int) -> None:
+    found = attempt(rung.configuration, rung, runs, oracle if number == 0 else None, clock)
+    if found:
+        rung.measured = rung.measured.joined(found) if rung.measured else found
+        rung.round_medians_ms.append(found.timing.median_ms)
+        say.print(f"round {number + 1}  {rung.technique:24} {found.timing.text()} ms")
+
+
+def measure_without(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console) -> None:
+    if rung.without is None:
+        return
+    first = rung.measured_without is None
+    found = attempt(rung.without, rung, runs, oracle if first else None, clock)
+    if found:
+        rung.measured_without = found if first else rung.measured_without.joined(found)  # type: ignore[union-attr]
+        say.print(f"without  {rung.technique:24} {found.timing.text()} ms")
+
+
+def attempt(
+    configuration: Configuration, rung: Rung, runs: int, oracle: Path | None, clock: Clock
+) -> Measurement | None:
+    """None, with a note on the rung, where there is no time left or the configuration does not run."""
+    if not clock.allows():
+        rung.note = rung.note or "not all measured: no time left"
+        return None
+    began = time.perf_counter()
+    try:
+        found = measure_in_process(configuration, runs, oracle)
+    except UserError as error:
+        rung.note = str(error)
+        return None
+    clock.took(time.perf_counter() - began)
+    return found
+
+
+def rows_of(rungs: Sequence[Rung], options: WorkloadOptions) -> list[dict[str, Any]]:
+    """One flat row a rung, as ladder.csv holds it; what was not measured is missing."""
+    options = options.resolved()
+    machine = describe_machine(torch.device(options.device))
+    first = rungs[0].measured
+    place = {
+        **{name: getattr(options, name) for name in ("model", "size", "batch_size", "threads")},
+        **{name: getattr(machine, name) for name in ("device", "commit", "date")},
+        "torch": machine.versions["torch"],
+    }
+    rows = []
+    for rung in rungs:
+        row: dict[str, Any] = {"mode": options.mode, "technique": rung.technique, "note": rung.note}
+        if found := rung.measured:
+            row |= timing_columns(found.timing) | {
+                "images_per_second": 1e3 * (options.batch_size or 1) / found.timing.median_ms,
+                "speedup": first.timing.median_ms / found.timing.median_ms if first else None,
+                "first_run_s": found.first_run_s,
+                **{name: value for name, value in asdict(found).items() if name not in ("timing", "first_run_s")},
+            }
+        if lost := rung.measured_without:
+            row |= timing_columns(lost.timing, "without_")
+        rounds = " ".join(f"{value:.4g}" for value in rung.round_medians_ms)
+        rows.append(row | {"round_medians_ms": rounds, "precision": rung.configuration.options.precision} | place)
+    return rows
+
+
+def timing_columns(timing: Timing, prefix: str = "") -> dict[str, float]:
+    names = ("median_ms", "q1_ms", "q3_ms", "runs")
+    return {f"{prefix}{name}": getattr(timing, name) for name in names}
+
+
+COLUMNS = (
+    *("mode", "technique", "median_ms", "q1_ms", "q3_ms", "runs", "images_per_second", "speedup", "peak_mib"),
+    *("cpu_seconds_per_image", "energy_j_per_image", "first_run_s", "error", "allowed", "quantity", "close"),
+    *("without_median_ms", "without_q1_ms", "without_q3_ms", "without_runs", "round_medians_ms", "note"),
+    *("precision", "model", "size", "batch_size", "threads", "device", "torch", "commit", "date"),
+)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """As CSV, numbers with six digits; what other modes had there stays."""
+    kept = [row for row in read_rows(path) if row["mode"] not in {each["mode"] for each in rows}]
+    with writing(path), path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(kept)
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of ladder.csv, as text; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rungs: Sequence[Rung]) -> Table:
+    """For the terminal."""
+    titles = ["ms", "spread", "speedup", "peak MiB", "error", "without, ms"]
+    shown = plain_table("technique", titles, "From the reference to everything on")
+    shown.add_column("")
+    first = rungs[0].measured
+    for rung in rungs:
+        shown.add_row(rung.technique, *(figures(rung, first) or [""] * len(titles)), rung_verdict(rung))
+    return shown
+
+
+def figures(rung: Rung, first: Measurement | None) -> list[str] | None:
+    """None where the rung was not measured."""
+    if rung.measured is None:
+        return None
+    timing, lost = rung.measured.timing, rung.measured_without
+    return [
+        number(timing.median_ms),
+        number(timing.q3_ms - timing.q1_ms, digits=2),
+        number(first.timing.median_ms / timing.median_ms if first else None),
+        number(rung.measured.peak_mib),
+        formats.error(rung.measured.error),
+        number(lost.timing.median_ms) if lost else "",
+    ]
+
+
+def rung_verdict(rung: Rung) -> str:
+    return rung.note or (formats.verdict(rung.measured.close) if rung.measured else "")
+
+
+def main(options: LadderOptions) -> int:
+    console = Console()
+    rungs = build_rungs(options, options.leave_one_out)
+    out = Path(options.out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    measure_rungs(rungs, options, console)
+    write_rows(rows_of(rungs, options), out / LADDER_FILE)
+    write_report(out)
+    console.print(table(rungs))
+    for line in remarks([row for row in load_results(out).ladder if row.mode == options.mode]):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{out / LADDER_FILE}, and as a table and a picture {out / HTML_FILE} and {out / MARKDOWN_FILE}")
+    return 0 if all(rung.measured and rung.measured.close is not False for rung in rungs) else 1

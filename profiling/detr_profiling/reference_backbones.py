@@ -1,0 +1,99 @@
+"""The plain reference's backbones: ResNet with frozen batch norm, operation by operation, and the tiny one that learns
+from scratch. (He et al. 2016.)
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NUM_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+class FixedNorm(nn.Module):
+    """Batch norm whose statistics and affine terms are constants."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (buffer[:, None, None] for buffer in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+class Bottleneck(nn.Module):
+    """ResNet's bottleneck, stride and dilation in its 3x3 convolution (He et al. 2016)."""
+
+    def __init__(self, channels: int, width: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), FixedNorm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = FixedNorm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), FixedNorm(4 * width)
+        self.downsample = nn.Sequential()
+        if stride != 1 or channels != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), FixedNorm(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Up to its last stage; with `dilation` (DC5) that stage keeps its stride for dilation."""
+
+    def __init__(self, name: str, dilation: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), FixedNorm(64)
+        channels = 64
+        for stage, blocks in enumerate(NUM_BLOCKS[name]):
+            dilated = dilation and stage == 3
+            layer = nn.Sequential()
+            for index in range(blocks):
+                stride = 2 if index == 0 and stage > 0 and not dilated else 1
+                # the first block still sees the features of the stage before, so it is not dilated yet
+                layer.append(Bottleneck(channels, 64 * 2**stage, stride, 2 if dilated and index > 0 else 1))
+                channels = 256 * 2**stage
+            self.add_module(f"layer{stage + 1}", layer)
+        self.out_channels = channels
+        for parameter_name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter_name[:6] in ("layer2", "layer3", "layer4"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        for stage in range(4):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, the first with the stride."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.downsample = nn.Sequential()
+        if stride != 1 or channels != width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class TinyNet(nn.Module):
+    """Three blocks of 32, 64 and 128 channels at strides 2, 4 and 8; batch norm is live and all of it is trained."""
+
+    out_channels = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.layers = nn.Sequential(BasicBlock(32, 32, 1), BasicBlock(32, 64, 2), BasicBlock(64, 128, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(F.relu(self.bn1(self.conv1(x))))

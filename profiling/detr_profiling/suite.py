@@ -1,0 +1,143 @@
+"""`python -m detr_profiling suite`: all measurements that fit the time, the most important first, in one folder.
+
+Works in a checkout that is not installed too: `PYTHONPATH=.:kernels:profiling python -m detr_profiling suite`. Each
+part is a process of its own and writes as it goes, so that whatever has finished is there when the suite is stopped.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from detr_fast.config import require
+from detr_fast.training.run_folder import writing
+from detr_profiling.report import write_report
+from detr_profiling.workload import WorkloadOptions
+
+CHECKOUT = Path(__file__).parents[2]
+KERNEL_TESTS = (
+    *("packing", "batch_norm", "layer_norm", "matching_cost", "assignment", "set_loss", "normalize_pad"),
+    *("convolution_tail", "convolution", "packed_attention", "xformers_attention"),
+)
+MOST_FILE_MIB = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(WorkloadOptions):
+    """Kernel tests, parity, ladder, kernel timings, trace, and the report of them all."""
+
+    compile: bool = True
+    """Also measure the compiled forms."""
+    out: str = "runs/profile"
+    """Folder for at most 8 files."""
+    minutes: float = 8
+    """Time for everything; parts that do not fit are left out, and the report says so."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.minutes > 0, f"--minutes must be positive, got {self.minutes}.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that leaves one result, and the largest share of what is then left of the time that it may take."""
+
+    name: str
+    command: Callable[[SuiteOptions, float], list[str]]
+    """From the options and the minutes it has."""
+    share: float
+    output: str | None = None
+    """File for what it prints; None: it shows."""
+
+
+def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
+    def command(options: SuiteOptions, minutes: float) -> list[str]:
+        return [sys.executable, "-m", "detr_profiling", name, "--out", options.out, *workload_arguments(options)]
+
+    return command
+
+
+def ladder(options: SuiteOptions, minutes: float) -> list[str]:
+    """Stops by itself in time."""
+    return [*module("ladder")(options, minutes), "--minutes", f"{0.9 * minutes:.2f}"]
+
+
+def kernel_tests(options: SuiteOptions, minutes: float) -> list[str]:
+    files = [str(CHECKOUT / "tests" / f"test_{name}.py") for name in KERNEL_TESTS]
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), "-q", *files]
+
+
+def kernel_timings(options: SuiteOptions, minutes: float) -> list[str]:
+    output = ["--benchmark-only", f"--benchmark-json={options.out}/kernels.json", "-q"]
+    folder = str(CHECKOUT / "benchmarks" / "bench_kernels.py")
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), folder, *output]
+
+
+PARTS = (
+    Part("kernel tests", kernel_tests, 0.25, "kernel_tests.txt"),
+    Part("parity", module("parity"), 0.4),
+    Part("ladder", ladder, 0.6),
+    Part("kernel timings", kernel_timings, 0.5),
+    Part("trace", module("trace"), 1.0),
+)
+
+
+def workload_arguments(options: SuiteOptions) -> list[str]:
+    """The options of the workload as the parts' command lines take them."""
+    arguments = []
+    for name, default in WorkloadOptions().to_dict().items():
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{name.replace('_', '-')}")
+        elif value != default:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
+    """Runs it for at most `seconds`; returns how it ended."""
+    command = part.command(options, seconds / 60)
+    began = time.perf_counter()
+    with Path(options.out, part.output).open("w") if part.output else nullcontext() as output:
+        errors = subprocess.STDOUT if output else None
+        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds / 60:.1f} minutes"
+        finally:
+            stop(process)
+    ended = "done" if code == 0 else f"exit code {code}"
+    return f"{ended} in {time.perf_counter() - began:.0f} s"
+
+
+def stop(process: subprocess.Popen) -> None:
+    """With the processes that it started, which have its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main(options: SuiteOptions) -> int:
+    console, began = Console(), time.perf_counter()
+    with writing(Path(options.out)):
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    failed = False
+    for part in PARTS:
+        left_s = options.minutes * 60 - (time.perf_counter() - began)
+        ended = run_part(part, options, left_s * part.share) if left_s > 20 else "left out: no time"
+        failed |= "exit code" in ended
+        console.print(f"[bold]{part.name}[/bold]: {ended}")
+        write_report(Path(options.out))
+    for path in Path(options.out).iterdir():
+        if path.stat().st_size > MOST_FILE_MIB << 20:
+            console.print(f"{path} is larger than {MOST_FILE_MIB} MiB: fewer --steps, or a smaller model")
+    console.print(f"{options.out}/report.html opens in any browser, without a network.")
+    return int(failed)

@@ -1,0 +1,113 @@
+"""The ladder: its rows, the order of its measurements, what it writes. Measuring itself: tests/test_measurement.py."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from detr_profiling import ladder
+from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
+from detr_profiling.measurement import Configuration, Measurement
+from detr_profiling.timing import Timing
+from rich.console import Console
+
+from detr_fast.config import UserError
+
+OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
+QUIET = Console(quiet=True)
+
+
+@dataclass
+class Measurer:
+    """Stands in for a process: the more is on, the faster. Every measurement is remembered."""
+
+    asked: list[Configuration] = field(default_factory=list)
+    broken: str = ""
+
+    def __call__(self, configuration: Configuration, runs: int, oracle: Path | None = None) -> Measurement:
+        self.asked.append(configuration)
+        options = configuration.options
+        if options.precision == self.broken:
+            raise UserError("out of memory")
+        ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
+        ms -= sum(value not in ("ref", False, "scipy") for value in configuration.forms.values())
+        timing = Timing(tuple(ms + offset for offset in range(runs)))
+        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": True} if oracle else {}
+        return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
+    stand_in = Measurer()
+    monkeypatch.setattr(ladder, "measure_in_process", stand_in)
+    monkeypatch.setattr(ladder, "write_oracle_in_process", lambda *_: None)
+    yield stand_in
+
+
+def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
+    rungs = build_rungs(OPTIONS)
+    names = ["reference", "losses at once", "bf16", "channels-last", "SDPA", "folded batch norm", "compile"]
+    assert [rung.technique for rung in rungs] == names
+    first, top = rungs[0].configuration, rungs[-1].configuration
+    assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
+    assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
+    assert top.options.precision == "bf16" and top.forms["folded"] and top.forms["attention"] == "sdpa"
+    assert all(Configuration.from_dict(rung.configuration.to_dict()) == rung.configuration for rung in rungs)
+    assert all(a.configuration != b.configuration for a, b in itertools.pairwise(rungs))
+
+
+def test_without_a_technique_everything_else_is_on() -> None:
+    without = {rung.technique: rung.without for rung in build_rungs(OPTIONS)}
+    assert without["reference"] is None and without["losses at once"] is None  # there is no top without them
+    assert without["compile"] is None  # the row before
+    for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
+        rest, top = without[name], build_rungs(OPTIONS)[-1].configuration
+        assert rest is not None and rest.forms == top.forms and getattr(rest.options, only) in ("fp32", False)
+        assert replace(rest.options, **{only: getattr(top.options, only)}) == top.options
+
+
+def test_options_lower_the_top() -> None:
+    options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
+    assert [rung.technique for rung in build_rungs(options)] == ["reference", "losses at once"]
+
+
+def test_rows_take_turns(measurer: Measurer) -> None:
+    rungs = build_rungs(OPTIONS)
+    measure_rungs(rungs, OPTIONS, QUIET)
+    one_round = [rung.configuration for rung in rungs] + [rung.without for rung in rungs if rung.without]
+    assert measurer.asked == one_round * 2
+    assert all(rung.measured and rung.measured.timing.runs == 4 for rung in rungs)
+    assert rungs[-1].measured_without == rungs[-2].measured
+
+
+def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> None:
+    measurer.broken = "fp32"
+    rungs = build_rungs(OPTIONS)
+    measure_rungs(rungs, OPTIONS, QUIET)
+    assert rungs[0].measured is None and rungs[0].note == "out of memory"
+    assert rungs[2].measured and rungs[2].measured_without is None and rungs[2].note == "out of memory"
+    row = rows_of(rungs, OPTIONS)[2]
+    assert row["speedup"] is None and row["note"] == "out of memory"
+
+
+def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer) -> None:
+    rungs = build_rungs(OPTIONS)
+    measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET)
+    assert not measurer.asked and all("no time" in rung.note for rung in rungs)
+
+
+def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
+    path, options = tmp_path / "ladder.csv", replace(OPTIONS, rounds=1)
+    for mode in ("training", "inference", "training"):
+        rungs = build_rungs(replace(options, mode=mode))
+        measure_rungs(rungs, options, QUIET)
+        ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
+    rows = read_rows(path)
+    assert [row["mode"] for row in rows] == ["inference"] * 7 + ["training"] * 7
+    last = rows[-1]
+    assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
+    assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)
+    assert last["energy_j_per_image"] == "" and last["torch"] == torch.__version__.partition("+")[0]
+    assert float(last["without_median_ms"]) > float(last["median_ms"])

@@ -1,0 +1,68 @@
+"""One configuration in a process of its own: what comes back, and what is said where it fails."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from detr_profiling.measurement import (
+    Configuration,
+    measure_in_process,
+    measure_workload,
+    write_oracle,
+    write_oracle_in_process,
+)
+from detr_profiling.workload import WorkloadOptions
+
+from detr_fast.config import UserError
+
+OPTIONS = WorkloadOptions(size="64x64", device="cpu", precision="fp32", objects=2, threads=1, dropout=0.0)
+INFERENCE = replace(OPTIONS, mode="inference")
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("oracle")
+    write_oracle(INFERENCE, folder)
+    yield folder
+
+
+def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
+    write_oracle_in_process(OPTIONS, tmp_path)
+    found = measure_in_process(Configuration(OPTIONS, forms={"attention": "ref"}), runs=2, oracle=tmp_path)
+    assert found.timing.runs == 2 and found.timing.median_ms > 1
+    assert 300 < found.peak_mib < 10_000 and found.cpu_seconds_per_image > 0 and found.first_run_s > 0
+    assert found.energy_j_per_image is None
+    # after its runs have trained it: the weights are the initial ones again when it is compared
+    assert found.close and found.error is not None and found.allowed is not None and found.error <= found.allowed
+
+
+def test_an_option_that_cannot_be_is_told_in_a_line() -> None:
+    with pytest.raises(UserError, match=r"reference could not be measured: .*detr_tiny has no counterpart"):
+        measure_in_process(Configuration(replace(OPTIONS, model="detr_tiny"), "reference"), runs=1)
+
+
+def test_a_configuration_goes_through_text() -> None:
+    configuration = Configuration(OPTIONS, "reference", {"folded": False}, tf32=False)
+    assert Configuration.from_dict(configuration.to_dict()) == configuration
+
+
+def test_an_error_of_one_percent_is_seen(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_workload(Configuration(INFERENCE), 1, oracle).close
+    monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong_layer_norm)
+    wrong = measure_workload(Configuration(INFERENCE), 1, oracle)
+    assert wrong.close is False and wrong.error is not None and wrong.allowed is not None
+    assert wrong.error > wrong.allowed
+
+
+def wrong_layer_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+    from detr_kernels import fused_add_layer_norm
+
+    return fused_add_layer_norm(x, residual, 1.01 * weight, *rest)  # type: ignore[arg-type]
+
+
+def test_two_processes_are_one_series() -> None:
+    found = measure_workload(Configuration(INFERENCE), 2, None)
+    joined = found.joined(replace(found, peak_mib=found.peak_mib + 1))
+    assert joined.timing.runs == 4 and joined.peak_mib == found.peak_mib + 1 and joined.error is None

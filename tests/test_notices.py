@@ -1,0 +1,84 @@
+"""The suite notices: a wrong kernel, a slow step, a leak and a read by the host are planted, and each is reported."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import detr_kernels
+import pytest
+import torch
+from detr_profiling import ladder
+from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, rows_of
+from detr_profiling.measurement import measure_workload, write_oracle
+from detr_profiling.recording import profile_workload
+from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from rich.console import Console
+from torch import Tensor
+
+from detr_fast.training.step import TrainStep
+
+TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", threads=1)
+SHORT = LadderOptions(
+    **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},  # type: ignore[arg-type]
+    **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},  # type: ignore[arg-type]
+)
+"""Two rows: the reference, and ours in its plainest form."""
+
+
+def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The ladder, measured in this process, where things can be planted."""
+    monkeypatch.setattr(ladder, "measure_in_process", measure_workload)
+    monkeypatch.setattr(ladder, "write_oracle_in_process", write_oracle)
+    rungs = build_rungs(SHORT)
+    measure_rungs(rungs, SHORT, Console(quiet=True))
+    return rows_of(rungs, SHORT)
+
+
+def test_a_wrong_kernel_and_a_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = climb(tmp_path, monkeypatch)
+    assert [row["close"] for row in before] == [True, True]
+
+    def wrong(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return detr_kernels.fused_add_layer_norm(x, residual, weight * 1.01, *rest)
+
+    slow = TrainStep.__call__
+
+    def sleeping(self: TrainStep, batches: Any) -> dict[str, Tensor]:
+        time.sleep(1)
+        return slow(self, batches)
+
+    monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong)
+    monkeypatch.setattr(TrainStep, "__call__", sleeping)
+    after = climb(tmp_path, monkeypatch)
+    assert [row["close"] for row in after] == [True, False] and after[1]["error"] > after[1]["allowed"]
+    assert after[1]["median_ms"] > 1000 and after[1]["speedup"] < before[1]["speedup"]
+
+
+def traced(tmp_path: Path, spoil: Callable[[dict[str, Tensor]], object]) -> dict[str, Any]:
+    """The trace of a small training step, whose terms `spoil` gets to see."""
+    workload = build_workload(TINY)
+    spoilt: Workload = replace(workload, run=lambda run=workload.run: spoil(run()))
+    return profile_workload(spoilt, tmp_path, steps=3, warmup=1, with_roofline=False)
+
+
+def test_nothing_is_reported_where_nothing_was_planted(tmp_path: Path) -> None:
+    found = traced(tmp_path, lambda terms: None)
+    assert not found["memory"]["leaking"]
+    # the assignment of a CPU, which on a GPU is another one, and no other read: this also holds for the plain losses,
+    # of which tests/test_waiting.py cannot see what torch itself does for tensors that have data
+    assert [wait["operation"] for wait in found["host_waits"]] == ["detr_kernels::assignment_scipy"]
+
+
+def test_a_leak(tmp_path: Path) -> None:
+    kept: list[Tensor] = []
+    found = traced(tmp_path, lambda terms: kept.append(torch.ones(1 << 20)))
+    assert found["memory"]["leaking"] and found["memory"]["growth_mib_per_step"] == pytest.approx(4, rel=0.1)
+
+
+def test_a_read_by_the_host(tmp_path: Path) -> None:
+    plain = traced(tmp_path, lambda terms: None)
+    found = traced(tmp_path, lambda terms: terms["loss"].item())
+    assert found["host_waits_per_step"] == plain["host_waits_per_step"] + 1
+    assert any("aten::item" in wait["operation"] and wait["per_step"] == 1 for wait in found["host_waits"])

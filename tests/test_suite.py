@@ -1,0 +1,72 @@
+"""The suite runs its parts in order, each in its time, and what has finished stays whatever happens to the rest."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tyro
+from detr_profiling import suite
+from detr_profiling.suite import PARTS, Part, SuiteOptions, run_part, workload_arguments
+from detr_profiling.workload import WorkloadOptions
+
+from detr_fast.config import UserError
+
+
+def python(name: str, code: str, share: float = 1.0, output: str | None = None) -> Part:
+    return Part(name, lambda options, minutes: [sys.executable, "-c", code], share, output)
+
+
+def test_the_most_important_comes_first() -> None:
+    assert [part.name for part in PARTS] == ["kernel tests", "parity", "ladder", "kernel timings", "trace"]
+
+
+def test_options_reach_the_parts() -> None:
+    options = SuiteOptions(size="64x96", compile=False, channels_last=False, kernels="ref", threads=1, dropout=0.0)
+    parsed = tyro.cli(WorkloadOptions, args=workload_arguments(options))
+    assert parsed.to_dict() == {name: getattr(options, name) for name in parsed.to_dict()}
+    assert tyro.cli(WorkloadOptions, args=workload_arguments(SuiteOptions())).compile
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    began = time.perf_counter()
+    ended = run_part(python("slow", code, output="slow.txt"), SuiteOptions(out=str(tmp_path)), seconds=3)
+    assert ended.startswith("stopped after") and time.perf_counter() - began < 20
+    assert (tmp_path / "slow.txt").read_text() == "begun\n"
+    child_pid, patience_ends = int((tmp_path / "pid").read_text()), time.perf_counter() + 10
+    while is_running(child_pid) and time.perf_counter() < patience_ends:
+        time.sleep(0.1)
+    assert not is_running(child_pid)
+
+
+def is_running(pid: int) -> bool:
+    """A process that has ended may stay in the table until its new parent asks for it."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_part_that_fails_is_told_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = (python("first", "raise SystemExit(3)"), python("second", "print('here')", output="second.txt"))
+    monkeypatch.setattr(suite, "PARTS", parts)
+    assert suite.main(SuiteOptions(out=str(tmp_path))) == 1
+    shown = capsys.readouterr().out
+    assert "first: exit code 3" in shown and "second: done" in shown
+    assert (tmp_path / "second.txt").read_text() == "here\n" and (tmp_path / "report.html").exists()
+
+
+def test_a_part_without_time_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "PARTS", (python("never", "raise SystemExit(3)"),))
+    assert suite.main(replace(SuiteOptions(out=str(tmp_path)), minutes=0.1)) == 0
+    assert "left out" in capsys.readouterr().out
+
+
+def test_no_time_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="--minutes"):
+        SuiteOptions(minutes=0)
