@@ -81,9 +81,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"Could not write {path}: {error.strerror}. Free some space or give another folder."
-        ) from error
+        raise UserError(f"Could not write {path}: {error.strerror}. Free some space or give another folder.") from error
 
 
 def check_room(root: Path, checkpoint_bytes: int) -> None:
