@@ -11,10 +11,10 @@ test: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: setup
-	.venv/bin/pytest benchmarks --benchmark-only $(ARGS)
+	.venv/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 trace: setup
 	.venv/bin/python -m detr_profiling trace $(ARGS)

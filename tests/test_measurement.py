@@ -8,6 +8,7 @@ import pytest
 import torch
 from detr_profiling.measurement import (
     Configuration,
+    eager_file,
     measure_in_process,
     measure_workload,
     write_oracle,
@@ -60,6 +61,16 @@ def wrong_layer_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tens
     from detr_kernels import fused_add_layer_norm
 
     return fused_add_layer_norm(x, residual, 1.01 * weight, *rest)  # type: ignore[arg-type]
+
+
+def test_a_row_is_judged_by_what_multiplies_as_it_does() -> None:
+    cuda = replace(OPTIONS, device="cuda")
+    expected = {
+        "fp32.pt": [Configuration(OPTIONS), Configuration(cuda, tf32=False)],
+        "tf32.pt": [Configuration(cuda)],
+        "bf16.pt": [Configuration(replace(OPTIONS, precision="bf16")), Configuration(replace(cuda, precision="fp16"))],
+    }
+    assert all(eager_file(each) == name for name, configurations in expected.items() for each in configurations)
 
 
 def test_two_processes_are_one_series() -> None:

@@ -20,7 +20,7 @@ from detr_profiling.timing import Timing, measure
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
 ORACLE = "fp64.pt"
-"""The reference's observation in float64; beside it lie those of its eager forms, `fp32.pt` and `bf16.pt`."""
+"""The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,33 @@ def measure_workload(configuration: Configuration, runs: int, oracle: Path | Non
         return measurement
     workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
     found, exact = workload.observe(), torch.load(oracle / ORACLE)
-    precision = "fp32" if configuration.options.precision == "fp32" else "bf16"
-    row = worst(judge(found, exact, torch.load(oracle / f"{precision}.pt")))
+    row = worst(judge(found, exact, torch.load(oracle / eager_file(configuration))))
     return replace(measurement, error=row.error, allowed=row.allowed, quantity=row.quantity, close=row.close)
 
 
 def write_oracle(options: WorkloadOptions, folder: Path) -> None:
-    """The plain reference's observations: in float64, and what its eager forms make of the same in fp32 and bf16."""
+    """The plain reference's observations: in float64, and what its eager forms make of the same in each precision."""
     for name, precision, dtype in (
         (ORACLE, "fp32", torch.float64),
         ("fp32.pt", "fp32", torch.float32),
+        ("tf32.pt", "fp32", torch.float32),
         ("bf16.pt", "bf16", torch.float32),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        if name == "tf32.pt" and options.device != "cuda":
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
         plain = replace(options, precision=precision, compile=False, kernels="auto", attention="auto")  # type: ignore[arg-type]
         observe = build_peer("reference", plain, dtype).observe
         assert observe is not None
         torch.save(observe() | targets_of(options), folder / name)
+
+
+def eager_file(configuration: Configuration) -> str:
+    """Which of the reference's eager forms multiplies as `configuration` does."""
+    options = configuration.options
+    if options.precision != "fp32":
+        return "bf16.pt"
+    return "tf32.pt" if configuration.tf32 and options.device == "cuda" else "fp32.pt"
 
 
 def measure_in_process(configuration: Configuration, runs: int, oracle: Path | None = None) -> Measurement:

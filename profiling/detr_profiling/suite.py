@@ -75,7 +75,7 @@ def kernel_tests(options: SuiteOptions, minutes: float) -> list[str]:
 
 
 def kernel_timings(options: SuiteOptions, minutes: float) -> list[str]:
-    output = ["--benchmark-only", f"--benchmark-json={options.out}/kernels.json", "-q"]
+    output = ["--benchmark-only", "-k", "not compiled", f"--benchmark-json={options.out}/kernels.json", "-q"]
     folder = str(CHECKOUT / "benchmarks" / "bench_kernels.py")
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), folder, *output]
 

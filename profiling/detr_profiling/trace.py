@@ -96,7 +96,8 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     model = runtime.place(make_model(architecture, config, train_set, None, Console()))
     step = make_step(model.train(), config, runtime, world, None)
     feed = Feed(make_batches(config, train_set, runtime, world, (0, 0)))
-    asked = replace(resolved, size=options.size)  # where nobody asked, images are as the recipe makes them
+    # with the data's name, and no size where nobody asked for one: images are as the recipe makes them
+    asked = replace(options, **{name: getattr(resolved, name) for name in ("device", "batch_size", "threads")})
     return Workload("detr_fast", asked, model, lambda: step([feed.take()]), reasons=runtime.reasons), feed.fetch
 
 

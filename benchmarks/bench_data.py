@@ -1,0 +1,117 @@
+"""From JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py --benchmark-only`.
+
+Three stages, each with those before it: decode; augment, which is flip, crop and resize by the recipe; batch, which is
+collation, normalisation and padding. Ours against Pillow and torchvision as facebookresearch has them, on the embedded
+data set and on photographs of 640x480 pixels. Both draw the same sizes and crops and must leave the same boxes and, but
+for the rounding of resized pixels to whole numbers, the same pixels.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from detr_profiling.closeness import assert_close
+from PIL import Image
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torchvision.transforms import functional as F
+
+from benchmarks.clock import Size, Verdict, time_case
+from benchmarks.photographs import PHOTOGRAPHS
+from benchmarks.pillow_pipeline import MEAN, STD, PaddedBatch, PillowPipeline
+from detr_fast.config import RECIPES, TrainConfig
+from detr_fast.data.batching import collate, normalize
+from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.decode import decode_image
+from detr_fast.data.sample import Sample
+
+CPU = torch.device("cpu")
+PRECISIONS = {"decode": "uint8", "augment": "uint8", "batch": "fp32"}
+FLOORS = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
+"""Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
+
+
+class OurPipeline:
+    """What a training run's workers do, and its step's normalisation, which is on the device there."""
+
+    def __init__(self, dataset: CocoDataset) -> None:
+        self.dataset = dataset
+
+    def decode(self) -> list[Tensor]:
+        return [decode_image(record.path) for record in self.dataset.records]
+
+    def augment(self) -> list[Sample]:
+        return [self.dataset[0, index] for index in range(len(self.dataset))]
+
+    def batch(self) -> PaddedBatch:
+        samples = self.augment()
+        images, mask = normalize(collate(samples), MEAN, STD, channels_last=True)
+        return PaddedBatch(images, mask, [sample.boxes_cxcywh for sample in samples])
+
+
+@dataclass(frozen=True)
+class DataCase:
+    """A stage of a pipeline, `ours` or `pillow`, over a small data set."""
+
+    stage: str
+    pipeline: str
+    data: str
+    """The fixture that makes it."""
+    size: str
+    """Of its files."""
+    images: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.pipeline}"
+
+    @property
+    def precision(self) -> str:
+        return PRECISIONS[self.stage]
+
+    @property
+    def group(self) -> str:
+        return f"data: {self.stage}, {self.size}, b{self.images}"
+
+
+def cases(size: Size) -> Iterator[DataCase]:
+    for data, height_width, images in (("shapes_root", "64x64", 64), ("photographs_root", "480x640", PHOTOGRAPHS)):
+        for stage in PRECISIONS:
+            for pipeline in ("ours", "pillow"):
+                yield DataCase(stage, pipeline, data, height_width, images)
+
+
+def bench_data(benchmark: BenchmarkFixture, case: DataCase, request: Any) -> None:
+    root: Path = request.getfixturevalue(case.data)
+    recipe = RECIPES["detr_tiny"] if case.data == "shapes_root" else TrainConfig()
+    dataset = build_dataset(replace(recipe, data=str(root)), "train")
+    assert len(dataset) == case.images
+    ours, pillow, exact = OurPipeline(dataset), PillowPipeline(dataset), PillowPipeline(dataset, exact=True)
+    run, run_pillow, run_exact = (getattr(pipeline, case.stage) for pipeline in (ours, pillow, exact))
+    run = run if case.pipeline == "ours" else run_pillow
+    time_case(benchmark, case, judge(run(), run_exact(), run_pillow(), case.precision), run, CPU)
+
+
+def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:
+    """Each image's pixels, and of a batch mask and boxes, against what was never rounded. Raises AssertionError where
+    `found` is further off than twice Pillow's error and one level of 255 allow."""
+    judged = []
+    for (name, result), (_, oracle), (_, plain) in zip(*map(quantities, (found, exact, pillow)), strict=True):
+        floor = FLOORS[f"pixels {precision}" if name == "pixels" else name]
+        judged.append((name, assert_close(result, oracle, plain, floor, name)))
+    name, worst = max(judged, key=lambda pair: pair[1].error / (pair[1].allowed or 1))
+    return Verdict(name, worst.error, worst.allowed)
+
+
+def quantities(result: PaddedBatch | Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """A batch's, or the pixels (3, h, w) of each image of an earlier stage."""
+    if isinstance(result, PaddedBatch):
+        yield "pixels", result.images
+        yield "mask", torch.zeros_like(result.images[:, 0]) if result.mask is None else result.mask.float()
+        yield from (("boxes", boxes) for boxes in result.boxes_cxcywh)
+        return
+    for each in result:
+        image = getattr(each, "image", each)
+        yield "pixels", F.pil_to_tensor(image) if isinstance(image, Image.Image) else image

@@ -1,0 +1,169 @@
+"""COCO's numbers from detections, and detections from a model: `pytest benchmarks/bench_evaluation.py
+--benchmark-only`.
+
+hotcoco against pycocotools on synthetic detections: the twelve numbers must be equal, to the last bit. A model run over
+a small data set, from its JPEG files to the numbers: its scores and boxes must be as close to float64 as plain eager
+code's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from detr_profiling.closeness import assert_close, relative_floor
+from detr_profiling.workload import WorkloadOptions, initial_model
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.clock import DEVICE, Size, Verdict, time_case
+from benchmarks.photographs import PHOTOGRAPHS
+from benchmarks.workload_cases import precisions
+from detr_fast.config import DataOptions
+from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_model
+from detr_fast.evaluation.inference import detect_batch, evaluation_mode
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import Runtime, choose_runtime
+
+CPU = torch.device("cpu")
+CATEGORIES = {"small": 20, "full": 80}
+OBJECTS, DETECTIONS = 7, 100
+"""On each image."""
+
+
+@dataclass(frozen=True)
+class EvaluatorCase:
+    name: Evaluator
+    images: int
+    categories: int
+    precision: str = "fp64"
+    size: str = "480x640"
+
+    @property
+    def group(self) -> str:
+        return f"COCO's numbers, {self.categories} classes, b{self.images}"
+
+
+def evaluator_cases(size: Size) -> Iterator[EvaluatorCase]:
+    images = 500 if size == "full" else 100
+    for name in ("hotcoco", "pycocotools"):
+        yield EvaluatorCase(cast(Evaluator, name), images, CATEGORIES[size])
+
+
+def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], np.ndarray]:
+    """A COCO document, and rows (N, 7) as evaluators read them: each object found once, a little aside, and false
+    ones."""
+    rng = np.random.default_rng(0)
+    corner, extent = rng.uniform(0, 400, (images, OBJECTS, 2)), np.exp(rng.uniform(2, 5.3, (images, OBJECTS, 2)))
+    boxes, labels = np.concatenate((corner, extent), -1), rng.integers(1, categories + 1, (images, OBJECTS))
+    annotations = [
+        {"id": number, "image_id": number // OBJECTS + 1, "category_id": int(label), "bbox": box.tolist(), "iscrowd": 0}
+        | {"area": float(box[2] * box[3])}
+        for number, (label, box) in enumerate(zip(labels.reshape(-1), boxes.reshape(-1, 4), strict=True), 1)
+    ]
+    aside = np.concatenate((corner + extent * rng.uniform(-0.2, 0.2, extent.shape), extent), -1)
+    false = rng.uniform(1, 400, (images, DETECTIONS - OBJECTS, 4))
+    found = np.concatenate((aside, false), 1)
+    classes = np.concatenate((labels, rng.integers(1, categories + 1, false.shape[:2])), 1)
+    scores = np.concatenate((rng.uniform(0.3, 1, labels.shape), rng.uniform(0, 0.6, false.shape[:2])), 1)
+    ids = np.broadcast_to(np.arange(1, images + 1)[:, None], scores.shape)
+    rows = np.concatenate((ids[..., None], found, scores[..., None], classes[..., None]), -1).reshape(-1, 7)
+    document = {
+        "images": [{"id": number, "width": 640, "height": 480} for number in range(1, images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": f"class {number}"} for number in range(1, categories + 1)],
+    }
+    return document, rows
+
+
+def bench_evaluator(benchmark: BenchmarkFixture, evaluator_case: EvaluatorCase) -> None:
+    document, rows = synthetic_detections(evaluator_case.images, evaluator_case.categories)
+    fast, referee = (evaluate_detections(document, rows, name).metrics for name in ("hotcoco", "pycocotools"))
+    error = max(abs(fast[name] - referee[name]) for name in referee)
+    assert fast == referee, f"the twelve numbers differ by up to {error}"
+    assert 0.05 < referee["AP"] < 0.95, "equality would prove little"
+    verdict = Verdict("the twelve numbers", error, 0.0)
+    run = lambda: evaluate_detections(document, rows, evaluator_case.name)  # noqa: E731
+    time_case(benchmark, evaluator_case, verdict, run, CPU)
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model with random weights over a data set's val split."""
+
+    model: str
+    precision: str
+    data: str
+    """The fixture that makes it."""
+    size: str
+    images: int
+
+    @property
+    def name(self) -> str:
+        return self.model.replace("_", "-")
+
+    @property
+    def group(self) -> str:
+        return f"evaluation of {self.model}, {self.size}, b{self.images}"
+
+
+def model_cases(size: Size) -> Iterator[ModelCase]:
+    for precision in precisions():
+        yield ModelCase("detr_tiny", precision, "shapes_root", "64x64", 64)
+        if DEVICE.type == "cuda" or size == "full":
+            yield ModelCase("detr_r50", precision, "photographs_root", "800x1066", PHOTOGRAPHS)
+
+
+def bench_model(benchmark: BenchmarkFixture, model_case: ModelCase, request: Any) -> None:
+    root: Path = request.getfixturevalue(model_case.data)
+    precision: Any = "fp32" if model_case.precision == "tf32" else model_case.precision
+    options = WorkloadOptions(model=model_case.model, precision=precision)
+    model, runtime = build(options)
+    dataset = build_dataset(DataOptions(data=str(root)), "val", model.config)
+    assert len(dataset) == model_case.images
+    verdict = judge(options, dataset)
+
+    def run() -> None:
+        evaluate_model(model, dataset, load(dataset, runtime), runtime)
+
+    time_case(benchmark, model_case, verdict, run)
+
+
+def build(options: WorkloadOptions) -> tuple[DETR, Runtime]:
+    runtime = choose_runtime(options)
+    return runtime.place(initial_model(options)), runtime
+
+
+def load(dataset: CocoDataset, runtime: Runtime) -> Any:
+    return evaluation_loader(dataset, 16, runtime.workers(None), runtime.device.type == "cuda")
+
+
+def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
+    """Scores and boxes of all images, against those of DETR's own order of operations in float64."""
+    plain = replace(options, kernels="ref", attention="ref")
+    found, eager = (detections(*build(each), dataset, torch.float32) for each in (options, plain))
+    exact = detections(*build(replace(plain, precision="fp32")), dataset, torch.float64)
+    judged = [
+        (name, assert_close(a, b, c, relative_floor(b, 1e-5), name))
+        for name, a, b, c in zip(("scores", "boxes"), found, exact, eager, strict=True)
+    ]
+    name, worst = max(judged, key=lambda pair: pair[1].error / pair[1].allowed)
+    return Verdict(name, worst.error, worst.allowed)
+
+
+@torch.no_grad()
+def detections(model: DETR, runtime: Runtime, dataset: CocoDataset, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scores (N, Q) and boxes (N, Q, 4) in pixels, the model's weights in `dtype`. A class that changes between two
+    of like score does not show."""
+    model = model.to(dtype)
+    with evaluation_mode(model):
+        parts = [
+            detect_batch(lambda images, mask: model(images.to(dtype), mask), batch.to(runtime.device), model, runtime)
+            for batch in load(dataset, runtime)
+        ]
+    scores, _, boxes = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(boxes)

@@ -1,0 +1,28 @@
+"""Inference, from uint8 images on the host to boxes in pixels: `pytest benchmarks/bench_inference.py --benchmark-only`.
+
+Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same images.
+"""
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.clock import Size
+from benchmarks.gate import PlainObservations
+from benchmarks.workload_cases import (
+    FORMS,
+    WorkloadCase,
+    compiles,
+    own_cases,
+    peer_cases,
+    precisions,
+    time_workload,
+    workload_options,
+)
+
+
+def cases(size: Size) -> list[WorkloadCase]:
+    options = workload_options("inference", size)
+    return [*peer_cases(options, size), *own_cases(options, FORMS, precisions(), compiles(size))]
+
+
+def bench_inference(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
+    time_workload(benchmark, case, plain)

@@ -1,0 +1,36 @@
+"""A training step, from the batch on the host to the optimizer's last write: `pytest benchmarks/bench_training.py
+--benchmark-only`.
+
+Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same images, each with its own
+loss; and `tiny`, the step of `make train`: detr_tiny on 16 images of 64 pixels.
+"""
+
+from detr_profiling.workload import WorkloadOptions
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.clock import Size
+from benchmarks.gate import PlainObservations
+from benchmarks.workload_cases import (
+    FORMS,
+    WorkloadCase,
+    compiles,
+    own_cases,
+    peer_cases,
+    precisions,
+    time_workload,
+    workload_options,
+)
+from detr_fast.runtime import missing_for_compile
+
+TINY = WorkloadOptions(model="detr_tiny", size="64x64", batch_size=16, objects=5)
+
+
+def cases(size: Size) -> list[WorkloadCase]:
+    options = workload_options("training", size)
+    own = own_cases(options, FORMS, precisions(), compiles(size))
+    tiny = own_cases(TINY, {"tiny": {}}, precisions(), missing_for_compile() is None)
+    return [*peer_cases(options, size), *own, *tiny]
+
+
+def bench_training(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
+    time_workload(benchmark, case, plain)

@@ -1,0 +1,101 @@
+"""What every benchmark is called by, how often it runs, and what is written beside its times."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from detr_profiling.memory import peak_memory
+from pytest_benchmark.fixture import BenchmarkFixture
+
+Size = Literal["small", "full"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEAST_ROUNDS, MOST_ROUNDS = (20, 200) if DEVICE.type == "cuda" else (5, 50)
+ENOUGH_S = 1.0
+"""What takes less than this in all is run more often than `LEAST_ROUNDS`."""
+
+
+class Case(Protocol):
+    """One benchmark. Its id is `NAME-PRECISION-SIZE-bIMAGES`, as in triton-bf16-800x1066-b2."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def size(self) -> str:
+        """HEIGHTxWIDTH of images in pixels, or of what a kernel works on."""
+        ...
+
+    @property
+    def images(self) -> int: ...
+    @property
+    def group(self) -> str:
+        """Cases of one group stand in one table: they do the same work."""
+        ...
+
+
+def case_id(case: Case) -> str:
+    return f"{case.name}-{case.precision}-{case.size}-b{case.images}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found before the clock may start: of all quantities the one nearest to what is allowed."""
+
+    quantity: str
+    error: float | None = None
+    allowed: float | None = None
+
+
+NOT_COMPARABLE = Verdict("none: it is another function")
+
+
+def time_case(
+    benchmark: BenchmarkFixture,
+    case: Case,
+    verdict: Verdict,
+    run: Callable[[], Any],
+    device: torch.device = DEVICE,
+    compile_s: float | None = None,
+) -> None:
+    """Times `run` from its call to the end of its work on `device`.
+
+    `compile_s`: of the run that compiled it. On a CPU `peak_mib` is the whole process's resident set, with what earlier
+    benchmarks have left in it.
+    """
+
+    def run_to_the_end() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    rounds = choose_rounds(run_to_the_end) if benchmark.enabled else 1
+    benchmark.group = case.group
+    with peak_memory(device) as peak:
+        benchmark.pedantic(run_to_the_end, rounds=rounds)
+    benchmark.extra_info |= {
+        "images": case.images,
+        "size": case.size,
+        "precision": case.precision,
+        "quantity": verdict.quantity,
+        "error": verdict.error,
+        "allowed": verdict.allowed,
+        "peak_mib": None if math.isnan(peak.mib) else peak.mib,
+        "compile_s": compile_s,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if benchmark.stats:
+        benchmark.extra_info["images_per_second"] = case.images / benchmark.stats.stats.median
+
+
+def choose_rounds(run: Callable[[], Any]) -> int:
+    """As many as take `ENOUGH_S`, within bounds; the first of two runs warms up."""
+    run()
+    began = time.perf_counter()
+    run()
+    return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(ENOUGH_S / (time.perf_counter() - began))))

@@ -1,0 +1,114 @@
+"""facebookresearch's data pipeline: Pillow decodes and resizes, torchvision makes tensors (datasets/transforms.py).
+
+It draws from the same generator as ours, so that both leave the same pixels and boxes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as F
+
+from detr_fast.data.coco import CocoDataset, ImageRecord
+from detr_fast.data.sampler import random_generator
+from detr_fast.data.transforms import LONGEST_SIDE_BEFORE_CROP_PX, TrainTransform, random_region, resized_size
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Picture = Image.Image | Tensor
+"""A Pillow image; in an exact pipeline float64 (3, h, w), 0 to 255, never rounded."""
+
+
+@dataclass(frozen=True)
+class LabelledPicture:
+    """With its boxes (T, 4)."""
+
+    image: Picture
+    boxes_xyxy_px: Tensor
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """What a model takes; of any pipeline."""
+
+    images: Tensor
+    """(B, 3, H, W), normalised, 0 where padded"""
+    mask: Tensor | None
+    """(B, H, W), True where padded; None: nothing is"""
+    boxes_cxcywh: list[Tensor]
+    """(T, 4) of each image, relative"""
+
+
+class PillowPipeline:
+    """Over all records of `dataset`, whose transform must be a TrainTransform; `exact`: the oracle of any pipeline."""
+
+    def __init__(self, dataset: CocoDataset, exact: bool = False) -> None:
+        assert isinstance(dataset.transform, TrainTransform)
+        self.dataset = dataset
+        self.transform = dataset.transform
+        self.exact = exact
+
+    def decode(self) -> list[Picture]:
+        return [self.read(record) for record in self.dataset.records]
+
+    def read(self, record: ImageRecord) -> Picture:
+        image = Image.open(record.path).convert("RGB")
+        return F.pil_to_tensor(image).double() if self.exact else image
+
+    def augment(self) -> list[LabelledPicture]:
+        return [self.sample(index) for index in range(len(self.dataset))]
+
+    def sample(self, index: int) -> LabelledPicture:
+        record, transform = self.dataset.records[index], self.transform
+        rng = random_generator(self.dataset.seed, 0, index)
+        item = LabelledPicture(self.read(record), torch.from_numpy(record.boxes_xyxy_px))
+        if rng.random() < 0.5:
+            item = flip(item)
+        if transform.crop_sizes and rng.random() >= 0.5:
+            item = resize(item, int(rng.choice(transform.crop_sizes)), LONGEST_SIDE_BEFORE_CROP_PX)
+            item = crop(item, *random_region(size_of(item.image), transform.crop_range, rng))
+        return resize(item, int(rng.choice(transform.sizes)), transform.max_size)
+
+    def batch(self) -> PaddedBatch:
+        images, boxes = zip(*(normalize(item) for item in self.augment()), strict=True)
+        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+        padded = images[0].new_zeros(len(images), 3, height, width)
+        mask = torch.ones(len(images), height, width, dtype=torch.bool)
+        for row, row_mask, image in zip(padded, mask, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = image
+            row_mask[: image.shape[1], : image.shape[2]] = False
+        return PaddedBatch(padded, mask, list(boxes))
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """(h, w)"""
+    _, height, width = F.get_dimensions(image)
+    return height, width
+
+
+def flip(item: LabelledPicture) -> LabelledPicture:
+    width = size_of(item.image)[1]
+    mirrored = item.boxes_xyxy_px[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
+    return LabelledPicture(F.hflip(item.image), mirrored + torch.tensor([width, 0, width, 0]))
+
+
+def resize(item: LabelledPicture, shorter: int, longest: int) -> LabelledPicture:
+    height, width = size_of(item.image)
+    size = resized_size((height, width), shorter, longest)
+    ratios = torch.tensor([size[1] / width, size[0] / height] * 2)
+    return LabelledPicture(F.resize(item.image, list(size), antialias=True), item.boxes_xyxy_px * ratios)
+
+
+def crop(item: LabelledPicture, top: int, left: int, height: int, width: int) -> LabelledPicture:
+    corners = (item.boxes_xyxy_px - torch.tensor([left, top, left, top])).reshape(-1, 2, 2)
+    corners = torch.min(corners, torch.tensor([width, height])).clamp(min=0)
+    kept = (corners[:, 1] > corners[:, 0]).all(1)
+    return LabelledPicture(F.crop(item.image, top, left, height, width), corners[kept].reshape(-1, 4))
+
+
+def normalize(item: LabelledPicture) -> tuple[Tensor, Tensor]:
+    """The image as a normalised tensor, and its boxes as cxcywh relative to it."""
+    height, width = size_of(item.image)
+    pixels = item.image / 255 if isinstance(item.image, Tensor) else F.to_tensor(item.image)
+    low, high = (item.boxes_xyxy_px / torch.tensor([width, height, width, height])).split(2, -1)
+    return F.normalize(pixels, MEAN, STD), torch.cat(((low + high) / 2, high - low), -1)

@@ -1,0 +1,136 @@
+"""Whole models as cases: ours in its forms, and our peers on the same weights and the same batch."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from detr_profiling.measurement import Configuration
+from detr_profiling.workload import Mode, Workload, WorkloadOptions
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.clock import DEVICE, Size, time_case
+from benchmarks.gate import PlainObservations
+from detr_fast.runtime import missing_for_compile, multiplies_bf16
+
+ON_GPU = DEVICE.type == "cuda"
+SIZES: dict[tuple[Mode, Size], tuple[str, int]] = (
+    {
+        ("inference", "small"): ("800x1066", 8),
+        ("inference", "full"): ("800x1066", 16),
+        ("training", "small"): ("800x1066", 8),
+        ("training", "full"): ("800x1066", 16),
+    }
+    if ON_GPU
+    else {
+        ("inference", "small"): ("320x427", 1),
+        ("inference", "full"): ("800x1066", 2),
+        ("training", "small"): ("224x320", 1),
+        ("training", "full"): ("800x1066", 2),
+    }
+)
+"""Height and width in pixels, and images."""
+FORMS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
+"""Ours as a whole: DETR's own sequence of operations, what is the default, and on a GPU every kernel of ours."""
+if ON_GPU:
+    FORMS["triton"] = {"kernels": "triton"}
+
+
+@dataclass(frozen=True)
+class WorkloadCase:
+    """A training step or an inference."""
+
+    name: str
+    configuration: Configuration
+
+    @property
+    def precision(self) -> str:
+        """tf32 is float32 as Tensor Cores multiply it."""
+        precision = self.configuration.options.precision
+        return "tf32" if ON_GPU and precision == "fp32" and self.configuration.tf32 else precision
+
+    @property
+    def size(self) -> str:
+        return self.configuration.options.size
+
+    @property
+    def images(self) -> int:
+        return self.configuration.options.batch_size or 1
+
+    @property
+    def group(self) -> str:
+        options = self.configuration.options
+        return f"{options.mode}, {options.model}, {self.size}, b{self.images}"
+
+
+def precisions() -> Sequence[str]:
+    """That the device is made for, the fastest last."""
+    exact = "tf32" if ON_GPU else "fp32"
+    return (exact, "bf16") if multiplies_bf16(DEVICE) else (exact,)
+
+
+def compiles(size: Size) -> bool:
+    """Compiling a ResNet-50 detector for a CPU takes minutes."""
+    return missing_for_compile() is None and (ON_GPU or size == "full")
+
+
+def workload_options(mode: Mode, size: Size, **changes: Any) -> WorkloadOptions:
+    height_width, images = SIZES[mode, size]
+    return WorkloadOptions(mode=mode, size=height_width, batch_size=images, **changes)
+
+
+def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) -> WorkloadCase:
+    """`changes`: other fields of Configuration."""
+    options = replace(options, precision="fp32" if precision == "tf32" else precision)  # type: ignore[arg-type]
+    return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
+
+
+def peer_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCase]:
+    """The plain reference, Hugging Face's DETR and Faster R-CNN; the reference also in full float32 on a GPU."""
+    if ON_GPU:
+        yield case("reference", options, "fp32", implementation="reference")
+    for precision in precisions():
+        for peer in ("reference", "hf-eager", "hf-sdpa"):
+            yield case(peer, options, precision, implementation=peer)
+    if compiles(size):
+        yield case("hf-compiled", options, precisions()[-1], implementation="hf-compiled")
+    yield case("fasterrcnn", options, precisions()[0], implementation="fasterrcnn")
+
+
+def own_cases(
+    options: WorkloadOptions, forms: Mapping[str, Mapping[str, Any]], in_precisions: Sequence[str], compiled: bool
+) -> Iterator[WorkloadCase]:
+    """Ours in each of `forms`, which are changes of the options or, under `forms`, of single operations.
+
+    With `compiled`, each but the plain `ref` also compiled, in the last of the precisions.
+    """
+    for name, form in forms.items():
+        changes = {key: value for key, value in form.items() if key != "forms"}
+        single = form.get("forms", {})
+        for precision in in_precisions:
+            yield case(name, replace(options, **changes), precision, forms=single)
+        if compiled and name != "ref":
+            yield case(f"{name}-compiled", replace(options, **changes, compile=True), in_precisions[-1], forms=single)
+
+
+def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
+    """The gate, then the clock."""
+    workload, compile_s = case.configuration.build(), None
+    if workload.options.compile:
+        compile_s = time_first_run(workload)
+    verdict = plain.judge(workload, case.configuration.tf32)
+    # judged was a graph without dropout, or of fewer images, whose number must not become a variable of the timed one
+    torch._dynamo.reset()
+    time_case(benchmark, case, verdict, workload.run, workload.device, compile_s)
+
+
+def time_first_run(workload: Workload) -> float:
+    """Seconds of the run that compiles, fewer where inductor's cache holds the graph; the weights stay as they were."""
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    began = time.perf_counter()
+    workload.run()
+    workload.synchronize()
+    seconds = time.perf_counter() - began
+    workload.model.load_state_dict(before)
+    return seconds
