@@ -1,10 +1,17 @@
-"""The plain reference with the weights of one of our models, whichever backbone it has."""
+"""The plain reference with the weights of one of our models, whichever backbone it has; exact, or off by rounding."""
+
+import torch
 
 from detr_fast.config import require
 from detr_fast.model.detr import DETR
 from detr_fast.weights.naming import to_naming
 from detr_profiling.reference import ReferenceDETR
 from detr_profiling.reference_backbones import NUM_BLOCKS
+
+HALF_ULP = {"fp32": 2.0**-24, "bf16": 2.0**-9}
+"""The largest relative error of rounding to a precision."""
+SCATTER_SEEDS = (0, 1)
+"""What rounding does to a result is known from more than one: of the weights as they are, and scattered by these."""
 
 
 def reference_of(model: DETR) -> ReferenceDETR:
@@ -30,3 +37,14 @@ def reference_of(model: DETR) -> ReferenceDETR:
     )
     reference.load_state_dict(to_naming(model.state_dict(), "facebook"))
     return reference.eval()
+
+
+def scattered(reference: ReferenceDETR, precision: str, seed: int | None) -> ReferenceDETR:
+    """`reference`, each weight multiplied by 1 plus or minus at most what rounding to `precision` may do; None: as it
+    is."""
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.mul_(1 + HALF_ULP[precision] * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+    return reference

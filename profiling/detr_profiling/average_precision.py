@@ -1,0 +1,203 @@
+"""Average precision of the same weights, by the plain reference and by ours in each form.
+
+NaN is looked for first: COCO's evaluators sort by score, and a NaN score passes for a perfect one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
+from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.coco import CocoDataset
+from detr_fast.evaluate import evaluation_dataset
+from detr_fast.evaluation.coco_metrics import evaluate_detections, only_images
+from detr_fast.evaluation.inference import (
+    CATEGORY_ID,
+    IMAGE_ID,
+    category_ids,
+    collect_detections,
+    join_rows,
+    require_finite,
+    row_values,
+)
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.weights import load_model
+from detr_profiling.closeness import closeness
+from detr_profiling.plain_loop import PlainBatch
+from detr_profiling.reference import corners
+from detr_profiling.reference_weights import SCATTER_SEEDS, reference_of, scattered
+
+AP_FLOOR = 1e-3
+"""Absolute: a detection at the edge of an IoU threshold, or two of one score, may fall either way."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What AP is measured on."""
+
+    name: str
+    dataset: CocoDataset
+    batches: Callable[[], Iterable[Batch]]
+    """Of all images or of some; AP is of those."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """AP over IoU 0.50:0.95, AP at 0.50, and both by class, in [0, 1]; -1 for a class without objects."""
+
+    ap: float
+    ap50: float
+    classes: dict[str, dict[str, float]]
+    images: int
+
+
+def checkpoint_and_images(weights: str, data: str) -> tuple[DETR, Images]:
+    """The model of a checkpoint, and the validation images of `data`. Raises UserError where they do not fit."""
+    model, options = load_model(weights), EvaluateConfig(weights=weights, data=data, batch_size=8, workers=0)
+    dataset = evaluation_dataset(model, options)
+    return model, Images(data, dataset, lambda: evaluation_loader(dataset, options.batch_size, workers=0))
+
+
+@torch.no_grad()
+def reference_detections(
+    model: DETR, images: Images, device: torch.device, precision: str, scatter_seed: int | None = None
+) -> np.ndarray:
+    """Rows (N, 7) as evaluation/inference.py has them, by the reference with the model's weights, off by rounding where
+    there is a `scatter_seed`. Raises UserError for an output that is not finite."""
+    reference = scattered(reference_of(model), precision, scatter_seed).to(device)
+    image_ids, parts = [], []
+    for batch in images.batches():
+        placed = PlainBatch.of(batch, model.config).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            outputs = reference(placed.images, placed.mask)
+        logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+        parts.append(row_values(*plain_detections(logits, boxes, placed.original_sizes)))
+        image_ids += batch.image_ids
+    rows = join_rows(image_ids, parts, model.config.num_queries)
+    require_finite(rows)
+    if images.dataset.categories is not None:
+        rows[:, CATEGORY_ID] = category_ids(rows[:, CATEGORY_ID], images.dataset.categories)
+    return rows
+
+
+def plain_detections(logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and labels (B, Q), boxes xyxy (B, Q, 4) in pixels, of logits (B, Q, C+1), the last of them no object."""
+    probabilities = logits.softmax(-1)[:, :, :-1]
+    height, width = sizes_hw.unbind(1)
+    scale = torch.stack((width, height, width, height), 1)[:, None]  # (B, 1, 4)
+    return probabilities.amax(-1), probabilities.argmax(-1), corners(boxes_cxcywh) * scale
+
+
+def score(rows: np.ndarray, images: Images) -> Score:
+    shown = set(rows[:, IMAGE_ID].tolist())
+    found = evaluate_detections(only_images(images.dataset.coco_document(), shown), rows)
+    return Score(found.metrics["AP"], found.metrics["AP50"], found.per_class, len(shown))
+
+
+class AveragePrecision:
+    """Of one model's weights: the reference's, then one variant's after another, each with its verdict."""
+
+    def __init__(self, model: DETR, images: Images, device: torch.device) -> None:
+        self.model, self.images, self.device = model, images, device
+        self.scores: dict[str, Score] = {}
+        self.failures: dict[str, str] = {}
+        self.changes: dict[str, list[Score]] = {"fp32": []}
+        """Precision -> the reference's scores in it, of the weights as they are and off by rounding; float32's own is
+        the exact one."""
+        self.keep("reference", lambda: self.plain_detections("fp32"))
+
+    def keep(self, name: str, detect: Callable[[], np.ndarray]) -> bool:
+        """Whether there is a score: outputs that are not finite have none."""
+        try:
+            rows = detect()
+        except UserError as error:
+            self.failures[name] = str(error)
+            return False
+        self.scores[name] = score(rows, self.images)
+        return True
+
+    def add(self, name: str, options: RuntimeOptions) -> None:
+        """Ours as `options` say, whose precision is fp32 or bf16."""
+        precision = str(options.precision)
+        if precision not in self.changes and "reference" in self.scores:
+            self.changes[precision] = []
+            plain = f"reference {precision}"
+            if self.keep(plain, lambda: self.plain_detections(precision)):
+                others = [score(self.plain_detections(precision, seed), self.images) for seed in SCATTER_SEEDS]
+                self.changes[precision] = [self.scores[plain], *others]
+        if self.keep(name, lambda: self.detections(options)) and "reference" in self.scores:
+            exact = self.scores["reference"]
+            if failure := judge_scores(self.scores[name], exact, self.changes[precision] or [exact]):
+                self.failures[name] = failure
+
+    def plain_detections(self, precision: str, seed: int | None = None) -> np.ndarray:
+        return reference_detections(self.model, self.images, self.device, precision, seed)
+
+    def detections(self, options: RuntimeOptions) -> np.ndarray:
+        runtime = choose_runtime(options)
+        model = runtime.place(copy_of(self.model))
+        return collect_detections(model, self.images.batches(), runtime, self.images.dataset.categories)
+
+    def to_dict(self) -> dict[str, Any]:
+        """AP's part of parity.json; a row without numbers is one whose outputs are not finite."""
+        names = list(dict.fromkeys((*self.scores, *self.failures)))
+        scores = [(name, self.scores.get(name)) for name in names]
+        classes = self.scores["reference"].classes if "reference" in self.scores else {}
+        return {
+            "data": self.images.name,
+            "images": max((one.images for one in self.scores.values()), default=0),
+            "rows": [{"name": name, "AP": one and one.ap, "AP50": one and one.ap50} for name, one in scores],
+            "classes": [
+                {
+                    "name": label,
+                    "AP": values["AP"],
+                    "by_row": {name: one.classes[label]["AP"] for name, one in self.scores.items()},
+                }
+                for label, values in classes.items()
+            ],
+            "close": not self.failures,
+            "message": self.message(),
+        }
+
+    def message(self) -> str:
+        if self.failures:
+            return "; ".join(f"{name}: {failure}" for name, failure in self.failures.items())
+        return f"no number is off by more than {AP_FLOOR:g} and, in bf16, twice the reference's own change"
+
+
+def copy_of(model: DETR) -> DETR:
+    copied = DETR(model.config)
+    copied.load_state_dict(model.state_dict())
+    copied.categories = model.categories
+    return copied.eval()
+
+
+def judge_scores(found: Score, exact: Score, eager: Sequence[Score]) -> str | None:
+    """What is off by more than closeness allows; None where nothing is. `exact` is the reference in float32, `eager` in
+    the precision of `found`, more than once. What eager changes a mean by is taken as the mean of its classes' changes
+    without signs, which cancel by luck; a class is judged by the one that eager changed most."""
+    for metric, mean in (("AP", found.ap - exact.ap), ("AP50", found.ap50 - exact.ap50)):
+        ours, plain = class_changes([found], exact, metric), class_changes(eager, exact, metric)  # (1, C), (E, C)
+        if not ours.numel():
+            continue
+        for name, error, rough in (
+            (metric, torch.tensor(mean).double(), plain.mean(1).max()),
+            (f"{metric} of a class", ours.max(), plain.max()),
+        ):
+            judged = closeness(error, torch.zeros_like(error), rough, AP_FLOOR, name)
+            if not judged:
+                return judged.message
+    return None
+
+
+def class_changes(scores: Sequence[Score], exact: Score, metric: str) -> Tensor:
+    """(scores, classes with objects) float64, without signs."""
+    labels = [label for label, values in exact.classes.items() if values[metric] >= 0]
+    rows = [[one.classes[label][metric] - exact.classes[label][metric] for label in labels] for one in scores]
+    return torch.tensor(rows, dtype=torch.float64).abs()

@@ -1,0 +1,170 @@
+"""`python -m detr_profiling parity`: is it still DETR? Ours against the plain reference, from blocks to AP."""
+
+import gc
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from detr_fast.config import UserError, require
+from detr_profiling.average_precision import AveragePrecision, Images, checkpoint_and_images
+from detr_profiling.blocks import observe_with_blocks
+from detr_profiling.curve import TrainingCurve, make_task
+from detr_profiling.judgement import Row, judge
+from detr_profiling.machine import describe_machine
+from detr_profiling.observation import Observation
+from detr_profiling.optimizer_step import observe_step
+from detr_profiling.own_outputs import targets_of
+from detr_profiling.parity_record import ParityRecord
+from detr_profiling.parity_tables import parity_tables
+from detr_profiling.peers import build_peer
+from detr_profiling.results import PARITY_FILE
+from detr_profiling.variants import Variant, build_variants
+from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions(WorkloadOptions):
+    """Every block, output, loss, gradient and match, an optimizer step, a training curve and AP, held against the plain
+    reference with the same weights; in inference also Hugging Face's DETR."""
+
+    out: str = "runs/profile"
+    """Folder for parity.json."""
+    data: str = "shapes:64"
+    """For the training curve and AP: a folder in COCO layout, or shapes:SIDE, the embedded data set."""
+    curve_model: str = "detr_tiny"
+    """What the training curve trains, by its recipe without dropout."""
+    steps: int = 40
+    """Of the training curve, all on one batch."""
+    weights: str | None = None
+    """A checkpoint whose AP on the validation images of --data is compared; default: the weights that the training
+    curve leaves, on the images that they were trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.steps >= 2, f"--steps {self.steps}: at least 2, the second shows what the first did.")
+
+
+def observe_all(workload: Workload, gradients: Observation | None = None) -> Observation:
+    """Blocks and what `observe` gives; of a training step also what a step does, by the oracle's `gradients`, default:
+    the workload's own."""
+    found = observe_with_blocks(workload)
+    if workload.options.mode == "training":
+        found |= observe_step(workload, gradients or found)
+    return found
+
+
+def last_layer(found: Observation) -> Observation:
+    """As an inference gives it."""
+    return {name: found[name][-1:] for name in ("logits", "boxes")}
+
+
+class OutputParity:
+    """Variants of a workload, one after another, against what the reference computes from the same batch."""
+
+    def __init__(self, options: WorkloadOptions) -> None:
+        self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
+        self.oracle = observe_all(build_peer("reference", self.plain, torch.float64)) | targets_of(self.plain)
+        self.eager: dict[str, Observation] = {}
+
+    def eager_in(self, precision: str) -> Observation:
+        if precision not in self.eager:
+            peer = build_peer("reference", replace(self.plain, precision=precision))  # type: ignore[arg-type]
+            self.eager[precision] = observe_all(peer, self.oracle)
+        return self.eager[precision]
+
+    def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
+        """What it computes, and the verdicts. Raises UserError where it cannot run."""
+        options, oracle, eager = variant.options, self.oracle, self.eager_in(variant.options.precision)
+        if variant.peer:
+            observe = build_peer(variant.peer, options).observe
+            assert observe is not None
+            found = observe()
+            return found, judge(found, last_layer(oracle), last_layer(eager))
+        found = observe_all(build_workload(options), oracle)
+        if options.compile:
+            oracle, eager = (
+                {name: value for name, value in side.items() if not name.startswith("block ")}
+                for side in (oracle, eager)
+            )
+        return found, judge(found, oracle, eager)
+
+
+class Parity:
+    """The comparisons of a run; each begins with the reference's side, when it is first asked for."""
+
+    def __init__(self, options: ParityOptions, record: ParityRecord) -> None:
+        self.options, self.record, self.workload = options, record, options.observed()
+        self.device = torch.device(self.workload.device)
+
+    @cached_property
+    def outputs(self) -> OutputParity:
+        return OutputParity(self.workload)
+
+    @cached_property
+    def curve(self) -> TrainingCurve:
+        options = self.options
+        return TrainingCurve(make_task(options.data, options.curve_model, options.seed), self.device, options.steps)
+
+    @cached_property
+    def average_precision(self) -> AveragePrecision:
+        options, task = self.options, self.curve.task
+        if options.weights:
+            return AveragePrecision(*checkpoint_and_images(options.weights, options.data), self.device)
+        name = f"{options.data}, those of the curve"
+        return AveragePrecision(self.curve.trained, Images(name, task.dataset, lambda: [task.batch]), self.device)
+
+    def compare_outputs(self, variant: Variant) -> None:
+        """Raises UserError where a variant that was asked for by name cannot run; others are left out."""
+        try:
+            found, rows = self.outputs.compare(variant)
+        except UserError as error:
+            if variant.asked:
+                raise
+            self.record.left_out[variant.name] = str(error)
+        else:
+            self.record.add(variant, found, rows, self.outputs.oracle)
+        self.finish_part()
+
+    def compare_training(self, variant: Variant) -> None:
+        """The curve and AP."""
+        self.curve.add(variant.name, variant.options)
+        self.record.curve = self.curve.to_dict()
+        self.average_precision.add(variant.name, variant.options)
+        self.record.ap = self.average_precision.to_dict()
+        self.finish_part()
+
+    def finish_part(self) -> None:
+        """Writes what there is, and lets go of the variant's memory and compiled forms, of which torch keeps few."""
+        self.record.write()
+        torch.compiler.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(options: ParityOptions) -> int:
+    workload, console = options.observed(), Console()
+    variants = build_variants(workload)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it leaves fp32 ten bits
+    torch.set_num_threads(workload.threads or torch.get_num_threads())
+    machine = describe_machine(torch.device(workload.device)).to_dict()
+    record = ParityRecord(Path(options.out) / PARITY_FILE, machine, {"name": "detr_fast", **workload.to_dict()})
+    parity = Parity(options, record)
+    for compiled in (False, True):  # first what takes no minutes
+        group = [variant for variant in variants if variant.options.compile == compiled]
+        for variant in group:
+            with console.status(f"{variant.name}: blocks, outputs, gradients"):
+                parity.compare_outputs(variant)
+        for variant in group:
+            if variant.trains and variant.name not in record.left_out:
+                with console.status(f"{variant.name}: training curve and AP"):
+                    parity.compare_training(variant)
+    record.finished = True
+    record.write()
+    for part in parity_tables(record.to_dict()):
+        console.print(part)
+    console.print(f"{record.path} holds all of it.", markup=False, highlight=False)
+    return 0 if record.close else 1

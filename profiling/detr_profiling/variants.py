@@ -1,0 +1,55 @@
+"""The forms of our model that parity compares: each precision by default, compiled, and as else was asked for."""
+
+from dataclasses import dataclass, replace
+
+from detr_fast.config import Attention, Kernels, require
+from detr_profiling.workload import WorkloadOptions
+
+PRECISIONS = ("fp32", "bf16")
+Forms = tuple[Kernels, Attention]
+ON_A_GPU: tuple[Forms, ...] = (("triton", "auto"), ("auto", "sdpa"))
+"""By default attention is xformers there."""
+REFERENCE_ORDER = "fp32 ref"
+"""DETR's own sequence of operations, nothing fused or folded."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of ours; or a peer's, which is compared in inference alone."""
+
+    name: str
+    options: WorkloadOptions
+    asked: bool = True
+    """Asked for by name, or there on any machine: an error where it cannot run. Others are left out then."""
+    peer: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training curve and AP are to be had of it, and say something."""
+        return self.peer is None and self.name != REFERENCE_ORDER
+
+
+def build_variants(options: WorkloadOptions) -> list[Variant]:
+    """Of `options.precision`, or where it is auto of both; those that compile, which takes minutes, come last.
+
+    Raises UserError for fp16, of which the reference has no eager form.
+    """
+    require(options.precision != "fp16", "parity compares fp32 and bf16. Use --precision bf16, fp32 or auto.")
+    base = replace(options.resolved(), compile=False, kernels="auto", attention="auto")
+    forms: dict[Forms, bool] = {("auto", "auto"): True}
+    if base.device == "cuda":
+        forms |= dict.fromkeys(ON_A_GPU, False)
+    forms[options.kernels, options.attention] = True
+    variants = [Variant(REFERENCE_ORDER, replace(base, precision="fp32", kernels="ref"))]
+    for precision in PRECISIONS if options.precision == "auto" else (options.precision,):
+        for (kernels, attention), asked in forms.items():
+            form = replace(base, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
+            words = [precision, *dict.fromkeys(word for word in (kernels, attention) if word != "auto")]
+            variants.append(Variant(" ".join(words), form, asked))
+            if options.compile and asked:
+                variants.append(Variant(" ".join([*words, "compiled"]), replace(form, compile=True)))
+    if options.architecture().backbone.startswith("resnet"):
+        inference = replace(base, precision="fp32", mode="inference")
+        variants.append(Variant("hf", inference, asked=False, peer="hf-sdpa"))
+    unique = {variant.name: variant for variant in variants}
+    return sorted(unique.values(), key=lambda variant: variant.options.compile)

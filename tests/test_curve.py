@@ -1,0 +1,224 @@
+"""Training curves and AP of ours and of the plain reference: what is the same counts as that, and what is not does
+not."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detr_profiling import average_precision
+from detr_profiling.average_precision import (
+    AveragePrecision,
+    Images,
+    Score,
+    checkpoint_and_images,
+    judge_scores,
+    plain_detections,
+)
+from detr_profiling.curve import Task, TrainingCurve, make_task
+from detr_profiling.reference_weights import reference_of, scattered
+from detr_profiling.workload import WorkloadOptions
+
+from detr_fast.config import UserError, model_config
+from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.training.assembly import make_step, stored_metadata
+from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.distributed import World
+from detr_fast.training.step import TrainStep
+
+CPU = torch.device("cpu")
+FP32 = WorkloadOptions(device="cpu", precision="fp32")
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def task(shapes_root: Path) -> Task:
+    return make_task(str(shapes_root), "detr_tiny", seed=0)
+
+
+@pytest.fixture(scope="module")
+def curve(task: Task) -> TrainingCurve:
+    return TrainingCurve(task, CPU, STEPS)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "running statistics"])
+def test_the_reference_has_the_tiny_backbone_too(training: bool) -> None:
+    """In float64, where nothing but the float32 outputs of ours is rounded."""
+    torch.manual_seed(0)
+    model = DETR(model_config("detr_tiny"))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    reference, model = reference_of(model).double().train(training), model.double().train(training)
+    images, mask = torch.randn(3, 3, 61, 72, dtype=torch.float64), torch.zeros(3, 61, 72, dtype=torch.bool)
+    mask[1, 40:], mask[2, :, 50:] = True, True
+    found, exact = model(images, mask), reference(images, mask)
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=1e-6)
+    names = ("backbone.bn1", "backbone.0.body.bn1")
+    ours, plain = (each.get_submodule(name).running_var for each, name in zip((model, reference), names, strict=True))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_timm_backbone_has_no_reference() -> None:
+    with pytest.raises(UserError, match="no backbone resnet18"):
+        reference_of(DETR(model_config("resnet18")))
+
+
+def test_weights_are_scattered_by_their_rounding() -> None:
+    model = DETR(model_config("detr_tiny"))
+    exact, same, other, again = (
+        scattered(reference_of(model), "bf16", seed).class_embed.weight.detach() for seed in (None, None, 0, 0)
+    )
+    assert torch.equal(exact, same) and torch.equal(other, again)
+    assert 2.0**-11 < ((other - exact) / exact).abs().max() <= 2.0**-9 * 1.001
+
+
+def test_ours_learns_as_the_reference_does(curve: TrainingCurve) -> None:
+    for name in ("fp32", "bf16"):
+        curve.add(name, replace(FP32, precision=name))  # type: ignore[arg-type]
+    result = curve.to_dict()
+    assert result["close"] and result["losses"].keys() == {"reference", "reference bf16", "fp32", "bf16"}
+    assert result["oracle"][-1] < 0.95 * result["oracle"][0]
+    assert result["losses"]["fp32"][:2] == pytest.approx(result["oracle"][:2], rel=2e-4)
+    assert result["allowed"]["fp32"][0] < 1.1e-5 < result["allowed"]["bf16"][0]
+
+
+def step_with(**changes: float) -> Callable[..., TrainStep]:
+    def make(model: DETR, config: Any, *rest: Any) -> TrainStep:
+        return make_step(model, replace(config, **changes), *rest)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"), [({"no_object_weight": 0.101}, 1), ({"lr": 4e-4, "lr_backbone": 4e-4}, 2)], ids=str
+)
+def test_another_recipe(
+    changes: dict[str, float], step: int, curve: TrainingCurve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that is off by a percent shows in the first loss, the learning rate after a step."""
+    spoilt = copy.copy(curve)
+    spoilt.losses, spoilt.failures = {}, {}
+    monkeypatch.setattr("detr_profiling.curve.make_step", step_with(**changes))
+    spoilt.add("fp32", FP32)
+    assert f"loss at step {step}: NOT close" in spoilt.failures["fp32"] and not spoilt.to_dict()["close"]
+
+
+def test_a_loss_that_is_not_finite_is_not_close(curve: TrainingCurve) -> None:
+    exact = [step["loss"].item() for step in curve.oracle]
+    assert curve.judge(exact, curve.parted["fp32"]) is None
+    for value in (math.nan, math.inf):
+        assert "step 3" in str(curve.judge([*exact[:2], value, exact[3]], curve.parted["fp32"]))
+
+
+@pytest.fixture(scope="module")
+def trained(task: Task) -> DETR:
+    """Long enough to find some of the objects of the images that it has seen."""
+    model = copy.deepcopy(task.model).train()
+    config = replace(task.config, lr=2e-3, lr_backbone=2e-3, device="cpu", precision="fp32")
+    step = make_step(model, config, choose_runtime(config), World(), None)
+    for _ in range(40):
+        step([task.batch])
+    return model.eval()
+
+
+@pytest.fixture
+def images(task: Task) -> Images:
+    return Images("twelve", task.dataset, lambda: [task.batch])
+
+
+def test_the_same_weights_have_the_same_ap(trained: DETR, images: Images) -> None:
+    ap = AveragePrecision(trained, images, CPU)
+    for name in ("fp32", "bf16"):
+        ap.add(name, replace(FP32, precision=name))  # type: ignore[arg-type]
+    result = ap.to_dict()
+    assert result["close"] and result["images"] == 12
+    rows = {row["name"]: row["AP50"] for row in result["rows"]}
+    assert rows.keys() == {"reference", "fp32", "reference bf16", "bf16"}
+    assert rows["fp32"] == pytest.approx(rows["reference"], abs=1e-6) and rows["reference"] > 0.02
+    assert {each["name"] for each in result["classes"]} == {each.name for each in images.dataset.categories or ()}
+
+
+def test_boxes_that_are_off_by_a_tenth(trained: DETR, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    ap, collect = AveragePrecision(trained, images, CPU), average_precision.collect_detections
+
+    def shift(*arguments: Any) -> np.ndarray:
+        rows = collect(*arguments)
+        rows[:, 1] += 0.1 * rows[:, 3]
+        return rows
+
+    monkeypatch.setattr(average_precision, "collect_detections", shift)
+    ap.add("fp32", FP32)
+    assert "NOT close" in ap.failures["fp32"] and not ap.to_dict()["close"]
+
+
+def test_nan_is_a_failure_and_never_an_ap(trained: DETR, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    ap = AveragePrecision(trained, images, CPU)
+    copy_of = average_precision.copy_of
+
+    def broken(model: DETR) -> DETR:
+        model = copy_of(model)
+        model.class_embed.bias.data[0] = math.nan
+        return model
+
+    monkeypatch.setattr(average_precision, "copy_of", broken)
+    ap.add("fp32", FP32)
+    result = ap.to_dict()
+    (row,) = [row for row in result["rows"] if row["name"] == "fp32"]
+    assert row == {"name": "fp32", "AP": None, "AP50": None} and not result["close"]
+    assert "fp32: The model's scores or boxes are not finite" in result["message"]
+
+
+def test_weights_that_hold_nan_have_no_ap_anywhere(trained: DETR, images: Images) -> None:
+    broken = copy.deepcopy(trained)
+    broken.bbox_embed.layers[2].bias.data[:] = math.nan
+    ap = AveragePrecision(broken, images, CPU)
+    for precision in ("fp32", "bf16"):
+        ap.add(precision, replace(FP32, precision=precision))  # type: ignore[arg-type]
+    result = ap.to_dict()
+    assert not result["close"] and result["images"] == 0 and all(row["AP"] is None for row in result["rows"])
+
+
+def test_detections_are_ours() -> None:
+    logits, boxes = torch.randn(2, 7, 5), torch.rand(2, 7, 4)
+    sizes = torch.tensor([[40, 80], [33, 21]])
+    for found, exact in zip(plain_detections(logits, boxes, sizes), postprocess(logits, boxes, sizes), strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def score_of(**aps: float) -> Score:
+    present = [value for value in aps.values() if value >= 0]
+    mean = sum(present) / len(present)
+    return Score(mean, mean, {name: {"AP": value, "AP50": value} for name, value in aps.items()}, 5)
+
+
+def test_a_change_of_bf16_is_judged_by_the_references_own() -> None:
+    exact = score_of(a=0.5, b=0.5, absent=-1.0)
+    swapped = score_of(a=0.51, b=0.49, absent=-1.0)  # its mean did not move, by luck
+    moved = score_of(a=0.515, b=0.5, absent=-1.0)
+    assert "AP of a class" in str(judge_scores(swapped, exact, [exact]))
+    assert "AP: NOT close" in str(judge_scores(moved, exact, [exact]))
+    assert judge_scores(moved, exact, [exact, swapped]) is None
+    assert "NOT close" in str(judge_scores(score_of(a=0.56, b=0.5, absent=-1.0), exact, [exact, swapped]))
+
+
+def test_a_checkpoint_on_a_whole_data_set(trained: DETR, task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    trained.categories = task.dataset.categories
+    save_checkpoint(path, {"model": trained.state_dict(), **stored_metadata(trained)})
+    model, images = checkpoint_and_images(str(path), task.config.data)
+    ap = AveragePrecision(model, images, CPU)
+    ap.add("fp32", FP32)
+    assert ap.to_dict()["close"] and ap.to_dict()["images"] == 12
