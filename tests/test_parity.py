@@ -17,6 +17,7 @@ from detr_profiling.observation import Observation
 from detr_profiling.own_outputs import cost_above_least, equal_matches
 from detr_profiling.parity import OutputParity, ParityOptions, main
 from detr_profiling.parity_record import error_histogram, sampled
+from detr_profiling.peers import build_peer
 from detr_profiling.variants import Variant, build_variants
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from detr_fast.config import MODELS, UserError
 from detr_fast.training.optimizer import build_optimizer
 
-OPTIONS = WorkloadOptions(size="64x96", batch_size=2, objects=3, device="cpu", precision="fp32", threads=1)
+OPTIONS = WorkloadOptions(size="32x256", batch_size=2, objects=3, device="cpu", precision="fp32", threads=1)
+"""8 tokens, of which the second image, an eighth narrower, has 7."""
 FP32 = Variant("fp32", OPTIONS)
 
 
@@ -67,6 +69,8 @@ def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -
     assert {f"gradients of {name}" for name in (*groups, "all")} | {"scale of gradients"} == set(kinds["gradient"])
     assert {f"update of {name}" for name in groups} | {"losses after a step"} == set(kinds["update"])
     assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).share < 1
+    assert outputs.oracle["update loss"] < outputs.oracle["loss"]
+    assert all(outputs.oracle[name] > 0 for name in outputs.oracle if name.startswith("update of"))
 
 
 def test_bf16_is_judged_by_what_bf16_does_to_the_reference(outputs: OutputParity) -> None:
@@ -76,13 +80,15 @@ def test_bf16_is_judged_by_what_bf16_does_to_the_reference(outputs: OutputParity
     assert {"logits", "encoder.layers.1", "gradients of all"} <= set(as_fp32)
 
 
-def test_packed_tokens_are_brought_into_rows(outputs: OutputParity) -> None:
-    """Of two images, the second narrower, so that its packed tokens lie elsewhere."""
-    workload = build_workload(replace(OPTIONS, mode="inference", attention="triton"))
+def test_packed_tokens_are_brought_into_rows() -> None:
+    """Of four images: the third has a token less, so the fourth's lie elsewhere."""
+    options = replace(OPTIONS, batch_size=4, mode="inference")
+    workload = build_workload(replace(options, attention="triton"))
     assert workload.model.implementation.packed  # type: ignore[union-attr]
-    found = observe_with_blocks(workload)
+    found, exact = map(observe_with_blocks, (workload, build_peer("reference", options, torch.float64)))
     for name in ("block encoder.layers.0", "block encoder.layers.1", "block decoder.layers.1"):
-        torch.testing.assert_close(found[name].double(), outputs.oracle[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=2e-5)
+    assert not found["block encoder.layers.1"][3, -1].any() and found["block encoder.layers.1"][3, -2].all()
 
 
 def test_a_compiled_forward_has_no_blocks(outputs: OutputParity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +183,8 @@ Change = Callable[[Observation], object]
             {"gradients of backbone.layer4"},
         ),
         (lambda o: o.update({"gradient backbone.conv1.weight": torch.ones(1)}), {"gradient backbone.conv1.weight"}),
-        (lambda o: o["matches"][0, 0, :2].copy_(o["matches"][0, 0, :2].flip(0)), {"matches, cost above the least"}),
+        (lambda o: o["matches"][0, 1, :2].copy_(o["matches"][0, 1, :2].flip(0)), {"matches, cost above the least"}),
+        (lambda o: o["matches"][0, 0, -1].fill_(5), {"matches, cost above the least"}),  # the image has no such target
         (lambda o: o["matches"][1, 1, 0].fill_(-1), {"matches, cost above the least"}),
         (lambda o: o["update of heads"].mul_(1.01), {"update of heads"}),
         (lambda o: o["update loss_ce"].mul_(1.01), {"losses after a step"}),

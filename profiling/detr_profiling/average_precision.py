@@ -3,6 +3,7 @@
 NaN is looked for first: COCO's evaluators sort by score, and a NaN score passes for a perfect one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
 from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.evaluate import evaluation_dataset
-from detr_fast.evaluation.coco_metrics import evaluate_detections, only_images
+from detr_fast.evaluation.coco_metrics import category_names, evaluate_detections, only_images
 from detr_fast.evaluation.inference import (
     CATEGORY_ID,
     IMAGE_ID,
@@ -34,7 +35,8 @@ from detr_profiling.reference import corners
 from detr_profiling.reference_weights import SCATTER_SEEDS, reference_of, scattered
 
 AP_FLOOR = 1e-3
-"""Absolute: a detection at the edge of an IoU threshold, or two of one score, may fall either way."""
+"""Absolute. In bf16 it is at least what one object is worth, which is more where there are few: at the edge of an IoU
+threshold, or of two scores that are equal, it falls either way."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Score:
     ap: float
     ap50: float
     classes: dict[str, dict[str, float]]
+    objects: dict[str, int]
+    """By class, of those that have any."""
     images: int
 
 
@@ -96,8 +100,10 @@ def plain_detections(logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor) -> 
 
 def score(rows: np.ndarray, images: Images) -> Score:
     shown = set(rows[:, IMAGE_ID].tolist())
-    found = evaluate_detections(only_images(images.dataset.coco_document(), shown), rows)
-    return Score(found.metrics["AP"], found.metrics["AP50"], found.per_class, len(shown))
+    document = only_images(images.dataset.coco_document(), shown)
+    names, found = category_names(document["categories"]), evaluate_detections(document, rows)
+    objects = Counter(names[each["category_id"]] for each in document["annotations"] if not each.get("iscrowd"))
+    return Score(found.metrics["AP"], found.metrics["AP50"], found.per_class, dict(objects), len(shown))
 
 
 class AveragePrecision:
@@ -108,8 +114,8 @@ class AveragePrecision:
         self.scores: dict[str, Score] = {}
         self.failures: dict[str, str] = {}
         self.changes: dict[str, list[Score]] = {"fp32": []}
-        """Precision -> the reference's scores in it, of the weights as they are and off by rounding; float32's own is
-        the exact one."""
+        """Precision -> the reference's scores in it, of the weights as they are and off by rounding; in float32 they
+        are exact."""
         self.keep("reference", lambda: self.plain_detections("fp32"))
 
     def keep(self, name: str, detect: Callable[[], np.ndarray]) -> bool:
@@ -132,9 +138,8 @@ class AveragePrecision:
                 others = [score(self.plain_detections(precision, seed), self.images) for seed in SCATTER_SEEDS]
                 self.changes[precision] = [self.scores[plain], *others]
         if self.keep(name, lambda: self.detections(options)) and "reference" in self.scores:
-            exact = self.scores["reference"]
-            if failure := judge_scores(self.scores[name], exact, self.changes[precision] or [exact]):
-                self.failures[name] = failure
+            failure = judge_scores(self.scores[name], self.scores["reference"], self.changes[precision])
+            self.failures |= {name: failure} if failure else {}
 
     def plain_detections(self, precision: str, seed: int | None = None) -> np.ndarray:
         return reference_detections(self.model, self.images, self.device, precision, seed)
@@ -168,7 +173,8 @@ class AveragePrecision:
     def message(self) -> str:
         if self.failures:
             return "; ".join(f"{name}: {failure}" for name, failure in self.failures.items())
-        return f"no number is off by more than {AP_FLOOR:g} and, in bf16, twice the reference's own change"
+        worth = f"within {AP_FLOOR:g} of the reference; in bf16 within that or one object's worth"
+        return f"every number is {worth}, and twice the reference's own change"
 
 
 def copy_of(model: DETR) -> DETR:
@@ -178,19 +184,22 @@ def copy_of(model: DETR) -> DETR:
     return copied.eval()
 
 
-def judge_scores(found: Score, exact: Score, eager: Sequence[Score]) -> str | None:
-    """What is off by more than closeness allows; None where nothing is. `exact` is the reference in float32, `eager` in
-    the precision of `found`, more than once. What eager changes a mean by is taken as the mean of its classes' changes
-    without signs, which cancel by luck; a class is judged by the one that eager changed most."""
+def judge_scores(found: Score, exact: Score, eager: Sequence[Score] = ()) -> str | None:
+    """What is off by more than closeness allows; None where nothing is. `exact` is the reference in float32; `eager` in
+    the precision of `found`, more than once, where that is another. What eager changes a mean by is taken as the mean
+    of its classes' changes without signs, which cancel by luck; a class is judged by the one that eager changed most.
+    """
+    counts = list(exact.objects.values())
     for metric, mean in (("AP", found.ap - exact.ap), ("AP50", found.ap50 - exact.ap50)):
-        ours, plain = class_changes([found], exact, metric), class_changes(eager, exact, metric)  # (1, C), (E, C)
-        if not ours.numel():
+        ours, plain = class_changes([found], exact, metric), class_changes(eager or [exact], exact, metric)
+        if not counts:
             continue
-        for name, error, rough in (
-            (metric, torch.tensor(mean).double(), plain.mean(1).max()),
-            (f"{metric} of a class", ours.max(), plain.max()),
+        for name, error, rough, objects in (
+            (metric, torch.tensor(mean).double(), plain.mean(1).max(), sum(counts)),
+            (f"{metric} of a class", ours.max(), plain.max(), min(counts)),
         ):
-            judged = closeness(error, torch.zeros_like(error), rough, AP_FLOOR, name)
+            floor = max(AP_FLOOR, 1 / objects) if eager else AP_FLOOR
+            judged = closeness(error, torch.zeros_like(error), rough, floor, name)
             if not judged:
                 return judged.message
     return None
@@ -198,6 +207,5 @@ def judge_scores(found: Score, exact: Score, eager: Sequence[Score]) -> str | No
 
 def class_changes(scores: Sequence[Score], exact: Score, metric: str) -> Tensor:
     """(scores, classes with objects) float64, without signs."""
-    labels = [label for label, values in exact.classes.items() if values[metric] >= 0]
-    rows = [[one.classes[label][metric] - exact.classes[label][metric] for label in labels] for one in scores]
+    rows = [[one.classes[label][metric] - exact.classes[label][metric] for label in exact.objects] for one in scores]
     return torch.tensor(rows, dtype=torch.float64).abs()

@@ -46,7 +46,7 @@ def losses_from_outputs(found: Observation, targets: Observation) -> Observation
     matches = dict(zip(layers, found["matches"], strict=True))
     terms: Observation = {}
     for suffix, output in layers.items():
-        pairs = [matched_pairs(queries) for queries in matches[suffix]]
+        pairs = [matched_pairs(row[: len(one["labels"])]) for row, one in zip(matches[suffix], wanted, strict=True)]
         terms |= {name + suffix: value for name, value in matched_losses(output, wanted, pairs).items()}
     return weighted_terms(terms)
 
@@ -63,12 +63,13 @@ def cost_of_matches(found: Observation, targets: Observation) -> tuple[Tensor, f
     matches, layers, wanted = found["matches"], layer_outputs(found), plain_targets(targets)
     above, largest = torch.zeros(matches.shape[:2], dtype=torch.float64), 0.0
     for layer, image in itertools.product(*map(range, matches.shape[:2])):
-        count = len(wanted[image]["labels"])
+        output, count, queries = layers[layer], len(wanted[image]["labels"]), matches[layer, image]
+        if (queries[count:] >= 0).any():
+            above[layer, image] = math.nan
         if count == 0:
             continue
-        output = layers[layer]
         cost = image_cost(output["pred_logits"][image], output["pred_boxes"][image], wanted[image])  # (Q, T)
-        above[layer, image] = cost_above_least(cost, matches[layer, image, :count])
+        above[layer, image] += cost_above_least(cost, queries[:count])
         largest = max(largest, cost.abs().amax(0).sum().item())
     return above, largest
 

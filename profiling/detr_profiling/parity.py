@@ -93,11 +93,14 @@ class OutputParity:
 
 
 class Parity:
-    """The comparisons of a run; each begins with the reference's side, when it is first asked for."""
+    """The comparisons of a run; each begins with the reference's side, when it is first asked for. Raises UserError for
+    data or weights that cannot be read, before anything takes long."""
 
     def __init__(self, options: ParityOptions, record: ParityRecord) -> None:
         self.options, self.record, self.workload = options, record, options.observed()
         self.device = torch.device(self.workload.device)
+        self.task = make_task(options.data, options.curve_model, options.seed)
+        self.checkpoint = checkpoint_and_images(options.weights, options.data) if options.weights else None
 
     @cached_property
     def outputs(self) -> OutputParity:
@@ -105,16 +108,14 @@ class Parity:
 
     @cached_property
     def curve(self) -> TrainingCurve:
-        options = self.options
-        return TrainingCurve(make_task(options.data, options.curve_model, options.seed), self.device, options.steps)
+        return TrainingCurve(self.task, self.device, self.options.steps)
 
     @cached_property
     def average_precision(self) -> AveragePrecision:
-        options, task = self.options, self.curve.task
-        if options.weights:
-            return AveragePrecision(*checkpoint_and_images(options.weights, options.data), self.device)
-        name = f"{options.data}, those of the curve"
-        return AveragePrecision(self.curve.trained, Images(name, task.dataset, lambda: [task.batch]), self.device)
+        if self.checkpoint:
+            return AveragePrecision(*self.checkpoint, self.device)
+        images = Images(f"{self.options.data}, those of the curve", self.task.dataset, lambda: [self.task.batch])
+        return AveragePrecision(self.curve.trained, images, self.device)
 
     def compare_outputs(self, variant: Variant) -> None:
         """Raises UserError where a variant that was asked for by name cannot run; others are left out."""

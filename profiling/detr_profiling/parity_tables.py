@@ -16,10 +16,10 @@ def parity_tables(record: dict[str, Any]) -> Iterator[RenderableType]:
     yield rows_table(record["variants"])
     for name, reason in record["left_out"].items():
         yield Text(f"{name} is left out: {reason}")
-    if record["curve"]:
-        yield curve_table(record["curve"])
-    if record["ap"]:
-        yield ap_table(record["ap"])
+    for part, table in ((record["curve"], curve_table), (record["ap"], ap_table)):
+        if part:
+            yield table(part)
+            yield Text.assemble(judged(part["close"]), f": {part['message']}\n")
     yield judged(record["close"], "Parity holds.", "Parity does NOT hold.")
 
 
@@ -74,7 +74,6 @@ def curve_table(curve: dict[str, Any]) -> Table:
         table.add_row(name, *(formats.number(losses[step], digits=6) for step in steps))
     for name, allowed in curve["allowed"].items():
         table.add_row(Text(f"{name} may part by", "dim"), *(formats.error(allowed[step]) for step in steps))
-    table.caption = caption(curve)
     return table
 
 
@@ -85,9 +84,4 @@ def ap_table(ap: dict[str, Any]) -> Table:
         table.add_row(
             row["name"], *(formats.NOT_KNOWN if row[name] is None else f"{row[name]:.4f}" for name in ("AP", "AP50"))
         )
-    table.caption = caption(ap)
     return table
-
-
-def caption(part: dict[str, Any]) -> Text:
-    return Text.assemble(judged(part["close"]), f": {part['message']}")
