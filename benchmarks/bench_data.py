@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detr_profiling.closeness import assert_close
+from detr_profiling.comparison.closeness import assert_close
 from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from detr_profiling.closeness import assert_close, relative_floor
+from detr_profiling.comparison.closeness import assert_close, relative_floor
 from detr_profiling.workload import WorkloadOptions, initial_model
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor

@@ -14,8 +14,8 @@ from typing import Any
 
 import detr_kernels
 import torch
-from detr_profiling.closeness import Closeness, assert_close, in_dtype, outputs_and_gradients
-from detr_profiling.judgement import off_scale
+from detr_profiling.comparison.closeness import Closeness, assert_close, in_dtype, outputs_and_gradients
+from detr_profiling.comparison.judgement import off_scale
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

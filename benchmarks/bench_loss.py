@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from detr_profiling.observation import Observation, losses, on_host
-from detr_profiling.reference import reference_criterion
+from detr_profiling.reference.detr import reference_criterion
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from detr_profiling.memory import peak_memory
+from detr_profiling.measuring.memory import peak_memory
 from pytest_benchmark.fixture import BenchmarkFixture
 
 Size = Literal["small", "full"]

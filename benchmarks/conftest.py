@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.machine import describe_machine
+from detr_profiling.measuring.machine import describe_machine
 
 from benchmarks.clock import DEVICE, case_id
 from benchmarks.gate import PlainObservations

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from detr_profiling.measurement import Configuration
+from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.workload import Mode, Workload, WorkloadOptions
 from pytest_benchmark.fixture import BenchmarkFixture
 

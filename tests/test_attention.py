@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_profiling.closeness import assert_close
+from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
 
 from detr_fast.model.attention import Layout, MultiheadAttention

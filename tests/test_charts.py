@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import pytest
-from detr_profiling import charts
-from detr_profiling.drawing import Scale, around
+from detr_profiling.pages import charts
+from detr_profiling.pages.drawing import Scale, around
 
 HOSTILE = '<script>alert(1)</script>"&'
 BARS = [

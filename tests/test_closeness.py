@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_profiling.closeness import assert_close, closeness, relative_floor
+from detr_profiling.comparison.closeness import assert_close, closeness, relative_floor
 
 ORACLE = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref, convolution_tiles
 from detr_kernels.convolution_tiles import Blocks, choose_blocks
-from detr_profiling.closeness import assert_close, assert_same_function
+from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detr_kernels import choose_convolution, conv_bias_act, conv_bias_act_ref, convolution_tail
 from detr_kernels.convolution_tail import cudnn_op
-from detr_profiling.closeness import assert_close, assert_same_function
+from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
 

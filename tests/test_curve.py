@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detr_profiling import average_precision
-from detr_profiling.average_precision import (
+from detr_profiling.comparison import average_precision
+from detr_profiling.comparison.average_precision import (
     AveragePrecision,
     Images,
     Score,
@@ -20,8 +20,8 @@ from detr_profiling.average_precision import (
     judge_scores,
     plain_detections,
 )
-from detr_profiling.curve import Task, TrainingCurve, make_task
-from detr_profiling.reference_weights import reference_of, scattered
+from detr_profiling.comparison.curve import Task, TrainingCurve, make_task
+from detr_profiling.reference.weights import reference_of, scattered
 from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import UserError, model_config
@@ -111,7 +111,7 @@ def test_another_recipe(
     """A weight that is off by a percent shows in the first loss, the learning rate after a step."""
     spoilt = copy.copy(curve)
     spoilt.losses, spoilt.failures = {}, {}
-    monkeypatch.setattr("detr_profiling.curve.make_step", step_with(**changes))
+    monkeypatch.setattr("detr_profiling.comparison.curve.make_step", step_with(**changes))
     spoilt.add("fp32", FP32)
     assert f"loss at step {step}: NOT close" in spoilt.failures["fp32"] and not spoilt.to_dict()["close"]
 

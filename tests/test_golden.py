@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detr_profiling.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
-from detr_profiling.reference import ReferenceDETR, match_image, reference_criterion
+from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
+from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
 from torch import Tensor, nn
 
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict

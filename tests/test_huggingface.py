@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detr_profiling.keyed_weights import keyed_batch, mild_state_dict
+from detr_profiling.reference.keyed_weights import keyed_batch, mild_state_dict
 from torch import nn
 
 from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict

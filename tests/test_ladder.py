@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from detr_profiling import ladder
 from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
-from detr_profiling.measurement import Configuration, Measurement
-from detr_profiling.timing import Timing
+from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.timing import Timing
 from rich.console import Console
 
 from detr_fast.config import UserError
@@ -26,7 +27,7 @@ class Measurer:
     asked: list[Configuration] = field(default_factory=list)
     broken: str = ""
 
-    def __call__(self, configuration: Configuration, runs: int, oracle: Path | None = None) -> Measurement:
+    def __call__(self, configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
         self.asked.append(configuration)
         options = configuration.options
         if options.precision == self.broken:
@@ -75,7 +76,7 @@ def test_options_lower_the_top() -> None:
 
 def test_rows_take_turns(measurer: Measurer) -> None:
     rungs = build_rungs(OPTIONS)
-    measure_rungs(rungs, OPTIONS, QUIET)
+    list(measure_rungs(rungs, OPTIONS, QUIET))
     one_round = [rung.configuration for rung in rungs] + [rung.without for rung in rungs if rung.without]
     assert measurer.asked == one_round * 2
     assert all(rung.measured and rung.measured.timing.runs == 4 for rung in rungs)
@@ -85,7 +86,7 @@ def test_rows_take_turns(measurer: Measurer) -> None:
 def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> None:
     measurer.broken = "fp32"
     rungs = build_rungs(OPTIONS)
-    measure_rungs(rungs, OPTIONS, QUIET)
+    list(measure_rungs(rungs, OPTIONS, QUIET))
     assert rungs[0].measured is None and rungs[0].note == "out of memory"
     assert rungs[2].measured and rungs[2].measured_without is None and rungs[2].note == "out of memory"
     row = rows_of(rungs, OPTIONS)[2]
@@ -94,15 +95,29 @@ def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> 
 
 def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer) -> None:
     rungs = build_rungs(OPTIONS)
-    measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET)
+    list(measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET))
     assert not measurer.asked and all("no time" in rung.note for rung in rungs)
+
+
+def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
+    measurer: Measurer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> Measurement:
+        if len(measurer.asked) == 3:
+            raise KeyboardInterrupt
+        return measurer(*arguments)
+
+    monkeypatch.setattr(ladder, "measure_in_process", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ladder.main(replace(OPTIONS, out=str(tmp_path)))
+    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 4
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
     path, options = tmp_path / "ladder.csv", replace(OPTIONS, rounds=1)
     for mode in ("training", "inference", "training"):
         rungs = build_rungs(replace(options, mode=mode))
-        measure_rungs(rungs, options, QUIET)
+        list(measure_rungs(rungs, options, QUIET))
         ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
     rows = read_rows(path)
     assert [row["mode"] for row in rows] == ["inference"] * 7 + ["training"] * 7

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detr_kernels import fused_add_layer_norm, fused_add_layer_norm_ref
-from detr_profiling.closeness import assert_same_function
+from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F

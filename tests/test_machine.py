@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detr_profiling import machine, memory
-from detr_profiling.machine import describe_machine
-from detr_profiling.memory import peak_memory
+from detr_profiling.measuring import machine, memory
+from detr_profiling.measuring.machine import describe_machine
+from detr_profiling.measuring.memory import peak_memory
 
 CPU = torch.device("cpu")
 

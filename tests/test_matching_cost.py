@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_kernels import match_cost, match_cost_ref
 from detr_kernels.boxes import generalized_iou_ref
-from detr_profiling.closeness import assert_same_function
+from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 

@@ -1,12 +1,13 @@
 """One configuration in a process of its own: what comes back, and what is said where it fails."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from detr_profiling.measurement import (
+from detr_profiling.measuring.measurement import (
     Configuration,
     eager_file,
     measure_in_process,
@@ -40,8 +41,15 @@ def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
 
 
 def test_an_option_that_cannot_be_is_told_in_a_line() -> None:
-    with pytest.raises(UserError, match=r"reference could not be measured: .*detr_tiny has no counterpart"):
-        measure_in_process(Configuration(replace(OPTIONS, model="detr_tiny"), "reference"), runs=1)
+    with pytest.raises(UserError, match=r"hf-eager could not be measured: .*detr_tiny has no counterpart"):
+        measure_in_process(Configuration(replace(OPTIONS, model="detr_tiny"), "hf-eager"), runs=1)
+
+
+def test_what_takes_too_long_is_stopped() -> None:
+    began = time.perf_counter()
+    with pytest.raises(UserError, match="no time left"):
+        measure_in_process(Configuration(OPTIONS), runs=10**6, limit_s=2)
+    assert time.perf_counter() - began < 20
 
 
 def test_a_configuration_goes_through_text() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_kernels import PackedImages, normalize_pad, normalize_pad_ref
 from detr_kernels.pixels import forward_op
-from detr_profiling.closeness import assert_close
+from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from detr_profiling import ladder
 from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, rows_of
-from detr_profiling.measurement import measure_workload, write_oracle
-from detr_profiling.recording import profile_workload
+from detr_profiling.measuring.measurement import measure_workload, write_oracle
+from detr_profiling.tracing.recording import profile_workload
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 from rich.console import Console
 from torch import Tensor
@@ -29,10 +29,10 @@ SHORT = LadderOptions(
 
 def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The ladder, measured in this process, where things can be planted."""
-    monkeypatch.setattr(ladder, "measure_in_process", measure_workload)
+    monkeypatch.setattr(ladder, "measure_in_process", lambda *order: measure_workload(*order[:3]))
     monkeypatch.setattr(ladder, "write_oracle_in_process", write_oracle)
     rungs = build_rungs(SHORT)
-    measure_rungs(rungs, SHORT, Console(quiet=True))
+    list(measure_rungs(rungs, SHORT, Console(quiet=True)))
     return rows_of(rungs, SHORT)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 import torch
-from detr_profiling.nvml import Reading, Sampler, throttling
+from detr_profiling.measuring.nvml import Reading, Sampler, throttling
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -137,7 +137,7 @@ def test_without_a_counter_energy_is_power_over_time(nvml: FakeNvml, monkeypatch
     nvml.unsupported = {"energy"}
     nvml.watts = [100.0, 300.0]
     clock = iter([10.0, 14.0])
-    monkeypatch.setattr("detr_profiling.nvml.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("detr_profiling.measuring.nvml.time.perf_counter", lambda: next(clock))
     with Sampler(GPU, every_ms=1e6) as sampler:
         pass
     summary = sampler.summary()

@@ -9,7 +9,7 @@ from detr_kernels import packed_attention
 from detr_kernels.attention import AttentionBackend
 from detr_kernels.packing import images_of_rows
 from detr_kernels.triton_attention import triton_attention
-from detr_profiling.closeness import assert_same_function
+from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -11,14 +11,14 @@ import detr_kernels
 import pytest
 import torch
 from detr_profiling import parity
-from detr_profiling.blocks import observe_with_blocks
-from detr_profiling.judgement import Row, judge, worst
+from detr_profiling.comparison.blocks import observe_with_blocks
+from detr_profiling.comparison.judgement import Row, judge, worst
+from detr_profiling.comparison.own_outputs import cost_above_least, equal_matches
+from detr_profiling.comparison.record import error_histogram, sampled
+from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.observation import Observation
-from detr_profiling.own_outputs import cost_above_least, equal_matches
 from detr_profiling.parity import OutputParity, ParityOptions, main
-from detr_profiling.parity_record import error_histogram, sampled
-from detr_profiling.peers import build_peer
-from detr_profiling.variants import Variant, build_variants
+from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import Tensor, nn
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.closeness import assert_close
-from detr_profiling.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
-from detr_profiling.reference import ReferenceDETR, reference_criterion
+from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
+from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
 from torch import Tensor, nn
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detr_profiling.pages.results import load_results
 from detr_profiling.report import ReportOptions, main, render_html, render_markdown
-from detr_profiling.results import load_results
 from markdown_it import MarkdownIt
 
 from detr_fast.stages import STAGES

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from detr_profiling.pages.results import load_results
 from detr_profiling.report import BEGIN, END, ReportOptions, main, readme_table
-from detr_profiling.results import load_results
 
 from detr_fast.config import UserError
 

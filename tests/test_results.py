@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from detr_profiling import formats
+from detr_profiling.pages import formats
+from detr_profiling.pages.results import load_results
 from detr_profiling.report import ReportOptions, main
-from detr_profiling.results import load_results
 
 from detr_fast.config import UserError
 

@@ -9,11 +9,11 @@ from typing import Any
 import detr_kernels
 import pytest
 import torch
-from detr_profiling import peaks as peaks_file
-from detr_profiling.counting import NOTHING
-from detr_profiling.flops import WITHOUT_PRODUCTS, has_products
-from detr_profiling.peaks import Peaks, measure_peaks
-from detr_profiling.roofline import Roofline, Work, count_work, roofline
+from detr_profiling.limits import peaks as peaks_file
+from detr_profiling.limits.counting import NOTHING
+from detr_profiling.limits.flops import WITHOUT_PRODUCTS, has_products
+from detr_profiling.limits.peaks import Peaks, measure_peaks
+from detr_profiling.limits.roofline import Roofline, Work, count_work, roofline
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

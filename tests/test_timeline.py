@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.allocations import MOST_POINTS, memory_use
-from detr_profiling.breakdown import (
+from detr_profiling.tracing.allocations import MOST_POINTS, memory_use
+from detr_profiling.tracing.breakdown import (
     idle_share,
     kernel_usage,
     launches_per_step,
@@ -17,9 +17,9 @@ from detr_profiling.breakdown import (
     operator_usage,
     stage_times,
 )
-from detr_profiling.host_waits import host_waits
-from detr_profiling.recording import record
-from detr_profiling.timeline import Timeline, make_timeline, read_timeline
+from detr_profiling.tracing.host_waits import host_waits
+from detr_profiling.tracing.recording import record
+from detr_profiling.tracing.timeline import Timeline, make_timeline, read_timeline
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 from torch import Tensor, nn
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.recording import profile_workload, without_nan
-from detr_profiling.timeline import read_timeline
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
-from detr_profiling.trace_tables import trace_tables
+from detr_profiling.tracing.recording import profile_workload, without_nan
+from detr_profiling.tracing.tables import trace_tables
+from detr_profiling.tracing.timeline import read_timeline
 from detr_profiling.workload import Workload, build_workload
 from rich.console import Console
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.keyed_weights import keyed_state_dict
+from detr_profiling.reference.keyed_weights import keyed_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from detr_profiling.closeness import assert_close, relative_floor
-from detr_profiling.peers import PEERS, build_peer
-from detr_profiling.timing import Timing, measure
+from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.peers.build import PEERS, build_peer
 from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions, build_workload, make_batch
 
 from detr_fast.config import UserError

@@ -14,7 +14,7 @@ import pytest
 import torch
 from detr_kernels import choose_attention, packed_attention, packed_attention_ref, xformers_attention
 from detr_kernels.attention import AttentionBackend
-from detr_profiling.closeness import assert_same_function
+from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,7 +8,7 @@ without it at the top.
 import csv
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,16 @@ from rich.table import Table
 
 from detr_fast.config import UserError, require
 from detr_fast.training.run_folder import writing
-from detr_profiling import formats
-from detr_profiling.formats import number
-from detr_profiling.machine import describe_machine
-from detr_profiling.measurement import Configuration, Measurement, measure_in_process, write_oracle_in_process
+from detr_profiling.measuring.machine import describe_machine
+from detr_profiling.measuring.measurement import Configuration, Measurement, measure_in_process, write_oracle_in_process
+from detr_profiling.measuring.techniques import Technique, start, techniques
+from detr_profiling.measuring.timing import Timing
+from detr_profiling.pages import formats
+from detr_profiling.pages.formats import number
+from detr_profiling.pages.ladder import remarks
+from detr_profiling.pages.results import LADDER_FILE, load_results
 from detr_profiling.report import HTML_FILE, MARKDOWN_FILE, write_report
-from detr_profiling.report_ladder import remarks
-from detr_profiling.results import LADDER_FILE, load_results
-from detr_profiling.techniques import Technique, start, techniques
-from detr_profiling.timing import Timing
-from detr_profiling.trace_tables import plain_table
+from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions
 
 REFERENCE = "reference"
@@ -49,7 +49,7 @@ class LadderOptions(WorkloadOptions):
     leave_one_out: bool = True
     """Also measure everything on but one technique."""
     minutes: float | None = None
-    """Start no measurement that would probably end later; what is left out says so."""
+    """Leave out, and say so, what would end later."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,18 +96,24 @@ class Clock:
     """The time that is left, judged by what each row took before."""
 
     def __init__(self, minutes: float | None) -> None:
-        self.ends = time.perf_counter() + minutes * 60 if minutes else float("inf")
+        self.ends = time.perf_counter() + minutes * 60 if minutes else None
         self.longest_s = 0.0
 
+    @property
+    def left_s(self) -> float | None:
+        """None: without an end."""
+        return None if self.ends is None else self.ends - time.perf_counter()
+
     def allows(self) -> bool:
-        return time.perf_counter() + self.longest_s <= self.ends
+        return self.left_s is None or self.longest_s < self.left_s
 
     def took(self, seconds: float) -> None:
         self.longest_s = max(self.longest_s, seconds)
 
 
-def measure_rungs(rungs: list[Rung], options: LadderOptions, say: Console) -> None:
-    """Fills the rungs: round 1, what is lost without each, then the further rounds of both, while there is time."""
+def measure_rungs(rungs: list[Rung], options: LadderOptions, say: Console) -> Iterator[None]:
+    """Fills the rungs: round 1, what is lost without each, then the further rounds of both, while there is time. Yields
+    after each measurement."""
     clock = Clock(options.minutes)
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder)
@@ -115,11 +121,14 @@ def measure_rungs(rungs: list[Rung], options: LadderOptions, say: Console) -> No
         for number in range(options.rounds):
             for rung in rungs:
                 measure_rung(rung, options.runs, oracle, clock, say, number)
+                yield
             for rung in rungs:
                 measure_without(rung, options.runs, oracle, clock, say)
+                yield
     top, before = rungs[-1], rungs[-2]
     if options.leave_one_out:
         top.measured_without = before.measured  # without the last technique is the row before
+        yield
 
 
 def measure_rung(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console, number: int) -> None:
@@ -149,7 +158,7 @@ def attempt(
         return None
     began = time.perf_counter()
     try:
-        found = measure_in_process(configuration, runs, oracle)
+        found = measure_in_process(configuration, runs, oracle, clock.left_s)
     except UserError as error:
         rung.note = str(error)
         return None
@@ -252,8 +261,8 @@ def main(options: LadderOptions) -> int:
     out = Path(options.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    measure_rungs(rungs, options, console)
-    write_rows(rows_of(rungs, options), out / LADDER_FILE)
+    for _ in measure_rungs(rungs, options, console):
+        write_rows(rows_of(rungs, options), out / LADDER_FILE)
     write_report(out)
     console.print(table(rungs))
     for line in remarks([row for row in load_results(out).ladder if row.mode == options.mode]):

@@ -9,19 +9,19 @@ import torch
 from rich.console import Console
 
 from detr_fast.config import UserError, require
-from detr_profiling.average_precision import AveragePrecision, Images, checkpoint_and_images
-from detr_profiling.blocks import observe_with_blocks
-from detr_profiling.curve import TrainingCurve, make_task
-from detr_profiling.judgement import Row, judge
-from detr_profiling.machine import describe_machine
+from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
+from detr_profiling.comparison.blocks import observe_with_blocks
+from detr_profiling.comparison.curve import TrainingCurve, make_task
+from detr_profiling.comparison.judgement import Row, judge
+from detr_profiling.comparison.optimizer_step import observe_step
+from detr_profiling.comparison.own_outputs import targets_of
+from detr_profiling.comparison.record import ParityRecord
+from detr_profiling.comparison.tables import parity_tables
+from detr_profiling.comparison.variants import Variant, build_variants
+from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
-from detr_profiling.optimizer_step import observe_step
-from detr_profiling.own_outputs import targets_of
-from detr_profiling.parity_record import ParityRecord
-from detr_profiling.parity_tables import parity_tables
-from detr_profiling.peers import build_peer
-from detr_profiling.results import PARITY_FILE
-from detr_profiling.variants import Variant, build_variants
+from detr_profiling.pages.results import PARITY_FILE
+from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
 

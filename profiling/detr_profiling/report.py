@@ -13,10 +13,10 @@ from rich.console import Console
 
 from detr_fast.config import UserError, require
 from detr_fast.training.run_folder import writing
-from detr_profiling import formats, report_trace
-from detr_profiling.page import Block, Section
-from detr_profiling.report_ladder import by_mode, ladder_blocks, ladder_timing
-from detr_profiling.report_overview import (
+from detr_profiling.pages import formats
+from detr_profiling.pages import trace as report_trace
+from detr_profiling.pages.ladder import by_mode, ladder_blocks, ladder_timing
+from detr_profiling.pages.overview import (
     FILES,
     command_blocks,
     findings,
@@ -25,8 +25,9 @@ from detr_profiling.report_overview import (
     missing,
     reading_blocks,
 )
-from detr_profiling.report_parity import parity_blocks
-from detr_profiling.results import PLACE, LadderRow, Results, complete, load_results
+from detr_profiling.pages.page import Block, Section
+from detr_profiling.pages.parity import parity_blocks
+from detr_profiling.pages.results import PLACE, LadderRow, Results, complete, load_results
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -84,7 +85,7 @@ def render(template: str, results: Results) -> str:
 @cache
 def templates() -> Environment:
     """Both escape by themselves; what the filter `markdown` returns needs no more of it."""
-    loader = PackageLoader("detr_profiling")
+    loader = PackageLoader("detr_profiling", "pages/templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,7 @@ class SuiteOptions(WorkloadOptions):
     """Kernel tests, parity, ladder, kernel timings, trace, and the report of them all."""
 
     compile: bool = True
-    """Also measure the compiled forms."""
+    """Also measure the compiled forms; what is traced is not compiled, which would make its forward pass one stage."""
     out: str = "runs/profile"
     """Folder for at most 8 files."""
     minutes: float = 8
@@ -64,28 +65,36 @@ def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
     return command
 
 
+def trace(options: SuiteOptions, minutes: float) -> list[str]:
+    return module("trace")(replace(options, compile=False), minutes)
+
+
 def ladder(options: SuiteOptions, minutes: float) -> list[str]:
     """Stops by itself in time."""
-    return [*module("ladder")(options, minutes), "--minutes", f"{0.9 * minutes:.2f}"]
+    return [*module("ladder")(options, minutes), "--minutes", f"{0.95 * minutes:.2f}"]
+
+
+def pytest() -> list[str]:
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT)]
 
 
 def kernel_tests(options: SuiteOptions, minutes: float) -> list[str]:
     files = [str(CHECKOUT / "tests" / f"test_{name}.py") for name in KERNEL_TESTS]
-    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), "-q", *files]
+    at_once = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"] if find_spec("xdist") else []
+    return [*pytest(), "-q", *at_once, *files]
 
 
 def kernel_timings(options: SuiteOptions, minutes: float) -> list[str]:
     output = ["--benchmark-only", "-k", "not compiled", f"--benchmark-json={options.out}/kernels.json", "-q"]
-    folder = str(CHECKOUT / "benchmarks" / "bench_kernels.py")
-    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(CHECKOUT), folder, *output]
+    return [*pytest(), str(CHECKOUT / "benchmarks" / "bench_kernels.py"), *output]
 
 
 PARTS = (
     Part("kernel tests", kernel_tests, 0.25, "kernel_tests.txt"),
-    Part("parity", module("parity"), 0.4),
-    Part("ladder", ladder, 0.6),
-    Part("kernel timings", kernel_timings, 0.5),
-    Part("trace", module("trace"), 1.0),
+    Part("parity", module("parity"), 0.3),
+    Part("ladder", ladder, 0.75),
+    Part("kernel timings", kernel_timings, 0.4),
+    Part("trace", trace, 1.0),
 )
 
 

@@ -15,8 +15,8 @@ from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.run_folder import writing
-from detr_profiling.recording import RESULT_FILE, nothing_to_fetch, profile_workload
-from detr_profiling.trace_tables import trace_tables
+from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
+from detr_profiling.tracing.tables import trace_tables
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
 MOST_STEPS = 10

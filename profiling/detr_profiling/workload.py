@@ -19,8 +19,8 @@ from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import export_state_dict, load_state_dict
-from detr_profiling.keyed_weights import mild_state_dict
 from detr_profiling.observation import Observation, observe_model
+from detr_profiling.reference.keyed_weights import mild_state_dict
 
 Mode = Literal["training", "inference"]
 

@@ -1,0 +1,1 @@
+"""How equal two implementations are: what is compared, what is allowed, and the record of it."""

@@ -1,0 +1,163 @@
+"""One configuration measured in a process of its own, so that nothing of another one is left in memory or caches."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from detr_fast.config import UserError
+from detr_profiling.comparison.judgement import judge, targets_of, worst
+from detr_profiling.measuring.memory import peak_memory
+from detr_profiling.measuring.nvml import Sampler
+from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.peers.build import build_peer
+from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+
+ORACLE = "fp64.pt"
+"""The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What to build: ours or a peer, with options, single operations in another form, and TF32 or not on a GPU."""
+
+    options: WorkloadOptions
+    implementation: str = "detr_fast"
+    forms: Mapping[str, Any] = field(default_factory=dict)
+    tf32: bool = True
+
+    def build(self) -> Workload:
+        """Raises UserError where something asked for by name is not there."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        if self.implementation == "detr_fast":
+            return build_workload(self.options, self.forms)
+        return build_peer(self.implementation, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"options": self.options.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**(values | {"options": WorkloadOptions.from_dict(values["options"])}))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times, memory, energy and error of one configuration, in one process or several."""
+
+    timing: Timing
+    peak_mib: float
+    cpu_seconds_per_image: float
+    energy_j_per_image: float | None
+    """None where no GPU counts it."""
+    first_run_s: float
+    """Of the first run, which compiles and chooses algorithms."""
+    error: float | None = None
+    """Of the quantity that is nearest to what is allowed, or past it; None where nothing is compared."""
+    allowed: float | None = None
+    quantity: str | None = None
+    close: bool | None = None
+
+    def joined(self, other: Self) -> "Measurement":
+        """With a second process's runs. The larger peak and the first process's error stay."""
+        return replace(
+            self,
+            timing=self.timing + other.timing,
+            peak_mib=max(self.peak_mib, other.peak_mib),
+            first_run_s=max(self.first_run_s, other.first_run_s),
+        )
+
+
+def measure_workload(configuration: Configuration, runs: int, oracle: Path | None) -> Measurement:
+    """In this process: first the times of `runs` runs after two others, then the error against what `oracle` holds."""
+    workload = configuration.build()
+    began = time.perf_counter()
+    workload.run()
+    workload.synchronize()
+    first_run_s = time.perf_counter() - began
+    with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
+        cpu_began = time.process_time()
+        timing = measure(workload.run, workload.synchronize, runs, warmup=1)
+        cpu_s = time.process_time() - cpu_began
+    images = workload.images * (runs + 1)
+    summary = sampler.summary()
+    energy_j = summary.energy_joules / images if summary and summary.energy_joules is not None else None
+    measurement = Measurement(timing, peak.mib, cpu_s / images, energy_j, first_run_s)
+    if oracle is None or workload.observe is None:
+        return measurement
+    workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
+    found, exact = workload.observe(), torch.load(oracle / ORACLE)
+    row = worst(judge(found, exact, torch.load(oracle / eager_file(configuration))))
+    return replace(measurement, error=row.error, allowed=row.allowed, quantity=row.quantity, close=row.close)
+
+
+def write_oracle(options: WorkloadOptions, folder: Path) -> None:
+    """The plain reference's observations: in float64, and what its eager forms make of the same in each precision."""
+    for name, precision, dtype in (
+        (ORACLE, "fp32", torch.float64),
+        ("fp32.pt", "fp32", torch.float32),
+        ("tf32.pt", "fp32", torch.float32),
+        ("bf16.pt", "bf16", torch.float32),
+    ):
+        if name == "tf32.pt" and options.device != "cuda":
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
+        plain = replace(options, precision=precision, compile=False, kernels="auto", attention="auto")  # type: ignore[arg-type]
+        observe = build_peer("reference", plain, dtype).observe
+        assert observe is not None
+        torch.save(observe() | targets_of(options), folder / name)
+
+
+def eager_file(configuration: Configuration) -> str:
+    """Which of the reference's eager forms multiplies as `configuration` does."""
+    options = configuration.options
+    if options.precision != "fp32":
+        return "bf16.pt"
+    return "tf32.pt" if configuration.tf32 and options.device == "cuda" else "fp32.pt"
+
+
+def measure_in_process(
+    configuration: Configuration, runs: int, oracle: Path | None = None, limit_s: float | None = None
+) -> Measurement:
+    """`measure_workload` in a fresh process. Raises UserError with its last words where it fails, and where it takes
+    more than `limit_s`."""
+    order = {"configuration": configuration.to_dict(), "runs": runs, "oracle": str(oracle) if oracle else None}
+    answer = json.loads(run_fresh(order, limit_s))
+    return Measurement(**(answer | {"timing": Timing(tuple(answer["timing"]["runs_ms"]))}))
+
+
+def write_oracle_in_process(options: WorkloadOptions, folder: Path) -> None:
+    """`write_oracle` in a fresh process."""
+    run_fresh({"configuration": Configuration(options).to_dict(), "write_oracle": str(folder)})
+
+
+def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
+    """The last line that this file prints, run with `order` on its standard input."""
+    command = [sys.executable, "-m", "detr_profiling.measuring.measurement"]
+    try:
+        done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"no time left: not done in {limit_s:.0f} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, killed for memory?"]
+        raise UserError(f"{order['configuration']['implementation']} could not be measured: {lines[-1]}")
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def obey(order: dict[str, Any]) -> None:
+    configuration = Configuration.from_dict(order["configuration"])
+    if folder := order.get("write_oracle"):
+        write_oracle(configuration.options, Path(folder))
+        return
+    oracle = Path(order["oracle"]) if order["oracle"] else None
+    print(json.dumps(asdict(measure_workload(configuration, order["runs"], oracle))))
+
+
+if __name__ == "__main__":
+    obey(json.load(sys.stdin))

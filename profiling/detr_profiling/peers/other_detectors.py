@@ -1,0 +1,105 @@
+"""Detectors that no one here wrote, as their packages have them: transformers' DETR, torchvision's Faster R-CNN."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.config import ModelConfig, UserError
+from detr_fast.model.detr import DETR
+from detr_fast.weights import export_state_dict
+from detr_profiling.observation import Observation, on_host, stacked_layers
+from detr_profiling.peers.plain_loop import PlainBatch, autocast, inference, training_step
+from detr_profiling.workload import Workload, WorkloadOptions, make_batch
+
+
+def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
+    """transformers' DETR with our weights: hf-eager, hf-sdpa, or hf-compiled, which is the latter compiled.
+
+    Trains with its own loss and `auxiliary_loss`, as people do; that feeds normed states on, which is not DETR's
+    function (REFERENCE.md), so only its inference is compared.
+    """
+    training, device = options.mode == "training", torch.device(options.device)
+    model = hugging_face_model(ours, "eager" if name == "hf-eager" else "sdpa", auxiliary_loss=training).to(device)
+    compiled: Any = torch.compile(model) if options.compile else model
+    batch = PlainBatch.of(make_batch(options, ours.config.num_classes), ours.config)
+
+    def loss() -> Tensor:
+        placed = batch.to(device)
+        labels = [{"class_labels": each["labels"], "boxes": each["boxes"]} for each in placed.targets]
+        with autocast(options):
+            return compiled(pixel_values=placed.images, pixel_mask=(~placed.mask).long(), labels=labels).loss
+
+    def forward(placed: PlainBatch) -> dict[str, Any]:
+        with autocast(options):
+            outputs = compiled(pixel_values=placed.images, pixel_mask=(~placed.mask).long())
+        return {"pred_logits": outputs.logits.float(), "pred_boxes": outputs.pred_boxes.float()}
+
+    @torch.no_grad()
+    def observe() -> Observation:
+        observed = PlainBatch.of(make_batch(options.observed(), ours.config.num_classes), ours.config)
+        return on_host(stacked_layers([forward(observed.to(device))]))
+
+    if training:
+        return Workload(name, options, model, training_step(model, loss))
+    return Workload(name, options, model, inference(model, batch, device, forward), observe)
+
+
+def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.Module:
+    """Built without a download. Raises UserError where transformers is not there."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UserError("Hugging Face's DETR needs transformers: pip install 'detr-fast[reference]'.") from error
+    config = transformers.DetrConfig(
+        use_pretrained_backbone=False,
+        backbone=ours.config.backbone,
+        dilation=ours.config.dilation,
+        num_labels=ours.config.num_classes,
+        auxiliary_loss=auxiliary_loss,
+        attn_implementation=attention,
+    )
+    model = transformers.DetrForObjectDetection(config)
+    model.load_state_dict(export_state_dict(ours, "huggingface"))
+    return model
+
+
+def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workload:
+    """With a ResNet-50 and a feature pyramid, from random weights, on the same pixels, resized to the same size."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    device, (height, width) = torch.device(options.device), options.height_width
+    model = fasterrcnn_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        num_classes=config.num_classes,
+        min_size=min(height, width),
+        max_size=max(height, width),
+    ).to(device)
+    batch = make_batch(options, config.num_classes)
+    images = [row[:, :h, :w].float() / 255 for row, (h, w) in zip(batch.images, batch.sizes.tolist(), strict=True)]
+    plain = PlainBatch.of(batch, config).targets
+    targets = [
+        {"labels": each["labels"].clamp(min=1), "boxes": boxes_px(each["boxes"], image)}
+        for each, image in zip(plain, images, strict=True)
+    ]
+
+    def loss() -> Tensor:
+        placed = [{name: value.to(device) for name, value in each.items()} for each in targets]
+        return torch.stack(list(model([image.to(device) for image in images], placed).values())).sum()
+
+    @torch.no_grad()
+    def run() -> Any:
+        return model([image.to(device) for image in images])
+
+    if options.mode == "training":
+        return Workload("fasterrcnn", options, model, training_step(model, loss))
+    model.eval()
+    return Workload("fasterrcnn", options, model, run)
+
+
+def boxes_px(boxes_cxcywh: Tensor, image: Tensor) -> Tensor:
+    """(T, 4) relative -> xyxy in pixels of `image` (3, H, W)."""
+    height, width = image.shape[1:]
+    center, extent = (boxes_cxcywh * torch.tensor([width, height, width, height])).split(2, -1)
+    return torch.cat((center - extent / 2, center + extent / 2), -1)

@@ -1,0 +1,1 @@
+"""The paper's DETR in plain torch, and weights for it."""

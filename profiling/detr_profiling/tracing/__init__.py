@@ -1,0 +1,1 @@
+"""What torch's profiler recorded, read as stages, waits, launches and memory."""

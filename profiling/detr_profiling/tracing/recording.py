@@ -1,0 +1,187 @@
+"""A few steps in torch's profiler, and the same steps without it: all figures of a trace in one block."""
+
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from detr_fast.runtime import choose_precision
+from detr_fast.stages import stage
+from detr_profiling.limits.peaks import measure_peaks
+from detr_profiling.limits.roofline import count_work, roofline
+from detr_profiling.measuring.machine import describe_machine
+from detr_profiling.measuring.memory import resident_peak_mib, restart_resident_peak
+from detr_profiling.measuring.nvml import Sampler
+from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.tracing.allocations import living_tensors_mib, memory_use
+from detr_profiling.tracing.breakdown import (
+    StageTime,
+    idle_share,
+    kernel_usage,
+    launches_per_step,
+    operator_usage,
+    stage_times,
+)
+from detr_profiling.tracing.host_waits import host_waits
+from detr_profiling.tracing.timeline import CLOSING, Timeline, read_timeline
+from detr_profiling.workload import Workload
+
+TRACE_FILE = "trace.pt.json.gz"
+RESULT_FILE = "trace.json"
+LEAST_TIMED_STEPS = 5
+
+
+def nothing_to_fetch() -> None:
+    """The batch is always the same."""
+
+
+def record(
+    workload: Workload, path: Path, steps: int = 3, warmup: int = 2, fetch: Callable[[], None] = nothing_to_fetch
+) -> tuple[Timeline, float]:
+    """Writes the Chrome trace of `steps` steps to `path`, .json or .json.gz, after `warmup` others; at least one each.
+
+    Returns the trace read back, and the MiB of tensors that a CPU held when it began. `fetch` brings the batch that
+    `workload.run` then takes. Gradients are dropped before the first recorded step, so that all steps begin alike.
+    """
+    on_gpu = workload.device.type == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it calls it an error that there is no GPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    plan = schedule(wait=0, warmup=warmup, active=steps, repeat=1)
+    before_mib = 0.0
+    with profile(activities=activities, schedule=plan, profile_memory=True, acc_events=True) as profiler:
+        for index in range(warmup + steps):
+            with stage("data wait"):
+                fetch()
+            workload.run()
+            if on_gpu:
+                with record_function(CLOSING):
+                    workload.synchronize()
+            if index == warmup - 1:
+                workload.model.zero_grad(set_to_none=True)
+                gc.collect()
+                before_mib = living_tensors_mib()
+            profiler.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    return read_timeline(path), before_mib
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What steps without the profiler need."""
+
+    timing: Timing
+    cpu_seconds_per_step: float
+    peak_rss_mib: float
+    """NaN where /proc does not say."""
+    gpu: dict[str, Any] | None
+
+
+def measure_plain(workload: Workload, steps: int, warmup: int, fetch: Callable[[], None]) -> Plain:
+    """`steps` steps after `warmup` others, in which things compile."""
+
+    def step() -> None:
+        with stage("data wait"):
+            fetch()
+        workload.run()
+
+    measure(step, workload.synchronize, rounds=0, warmup=warmup)
+    restart_resident_peak()
+    with Sampler(workload.device) as sampler:
+        cpu_began = time.process_time()
+        timing = measure(step, workload.synchronize, rounds=steps, warmup=0)
+        cpu_s = time.process_time() - cpu_began
+    summary = sampler.summary()
+    return Plain(timing, cpu_s / steps, resident_peak_mib(), summary.to_dict() if summary else None)
+
+
+def profile_workload(
+    workload: Workload,
+    out: Path,
+    steps: int = 3,
+    warmup: int = 2,
+    fetch: Callable[[], None] = nothing_to_fetch,
+    with_roofline: bool = True,
+) -> dict[str, Any]:
+    """Writes OUT/trace.pt.json.gz and OUT/trace.json, and returns what the latter holds.
+
+    `step_ms` and `process` are of steps without the profiler, which costs time in every operator; what is split by
+    stage or operator is of the `steps` profiled ones. Lists hold numbers of one step; None: does not apply, or unknown.
+    """
+    plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup, fetch)
+    trace = out / TRACE_FILE
+    timeline, before_mib = record(workload, trace, steps, warmup, fetch)
+    stages = stage_times(timeline)
+    memory = memory_use(timeline, before_mib)
+    result = {
+        "machine": describe_machine(workload.device).to_dict(),
+        "workload": {"name": workload.name, **workload.options.to_dict()},
+        "steps": steps,
+        "step_ms": plain.timing.to_dict(),
+        "profiled_step_ms": Timing(tuple(step.duration_ns / 1e6 for step in timeline.steps)).to_dict(),
+        "stages": [row.to_dict() for row in stages],
+        "idle_share": idle_share(timeline),
+        **count_figures(timeline),
+        "operators": [row.to_dict() for row in operator_usage(timeline)],
+        "kernels": [row.to_dict() for row in kernel_usage(timeline)],
+        "memory": memory.to_dict() if memory else None,
+        "gpu": plain.gpu,
+        "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
+        "forms": workload.reasons,
+        "roofline": roofline_of(workload, fetch, stages, plain.timing) if with_roofline else None,
+        "trace_file": TRACE_FILE,
+        "trace_mib": trace.stat().st_size / 2**20,
+        "trace_unpacked_mib": unpacked_bytes(trace) / 2**20,
+    }
+    result = without_nan(result)
+    (out / RESULT_FILE).write_text(json.dumps(result, indent=1, allow_nan=False))
+    return result
+
+
+def count_figures(timeline: Timeline) -> dict[str, Any]:
+    waits = host_waits(timeline)
+    launches, launch_kind = launches_per_step(timeline)
+    return {
+        "host_waits_per_step": sum(row.per_step for row in waits),
+        "host_waits": [row.to_dict() for row in waits],
+        "launches_per_step": launches,
+        "launch_kind": launch_kind,
+    }
+
+
+def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[StageTime], step: Timing) -> dict[str, Any]:
+    """With each stage's time on the device, or its share of a step that nobody watches."""
+    dtype, _ = choose_precision(workload.options.precision, workload.device)
+    if workload.name != "detr_fast" and workload.options.precision != "bf16":
+        dtype = torch.float32  # a peer's own
+    stage_ms = {row.name: row.share * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
+
+    def once() -> None:
+        fetch()
+        workload.run()
+
+    work = count_work(once)
+    return roofline(work, stage_ms, step.median_ms, measure_peaks(workload.device, dtype)).to_dict()
+
+
+def unpacked_bytes(path: Path) -> int:
+    """What a gzip file of less than 4 GiB says at its end."""
+    return int.from_bytes(path.read_bytes()[-4:], "little")
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
