@@ -10,6 +10,7 @@ import torch
 from detr_profiling.measuring.measurement import (
     Configuration,
     eager_file,
+    last_words,
     measure_in_process,
     measure_workload,
     write_oracle,
@@ -43,6 +44,12 @@ def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
 def test_an_option_that_cannot_be_is_told_in_a_line() -> None:
     with pytest.raises(UserError, match=r"hf-eager could not be measured: .*detr_tiny has no counterpart"):
         measure_in_process(Configuration(replace(OPTIONS, model="detr_tiny"), "hf-eager"), runs=1)
+
+
+def test_a_failure_is_named_by_its_exception() -> None:
+    advised = "Traceback:\n  ...\ntorch._inductor.exc.InductorError: ImportError: file too short\n\nSet TORCH_LOGS\n"
+    assert last_words(advised) == "torch._inductor.exc.InductorError: ImportError: file too short"
+    assert last_words("error: --model x: no such\n") == "error: --model x: no such" and last_words("") == ""
 
 
 def test_what_takes_too_long_is_stopped() -> None:

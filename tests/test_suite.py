@@ -42,6 +42,13 @@ def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path)
     assert not is_running(child_pid)
 
 
+def test_a_part_that_is_stopped_may_clean_up(tmp_path: Path) -> None:
+    code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('cleaned'), sys.exit()))\n"
+    part = python("tidy", code + "print('begun', flush=True); time.sleep(60)", output="tidy.txt")
+    assert run_part(part, SuiteOptions(out=str(tmp_path)), seconds=3).startswith("stopped after")
+    assert (tmp_path / "tidy.txt").read_text() == "begun\ncleaned\n"
+
+
 def is_running(pid: int) -> bool:
     """A process that has ended may stay in the table until its new parent asks for it."""
     state = Path(f"/proc/{pid}/stat")

@@ -28,6 +28,8 @@ KERNEL_TESTS = (
     *("convolution_tail", "convolution", "packed_attention", "xformers_attention"),
 )
 MOST_FILE_MIB = 10
+SECONDS_TO_END = 5
+"""From the request to end until a process is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,12 @@ def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """With the processes that it started, which have its group."""
+    """With the processes that it started, which have its group. They are asked first: a C++ compiler that is killed
+    leaves half a library in torch.compile's cache, which fails to load ever after."""
     with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_END)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

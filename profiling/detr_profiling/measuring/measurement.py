@@ -1,6 +1,7 @@
 """One configuration measured in a process of its own, so that nothing of another one is left in memory or caches."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -145,9 +146,17 @@ def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"no time left: not done in {limit_s:.0f} s") from error
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, killed for memory?"]
-        raise UserError(f"{order['configuration']['implementation']} could not be measured: {lines[-1]}")
+        reason = last_words(done.stderr) or f"exit code {done.returncode}, killed for memory?"
+        raise UserError(f"{order['configuration']['implementation']} could not be measured: {reason}")
     return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def last_words(errors: str) -> str:
+    """Of what a process wrote before it failed: the line that names the exception, after which torch still gives
+    advice; without one the last line."""
+    lines = errors.strip().splitlines()
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ", line)]
+    return (named or lines or [""])[-1]
 
 
 def obey(order: dict[str, Any]) -> None:
