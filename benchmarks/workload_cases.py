@@ -82,7 +82,7 @@ def workload_options(mode: Mode, size: Size, **changes: Any) -> WorkloadOptions:
 
 def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) -> WorkloadCase:
     """`changes`: other fields of Configuration."""
-    options = replace(options, precision="fp32" if precision == "tf32" else precision)  # type: ignore[arg-type]
+    options = replace(options, precision="bf16" if precision == "bf16" else "fp32")
     return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
 
 

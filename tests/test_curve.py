@@ -21,6 +21,7 @@ from detr_profiling.comparison.average_precision import (
     plain_detections,
 )
 from detr_profiling.comparison.curve import Task, TrainingCurve, make_task
+from detr_profiling.comparison.variants import PRECISIONS
 from detr_profiling.reference.weights import reference_of, scattered
 from detr_profiling.workload import WorkloadOptions
 
@@ -86,8 +87,8 @@ def test_weights_are_scattered_by_their_rounding() -> None:
 
 
 def test_ours_learns_as_the_reference_does(curve: TrainingCurve) -> None:
-    for name in ("fp32", "bf16"):
-        curve.add(name, replace(FP32, precision=name))  # type: ignore[arg-type]
+    for name in PRECISIONS:
+        curve.add(name, replace(FP32, precision=name))
     result = curve.to_dict()
     assert result["close"] and result["losses"].keys() == {"reference", "reference bf16", "fp32", "bf16"}
     assert result["oracle"][-1] < 0.95 * result["oracle"][0]
@@ -141,8 +142,8 @@ def images(task: Task) -> Images:
 
 def test_the_same_weights_have_the_same_ap(trained: DETR, images: Images) -> None:
     ap = AveragePrecision(trained, images, CPU)
-    for name in ("fp32", "bf16"):
-        ap.add(name, replace(FP32, precision=name))  # type: ignore[arg-type]
+    for name in PRECISIONS:
+        ap.add(name, replace(FP32, precision=name))
     result = ap.to_dict()
     assert result["close"] and result["images"] == 12
     rows = {row["name"]: row["AP50"] for row in result["rows"]}
@@ -185,8 +186,8 @@ def test_weights_that_hold_nan_have_no_ap_anywhere(trained: DETR, images: Images
     broken = copy.deepcopy(trained)
     broken.bbox_embed.layers[2].bias.data[:] = math.nan
     ap = AveragePrecision(broken, images, CPU)
-    for precision in ("fp32", "bf16"):
-        ap.add(precision, replace(FP32, precision=precision))  # type: ignore[arg-type]
+    for precision in PRECISIONS:
+        ap.add(precision, replace(FP32, precision=precision))
     result = ap.to_dict()
     assert not result["close"] and result["images"] == 0 and all(row["AP"] is None for row in result["rows"])
 

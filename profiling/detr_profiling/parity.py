@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from detr_fast.config import UserError, require
+from detr_fast.config import Precision, UserError, require
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.curve import TrainingCurve, make_task
@@ -67,11 +67,11 @@ class OutputParity:
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
         self.oracle = observe_all(build_peer("reference", self.plain, torch.float64)) | targets_of(self.plain)
-        self.eager: dict[str, Observation] = {}
+        self.eager: dict[Precision, Observation] = {}
 
-    def eager_in(self, precision: str) -> Observation:
+    def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
-            peer = build_peer("reference", replace(self.plain, precision=precision))  # type: ignore[arg-type]
+            peer = build_peer("reference", replace(self.plain, precision=precision))
             self.eager[precision] = observe_all(peer, self.oracle)
         return self.eager[precision]
 

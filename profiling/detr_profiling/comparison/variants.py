@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from detr_fast.config import Attention, Kernels, require
+from detr_fast.config import Attention, Kernels, Precision, require
 from detr_profiling.workload import WorkloadOptions
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 Forms = tuple[Kernels, Attention]
 ON_A_GPU: tuple[Forms, ...] = (("triton", "auto"), ("auto", "sdpa"))
 """By default attention is xformers there."""
@@ -43,7 +43,7 @@ def build_variants(options: WorkloadOptions) -> list[Variant]:
     variants = [Variant(REFERENCE_ORDER, replace(base, precision="fp32", kernels="ref"))]
     for precision in PRECISIONS if options.precision == "auto" else (options.precision,):
         for (kernels, attention), asked in forms.items():
-            form = replace(base, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
+            form = replace(base, precision=precision, kernels=kernels, attention=attention)
             words = [precision, *dict.fromkeys(word for word in (kernels, attention) if word != "auto")]
             variants.append(Variant(" ".join(words), form, asked))
             if options.compile and asked:

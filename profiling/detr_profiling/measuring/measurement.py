@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from detr_fast.config import UserError
+from detr_fast.config import Precision, UserError
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
@@ -100,16 +100,17 @@ def measure_workload(configuration: Configuration, runs: int, oracle: Path | Non
 
 def write_oracle(options: WorkloadOptions, folder: Path) -> None:
     """The plain reference's observations: in float64, and what its eager forms make of the same in each precision."""
-    for name, precision, dtype in (
+    forms: tuple[tuple[str, Precision, torch.dtype], ...] = (
         (ORACLE, "fp32", torch.float64),
         ("fp32.pt", "fp32", torch.float32),
         ("tf32.pt", "fp32", torch.float32),
         ("bf16.pt", "bf16", torch.float32),
-    ):
+    )
+    for name, precision, dtype in forms:
         if name == "tf32.pt" and options.device != "cuda":
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
-        plain = replace(options, precision=precision, compile=False, kernels="auto", attention="auto")  # type: ignore[arg-type]
+        plain = replace(options, precision=precision, compile=False, kernels="auto", attention="auto")
         observe = build_peer("reference", plain, dtype).observe
         assert observe is not None
         torch.save(observe() | targets_of(options), folder / name)

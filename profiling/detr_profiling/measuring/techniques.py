@@ -46,8 +46,8 @@ class Technique:
 
 def start(options: WorkloadOptions) -> Configuration:
     """The reference as it comes: eager, float32 in full, NCHW."""
-    plain = {"precision": "fp32", "channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
-    return Configuration(replace(options, **plain), "reference", tf32=False)  # type: ignore[arg-type]
+    plain = replace(options, precision="fp32", channels_last=False, kernels="ref", attention="ref", compile=False)
+    return Configuration(plain, "reference", tf32=False)
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
