@@ -40,6 +40,13 @@ def test_table(folder: Path) -> None:
     assert str(folder) not in table, "a README must not depend on where the results lay"
 
 
+def test_the_readme_has_the_table_of_the_committed_results() -> None:
+    checkout = Path(__file__).parents[1]
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(BEGIN)[2].partition(END)[0].lstrip("\n")
+    assert shown == readme_table(load_results(checkout / "benchmarks" / "results" / "cpu_202611"))
+
+
 def test_modes_from_two_days_are_named_apart(folder: Path) -> None:
     first, second, third = LADDER.rsplit("\n", 2)
     (folder / "ladder.csv").write_text("\n".join((first, second, third.replace("2026-11-25", "2026-12-01"))))

@@ -83,7 +83,7 @@ def pytest() -> list[str]:
 def kernel_tests(options: SuiteOptions, minutes: float) -> list[str]:
     files = [str(CHECKOUT / "tests" / f"test_{name}.py") for name in KERNEL_TESTS]
     at_once = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"] if find_spec("xdist") else []
-    return [*pytest(), "-q", *at_once, *files]
+    return [*pytest(), "-q", "--disable-warnings", *at_once, *files]
 
 
 def kernel_timings(options: SuiteOptions, minutes: float) -> list[str]:
