@@ -29,6 +29,12 @@ def test_options_reach_the_parts() -> None:
     assert tyro.cli(WorkloadOptions, args=workload_arguments(SuiteOptions())).compile
 
 
+def test_compiled_forms_are_measured_but_not_traced() -> None:
+    commands = {part.name: part.command(SuiteOptions(), 1.0) for part in PARTS}
+    assert [name for name, command in commands.items() if "--compile" in command] == ["parity", "ladder"]
+    assert "--no-compile" in commands["trace"]
+
+
 def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
