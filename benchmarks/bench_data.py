@@ -1,9 +1,9 @@
 """From JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py --benchmark-only`.
 
-Three stages, each with those before it: decode; augment, which is flip, crop and resize by the recipe; batch, which is
-collation, normalisation and padding. Ours against Pillow and torchvision as facebookresearch has them, on the embedded
-data set and on photographs of 640x480 pixels. Both draw the same sizes and crops and must leave the same boxes and, but
-for the rounding of resized pixels to whole numbers, the same pixels.
+Two stages: read, which is what ours leaves to worker processes; and batch, which is all, resized by the recipe,
+normalised and padded. Ours against Pillow and torchvision as facebookresearch has them, on the embedded data set and on
+photographs of 640x480 pixels. Both draw the same sizes and crops. Ours must leave the boxes and, but for the rounding
+to whole levels, the pixels of a pipeline that never rounds and, as ours, resizes once where there is a crop.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,15 +20,14 @@ from torchvision.transforms import functional as F
 
 from benchmarks.clock import Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
-from benchmarks.pillow_pipeline import MEAN, STD, PaddedBatch, PillowPipeline
+from benchmarks.pillow_pipeline import MEAN, STD, OnePass, PaddedBatch, PillowPipeline
 from detr_fast.config import RECIPES, TrainConfig
-from detr_fast.data.batching import collate, normalize
+from detr_fast.data.batching import collate, model_input
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.data.decode import decode_image
 from detr_fast.data.sample import Sample
 
 CPU = torch.device("cpu")
-PRECISIONS = {"decode": "uint8", "augment": "uint8", "batch": "fp32"}
+PRECISIONS = {"read": "uint8", "batch": "fp32"}
 FLOORS = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
 """Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
 
@@ -39,15 +38,12 @@ class OurPipeline:
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
-    def decode(self) -> list[Tensor]:
-        return [decode_image(record.path) for record in self.dataset.records]
-
-    def augment(self) -> list[Sample]:
+    def read(self) -> list[Sample]:
         return [self.dataset[0, index] for index in range(len(self.dataset))]
 
     def batch(self) -> PaddedBatch:
-        samples = self.augment()
-        images, mask = normalize(collate(samples), MEAN, STD, channels_last=True)
+        samples = self.read()
+        images, mask = model_input(collate(samples), MEAN, STD, channels_last=True)
         return PaddedBatch(images, mask, [sample.boxes_cxcywh for sample in samples])
 
 
@@ -88,10 +84,13 @@ def bench_data(benchmark: BenchmarkFixture, case: DataCase, request: Any) -> Non
     recipe = RECIPES["detr_tiny"] if case.data == "shapes_root" else TrainConfig()
     dataset = build_dataset(replace(recipe, data=str(root)), "train")
     assert len(dataset) == case.images
-    ours, pillow, exact = OurPipeline(dataset), PillowPipeline(dataset), PillowPipeline(dataset, exact=True)
-    run, run_pillow, run_exact = (getattr(pipeline, case.stage) for pipeline in (ours, pillow, exact))
-    run = run if case.pipeline == "ours" else run_pillow
-    time_case(benchmark, case, judge(run(), run_exact(), run_pillow(), case.precision), run, CPU)
+    is_ours = case.pipeline == "ours"
+    plain = OnePass if is_ours else PillowPipeline
+    timed = OurPipeline(dataset) if is_ours else PillowPipeline(dataset)
+    run, run_plain, run_exact = (
+        getattr(pipeline, case.stage) for pipeline in (timed, plain(dataset), plain(dataset, exact=True))
+    )
+    time_case(benchmark, case, judge(run(), run_exact(), run_plain(), case.precision), run, CPU)
 
 
 def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:

@@ -146,12 +146,12 @@ def set_kernels(images: int) -> dict[str, Kernel]:
 
 def pixels(images: int, height: int, width: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
-        raw = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
-        sizes = torch.tensor([[height, width - 8 * index] for index in range(images)], device=DEVICE)
-        packed = detr_kernels.PackedImages.of_padded(raw, sizes)
+        photographs = [torch.randint(256, (480, 640, 3), dtype=torch.uint8) for _ in range(images)]
+        sizes = [(height, width - 8 * index) for index in range(images)]
+        packed = detr_kernels.PackedImages.of_list(photographs, sizes).to(DEVICE)
         return packed, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype
 
-    return Kernel(detr_kernels.normalize_pad, make, f"{height}x{width}", differentiable=0)
+    return Kernel(detr_kernels.resize_normalize_pad, make, f"{height}x{width}", differentiable=0)
 
 
 def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
@@ -169,7 +169,7 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
         "cross-attention": attention(images, QUERIES, tokens),
         "add-layer-norm": layer_norm(images, tokens),
         **set_kernels(images),
-        "normalize-pad": pixels(images, height, width),
+        "resize-normalize-pad": pixels(images, height, width),
     }
     if ON_GPU:
         kernels["self-attention-xformers"] = attention(images, tokens, tokens, "xformers")

@@ -1,6 +1,7 @@
 """facebookresearch's data pipeline: Pillow decodes and resizes, torchvision makes tensors (datasets/transforms.py).
 
-It draws from the same generator as ours, so that both leave the same pixels and boxes.
+It draws from the same generator as ours, so that both show the same of each image. Where it crops, it resizes twice;
+`OnePass` resizes once, as ours does.
 """
 
 from dataclasses import dataclass
@@ -48,10 +49,10 @@ class PillowPipeline:
         self.transform = dataset.transform
         self.exact = exact
 
-    def decode(self) -> list[Picture]:
-        return [self.read(record) for record in self.dataset.records]
+    def read(self) -> list[Picture]:
+        return [self.decode(record) for record in self.dataset.records]
 
-    def read(self, record: ImageRecord) -> Picture:
+    def decode(self, record: ImageRecord) -> Picture:
         image = Image.open(record.path).convert("RGB")
         return F.pil_to_tensor(image).double() if self.exact else image
 
@@ -61,7 +62,7 @@ class PillowPipeline:
     def sample(self, index: int) -> LabelledPicture:
         record, transform = self.dataset.records[index], self.transform
         rng = random_generator(self.dataset.seed, 0, index)
-        item = LabelledPicture(self.read(record), torch.from_numpy(record.boxes_xyxy_px))
+        item = LabelledPicture(self.decode(record), torch.from_numpy(record.boxes_xyxy_px))
         if rng.random() < 0.5:
             item = flip(item)
         if transform.crop_sizes and rng.random() >= 0.5:
@@ -70,6 +71,7 @@ class PillowPipeline:
         return resize(item, int(rng.choice(transform.sizes)), transform.max_size)
 
     def batch(self) -> PaddedBatch:
+        """All of the data set's images."""
         images, boxes = zip(*(normalize(item) for item in self.augment()), strict=True)
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -78,6 +80,24 @@ class PillowPipeline:
             row[:, : image.shape[1], : image.shape[2]] = image
             row_mask[: image.shape[1], : image.shape[2]] = False
         return PaddedBatch(padded, mask, list(boxes))
+
+
+class OnePass(PillowPipeline):
+    """The same region of each image, resized at once."""
+
+    def read(self) -> list[Picture]:
+        return [self.region(index).image for index in range(len(self.dataset))]
+
+    def region(self, index: int) -> LabelledPicture:
+        record = self.dataset.records[index]
+        top, left, bottom, right = self.dataset.plan(0, index).on_grid(1)
+        item = LabelledPicture(self.decode(record), torch.from_numpy(record.boxes_xyxy_px))
+        return crop(item, top, left, bottom - top, right - left)
+
+    def sample(self, index: int) -> LabelledPicture:
+        plan = self.dataset.plan(0, index)
+        item = resize_to(self.region(index), plan.size)
+        return flip(item) if plan.mirrored else item
 
 
 def size_of(image: Picture) -> tuple[int, int]:
@@ -93,8 +113,11 @@ def flip(item: LabelledPicture) -> LabelledPicture:
 
 
 def resize(item: LabelledPicture, shorter: int, longest: int) -> LabelledPicture:
+    return resize_to(item, resized_size(size_of(item.image), shorter, longest))
+
+
+def resize_to(item: LabelledPicture, size: tuple[int, int]) -> LabelledPicture:
     height, width = size_of(item.image)
-    size = resized_size((height, width), shorter, longest)
     ratios = torch.tensor([size[1] / width, size[0] / height] * 2)
     return LabelledPicture(F.resize(item.image, list(size), antialias=True), item.boxes_xyxy_px * ratios)
 

@@ -251,6 +251,10 @@ class TrainConfig(DataOptions, RuntimeOptions):
     """Shorter sides to draw from before a random crop, in half of the images; empty: no crops."""
     crop_range: tuple[int, int] = (384, 600)
     """Smallest and largest side of that crop, in pixels."""
+    buckets: bool = True
+    """Batches of images of like shape, so that little is padding; without, of any."""
+    data_only: bool = False
+    """Only read and resize the training images for some seconds, and say how many a second."""
 
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""

@@ -19,7 +19,7 @@ from detr_fast.weights import load_model
 
 def main(options: EvaluateConfig) -> None:
     runtime = choose_runtime(options)
-    model = runtime.place(load_model(options.weights))
+    model = runtime.place_for_inference(load_model(options.weights))
     dataset = evaluation_dataset(model, options)
     console = Console()
     console.print(f"{options.weights} on {len(dataset)} images", markup=False)

@@ -30,7 +30,7 @@ def main(options: PredictConfig) -> int:
         f"--out {out}: pictures would be written among the images that are read. Give another folder.",
     )
     runtime = choose_runtime(options)
-    model = runtime.place(load_model(options.weights))
+    model = runtime.place_for_inference(load_model(options.weights))
     bad: list[str] = []
     entries: list[dict[str, Any]] = []
     for batch in read_batches(files, options.batch_size, bad):

@@ -20,6 +20,7 @@ from detr_fast.evaluation.coco_metrics import METRICS, Evaluation, evaluate_mode
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
+from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
     check_resumed,
@@ -31,6 +32,7 @@ from detr_fast.training.assembly import (
     stored_metadata,
 )
 from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.data_rate import measure_data
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
@@ -86,6 +88,11 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         len(train_set), options.batch_size, options.seed, world.rank, world.size
     ).batches_per_epoch
     schedule = make_schedule(options, batches_per_epoch)
+    if options.data_only:
+        measure_data(
+            make_batches(options, train_set, runtime, world, (0, 0)), config, runtime, options.workers, console
+        )
+        return 0
     progress = Progress(**state["progress"]) if state else Progress()
     require(schedule.total_steps > 0, "--accumulate takes more batches than all epochs have. Lower it.")
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
@@ -133,7 +140,8 @@ def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -
     def evaluate() -> Evaluation:
         pin_memory = runtime.device.type == "cuda"
         loader = evaluation_loader(val_set, options.batch_size, workers, pin_memory, world.rank, world.size)
-        return evaluate_model(step.averaged or step.model, val_set, loader, runtime)
+        model = for_inference(step.averaged or step.model, runtime.dtype)
+        return evaluate_model(model, val_set, loader, runtime)
 
     return evaluate
 

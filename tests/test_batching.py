@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
@@ -19,11 +17,10 @@ from detr_fast.config import UserError
 from detr_fast.data import batching
 from detr_fast.data.batching import (
     Batch,
-    EpochSampler,
     Sample,
     collate,
     evaluation_loader,
-    normalize,
+    model_input,
     train_loader,
 )
 from detr_fast.data.coco import CocoDataset
@@ -36,7 +33,7 @@ def sample(height: int, width: int, targets: int = 1, image_id: int = 1) -> Samp
     generator = torch.Generator().manual_seed(height * 1000 + width)
     image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator).permute(2, 0, 1)
     boxes = torch.rand(targets, 4, generator=generator)
-    return Sample(image, torch.arange(targets), boxes, image_id, (2 * height, 2 * width))
+    return Sample(image, torch.arange(targets), boxes, image_id, (2 * height, 2 * width), (height, width))
 
 
 def train_set(root: Path, on_bad_image: str = "error", seed: int = 42) -> CocoDataset:
@@ -56,20 +53,21 @@ def first(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 def same(a: Batch, b: Batch) -> bool:
     tensors = [
-        (x.images, x.sizes, x.targets.labels, x.targets.boxes_cxcywh, x.targets.count, x.original_sizes) for x in (a, b)
+        (x.images.buffer, x.images.table, x.targets.labels, x.targets.boxes_cxcywh, x.targets.count, x.original_sizes)
+        for x in (a, b)
     ]
-    return a.image_ids == b.image_ids and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
+    alike = (a.image_ids, a.room, a.images.places) == (b.image_ids, b.room, b.images.places)
+    return alike and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
 
 
-def test_collate_pads_right_and_below() -> None:
+def test_collate_keeps_images_as_they_are_and_makes_room_for_the_largest() -> None:
     samples = [sample(30, 50, targets=2, image_id=8), sample(40, 20, targets=0, image_id=3)]
     batch = collate(samples)
-    assert batch.images.shape == (2, 3, 40, 50) and batch.images.dtype == torch.uint8
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch.images[0, :, :30, :50], samples[0].image)
-    assert torch.equal(batch.images[1, :, :40, :20], samples[1].image)
-    assert batch.images[0, :, 30:].sum() == 0 and batch.images[1, :, :, 20:].sum() == 0
-    assert batch.sizes.tolist() == [[30, 50], [40, 20]] and batch.padded
+    for image, one in zip(batch.images, samples, strict=True):
+        assert torch.equal(image, one.image.permute(1, 2, 0))
+    assert batch.images.sizes == [(30, 50), (40, 20)] and batch.room == (40, 50) and batch.padded
+    assert batch.padding == pytest.approx(2 * 40 * 50 / (30 * 50 + 40 * 20))
+    assert collate(samples, (33, 64)).room == (40, 64)
     assert batch.image_ids == [8, 3] and batch.original_sizes.tolist() == [[60, 100], [80, 40]]
     assert batch.targets.count.tolist() == [2, 0]
 
@@ -81,9 +79,9 @@ def test_fault_21_a_batch_without_any_target() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_normalize_is_normalising_each_image_and_then_padding(channels_last: bool) -> None:
+def test_the_models_input_is_each_image_normalised_and_then_padded(channels_last: bool) -> None:
     samples = [sample(31, 50), sample(40, 20)]
-    images, mask = normalize(collate(samples), MEAN, STD, channels_last)
+    images, mask = model_input(collate(samples), MEAN, STD, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert images.dtype == torch.float32 and images.is_contiguous(memory_format=layout)
     assert mask is not None and mask.shape == (2, 40, 50)
@@ -96,15 +94,17 @@ def test_normalize_is_normalising_each_image_and_then_padding(channels_last: boo
         assert row_mask.sum() == 40 * 50 - height * width
 
 
-def test_normalize_gives_no_mask_where_nothing_is_padded() -> None:
-    batch = collate([sample(30, 50), sample(30, 50)])
-    assert normalize(batch, MEAN, STD, channels_last=True)[1] is None
-    assert batch.images.dtype == torch.uint8  # and the batch is as it was
+def test_no_mask_where_nothing_is_padded() -> None:
+    same_size = [sample(30, 50), sample(30, 50)]
+    assert model_input(collate(same_size), MEAN, STD, channels_last=True)[1] is None
+    wider = model_input(collate(same_size, (32, 64)), MEAN, STD, channels_last=True)[1]
+    assert wider is not None and wider.shape == (2, 32, 64) and wider.sum() == 2 * (32 * 64 - 30 * 50)
 
 
 def test_a_batch_moves_whole() -> None:
     batch = collate([sample(30, 50), sample(40, 20)]).to("meta")
-    tensors = (batch.images, batch.sizes, batch.original_sizes, batch.targets.labels, batch.targets.count)
+    packed = batch.images
+    tensors = (packed.buffer, packed.table, batch.original_sizes, batch.targets.labels, batch.targets.count)
     assert all(tensor.device.type == "meta" for tensor in tensors) and batch.padded
 
 
@@ -112,57 +112,13 @@ def test_the_dataloader_would_call_our_pin_memory() -> None:
     assert callable(Batch.pin_memory)
     if torch.cuda.is_available():
         batch = collate([sample(30, 50)]).pin_memory()
-        assert batch.images.is_pinned() and batch.targets.labels.is_pinned()
-
-
-@given(length=st.integers(1, 60), batch_size=st.integers(1, 6), world=st.integers(1, 4), seed=st.integers(-3, 2**40))
-def test_ranks_partition_each_global_batch(length: int, batch_size: int, world: int, seed: int) -> None:
-    if length < batch_size * world:
-        with pytest.raises(UserError, match="--batch-size"):
-            EpochSampler(length, batch_size, seed, 0, world)
-        return
-    samplers = [EpochSampler(length, batch_size, seed, rank, world) for rank in range(world)]
-    alone = EpochSampler(length, batch_size * world, seed)
-    per_epoch = alone.batches_per_epoch
-    assert per_epoch == length // (batch_size * world) == samplers[0].batches_per_epoch
-    steps = 2 * per_epoch + 1
-    seen = []
-    for whole, *parts in itertools.islice(zip(alone, *samplers, strict=True), steps):
-        assert [position for part in parts for position in part] == whole
-        seen += whole
-    indices = [index for epoch, index in seen if epoch == 0]
-    assert len(indices) == len(set(indices)) == per_epoch * batch_size * world
-    assert [epoch for epoch, _ in seen[:: batch_size * world]] == [0] * per_epoch + [1] * per_epoch + [2]
-
-
-def test_order_depends_on_seed_and_epoch() -> None:
-    def epochs(seed: int) -> list[list[int]]:
-        batches = list(itertools.islice(EpochSampler(40, 40, seed), 2))
-        return [[index for _, index in batch] for batch in batches]
-
-    assert epochs(1) == epochs(1)
-    orders = epochs(1) + epochs(2)
-    assert all(sorted(order) == list(range(40)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-
-
-@given(st.integers(0, 25))
-def test_fault_4_a_sampler_started_anywhere_continues(done: int) -> None:
-    whole = EpochSampler(23, 2, seed=7, rank=1, world=2)
-    per_epoch = whole.batches_per_epoch
-    later = EpochSampler(23, 2, 7, 1, 2, start_epoch=done // per_epoch, start_batch=done % per_epoch)
-    assert list(itertools.islice(whole, done, done + 12)) == list(itertools.islice(later, 12))
-
-
-def test_a_start_at_an_epochs_end_is_the_next_epochs_begin() -> None:
-    at_end = EpochSampler(10, 2, 7, start_epoch=1, start_batch=5)
-    assert next(iter(at_end)) == next(iter(EpochSampler(10, 2, 7, start_epoch=2)))
+        assert batch.images.buffer.is_pinned() and batch.images.table.is_pinned() and batch.targets.labels.is_pinned()
 
 
 def test_workers_change_nothing_and_fault_4_a_loader_started_anywhere_continues(shapes_root: Path) -> None:
     dataset = train_set(shapes_root)
     reference = first(train_loader(dataset, 5, workers=0, seed=42), 12)  # 9 batches an epoch
-    assert len({tuple(batch.images.shape) for batch in reference}) > 2
+    assert len({batch.room for batch in reference}) > 2
     for workers in (1, 3):
         other = first(train_loader(dataset, 5, workers=workers, seed=42), 12)
         assert all(same(a, b) for a, b in zip(reference, other, strict=True)), workers
@@ -180,6 +136,7 @@ def test_augmentation_differs_by_seed_epoch_and_image_alone(shapes_root: Path) -
         assert any(image.shape != again.image.shape or not torch.equal(image, again.image) for image in changes)
     pairs = [(dataset[0, index].image.shape, other_seed[0, index].image.shape) for index in range(8)]
     assert any(a != b for a, b in pairs)
+    assert again.size == dataset.plan(3, 5).size
 
 
 def test_making_a_loader_leaves_the_global_random_state(shapes_root: Path) -> None:

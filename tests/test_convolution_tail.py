@@ -1,11 +1,8 @@
 """Any convolution in each form: as exact as eager code, forward and backward, and chosen for a stated reason."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from detr_kernels import choose_convolution, conv_bias_act, conv_bias_act_ref, convolution_tail
-from detr_kernels.convolution_tail import cudnn_op
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
@@ -146,57 +143,6 @@ def test_a_nan_is_not_hidden_by_the_relu() -> None:
     assert results[0].isnan().sum() == 72 * 9
 
 
-@pytest.fixture
-def cudnn() -> Iterator[None]:
-    """On a CPU, cuDNN's two fused operators by their own signatures, computed by plain torch."""
-    if DEVICE == "cuda":
-        yield
-        return
-    library = torch.library.Library("aten", "IMPL")
-    convolve = torch.ops.aten.convolution
-
-    def conv_relu(x, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-        return convolve(x, weight, bias, stride, padding, dilation, False, [0, 0], groups).relu()
-
-    def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-        return (convolve(x, weight, bias, stride, padding, dilation, False, [0, 0], groups) + alpha * z).relu()
-
-    library.impl("cudnn_convolution_relu", conv_relu, "CPU")
-    library.impl("cudnn_convolution_add_relu", conv_add_relu, "CPU")
-    yield
-    library._destroy()
-
-
-@pytest.mark.usefixtures("cudnn")
-@pytest.mark.parametrize("dtype", FLOORS)
-@pytest.mark.parametrize("case", [case for case in CASES if case[-1]])
-def test_cudnns_form(case: tuple, dtype: torch.dtype) -> None:
-    inputs = make_inputs(*case[:-1], dtype)
-    assert torch.equal(cudnn_op(*inputs), conv_bias_act_ref(*inputs))
-    assert_same_function(cudnn_op, conv_bias_act_ref, inputs, FLOORS[dtype])
-
-
-@pytest.mark.usefixtures("cudnn")
-def test_cudnns_form_takes_a_float32_bias_and_frozen_weights() -> None:
-    x, weight, bias, *rest = bottleneck(torch.bfloat16)
-    assert_same_function(cudnn_op, conv_bias_act_ref, [x, weight, bias.float(), *rest], FLOORS[torch.bfloat16])
-    x.requires_grad_()
-    grads = [torch.autograd.grad(each(x, weight, bias, *rest).sum(), x)[0] for each in (cudnn_op, conv_bias_act_ref)]
-    assert torch.equal(*grads)
-
-
-@pytest.mark.usefixtures("cudnn")
-def test_cudnns_form_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution_tail, "choose_convolution", lambda *_: ("cudnn", ""))  # on a CPU too
-    with torch.autocast(DEVICE, torch.bfloat16):
-        result = conv_bias_act(*bottleneck(torch.float32))
-        assert result.dtype == torch.bfloat16
-        assert torch.equal(result, conv_bias_act_ref(*bottleneck(torch.bfloat16)))
-        without_relu = conv_bias_act(*bottleneck(torch.float32), relu=False)
-    assert (without_relu < 0).any()
-
-
-@pytest.mark.usefixtures("cudnn")
 def test_operators_are_registered_as_torch_asks() -> None:
     from detr_kernels.convolution_tail import backward_op, forward_op
 
@@ -207,7 +153,6 @@ def test_operators_are_registered_as_torch_asks() -> None:
         torch.library.opcheck(forward_op, (conv, bias, residual, relu))
         torch.library.opcheck(forward_op, (conv, bias, None, relu))
     torch.library.opcheck(backward_op, (residual.detach(), conv.detach()))
-    torch.library.opcheck(cudnn_op, tuple(inputs))
 
 
 def test_one_function_for_every_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +169,7 @@ def test_one_function_for_every_convolution(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_default_is_plain_torch_until_a_measurement_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_convolution(3, cpu) == ("ref", "oneDNN adds the bias itself")
+    assert choose_convolution(3, cpu) == ("onednn", "oneDNN adds bias and residual and applies the ReLU itself")
     assert choose_convolution(3, cpu, "ref") == ("ref", "asked for")
     assert choose_convolution(3, cuda, "cudnn") == ("cudnn", "asked for")
     monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
@@ -239,7 +184,7 @@ def test_the_default_is_plain_torch_until_a_measurement_says_otherwise(monkeypat
     assert choose_convolution(3, cuda)[0] == "ref"
     assert choose_convolution(7, cuda, training=True) == ("cudnn", "a win in training")
     assert choose_convolution(3, cuda, training=True)[0] == "ref"
-    with pytest.raises(RuntimeError, match="cuDNN does not run on cpu"):
+    with pytest.raises(RuntimeError, match="cudnn does not run on cpu"):
         choose_convolution(3, cpu, "cudnn")
     with pytest.raises(ValueError, match="backend"):
         choose_convolution(3, cpu, "oneDNN")  # type: ignore[arg-type]

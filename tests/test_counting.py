@@ -219,10 +219,10 @@ def test_convolution_1x1(stride: int) -> None:
     assert flop_of(run) == 2 * 2 * pixels * 6 * 3
 
 
-def test_convolution_of_cudnn() -> None:
+def test_convolution_of_a_library() -> None:
     with FakeTensorMode():
         x, weight, bias = torch.empty(2, 4, 9, 7), torch.empty(6, 4, 3, 3), torch.empty(6)
-        run = lambda: torch.ops.detr_kernels.conv_bias_relu_cudnn(x, weight, bias, None, 2, 1, 1)  # noqa: E731
+        run = lambda: torch.ops.detr_kernels.conv_bias_act_library(x, weight, bias, None, 2, 1, 1, True, "cudnn")  # noqa: E731
         assert flop_of(run) == 2 * (2 * 5 * 4) * 6 * 4 * 9
 
 

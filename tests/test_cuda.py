@@ -10,7 +10,7 @@ from detr_kernels import batched_assignment
 from scipy.optimize import linear_sum_assignment
 
 from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
-from detr_fast.data.batching import Batch, collate
+from detr_fast.data.batching import Batch, collate, on_device
 from detr_fast.data.sample import Sample
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
@@ -36,7 +36,7 @@ def make_batch() -> Batch:
         image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
         boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
         labels = torch.randint(0, CONFIG.num_classes, (count,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, size))
+        samples.append(Sample(image, labels, boxes, index, size, size))
     return collate(samples).pin_memory()
 
 
@@ -73,6 +73,13 @@ def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention, mon
     for name in (name for name in expected if name.startswith("loss")):
         value = expected[name]
         assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
+
+
+def test_batches_come_copied_one_ahead() -> None:
+    batches = [make_batch() for _ in range(3)]
+    for batch, arrived in zip(batches, on_device(batches, torch.device("cuda")), strict=True):
+        for there, here in zip(arrived.tensors(), batch.tensors(), strict=True):
+            assert there.device.type == "cuda" and torch.equal(there.cpu(), here)
 
 
 def test_the_assignment_is_captured_and_replayed() -> None:

@@ -31,7 +31,7 @@ def sample(index: int) -> Sample:
     boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
     labels = torch.randint(0, CONFIG.num_classes, (count,), generator=generator)
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
-    return Sample(image, labels, boxes, image_id=index, original_size=(64, 64))
+    return Sample(image, labels, boxes, image_id=index, original_size=(64, 64), size=(64, 64))
 
 
 def batch(*indices: int) -> Batch:

@@ -57,6 +57,11 @@ def golden_array(name: str) -> Tensor:
     return torch.from_numpy(arrays()[name])
 
 
+ANOTHER_PROCESSOR = 1e-2
+"""Relative, of a gradient's norm. fp32 on the processor that made the golden numbers repeats them to 7e-7; another one,
+which sums in another order, is off by 4e-3, the plain reference as much as ours, and float64 by 5e-3."""
+
+
 @dataclass
 class Run:
     """What one implementation makes of a golden case: before, at and after one optimizer step."""
@@ -184,11 +189,11 @@ def test_gradient_of_every_trained_parameter(run: Run) -> None:
     assert run.grad_norms.keys() == expected.keys()
     assert run.without_grad == set(run.golden["no_grad"])
     for name, norm in run.grad_norms.items():
-        assert norm == pytest.approx(expected[name], rel=1e-3, abs=floor), name
+        assert norm == pytest.approx(expected[name], rel=ANOTHER_PROCESSOR, abs=floor), name
 
 
 def test_loss_after_one_optimizer_step(run: Run) -> None:
-    assert run.total_after_step == pytest.approx(run.golden["total_after_step"], rel=1e-4)
+    assert run.total_after_step == pytest.approx(run.golden["total_after_step"], rel=1e-3)
     assert run.total_after_step != pytest.approx(run.golden["total"], rel=1e-2)
 
 

@@ -30,7 +30,7 @@ def batch(sizes: list[tuple[int, int]], counts: list[int]) -> Batch:
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
         boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
         labels = torch.randint(0, TINY.num_classes, (count,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, (height, width)))
+        samples.append(Sample(image, labels, boxes, index, (height, width), (height, width)))
     return collate(samples)
 
 

@@ -3,23 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from detr_kernels import PackedImages, resize_normalize_pad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
+from detr_fast.boxes import cxcywh_to_xyxy
 from detr_fast.data.transforms import (
     EvaluationTransform,
-    LabelledImage,
+    Plan,
     TrainTransform,
-    crop,
-    flip,
+    boxes_within,
     random_region,
-    resize,
     resized_size,
 )
 
 DETR_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 DETR_TRAIN = TrainTransform(DETR_SIZES, 1333, (400, 500, 600), (384, 600))
+NO_BOXES = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
 
 
 def detr_size(width: int, height: int, size: int, max_size: int) -> tuple[int, int]:
@@ -31,12 +33,32 @@ def detr_size(width: int, height: int, size: int, max_size: int) -> tuple[int, i
     return (int(size * height / width), size) if width < height else (size, int(size * width / height))
 
 
-def item_with_box(height: int, width: int, box: tuple[int, int, int, int]) -> LabelledImage:
-    """Black, but for the box xyxy, which is white."""
+def image_with_box(height: int, width: int, box: tuple[int, int, int, int]) -> Tensor:
+    """Black (3, h, w), but for the box xyxy, which is white."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     x0, y0, x1, y1 = box
     image[:, y0:y1, x0:x1] = 255
-    return LabelledImage(image, torch.tensor([7]), torch.tensor([box], dtype=torch.float32))
+    return image
+
+
+def seen(image: Tensor, plan: Plan, shrunk: int = 1) -> Tensor:
+    """What `plan` makes of `image` (3, h, w), which is `shrunk` already: levels (3, h', w')."""
+    top, left, bottom, right = plan.on_grid(shrunk)
+    region = image[:, top:bottom, left:right].permute(1, 2, 0)
+    packed = PackedImages.of_list([region], [plan.size], [plan.mirrored])
+    return resize_normalize_pad(packed, *plan.size, (0, 0, 0), (1 / 255,) * 3, backend="ref")[0].round()
+
+
+def boxes_px(plan: Plan, *boxes: tuple[float, float, float, float], shrunk: int = 1) -> tuple[Tensor, list[int]]:
+    """The boxes xyxy in pixels of what `plan` makes of their image, and which of them are left."""
+    height, width = plan.size
+    kept, labels = boxes_within(
+        torch.tensor(boxes, dtype=torch.float32) / shrunk,
+        torch.arange(len(boxes)),
+        plan.on_grid(shrunk),
+        plan.mirrored,
+    )
+    return cxcywh_to_xyxy(kept) * torch.tensor([width, height, width, height]), labels.tolist()
 
 
 def white_box(image: torch.Tensor) -> list[float]:
@@ -72,80 +94,115 @@ def test_known_sizes(width: int, height: int, size: int, expected: tuple[int, in
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 1200), (1, 2)])
 def test_fault_18_extreme_aspects_never_give_zero_size(size: tuple[int, int]) -> None:
-    item = LabelledImage(
-        torch.full((3, *size), 9, dtype=torch.uint8),
-        torch.tensor([1]),
-        torch.tensor([[0, 0, size[1], size[0]]], dtype=torch.float32),
-    )
+    image = torch.full((3, *size), 9, dtype=torch.uint8)
     train = TrainTransform((48, 80), 133, (40, 60), (38, 60))
-    for seed in range(6):
-        changed = train(item, np.random.default_rng(seed))
-        assert min(changed.size) >= 1 and max(changed.size) <= 140
-        assert changed.image.float().mean() == 9
-    assert min(EvaluationTransform(80, 133)(item, np.random.default_rng(0)).size) >= 1
+    plans = [train(size, np.random.default_rng(seed)) for seed in range(12)] + [EvaluationTransform(80, 133).plan(size)]
+    for plan in plans:
+        assert min(plan.size) >= 1 and max(plan.size) <= 140
+        assert seen(image, plan).mean() == 9
 
 
 def test_resize_is_pillows_within_a_level() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
     for size in ((75, 100), (200, 266), (33, 160)):
-        ours = resize(
-            LabelledImage(torch.from_numpy(pixels).permute(2, 0, 1), torch.zeros(0), torch.zeros(0, 4)), size
-        ).image.permute(1, 2, 0)
+        ours = seen(torch.from_numpy(pixels).permute(2, 0, 1), Plan((0, 0, 120, 160), size)).permute(1, 2, 0)
         pillows = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
         difference = np.abs(ours.numpy().astype(int) - pillows)
         assert difference.mean() < 0.5 and difference.max() <= 2
 
 
-def test_resize_to_its_own_size_is_no_work() -> None:
-    item = item_with_box(30, 40, (3, 5, 20, 17))
-    assert resize(item, (30, 40)) is item
-
-
 def test_boxes_follow_the_pixels() -> None:
-    item = item_with_box(60, 80, (8, 12, 40, 30))
-    flipped = flip(item)
-    assert white_box(flipped.image) == flipped.boxes_xyxy_px[0].tolist() == [40, 12, 72, 30]
-    enlarged = resize(item, (120, 240))
-    assert white_box(enlarged.image) == enlarged.boxes_xyxy_px[0].tolist() == [24, 24, 120, 60]
-    cropped = crop(item, top=20, left=10, height=35, width=20)
-    assert cropped.size == (35, 20)
-    assert white_box(cropped.image) == cropped.boxes_xyxy_px[0].tolist() == [0, 0, 20, 10]
+    image, box = image_with_box(60, 80, (8, 12, 40, 30)), (8, 12, 40, 30)
+    for plan, expected in (
+        (Plan((0, 0, 60, 80), (60, 80), mirrored=True), [40, 12, 72, 30]),
+        (Plan((0, 0, 60, 80), (120, 240)), [24, 24, 120, 60]),
+        (Plan((20, 10, 55, 30), (35, 20)), [0, 0, 20, 10]),
+        (Plan((20, 10, 55, 30), (70, 60), mirrored=True), [0, 0, 60, 20]),
+        (Plan((0, 20, 60, 80), (60, 60), mirrored=True), [40, 12, 60, 30]),
+    ):
+        boxes, _ = boxes_px(plan, box)
+        assert white_box(seen(image, plan)) == boxes[0].round(decimals=4).tolist() == expected
 
 
 def test_boxes_that_a_crop_leaves_empty_go_with_their_labels() -> None:
-    boxes = torch.tensor([[0, 0, 10, 10], [5, 5, 30, 30], [10, 0, 20, 10], [40, 40, 50, 50]], dtype=torch.float32)
-    item = LabelledImage(torch.zeros(3, 60, 60, dtype=torch.uint8), torch.tensor([1, 2, 3, 4]), boxes)
-    cropped = crop(item, top=10, left=10, height=30, width=30)
-    assert cropped.labels.tolist() == [2]  # the first and third only touch the region, the last lies outside
-    assert cropped.boxes_xyxy_px.tolist() == [[0, 0, 20, 20]]
+    boxes, labels = boxes_px(
+        Plan((10, 10, 40, 40), (30, 30)), (0, 0, 10, 10), (5, 5, 30, 30), (10, 0, 20, 10), (40, 40, 50, 50)
+    )
+    assert labels == [1]  # the first and third only touch the region, the last lies outside
+    torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 20, 20]]))
 
 
 def test_the_whole_augmentation_keeps_boxes_on_their_pixels() -> None:
-    item = item_with_box(480, 640, (200, 130, 420, 350))
+    image, box = image_with_box(480, 640, (200, 130, 420, 350)), (200, 130, 420, 350)
     for seed in range(12):
-        changed = DETR_TRAIN(item, np.random.default_rng(seed))
-        found, told = white_box(changed.image), changed.boxes_xyxy_px[0].tolist()
+        plan = DETR_TRAIN((480, 640), np.random.default_rng(seed))
+        found, told = white_box(seen(image, plan)), boxes_px(plan, box)[0][0].tolist()
         assert max(abs(a - b) for a, b in zip(found, told, strict=True)) <= 1.5, seed
 
 
+def two_steps(image: Tensor, boxes: list[float], rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+    """DETR's own order on a Pillow image: flip, then resize, crop, resize; levels (3, h, w) and the box, in pixels."""
+    picture, box = Image.fromarray(image.permute(1, 2, 0).numpy()), np.array(boxes)
+
+    def resize(size: tuple[int, int]) -> None:
+        nonlocal picture, box
+        box = box * np.array([size[1] / picture.width, size[0] / picture.height] * 2)
+        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+
+    if rng.random() < 0.5:
+        box = np.array([picture.width - box[2], box[1], picture.width - box[0], box[3]])
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() >= 0.5:
+        shorter = DETR_TRAIN.crop_sizes[int(rng.integers(3))]
+        resize(resized_size((picture.height, picture.width), shorter, 16384))
+        top, left, height, width = random_region((picture.height, picture.width), DETR_TRAIN.crop_range, rng)
+        box = np.clip(box - np.array([left, top] * 2), 0, [width, height] * 2)
+        picture = picture.crop((left, top, left + width, top + height))
+    resize(resized_size((picture.height, picture.width), DETR_SIZES[int(rng.integers(len(DETR_SIZES)))], 1333))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1), box
+
+
+def test_one_resize_shows_what_detrs_two_show() -> None:
+    """The same size; the same picture, but for half a pixel and what a second resize blurs; the same boxes."""
+    ramp = torch.linspace(0, 255, 640).expand(480, 640)
+    image = torch.stack((ramp, torch.linspace(0, 255, 480)[:, None].expand(480, 640), ramp.flip(1))).to(torch.uint8)
+    box = [120.0, 90, 600, 400]
+    for seed in range(16):
+        plan = DETR_TRAIN((480, 640), np.random.default_rng(seed))
+        theirs, their_box = two_steps(image, box, np.random.default_rng(seed))
+        assert plan.size == theirs.shape[1:]
+        assert (seen(image, plan) - theirs).abs().mean() < 1
+        np.testing.assert_allclose(boxes_px(plan, tuple(box))[0][0].numpy(), their_box, atol=1.5)
+
+
+def test_a_jpeg_is_shrunk_where_twice_the_pixels_are_left() -> None:
+    whole = (0, 0, 3000, 4000)
+    sizes = {(3000, 4000): 1, (1501, 2001): 1, (750, 1000): 2, (749, 1000): 2, (375, 500): 4, (180, 240): 8, (9, 12): 8}
+    assert {size: Plan(whole, size).shrinkage() for size in sizes} == sizes
+    assert Plan((0, 0, 600, 800), (800, 1066)).shrinkage() == 1
+    assert Plan((1000, 1000, 1800, 2000), (400, 500)).shrinkage() == 1  # what counts is the region
+    plan = Plan((200, 400, 1400, 2000), (300, 400))
+    boxes, _ = boxes_px(plan, (400, 200, 1200, 800), shrunk=plan.shrinkage())
+    assert plan.on_grid(2) == (100, 200, 700, 1000) and boxes[0].tolist() == [0, 0, 200, 150]
+
+
 def test_augmentation_draws_flips_crops_and_all_sizes() -> None:
-    item = item_with_box(48, 64, (4, 3, 20, 25))
     small = TrainTransform((48, 51, 54), 133, (40, 50, 60), (38, 60))
-    results = [small(item, np.random.default_rng(seed)) for seed in range(300)]
+    results = [small((48, 64), np.random.default_rng(seed)) for seed in range(300)]
     assert {min(result.size) for result in results} == {48, 51, 54}
     aspects = [result.size[1] / result.size[0] for result in results]
     uncropped = np.mean([abs(aspect - 4 / 3) < 0.03 for aspect in aspects])
     assert 0.4 < uncropped < 0.65
     whole = [result for result, aspect in zip(results, aspects, strict=True) if abs(aspect - 4 / 3) < 0.03]
-    flipped = np.mean([result.boxes_xyxy_px[0, 0] > result.size[1] / 2 for result in whole])
+    flipped = np.mean([result.mirrored for result in whole])
     assert 0.4 < flipped < 0.6
 
 
 def test_no_crop_sizes_no_crops() -> None:
-    item = item_with_box(48, 64, (4, 3, 20, 25))
     transform = TrainTransform((96,), 133, (), (38, 60))
     for seed in range(20):
-        assert transform(item, np.random.default_rng(seed)).size == (96, 128)
+        plan = transform((48, 64), np.random.default_rng(seed))
+        assert plan.size == (96, 128) and plan.region == (0, 0, 48, 64)
 
 
 def test_regions_span_the_range_and_stay_inside() -> None:
@@ -158,9 +215,7 @@ def test_regions_span_the_range_and_stay_inside() -> None:
 
 
 def test_no_targets_pass_through_everything() -> None:
-    item = LabelledImage(
-        torch.zeros(3, 50, 70, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
-    )
     for seed in range(8):
-        changed = TrainTransform((48,), 133, (40,), (20, 30))(item, np.random.default_rng(seed))
-        assert changed.boxes_xyxy_px.shape == (0, 4) and changed.labels.dtype == torch.int64
+        plan = TrainTransform((48,), 133, (40,), (20, 30))((50, 70), np.random.default_rng(seed))
+        boxes, labels = boxes_within(*NO_BOXES, plan.on_grid(1), plan.mirrored)
+        assert boxes.shape == (0, 4) and labels.dtype == torch.int64

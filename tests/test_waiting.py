@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from detr_kernels import PackedImages
 from detr_kernels.dispatch import launches_to
+from detr_kernels.pixels import Place
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -25,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.batching import Batch, normalize
+from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime, select_implementation
@@ -105,15 +107,16 @@ def reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ref
 
 
 def make_batch(device: torch.device, padded: bool) -> Batch:
-    """Two images of 96x128 with up to five objects each, on the device."""
+    """Two images of 48x64 to become 96x128, with up to five objects each, on the device."""
     targets = Targets(
         torch.zeros(2, 5, dtype=torch.int64, device=device),
         torch.zeros(2, 5, 4, device=device),
         torch.zeros(2, dtype=torch.int64, device=device),
     )
-    images = torch.zeros(2, 96, 128, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    sizes = torch.zeros(2, 2, dtype=torch.int64, device=device)
-    return Batch(images, sizes, padded, targets, [1, 2], sizes)
+    places = tuple(Place(index * 48 * 64 * 3, 48, 64, 96, 120 if padded else 128, index) for index in (0, 1))
+    buffer = torch.zeros(2 * 48 * 64 * 3, dtype=torch.uint8, device=device)
+    images = PackedImages(buffer, torch.zeros(2, 6, dtype=torch.int64, device=device), places)
+    return Batch(images, (96, 128), targets, [1, 2], torch.zeros(2, 2, dtype=torch.int64, device=device))
 
 
 def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attention = "sdpa") -> TrainStep:
@@ -127,7 +130,7 @@ def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attent
 
 
 OURS = {
-    "normalize_pad",
+    "resize_normalize_pad",
     "conv1x1_bias_act",
     "conv1x1_input_gradient",
     "conv1x1_weight_gradient",
@@ -175,7 +178,7 @@ def test_what_a_gpu_gets_by_default_in_bf16(monkeypatch: pytest.MonkeyPatch) -> 
     with FakeTensorMode(), launches_to(lambda *_, **__: None), RefuseHostReads() as reads:
         step, batch = make_step(device), make_batch(device, True)
         select_implementation(step.model, dtype=torch.bfloat16)
-        images, mask = normalize(batch, CONFIG.image_mean, CONFIG.image_std, True, torch.bfloat16)
+        images, mask = model_input(batch, CONFIG.image_mean, CONFIG.image_std, True, torch.bfloat16)
         with torch.autocast("cuda", torch.bfloat16):
             outputs = step.model(images, mask)
         terms = step.criterion(outputs, batch.targets)

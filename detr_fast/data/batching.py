@@ -1,19 +1,19 @@
-"""From single images to batches on the device: one worker's read, the collation, the two loaders, the normalisation."""
+"""From single images to batches on the device: one worker's read, the collation, the two loaders, the pixels."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from detr_kernels import Backend, PackedImages, normalize_pad
+from detr_kernels import Backend, PackedImages, resize_normalize_pad
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import EpochSampler, Position
+from detr_fast.data.sampler import Buckets, EpochSampler, Position
 from detr_fast.data.targets import Targets
 
 WORKER_TIMEOUT_S = 600
@@ -22,14 +22,11 @@ WORKER_TIMEOUT_S = 600
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step, padded right and below to the largest."""
+    """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
 
-    images: Tensor
-    """uint8 (B, 3, H, W), 0 where padded"""
-    sizes: Tensor
-    """(B, 2) int64, each image's (h, w) inside"""
-    padded: bool
-    """Whether any image is smaller than (H, W); known without asking the device."""
+    images: PackedImages
+    room: tuple[int, int]
+    """(H, W) that all are padded to, right and below"""
     targets: Targets
     image_ids: list[int]
     original_sizes: Tensor
@@ -41,7 +38,6 @@ class Batch:
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
-            sizes=self.sizes.to(device, non_blocking=non_blocking),
             targets=self.targets.to(device, non_blocking=non_blocking),
             original_sizes=self.original_sizes.to(device, non_blocking=non_blocking),
         )
@@ -52,32 +48,45 @@ class Batch:
         return replace(
             self,
             images=self.images.pin_memory(),
-            sizes=self.sizes.pin_memory(),
             targets=Targets(*(part.pin_memory() for part in targets)),
             original_sizes=self.original_sizes.pin_memory(),
         )
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that moves between devices."""
+        targets = self.targets
+        yield from (self.images.buffer, self.images.table, self.original_sizes)
+        yield from (targets.labels, targets.boxes_cxcywh, targets.count)
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """At least one sample; images in channels-last memory."""
-    sizes = torch.tensor([sample.image.shape[1:] for sample in samples])
-    height, width = sizes.amax(dim=0).tolist()
-    padded = bool((sizes != sizes[0]).any())
-    allocate = torch.zeros if padded else torch.empty
-    images = allocate(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    for row, sample in zip(images, samples, strict=True):
-        row[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+    @property
+    def padded(self) -> bool:
+        """Whether any image is smaller than the room."""
+        return any(size != self.room for size in self.images.sizes)
+
+    @property
+    def padding(self) -> float:
+        """Pixels that are computed, over those that are not padding."""
+        return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
+
+
+def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
+    """At least one sample; padded to the largest, and to `room` at least."""
+    images = PackedImages.of_list(
+        [sample.image.permute(1, 2, 0) for sample in samples],
+        [sample.size for sample in samples],
+        [sample.mirrored for sample in samples],
+    )
+    heights, widths = zip(room, *images.sizes, strict=True)
     return Batch(
         images=images,
-        sizes=sizes,
-        padded=padded,
+        room=(max(heights), max(widths)),
         targets=Targets.from_list([{"labels": s.labels, "boxes": s.boxes_cxcywh} for s in samples]),
         image_ids=[sample.image_id for sample in samples],
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
     )
 
 
-def normalize(
+def model_input(
     batch: Batch,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -85,20 +94,17 @@ def normalize(
     dtype: torch.dtype = torch.float32,
     form: Backend = "ref",
 ) -> tuple[Tensor, Tensor | None]:
-    """`(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded, and the mask (B, H, W), True where padded.
-
-    The mask is None where nothing is. Runs on the batch's device and asks it for nothing.
-    """
-    height, width = batch.images.shape[2:]
-    packed = PackedImages.of_padded(batch.images, batch.sizes)
-    images, sizes = normalize_pad(packed, height, width, mean, std, dtype, form)
+    """Resized and mirrored, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
+    True where padded, or None where nothing is. Runs on the batch's device and asks it for nothing."""
+    height, width = batch.room
+    images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, form)
     if not channels_last:
         images = images.contiguous()
     if not batch.padded:
         return images, None
-    rows = torch.arange(height, device=images.device)[None, :, None]
-    columns = torch.arange(width, device=images.device)[None, None, :]
-    return images, (rows >= sizes[:, 0, None, None]) | (columns >= sizes[:, 1, None, None])
+    own_height, own_width = batch.images.table[:, 3:5, None].unbind(1)  # (B, 1) each
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    return images, (rows >= own_height)[:, :, None] | (columns >= own_width)[:, None, :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +114,8 @@ class Read:
     sample: Sample | None
     skipped: tuple[str, ...] = ()
     error: UserError | None = None
+    room: tuple[int, int] = (1, 1)
+    """(H, W) that the batch is to have at least."""
 
 
 class TrainReader(Dataset[Read]):
@@ -117,12 +125,11 @@ class TrainReader(Dataset[Read]):
         self.dataset = dataset
 
     def __getitem__(self, position: Position) -> Read:
-        epoch, index = position
         skipped: list[str] = []
         for offset in range(len(self.dataset)):
-            place = (index + offset) % len(self.dataset)
+            place = (position.image + offset) % len(self.dataset)
             try:
-                return Read(self.dataset[epoch, place], tuple(skipped))
+                return Read(self.dataset[position.epoch, place], tuple(skipped), room=position.room)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
                     return Read(None, error=error)
@@ -155,7 +162,7 @@ def collate_reads(reads: Sequence[Read]) -> Collated:
             return read.error
     skipped = tuple(path for read in reads for path in read.skipped)
     samples = [read.sample for read in reads if read.sample is not None]
-    return replace(collate(samples), skipped=skipped) if samples else skipped
+    return replace(collate(samples, reads[0].room), skipped=skipped) if samples else skipped
 
 
 def train_loader(
@@ -168,12 +175,13 @@ def train_loader(
     start_epoch: int = 0,
     start_batch: int = 0,
     pin_memory: bool = False,
+    buckets: Buckets | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, in the order of `EpochSampler`, the same for any number of `workers`.
 
     Raises UserError for an image that cannot be read or a worker that dies or hangs.
     """
-    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world, start_epoch, start_batch)
+    sampler = EpochSampler(len(dataset), batch_size, seed, rank, world, start_epoch, start_batch, buckets)
     return batches(make_loader(TrainReader(dataset), workers, pin_memory, batch_sampler=sampler))
 
 
@@ -212,6 +220,32 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
             skipped += collated
     if skipped:
         warnings.warn(f"Images that could not be read, at the end: {', '.join(skipped)}")
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches there; on a GPU one ahead, copied on a stream of its own while the batch before is computed with."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    copies: Any = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            copied = batch.to(device), copies.record_event()
+        if ahead:
+            yield received(*ahead)
+        ahead = copied
+    if ahead:
+        yield received(*ahead)
+
+
+def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
+    """For the current stream, which waits for the copy; the memory is not used again before that stream is done."""
+    current = torch.cuda.current_stream(batch.original_sizes.device)
+    current.wait_event(copied)
+    for tensor in batch.tensors():
+        tensor.record_stream(current)
+    return batch
 
 
 def surviving(loader: DataLoader) -> Iterator[Collated]:

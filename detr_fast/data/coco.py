@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detr_fast.boxes import xyxy_to_cxcywh
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
-from detr_fast.data.decode import decode_image
+from detr_fast.data.decode import decode_file
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import Position, random_generator
+from detr_fast.data.sampler import random_generator
 from detr_fast.data.splits import find_split, require_split
-from detr_fast.data.transforms import EvaluationTransform, LabelledImage, TrainTransform, Transform
+from detr_fast.data.transforms import EvaluationTransform, Plan, TrainTransform, Transform, boxes_within
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -73,19 +72,26 @@ class CocoDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, position: Position) -> Sample:
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
         """The augmentation is drawn from (seed, epoch, index) alone. Raises UserError for an image that is missing,
         cannot be decoded, or has another size than the annotations say."""
-        epoch, index = position
+        record, plan = self.records[place[1]], self.plan(*place)
+        decoded = decode_file(record.path, plan.shrinkage())
+        require(decoded.size == (record.height, record.width), size_mismatch(record, decoded.size))
+        top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
+        boxes, labels = boxes_within(
+            torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
+            torch.from_numpy(record.labels),
+            region,
+            plan.mirrored,
+        )
+        image = decoded.image[:, top:bottom, left:right]
+        return Sample(image, labels, boxes, record.id, decoded.size, plan.size, plan.mirrored)
+
+    def plan(self, epoch: int, index: int) -> Plan:
+        """What is made of an image in an epoch; nothing is read for it."""
         record = self.records[index]
-        image = decode_image(record.path)
-        original_size = (image.shape[1], image.shape[2])
-        require(original_size == (record.height, record.width), size_mismatch(record, original_size))
-        item = LabelledImage(image, torch.from_numpy(record.labels), torch.from_numpy(record.boxes_xyxy_px))
-        item = self.transform(item, random_generator(self.seed, epoch, index))
-        height, width = item.size
-        relative = item.boxes_xyxy_px / torch.tensor([width, height, width, height])
-        return Sample(item.image, item.labels, xyxy_to_cxcywh(relative), record.id, original_size)
+        return self.transform((record.height, record.width), random_generator(self.seed, epoch, index))
 
     def coco_document(self) -> dict[str, Any]:
         """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""

@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,30 @@ BROKEN_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, 
 """What Pillow raises for broken files."""
 
 
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What a file holds."""
+
+    image: Tensor
+    """uint8 (3, h, w), in channels-last memory, which torchvision resizes fastest"""
+    size: tuple[int, int]
+    """(h, w) of the file"""
+    shrunk: int = 1
+    """How many times smaller `image` is, each way; sides are rounded up."""
+
+
 def decode_image(path: Path) -> Tensor:
-    """The image as uint8 (3, h, w), in channels-last memory, which torchvision resizes fastest.
+    """The whole image as uint8 (3, h, w). Raises UserError as `decode_file`."""
+    return decode_file(path).image
+
+
+def decode_file(path: Path, shrunk: int = 1) -> Decoded:
+    """The image, or, of a JPEG, one 1, 2, 4 or 8 times smaller, which costs less than the whole.
 
     Raises UserError, naming the file, where it is missing, no image, truncated, corrupt or over `MOST_PIXELS`.
     """
     try:
-        return decode_bytes(path.read_bytes())
+        return decode_bytes(path.read_bytes(), shrunk)
     except FileNotFoundError as error:
         raise UserError(f"{path}: the image file is missing.") from error
     except BROKEN_FILE_ERRORS as error:
@@ -42,26 +60,28 @@ def decode_image(path: Path) -> Tensor:
         ) from error
 
 
-def decode_bytes(data: bytes) -> Tensor:
-    """As `decode_image`, of a file's content. Raises one of `BROKEN_FILE_ERRORS`."""
+def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
+    """As `decode_file`, of a file's content. Raises one of `BROKEN_FILE_ERRORS`."""
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(JPEG_START):
-        return decode_jpeg(data)
+        return decode_jpeg(data, shrunk)
     return decode_with_pillow(data)
 
 
-def decode_jpeg(data: bytes) -> Tensor:
+def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
     """Whatever makes the decoder warn is an error: a scan of garbage and a few stray bytes give the same warning."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     refuse_bomb(height, width)
     if colorspace in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK", strict=True)  # Pillow accepts a corrupt scan
         return decode_with_pillow(data)
-    return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", strict=True)).permute(2, 0, 1)
+    least = {"min_height": -(-height // shrunk), "min_width": -(-width // shrunk)}
+    pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+    return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), shrunk)
 
 
-def decode_with_pillow(data: bytes) -> Tensor:
+def decode_with_pillow(data: bytes) -> Decoded:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -71,7 +91,7 @@ def decode_with_pillow(data: bytes) -> Tensor:
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         refuse_bomb(image.height, image.width)
-        return torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1)
+        return Decoded(torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1), (image.height, image.width))
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Augmentation and the evaluation resize, as DETR's (REFERENCE: Recipe), on uint8 images and boxes in pixels."""
+"""Augmentation and the evaluation resize, as DETR's (REFERENCE: Recipe): which part of an image is seen, and how large.
+
+A plan is numbers alone, drawn before the image is read: the sampler forms batches of like shape from it, the decoder
+reads no more pixels than it needs, and the device resamples what is left in one pass.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,27 +10,45 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+
+from detr_fast.boxes import xyxy_to_cxcywh
 
 LONGEST_SIDE_BEFORE_CROP_PX = 16384
 """DETR does not bound the resize that precedes a crop; this does, for aspects past 27, so that memory lasts."""
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledImage:
-    """Image uint8 (3, h, w), labels (T,) int64, boxes_xyxy_px (T, 4) float32."""
+@dataclass(frozen=True)
+class Plan:
+    """What of an image is seen, and how large; drawn at once, mirrored last."""
 
-    image: Tensor
-    labels: Tensor
-    boxes_xyxy_px: Tensor
+    region: tuple[float, float, float, float]
+    """Top, left, bottom, right in pixels of the image."""
+    size: tuple[int, int]
+    """(h, w) that the region gets."""
+    mirrored: bool = False
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(h, w)"""
-        return self.image.shape[1], self.image.shape[2]
+    def on_grid(self, shrunk: int) -> tuple[int, int, int, int]:
+        """The region in whole pixels of the image at one `shrunk`-th of its size; at least one each way.
+
+        DETR crops a resized copy, whose pixels lie between the image's own: the region moves by half a pixel at most,
+        and boxes are taken from where it really is.
+        """
+        top, left, bottom, right = (round(edge / shrunk) for edge in self.region)
+        return top, left, max(bottom, top + 1), max(right, left + 1)
+
+    def shrinkage(self) -> int:
+        """The largest of 1, 2, 4, 8 by which a JPEG can be shrunk in decoding and still has `SPARE` times the pixels
+        wanted, each way."""
+        top, left, bottom, right = self.region
+        spare = min((bottom - top) / self.size[0], (right - left) / self.size[1]) / SPARE
+        return next(shrunk for shrunk in (8, 4, 2, 1) if shrunk <= max(spare, 1))
 
 
-Transform = Callable[[LabelledImage, np.random.Generator], LabelledImage]
+SPARE = 2
+"""As Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
+
+Transform = Callable[[tuple[int, int], np.random.Generator], Plan]
+"""(h, w) of an image to what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +58,11 @@ class EvaluationTransform:
     size: int
     max_size: int
 
-    def __call__(self, item: LabelledImage, rng: np.random.Generator) -> LabelledImage:
-        return resize(item, resized_size(item.size, self.size, self.max_size))
+    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator) -> Plan:
+        return self.plan(image_size)
+
+    def plan(self, image_size: tuple[int, int]) -> Plan:
+        return Plan((0, 0, *image_size), resized_size(image_size, self.size, self.max_size))
 
 
 @dataclass(frozen=True)
@@ -51,14 +76,23 @@ class TrainTransform:
     crop_range: tuple[int, int]
     """Smallest and largest side of the crop."""
 
-    def __call__(self, item: LabelledImage, rng: np.random.Generator) -> LabelledImage:
-        if rng.random() < 0.5:
-            item = flip(item)
+    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator) -> Plan:
+        mirrored = bool(rng.random() < 0.5)
+        region: tuple[float, float, float, float] = (0, 0, *image_size)
+        seen = image_size
         if self.crop_sizes and rng.random() >= 0.5:
-            size = int(rng.choice(self.crop_sizes))
-            item = resize(item, resized_size(item.size, size, LONGEST_SIDE_BEFORE_CROP_PX))
-            item = crop(item, *random_region(item.size, self.crop_range, rng))
-        return resize(item, resized_size(item.size, int(rng.choice(self.sizes)), self.max_size))
+            resized = resized_size(image_size, choice(self.crop_sizes, rng), LONGEST_SIDE_BEFORE_CROP_PX)
+            top, left, height, width = random_region(resized, self.crop_range, rng)
+            left = resized[1] - left - width if mirrored else left  # DETR crops what is mirrored already
+            down, across = image_size[0] / resized[0], image_size[1] / resized[1]
+            region = (top * down, left * across, (top + height) * down, (left + width) * across)
+            seen = height, width
+        return Plan(region, resized_size(seen, choice(self.sizes, rng), self.max_size), mirrored)
+
+
+def choice(values: Sequence[int], rng: np.random.Generator) -> int:
+    """One of them; five times as fast as the generator's own choice, which makes an array first."""
+    return values[int(rng.integers(len(values)))]
 
 
 def resized_size(image_size: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
@@ -79,23 +113,6 @@ def resized_size(image_size: tuple[int, int], size: int, max_size: int) -> tuple
     return size, int(size * width / height)
 
 
-def resize(item: LabelledImage, size: tuple[int, int]) -> LabelledImage:
-    """To `size` (h, w): bilinear with antialiasing."""
-    if size == item.size:
-        return item
-    (height, width), (new_height, new_width) = item.size, size
-    image = F.resize(item.image, list(size), F.InterpolationMode.BILINEAR, antialias=True)
-    ratios = torch.tensor([new_width / width, new_height / height]).repeat(2)
-    return LabelledImage(image, item.labels, item.boxes_xyxy_px * ratios)
-
-
-def flip(item: LabelledImage) -> LabelledImage:
-    """Left to right."""
-    width = item.size[1]
-    x0, y0, x1, y1 = item.boxes_xyxy_px.unbind(-1)
-    return LabelledImage(item.image.flip(-1), item.labels, torch.stack((width - x1, y0, width - x0, y1), dim=-1))
-
-
 def random_region(
     image_size: tuple[int, int], side_range: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -109,10 +126,20 @@ def random_region(
     return top, left, height, width
 
 
-def crop(item: LabelledImage, top: int, left: int, height: int, width: int) -> LabelledImage:
-    """The region, with boxes cut to it; those that have nothing left go."""
-    image = item.image[:, top : top + height, left : left + width]
-    corners = item.boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top])
-    corners = torch.minimum(corners, torch.tensor([width, height], dtype=torch.float32)).clamp(min=0)
+def boxes_within(
+    boxes_xyxy_px: Tensor, labels: Tensor, region: tuple[float, float, float, float], mirrored: bool
+) -> tuple[Tensor, Tensor]:
+    """Boxes (T, 4) and labels (T,) of what `region` shows, as cxcywh relative to it, mirrored where it is.
+
+    Boxes are cut to the region, and those that have nothing left go with their labels.
+    """
+    top, left, bottom, right = region
+    size = torch.tensor([right - left, bottom - top], dtype=torch.float32)
+    corners = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
+    corners = torch.minimum(corners, size).clamp(min=0)
     keep = (corners[:, 1] > corners[:, 0]).all(dim=1)
-    return LabelledImage(image, item.labels[keep], corners[keep].reshape(-1, 4))
+    relative = (corners[keep] / size).reshape(-1, 4)
+    if mirrored:
+        x0, y0, x1, y1 = relative.unbind(-1)
+        relative = torch.stack((1 - x1, y0, 1 - x0, y1), dim=-1)
+    return xyxy_to_cxcywh(relative), labels[keep]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_fast.config import UserError
-from detr_fast.data.batching import Batch, normalize
+from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.coco import Category
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
@@ -54,7 +54,9 @@ def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> t
     """
     config, form = model.config, model.implementation.pixels
     with stage("pixels"):
-        images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form)
+        images, mask = model_input(
+            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form
+        )
     with stage("forward"), runtime.autocast():
         logits, boxes = forward_in_parts(forward, images, mask, batch.image_ids)
     with stage("postprocess"):

@@ -18,7 +18,7 @@ from detr_fast.config import UserError, require
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, rgb_pixels
 from detr_fast.data.sample import Sample
-from detr_fast.data.transforms import LabelledImage, resize, resized_size
+from detr_fast.data.transforms import resized_size
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
@@ -108,13 +108,12 @@ def read_pil(image: Image.Image) -> np.ndarray:
 
 
 def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:
-    """Images uint8 (3, h, w) resized as at evaluation; they are numbered from 0 and have no targets."""
+    """Images uint8 (3, h, w) as at evaluation; they are numbered from 0 and have no targets."""
     no_labels, no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
     samples = []
     for number, image in enumerate(pixels):
-        item = LabelledImage(image, no_labels, no_boxes)
-        resized = resize(item, resized_size(item.size, size, max_size))
-        samples.append(Sample(resized.image, no_labels, no_boxes, number, item.size))
+        own = image.shape[1], image.shape[2]
+        samples.append(Sample(image, no_labels, no_boxes, number, own, resized_size(own, size, max_size)))
     return collate(samples)
 
 
@@ -139,7 +138,7 @@ def runtime_of(model: DETR) -> Runtime:
     return Runtime(
         device=weight.device,
         dtype=weight.dtype if half else torch.float32,
-        channels_last=False,
+        channels_last=model.frozen,
         compile=False,
         kernels="auto",
         attention="auto",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from detr_kernels import AttentionBackend, Packing, packed_attention
+from detr_kernels import AttentionBackend, Packing, attention_with_dropout, packed_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,8 +85,14 @@ class MultiheadAttention(nn.Module):
         """(B, Nq, H, d), (B, Nk, H, d) -> (B, Nq, H, d), each image in its own row."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attended = None if padding is None else ~padding[:, None, None, :]
-        attend = attention_ref if self.form == "ref" else F.scaled_dot_product_attention
-        return attend(q, k, v, attended, self.dropout if self.training else 0.0).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if self.form == "ref":
+            mixed = attention_ref(q, k, v, attended, dropout)
+        elif dropout and q.device.type == "cpu":
+            mixed = attention_with_dropout(q, k, v, attended, dropout)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attended, dropout)
+        return mixed.transpose(1, 2)
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
         """The same of packed tokens."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.config import ModelConfig
+from detr_fast.config import ModelConfig, require
 from detr_fast.model.backbone import build_backbone
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.position_encoding import sine_position_encoding
@@ -41,6 +41,8 @@ class DETR(nn.Module):
         self.categories: tuple[Category, ...] | None = None
         """What each label stands for, in label order; None: labels are the data set's own ids."""
         self.implementation = Implementation()
+        self.frozen = False
+        """For inference alone: see `detr_fast.model.freezing`."""
         self.backbone = build_backbone(config.backbone, config.dilation)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -58,6 +60,11 @@ class DETR(nn.Module):
 
     def use(self, implementation: Implementation) -> None:
         self.implementation = implementation
+
+    def train(self, mode: bool = True) -> "DETR":
+        """Raises UserError for a model that is frozen."""
+        require(not (mode and self.frozen), "This model was made for inference alone: load it without optimize=True.")
+        return super().train(mode)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Images (B, 3, H, W) normalised; mask (B, H, W) bool, True where padded, or None where nothing is.

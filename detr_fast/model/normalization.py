@@ -1,5 +1,7 @@
 """Convolution with batch norm: the one place where the backbone normalises, so that a faster form can replace it."""
 
+from typing import Any
+
 import torch
 from detr_kernels import ConvolutionBackend, conv_bias_act, fold_frozen_bn
 from torch import Tensor, nn
@@ -47,14 +49,44 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
+class FoldedConvolution(nn.Module):
+    """A convolution with its batch norm folded into it for good: for inference alone."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> None:
+        """`norm`: FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode."""
+        super().__init__()
+        constants: Any = norm
+        weight, bias = fold_frozen_bn(
+            conv.weight,
+            constants.weight,
+            constants.bias,
+            constants.running_mean,
+            constants.running_var,
+            constants.eps,
+        )
+        self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
+        self.form: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
+        self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        """As `conv_norm_act`."""
+        return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu, self.form)
+
+
 def conv_norm_act(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module, residual: Tensor | None = None, relu: bool = True
+    x: Tensor, conv: nn.Conv2d | FoldedConvolution, norm: nn.Module, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
     """relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); without a residual or ReLU where so asked.
 
     A folded norm becomes part of the convolution's weight and bias: the same function with the same gradients, one pass
     over memory instead of two. Folded in float32 at least; a half-precision weight is rounded once, afterwards.
     """
+    if isinstance(conv, FoldedConvolution):
+        return conv(x, residual, relu)
     if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
         weight, bias = fold_frozen_bn(
             conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps

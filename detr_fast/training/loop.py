@@ -110,7 +110,8 @@ class TrainingLoop:
         self.schedule.apply(self.step.optimizer, self.progress.step)
         terms = self.step(window)
         self.progress.step += 1
-        self.meter.add(terms, sum(len(batch.image_ids) for batch in window), waited)
+        padding = sum(batch.padding for batch in window) / len(window)
+        self.meter.add(terms, sum(len(batch.image_ids) for batch in window), waited, padding)
 
     def _name_skipped(self, window: list[Batch]) -> None:
         """Says once of each image that could not be read, with --on-bad-image skip."""

@@ -20,12 +20,15 @@ class Meter:
     steps: int = 0
     images: int = 0
     wait_seconds: float = 0.0
+    padding: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, terms: dict[str, Tensor], images: int, wait_seconds: float) -> None:
+    def add(self, terms: dict[str, Tensor], images: int, wait_seconds: float, padding: float = 1.0) -> None:
+        """`padding`: pixels computed over pixels that are an image's."""
         self.steps += 1
         self.images += images
         self.wait_seconds += wait_seconds
+        self.padding += padding
         for name, value in terms.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
@@ -38,6 +41,7 @@ class Meter:
         values |= {
             "images_per_second": self.images * self.world.size / elapsed,
             "data_wait_share": self.wait_seconds / elapsed,
+            "padding": self.padding / self.steps,
             "memory_mib": peak_memory_mib(self.device),
         }
         self.restart()
@@ -45,7 +49,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forgets what was added, and the time gone by."""
-        self.sums, self.steps, self.images, self.wait_seconds = {}, 0, 0, 0.0
+        self.sums, self.steps, self.images, self.wait_seconds, self.padding = {}, 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
 

@@ -9,7 +9,7 @@ from detr_fast.training.run_folder import writing
 
 TRAIN_COLUMNS = (
     *("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm", "lr"),
-    *("images_per_second", "data_wait_share", "memory_mib"),
+    *("images_per_second", "data_wait_share", "padding", "memory_mib"),
 )
 PLACE_COLUMNS = ("kind", "epoch", "step", "seconds")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from detr_fast.data.batching import Batch, normalize
+from detr_fast.data.batching import Batch, model_input
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
@@ -92,7 +92,7 @@ class TrainStep:
         config, pixels = self.model.config, self.model.implementation.pixels
         runtime = self.runtime
         with stage("pixels"):
-            images, mask = normalize(
+            images, mask = model_input(
                 batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
             )
         with stage("forward"), runtime.autocast():

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.config import UserError, model_config
+from detr_fast.config import UserError, model_config, require
 from detr_fast.model.detr import DETR
+from detr_fast.model.freezing import frozen
+from detr_fast.runtime import choose_precision, select_implementation
 from detr_fast.weights.architecture import agreeing_options, infer_config, visible_architecture
 from detr_fast.weights.backbone_weights import load_backbone_weights
 from detr_fast.weights.class_head import fit_class_head, read_categories
@@ -29,13 +31,18 @@ def build_model(name: str, num_classes: int | None = None, backbone_weights: str
     return model
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dilation: bool | None = None) -> DETR:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dilation: bool | None = None, optimize: bool = False
+) -> DETR:
     """The model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights, where
     it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors.
 
     Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
     91 classes that does not name them gets COCO's names. Raises UserError where the file is unreadable, unsafe, or
     no DETR.
+
+    `optimize`: for inference alone, as fast as the device can: in bf16 where the hardware multiplies in it, batch norm
+    folded, weights in the order that convolutions take. Such a model cannot be trained or saved.
     """
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)
@@ -45,7 +52,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dilation: b
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     model.categories = read_categories(file, model.config.num_classes)
-    return model.to(device).eval()
+    model.to(device).eval()
+    if not optimize:
+        return model
+    dtype, _ = choose_precision("auto", next(model.parameters()).device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    select_implementation(model, dtype=dtype)
+    return frozen(model, dtype)
 
 
 def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
@@ -61,6 +74,7 @@ def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Te
 
     Raises UserError where the other implementation has no such model.
     """
+    require(not model.frozen, "This model was made for inference alone: load it without optimize=True to export it.")
     if naming != "detr_fast" and (model.config.source_position or model.config.backbone == "tiny"):
         raise UserError(
             f"A model with backbone={model.config.backbone}, source_position={model.config.source_position} has no "

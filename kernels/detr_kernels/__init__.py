@@ -5,12 +5,14 @@ from detr_kernels.attention import AttentionBackend, choose_attention, packed_at
 from detr_kernels.batch_norm import fold_frozen_bn
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
+from detr_kernels.cpu_dropout import apply_dropout
 from detr_kernels.detection_loss import SetLossTerms, set_loss, set_loss_ref
 from detr_kernels.dispatch import Backend, choose_backend
+from detr_kernels.dropout_attention import attention_with_dropout
 from detr_kernels.layer_norm import fused_add_layer_norm, fused_add_layer_norm_ref
 from detr_kernels.matching_cost import match_cost, match_cost_ref
 from detr_kernels.packing import Packing
-from detr_kernels.pixels import PackedImages, normalize_pad, normalize_pad_ref
+from detr_kernels.pixels import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
 from detr_kernels.xformers_attention import why_not_xformers
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "PackedImages",
     "Packing",
     "SetLossTerms",
+    "apply_dropout",
+    "attention_with_dropout",
     "batched_assignment",
     "batched_assignment_ref",
     "choose_assignment",
@@ -36,10 +40,10 @@ __all__ = [
     "fused_add_layer_norm_ref",
     "match_cost",
     "match_cost_ref",
-    "normalize_pad",
-    "normalize_pad_ref",
     "packed_attention",
     "packed_attention_ref",
+    "resize_normalize_pad",
+    "resize_normalize_pad_ref",
     "set_loss",
     "set_loss_ref",
     "why_not_xformers",

@@ -80,12 +80,10 @@ def predictions_and_targets() -> Iterator[tuple[Tensor, ...]]:
         yield logits, boxes, meta(IMAGES, TARGETS, dtype=torch.int64), target_boxes
 
 
-def launch_normalize_pad() -> None:
-    height, width = 800, 1066
-    buffer, offsets = meta(IMAGES * height * width * 3, dtype=torch.uint8), meta(IMAGES, dtype=torch.int64)
+def launch_resize_normalize_pad() -> None:
+    buffer, table = meta(IMAGES * 480 * 640 * 3, dtype=torch.uint8), meta(IMAGES, 6, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float32):
-        images = (buffer, offsets, meta(IMAGES, 2, dtype=torch.int64), offsets)
-        pixels._forward(*images, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
+        pixels._forward(buffer, table, 800, 1066, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
 
 
 def launch_conv1x1() -> None:
@@ -126,7 +124,7 @@ def launch_packed_attention() -> None:
 SPECIMENS: dict[str, Callable[[], None]] = {
     "conv1x1_bias_act": launch_conv1x1,
     "conv_bias_act": launch_convolution_tail,
-    "normalize_pad": launch_normalize_pad,
+    "resize_normalize_pad": launch_resize_normalize_pad,
     "fused_add_layer_norm": launch_layer_norm,
     "batched_assignment": launch_assignment,
     "match_cost": launch_match_cost,

@@ -3,7 +3,8 @@
     y = relu(conv(x, weight) + bias + residual)
 
 1x1 has a kernel of its own (`convolution.py`). Of 3x3 and 7x7 the library computes the convolution, without a bias, and
-one kernel here does the rest in one pass instead of three; or cuDNN does it all, for what its fused form can. Backward:
+one kernel here does the rest in one pass instead of three; or the library does it all (`convolution_library.py`).
+Backward:
 
     dz = dy (y > 0)    dbias = sum of dz over the pixels    dresidual = dz    dx, dweight: the library's, of dz
 
@@ -23,15 +24,15 @@ from detr_kernels.convolution import (
     as_under_autocast,
     check_convolution,
     conv1x1_bias_act,
-    output_shape,
 )
+from detr_kernels.convolution_library import LIBRARIES, library_op, why_not_onednn
 from detr_kernels.convolution_tiles import channels_last, image_room
 from detr_kernels.dispatch import DTYPES, cdiv, choose_backend, launch, next_power_of_2
 from detr_kernels.language import tl, triton
 
-ConvolutionBackend = Literal["auto", "triton", "cudnn", "ref"]
-"""triton: our kernels, with the library's convolution where it is not 1x1; cudnn: cuDNN's fused form; ref: plain torch;
-auto: what was measured to be faster in a whole step on that device."""
+ConvolutionBackend = Literal["auto", "triton", "cudnn", "onednn", "ref"]
+"""triton: our kernels, with the library's convolution where it is not 1x1; cudnn, onednn: the library's fused form, on
+a GPU and on a CPU; ref: plain torch; auto: what was measured to be faster in a whole step on that device."""
 
 TILE = 4096
 """Entries that a program holds at a time: 32 a thread with 4 warps, in loads of 16 bytes."""
@@ -172,62 +173,22 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, dilation: int
-) -> Tensor:
-    """relu(conv + bias + residual), always with the ReLU; cuDNN's bias has x's dtype, and float32 may be TF32."""
-    x, weight, bias = channels_last(x), channels_last(weight), bias.to(x.dtype)
-    geometry = [stride] * 2, [padding] * 2, [dilation] * 2, 1
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, channels_last(residual), 1.0, bias, *geometry)
-
-
-cudnn_op = torch.library.custom_op("detr_kernels::conv_bias_relu_cudnn", _cudnn, mutates_args=())
-
-
-@cudnn_op.register_fake
-def _(x, weight, bias, residual, stride, padding, dilation):
-    return image_room(x, *output_shape(x, weight, stride, padding, dilation)[1:])
-
-
-def _cudnn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, *ctx.geometry = inputs
-    ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, weight, output)
-
-
-def _cudnn_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, y = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-    dz, dbias = _before_act(dy, y, wants_bias)
-    dx = dweight = None
-    if wants_x or wants_weight:
-        geometry = *([each] * 2 for each in ctx.geometry), False, [0, 0], 1
-        mask = [wants_x, wants_weight, False]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, mask)
-    dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-    return dx, dweight, dbias, dz if wants_residual else None, None, None, None
-
-
-cudnn_op.register_autograd(_cudnn_autograd, setup_context=_cudnn_setup_context)
-
-
 def choose_convolution(
     kernel_size: int, device: torch.device, asked: ConvolutionBackend = "auto", training: bool = False
-) -> tuple[Literal["triton", "cudnn", "ref"], str]:
+) -> tuple[Literal["triton", "cudnn", "onednn", "ref"], str]:
     """The form in which a convolution of `kernel_size` runs on `device`, and why.
 
     `auto` asks `dispatch.MEASURED`, which may name any form for each size: "conv3x3_bias_act", and in training
     "conv3x3_bias_act in training", since a forward pass that won says nothing about its backward pass. Raises
     RuntimeError where what is asked for cannot run.
     """
-    if asked == "cudnn":
-        if device.type != "cuda":
-            raise RuntimeError(f"conv_bias_act: cuDNN does not run on {device.type}. Ask for backend='ref'.")
-        return "cudnn", "asked for"
+    if asked == "cudnn" or asked == "onednn":
+        if device.type != LIBRARIES[asked]:
+            raise RuntimeError(f"conv_bias_act: {asked} does not run on {device.type}. Ask for backend='ref'.")
+        return asked, "asked for"
     if asked == "auto" and device.type == "cpu":
-        return "ref", "oneDNN adds the bias itself"
+        problem = why_not_onednn(torch.float32)
+        return ("ref", problem) if problem else ("onednn", "oneDNN adds bias and residual and applies the ReLU itself")
     kernel = f"conv{kernel_size}x{kernel_size}_bias_act"
     return choose_backend(f"{kernel} in training" if training else kernel, device, asked)
 
@@ -248,12 +209,12 @@ def conv_bias_act(
     x (B, C, H, W), weight (N, C, h, w), bias (N,), residual and result (B, N, H', W'), channels-last except with `ref`,
     which keeps x's layout. Under autocast it computes in autocast's dtype. triton: for 1x1 of stride 1 or 2 without
     padding one matrix product with everything in it, otherwise the library's convolution and one kernel after it, which
-    adds the bias in float32. cudnn: one call where there is a ReLU, plain torch without one. Raises ValueError for
-    shapes or dtypes that do not fit and RuntimeError where what is asked for cannot run.
+    adds the bias in float32. cudnn: one call where there is a ReLU, plain torch without one; onednn: one call. Raises
+    ValueError for shapes or dtypes that do not fit and RuntimeError where what is asked for cannot run.
     """
     x, weight, residual = as_under_autocast(x, weight, residual)
     check_convolution(x, weight, bias, residual, stride, padding, dilation)
-    if backend == "auto" and x.dtype not in DTYPES:
+    if backend == "auto" and (x.dtype not in DTYPES or (x.device.type == "cpu" and why_not_onednn(x.dtype))):
         backend = "ref"
     pointwise = weight.shape[2:] == (1, 1) and padding == 0 and stride in (1, 2)
     given = [each for each in (x, weight, bias, residual) if each is not None]
@@ -263,8 +224,8 @@ def conv_bias_act(
         return conv_bias_act_ref(x, weight, bias, residual, stride, padding, dilation, relu)
     if x.dtype not in DTYPES:
         raise ValueError(f"{form} computes in bfloat16, float16 or float32 here, not in {x.dtype}")
-    if form == "cudnn":
-        return cudnn_op(x, weight, bias, residual, stride, padding, dilation)
+    if form in LIBRARIES:
+        return library_op(x, weight, bias, residual, stride, padding, dilation, relu, form)
     if pointwise:
         return conv1x1_bias_act(x, weight, bias, residual, stride, relu, backend="triton")
     return forward_op(F.conv2d(channels_last(x), weight, None, stride, padding, dilation), bias, residual, relu)

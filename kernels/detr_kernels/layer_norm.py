@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detr_kernels.cpu_dropout import apply_dropout
 from detr_kernels.dispatch import Backend, cdiv, choose_backend, launch, next_power_of_2
 from detr_kernels.dropout import draw_seed, kept
 from detr_kernels.language import tl, triton
@@ -35,7 +36,7 @@ def fused_add_layer_norm_ref(
     training: bool = False,
 ) -> Tensor:
     """The same in plain torch."""
-    return F.layer_norm(residual + F.dropout(x, dropout, training), weight.shape, weight, bias, eps)
+    return F.layer_norm(residual + apply_dropout(x, dropout, training), weight.shape, weight, bias, eps)
 
 
 @triton.jit(do_not_specialize=["rows"])

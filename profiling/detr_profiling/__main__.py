@@ -10,6 +10,7 @@ COMMANDS = {
     "trace": "TraceOptions",
     "parity": "ParityOptions",
     "ladder": "LadderOptions",
+    "race": "RaceOptions",
     "suite": "SuiteOptions",
     "report": "ReportOptions",
 }
@@ -20,6 +21,7 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   trace    one step in a profiler: stages, kernels, waits, memory, roofline
   parity   how far every block, loss, gradient, training curve and AP is from the plain reference
   ladder   from the plain reference to everything on, one technique a row
+  race     ours beside what people would otherwise take, in turns
   suite    all of these that fit the time, and the report
   report   one HTML page and its Markdown twin from what the others left"""
 

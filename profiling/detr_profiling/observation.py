@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.data.batching import Batch, normalize
+from detr_fast.data.batching import Batch, model_input
 from detr_fast.evaluation.inference import evaluation_mode
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
@@ -22,7 +22,7 @@ each trained parameter under our name. Of an inference, L is 1."""
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
     """What `forward`, which is `model` or its compiled form, computes from a batch on its device, without dropout."""
     config, pixels = model.config, model.implementation.pixels
-    images, mask = normalize(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels)
+    images, mask = model_input(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels)
     with evaluation_mode(model):
         with runtime.autocast():
             outputs = forward(images, mask)

@@ -24,7 +24,7 @@ from detr_profiling.workload import WorkloadOptions
 
 CHECKOUT = Path(__file__).parents[2]
 KERNEL_TESTS = (
-    *("packing", "batch_norm", "layer_norm", "matching_cost", "assignment", "set_loss", "normalize_pad"),
+    *("packing", "batch_norm", "layer_norm", "matching_cost", "assignment", "set_loss", "pixels"),
     *("convolution_tail", "convolution", "packed_attention", "xformers_attention"),
 )
 MOST_FILE_MIB = 10

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
+from detr_kernels import PackedImages
 from torch import nn
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, model_config, require
@@ -13,6 +14,7 @@ from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.inference import detect_batch
 from detr_fast.model.detr import DETR
+from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import choose_device, choose_runtime
 from detr_fast.stages import stage
 from detr_fast.training.criterion import build_criterion
@@ -117,17 +119,16 @@ def make_batch(options: WorkloadOptions, num_classes: int) -> Batch:
     """Random pixels and boxes on the host, pinned beside a GPU; the later half of the images is an eighth narrower."""
     (height, width), images, objects = options.height_width, options.resolved().batch_size or 1, options.objects
     generator = torch.Generator().manual_seed(options.seed)
-    pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, generator=generator)
     narrow = [index >= (images + 1) // 2 for index in range(images)]
     sizes = torch.tensor([[height, width - width // 8 * less] for less in narrow])
-    for row, (_, inside) in zip(pixels, sizes.tolist(), strict=True):
-        row[:, :, inside:] = 0
     low = torch.rand(images, objects, 2, generator=generator) * 0.6
     extent = torch.rand(images, objects, 2, generator=generator) * 0.3 + 0.05
     labels = torch.randint(num_classes, (images, objects), generator=generator)
     counts = torch.randint(1, objects + 1, (images,), generator=generator)
     targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    batch = Batch(pixels, sizes, any(narrow), targets, list(range(images)), sizes)
+    packed = PackedImages.of_list([row[:, :inside] for row, (_, inside) in zip(pixels, sizes.tolist(), strict=True)])
+    batch = Batch(packed, (height, width), targets, list(range(images)), sizes)
     return batch.pin_memory() if options.resolved().device == "cuda" else batch
 
 
@@ -151,6 +152,8 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
     model = runtime.place(initial_model(options))
     if forms:
         replace(model.implementation, **forms).apply_to(model)
+    if options.mode == "inference":
+        model = for_inference(model, runtime.dtype)
     model.train(options.mode == "training")
     batch = make_batch(options, model.config.num_classes)
     criterion = build_criterion(model.config.num_classes)

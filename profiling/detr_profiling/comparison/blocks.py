@@ -10,7 +10,7 @@ from detr_kernels import Packing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.data.batching import normalize
+from detr_fast.data.batching import model_input
 from detr_fast.model.detr import DETR
 from detr_profiling.observation import Observation
 from detr_profiling.workload import Workload, make_batch
@@ -90,7 +90,7 @@ def observed_padding(workload: Workload, size: torch.Size) -> Tensor:
     """(B, N) bool, True where a token of features of `size` is padding of the observed batch."""
     config = workload.options.architecture()
     batch = make_batch(workload.options.observed(), config.num_classes)
-    images, mask = normalize(batch, config.image_mean, config.image_std, channels_last=False)
+    images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
     if mask is None:
         return torch.zeros(len(images), size.numel(), dtype=torch.bool)
     return F.interpolate(mask[None].float(), size=size)[0].bool().flatten(1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import detr_kernels  # noqa: F401  # defines the operators
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 aten, ours = torch.ops.aten, torch.ops.detr_kernels
 Shape = Sequence[int]
@@ -22,7 +22,8 @@ Shape = Sequence[int]
 WITHOUT_PRODUCTS = frozenset(
     {
         *("add_layer_norm", "add_layer_norm_backward", "bias_act", "bias_act_backward"),
-        *("assignment", "assignment_scipy", "match_cost", "set_loss", "set_loss_backward", "normalize_pad"),
+        *("dropout", "dropout_backward"),
+        *("assignment", "assignment_scipy", "match_cost", "set_loss", "set_loss_backward", "resize_normalize_pad"),
     }
 )
 """Operators of detr_kernels that multiply no matrices."""
@@ -43,7 +44,7 @@ def _conv1x1_weight_gradient(dy: Shape, out: Shape | None, x: Shape, *_: Any, **
     return 2 * math.prod(dy) * x[1]
 
 
-@register_flop_formula(ours.conv_bias_relu_cudnn)
+@register_flop_formula(ours.conv_bias_act_library)
 def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
@@ -83,15 +84,18 @@ def _xformers_attention_backward(dout: Shape, q: Shape, *rest: Any, **__: Any) -
 
 
 def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
+    """Of q (..., Nq, d) and k, v (..., Nk, d), each with a leading dimension or two."""
+    return 4 * math.prod(q) * k[-2]
 
 
 def _attention_backward(dout: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Each of the two products has two gradients; the scores, computed once more, are not counted."""
-    return 2 * sdpa_flop_count(q, k, v)
+    return 2 * _attention(q, k, v)
 
 
 for target, formula in (
+    (ours.dropout_attention, _attention),
+    (ours.dropout_attention_backward, _attention_backward),
     (aten._scaled_dot_product_flash_attention_for_cpu, _attention),
     (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward),
 ):

@@ -15,6 +15,7 @@ PLAIN_FORMS = {
     "attention": "ref",
     "convolution": "ref",
     "folded": False,
+    "frozen": False,
     "layer_norm": "ref",
     "pixels": "ref",
     "match_cost": "ref",
@@ -74,6 +75,8 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
         yield Technique("SDPA", forms={"attention": "sdpa"})
     if top.kernels != "ref":
         yield Technique("folded batch norm", forms={"folded": True, "convolution": "auto"})
+        if top.mode == "inference":
+            yield Technique("frozen weights", forms={"frozen": True})
     if on_gpu:
         yield from _gpu_techniques(top, dtype.itemsize == 2)
     if top.compile and missing_for_compile() is None:

@@ -77,7 +77,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
         max_size=max(height, width),
     ).to(device)
     batch = make_batch(options, config.num_classes)
-    images = [row[:, :h, :w].float() / 255 for row, (h, w) in zip(batch.images, batch.sizes.tolist(), strict=True)]
+    images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
     plain = PlainBatch.of(batch, config).targets
     targets = [
         {"labels": each["labels"].clamp(min=1), "boxes": boxes_px(each["boxes"], image)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig
-from detr_fast.data.batching import Batch, normalize
+from detr_fast.data.batching import Batch, model_input
 from detr_fast.evaluation.postprocess import postprocess
 from detr_profiling.workload import WorkloadOptions
 
@@ -30,7 +30,7 @@ class PlainBatch:
 
     @classmethod
     def of(cls, batch: Batch, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Self:
-        images, mask = normalize(batch, config.image_mean, config.image_std, channels_last=False)
+        images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
         mask = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool) if mask is None else mask
         rows = zip(batch.targets.labels, batch.targets.boxes_cxcywh, batch.targets.count.tolist(), strict=True)
         targets = [{"labels": labels[:count], "boxes": boxes[:count].to(dtype)} for labels, boxes, count in rows]

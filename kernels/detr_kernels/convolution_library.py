@@ -1,0 +1,88 @@
+"""Convolution, bias, residual and ReLU in one call of the library: cuDNN's on a GPU, oneDNN's on a CPU.
+
+    y = relu(conv(x, weight) + bias + residual)
+
+Backward: the ReLU's mask, and the library's gradients of a convolution; of the output y alone is kept for it.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from detr_kernels.convolution import output_shape
+from detr_kernels.convolution_tiles import channels_last, image_room
+
+Library = Literal["cudnn", "onednn"]
+LIBRARIES: dict[str, str] = {"cudnn": "cuda", "onednn": "cpu"}
+"""Form to the type of device on which it runs."""
+
+
+@torch.compiler.assume_constant_result
+def why_not_onednn(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's fused form cannot compute in `dtype` here; None where it can."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN is not there, or switched off"
+    fast = torch.float32, *((torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ())
+    return (
+        None if dtype in fast else f"oneDNN does not compute in {str(dtype).removeprefix('torch.')} on this processor"
+    )
+
+
+def _library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    relu: bool,
+    library: str,
+) -> Tensor:
+    """The bias is added in x's dtype; cuDNN's form always has a ReLU, and its float32 may be TF32."""
+    x, weight, bias = channels_last(x), channels_last(weight), bias.to(x.dtype)
+    residual = None if residual is None else channels_last(residual)
+    stride_, padding_, dilation_ = [stride] * 2, [padding] * 2, [dilation] * 2
+    if library == "onednn":
+        geometry, act = (padding_, stride_, dilation_, 1), "relu" if relu else "none"
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, act, [], "")
+        unary = "relu" if relu else None
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, *geometry, "add", 1.0, unary, [], None
+        )
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride_, padding_, dilation_, 1)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride_, padding_, dilation_, 1)
+
+
+library_op = torch.library.custom_op("detr_kernels::conv_bias_act_library", _library, mutates_args=())
+
+
+@library_op.register_fake
+def _(x, weight, bias, residual, stride, padding, dilation, relu, library):
+    return image_room(x, *output_shape(x, weight, stride, padding, dilation)[1:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The library's gradients take both x and weight, whichever is wanted."""
+    x, weight, bias, _, *ctx.geometry, relu, _ = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight, output if relu else None)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+    dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+    dx = dweight = None
+    if wants_x or wants_weight:
+        geometry = *([each] * 2 for each in ctx.geometry), False, [0, 0], 1
+        mask = [wants_x, wants_weight, False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, mask)
+    dbias = dz.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None
+    return dx, dweight, dbias, dz if wants_residual else None, *[None] * 5
+
+
+library_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,95 @@
+"""`python -m detr_profiling race`: ours beside what people would otherwise take, in turns.
+
+The plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same images; each
+measurement is a process of its own, and all take turns, round after round, as the ladder's rows do.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from detr_fast.config import require
+from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
+from detr_fast.training.run_folder import writing
+from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, figures, measure_rungs, rows_of, rung_verdict
+from detr_profiling.ladder import write_rows as write_rungs
+from detr_profiling.limits.counting import count_work
+from detr_profiling.limits.peaks import measure_peaks
+from detr_profiling.measuring.measurement import Configuration
+from detr_profiling.pages.formats import number
+from detr_profiling.tracing.tables import plain_table
+from detr_profiling.workload import WorkloadOptions, build_workload
+
+RACE_FILE = "race.csv"
+EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
+"""In float32, as they come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceOptions(LadderOptions):
+    """Measure ours in the form that these options ask for, and its peers as they come."""
+
+    compile: bool = False
+    """Ours compiled with torch.compile."""
+    leave_one_out: bool = False
+    peers_compiled: bool = True
+    """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not self.leave_one_out, "--leave-one-out belongs to the ladder.")
+
+
+def entrants(options: RaceOptions) -> list[Rung]:
+    """The eager peers, the compiled one, the reference in our precision, and ours."""
+    ours = options.resolved()
+    plain = replace(ours, precision="fp32", channels_last=False, kernels="ref", attention="ref", compile=False)
+    rungs = [Rung(name, Configuration(plain, name, tf32=False)) for name in EAGER_PEERS]
+    if options.peers_compiled and missing_for_compile() is None:
+        rungs.append(Rung("hf-compiled", Configuration(plain, "hf-compiled", tf32=False)))
+    dtype, _ = choose_precision(ours.precision, choose_device(ours.device)[0])
+    if dtype == torch.bfloat16:
+        rungs.append(Rung("reference bf16", Configuration(replace(plain, precision="bf16"), REFERENCE)))
+    return [*rungs, Rung("detr_fast", Configuration(ours))]
+
+
+def fastest_eager_ms(rungs: list[Rung]) -> float | None:
+    """None where no eager peer was measured."""
+    times = [rung.measured.timing.median_ms for rung in rungs if rung.technique in EAGER_PEERS and rung.measured]
+    return min(times, default=None)
+
+
+def peak_share(options: WorkloadOptions, median_ms: float) -> float:
+    """The products that a step needs, over those that the device could make in that time: measured here and now."""
+    workload = build_workload(replace(options.resolved(), compile=False))
+    flop = sum(work.flop for work in count_work(workload.run).values())
+    dtype, _ = choose_precision(options.precision, workload.device)
+    return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
+
+
+def table(rungs: list[Rung]) -> Table:
+    titles = ["ms", "spread", "over reference", "peak MiB", "error"]
+    shown = plain_table("", titles, "In turns, each in a process of its own")
+    shown.add_column("")
+    for rung in rungs:
+        cells = figures(rung, rungs[0].measured)
+        shown.add_row(rung.technique, *(cells[: len(titles)] if cells else [""] * len(titles)), rung_verdict(rung))
+    return shown
+
+
+def main(options: RaceOptions) -> int:
+    console, out, rungs = Console(), Path(options.out), entrants(options)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for _ in measure_rungs(rungs, options, console):
+        write_rungs(rows_of(rungs, options), out / RACE_FILE)
+    console.print(table(rungs))
+    eager, ours = fastest_eager_ms(rungs), rungs[-1].measured
+    if eager and ours:
+        share = peak_share(options, ours.timing.median_ms)
+        console.print(f"{number(eager / ours.timing.median_ms)} times the fastest eager form of the others; ")
+        console.print(f"{share:.0%} of this device's measured matrix peak. {out / RACE_FILE}")
+    return 0 if all(rung.measured and rung.measured.close is not False for rung in rungs) else 1

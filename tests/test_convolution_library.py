@@ -1,0 +1,138 @@
+"""The library's fused convolution, cuDNN's on a GPU and oneDNN's on a CPU: as exact as eager code, in both passes."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from detr_kernels import conv_bias_act, conv_bias_act_ref, convolution_tail
+from detr_kernels.convolution_library import LIBRARIES, library_op, why_not_onednn
+from detr_profiling.comparison.closeness import assert_close, assert_same_function
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+# (images, inputs, height, width, outputs), kernel, stride, padding, dilation, with residual
+CASES = [
+    ((2, 3, 13, 10, 64), 7, 2, 3, 1, False),  # the stem
+    ((2, 16, 9, 7, 72), 1, 1, 0, 1, True),  # a bottleneck's end
+    ((2, 16, 9, 7, 72), 3, 1, 1, 1, False),  # its middle
+    ((1, 16, 9, 8, 48), 1, 2, 0, 1, False),  # a shortcut
+    ((1, 8, 9, 7, 33), 3, 1, 2, 2, True),  # DC5's dilation
+]
+Function = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[name for name, device in LIBRARIES.items() if device == DEVICE or name == "cudnn"])
+def library(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On a CPU, cuDNN's two fused operators by their own signatures, computed by plain torch."""
+    if DEVICE == "cuda" or request.param == "onednn":
+        yield request.param
+        return
+    stand_ins = torch.library.Library("aten", "IMPL")
+    convolve = torch.ops.aten.convolution
+
+    def conv_relu(x, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+        return convolve(x, weight, bias, stride, padding, dilation, False, [0, 0], groups).relu()
+
+    def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+        return (convolve(x, weight, bias, stride, padding, dilation, False, [0, 0], groups) + alpha * z).relu()
+
+    stand_ins.impl("cudnn_convolution_relu", conv_relu, "CPU")
+    stand_ins.impl("cudnn_convolution_add_relu", conv_add_relu, "CPU")
+    yield request.param
+    stand_ins._destroy()
+
+
+def run_by(library: str) -> Function:
+    def run(*inputs: Tensor | int | None, relu: bool = True) -> Tensor:
+        return library_op(*inputs, relu, library)
+
+    return run
+
+
+def make_inputs(case: tuple, dtype: torch.dtype, integers: bool = True) -> list[Tensor | int | None]:
+    """x, weight, bias, residual, stride, padding, dilation. Small integers: all sums are exact in every dtype, and so
+    no rounding decides at which side of a ReLU a value lies."""
+    (images, inputs, height, width, outputs), kernel, stride, padding, dilation, residual = case
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator)
+        drawn = torch.randint(-1, 2, size, generator=generator) if integers else values
+        return drawn.to(DEVICE, dtype)
+
+    x = draw(images, inputs, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = draw(outputs, inputs, kernel, kernel), draw(outputs)
+    after = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation).shape
+    rest = draw(*after).contiguous(memory_format=torch.channels_last) if residual else None
+    return [x, weight, bias, rest, stride, padding, dilation]
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("case", CASES)
+def test_as_exact_as_eager(case: tuple, dtype: torch.dtype, library: str) -> None:
+    inputs, run = make_inputs(case, dtype), run_by(library)
+    assert torch.equal(run(*inputs), conv_bias_act_ref(*inputs))
+    assert run(*inputs).is_contiguous(memory_format=torch.channels_last)
+    assert_same_function(run, conv_bias_act_ref, inputs, FLOORS[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("case", CASES)
+def test_random_values(case: tuple, dtype: torch.dtype, library: str) -> None:
+    inputs, run = make_inputs(case, dtype, integers=False), run_by(library)
+    oracle = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
+    assert_close(run(*inputs), oracle, conv_bias_act_ref(*inputs), FLOORS[dtype] * oracle.abs().max().item())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onednn_leaves_the_relu_out_where_none_is_asked_for(case: tuple) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("oneDNN runs on the CPU")
+    inputs = make_inputs(case, torch.float32)
+    result = run_by("onednn")(*inputs, relu=False)
+    assert torch.equal(result, conv_bias_act_ref(*inputs, relu=False)) and (result < 0).any()
+    without = lambda *inputs: run_by("onednn")(*inputs, relu=False)  # noqa: E731
+    assert_same_function(without, lambda *inputs: conv_bias_act_ref(*inputs, relu=False), inputs, 2e-6)
+
+
+def test_a_float32_bias_and_frozen_weights(library: str) -> None:
+    x, weight, bias, *rest = make_inputs(CASES[2], torch.bfloat16)
+    run = run_by(library)
+    assert_same_function(run, conv_bias_act_ref, [x, weight, bias.float(), *rest], FLOORS[torch.bfloat16])
+    x.requires_grad_()
+    grads = [torch.autograd.grad(each(x, weight, bias, *rest).sum(), x)[0] for each in (run, conv_bias_act_ref)]
+    assert torch.equal(*grads)
+
+
+def test_no_input_is_changed(library: str) -> None:
+    inputs = make_inputs(CASES[1], torch.float32)
+    before = [each.clone() for each in inputs[:4]]
+    run_by(library)(*inputs)
+    assert all(map(torch.equal, inputs[:4], before))
+
+
+def test_under_autocast(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution_tail, "choose_convolution", lambda *_: (library, ""))  # on a CPU too
+    with torch.autocast(DEVICE, torch.bfloat16):
+        result = conv_bias_act(*make_inputs(CASES[1], torch.float32))
+        assert result.dtype == torch.bfloat16
+        assert torch.equal(result, conv_bias_act_ref(*make_inputs(CASES[1], torch.bfloat16)))
+        without_relu = conv_bias_act(*make_inputs(CASES[1], torch.float32), relu=False)
+    assert (without_relu < 0).any()
+
+
+def test_a_dtype_that_onednn_lacks_takes_plain_torch() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("of the CPU")
+    assert why_not_onednn(torch.float32) is None and "float16" in str(why_not_onednn(torch.float16))
+    inputs = make_inputs(CASES[1], torch.float16)
+    assert torch.equal(conv_bias_act(*inputs), conv_bias_act_ref(*inputs))
+
+
+def test_the_operator_is_registered_as_torch_asks(library: str) -> None:
+    inputs = [
+        each.requires_grad_() if isinstance(each, Tensor) else each for each in make_inputs(CASES[1], torch.float32)
+    ]
+    torch.library.opcheck(library_op, (*inputs, True, library))

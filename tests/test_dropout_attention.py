@@ -1,0 +1,148 @@
+"""Attention with dropout on a CPU, and the dropout it draws: exact for the mask that was drawn, which is fair."""
+
+import math
+
+import pytest
+import torch
+from detr_kernels import apply_dropout, attention_with_dropout, dropout_attention
+from detr_kernels.cpu_dropout import keep_mask
+from detr_kernels.dropout_attention import backward_op, forward_op
+from detr_profiling.comparison.closeness import assert_close
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+SHAPES = [(2, 4, 33, 33), (2, 4, 10, 57), (1, 2, 7, 1)]
+"""Images, heads, queries, keys: self- and cross-attention, and one key alone."""
+WIDTH = 16
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    images, heads, queries, keys = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(images, count, heads, WIDTH) for count in (queries, keys, keys)]
+    return tuple(torch.randn(size, generator=generator).transpose(1, 2).to(dtype) for size in sizes)  # type: ignore[return-value]
+
+
+def padding_of(shape: tuple[int, ...]) -> Tensor:
+    """The first image's keys are all attended to, of the second the first two thirds."""
+    attended = torch.ones(shape[0], 1, 1, shape[3], dtype=torch.bool)
+    attended[1:, ..., math.ceil(shape[3] * 2 / 3) :] = False
+    return attended
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, keep: Tensor, p: float) -> Tensor:
+    """As torch's plain form computes it, with dropout's mask given."""
+    scores = (q * math.sqrt(1 / WIDTH)) @ k.transpose(-2, -1)
+    if attended is not None:
+        scores = scores.masked_fill(~attended, float("-inf"))
+    return (scores.softmax(-1) * keep.view(scores.shape).to(q.dtype) / (1 - p)) @ v
+
+
+def with_gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out, *torch.autograd.grad((out * weighting).sum(), inputs)]
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000], ids="{} heads at a time".format)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_exact_as_eager_with_the_same_mask(
+    shape: tuple[int, ...], dtype: torch.dtype, masked: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = shape[2] * shape[3] * dtype.itemsize
+    monkeypatch.setattr("detr_kernels.dropout_attention.CACHED_BYTES", together * weights)
+    p, drawn = 0.3, []
+    draw = lambda *given: drawn.append(keep_mask(*given)) or drawn[-1]  # noqa: E731
+    monkeypatch.setattr("detr_kernels.dropout_attention.keep_mask", draw)
+    attended = padding_of(shape) if masked else None
+    inputs = tuple(x.requires_grad_() for x in make_inputs(shape, dtype))
+    found = with_gradients(attention_with_dropout(*inputs, attended, p), inputs)
+    (keep,) = drawn
+    eager = with_gradients(plain(*inputs, attended, keep, p), inputs)
+    doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
+    oracle = with_gradients(plain(*doubles, attended, keep, p), doubles)
+    for name, *values in zip(("out", "dq", "dk", "dv"), found, oracle, eager, strict=True):
+        assert_close(*values, FLOORS[dtype] * max(1.0, values[1].abs().max().item()), name)
+
+
+def test_an_image_that_attends_to_nothing_gives_zeros() -> None:
+    inputs = tuple(x.requires_grad_() for x in make_inputs(SHAPES[0], torch.float32))
+    attended = torch.ones(2, 1, 1, 33, dtype=torch.bool)
+    attended[1] = False
+    out, *grads = with_gradients(attention_with_dropout(*inputs, attended, 0.1), inputs)
+    assert out[0].abs().sum() > 0 and out[1].abs().sum() == 0
+    assert all(grad.isfinite().all() and grad[1].abs().sum() == 0 for grad in grads)
+
+
+def test_nothing_of_the_weights_size_is_kept_but_the_mask() -> None:
+    inputs = tuple(x.requires_grad_() for x in make_inputs((1, 2, 40, 50), torch.float32))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        attention_with_dropout(*inputs, None, 0.1)
+    assert [tuple(x.shape) for x in saved if x.numel() >= 2 * 40 * 50] == [(2, 40, 50)]
+
+
+def test_operators_are_registered_as_torch_asks() -> None:
+    q, k, v = (x.flatten(0, 1).detach().requires_grad_() for x in make_inputs(SHAPES[1], torch.float32))
+    hidden = ~padding_of(SHAPES[1]).expand(-1, 4, -1, -1).flatten(0, 1)
+    # what is drawn differs from run to run, so the mask is not compared
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_op, (q, k, v, hidden, 0.1), test_utils=utils)
+    _, keep = forward_op(q, k, v, hidden, 0.1)
+    detached = [x.detach() for x in (q, k, v)]
+    torch.library.opcheck(backward_op, (torch.ones_like(detached[0]), *detached, hidden, keep, 0.1))
+    torch.library.opcheck(dropout_attention.forward_op, (q, k, v, None, 0.1), test_utils=utils)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    inputs = tuple(x.requires_grad_() for x in make_inputs(SHAPES[1], torch.float32))
+    function = lambda q, k, v: apply_dropout(attention_with_dropout(q, k, v, None, 0.1), 0.1, True) + 1  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for each in (function, compiled):
+        torch.manual_seed(0)
+        results.append(with_gradients(each(*inputs), inputs))
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_each_entry_is_kept_with_the_same_probability_and_independently(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    keep = torch.stack([keep_mask((400, 51), p, dtype) for _ in range(50)]).double()
+    assert set(keep.unique().tolist()) == {0.0, 1.0}
+    deviation = math.sqrt(p * (1 - p))
+    assert abs(keep.mean().item() - (1 - p)) < 5 * deviation / math.sqrt(keep.numel())
+    assert (keep.mean((0, 1)) - (1 - p)).abs().max() < 5 * deviation / math.sqrt(50 * 400)
+    centred = (keep - (1 - p)) / deviation
+    for other in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2), centred.roll(4, 2), centred.roll(8, 2)):
+        assert abs((centred * other).mean().item()) < 5 / math.sqrt(keep.numel())
+
+
+def test_the_draw_follows_torchs_seed_and_is_new_each_time() -> None:
+    def draw(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [keep_mask((1000,), 0.5, torch.float32) for _ in range(2)]
+
+    (first, second), (again, _), (other, _) = draw(1), draw(1), draw(2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+def test_dropout_scales_what_it_keeps_and_passes_the_same_back(dtype: torch.dtype) -> None:
+    x = torch.full((500, 7), 3.0, dtype=dtype, requires_grad=True)
+    y = apply_dropout(x, 0.25, True)
+    kept = y != 0
+    assert 0.7 < kept.double().mean() < 0.8 and (y[kept] == 4).all()
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, kept.to(dtype) * torch.tensor(4 / 3).to(dtype))
+
+
+def test_dropout_is_for_training() -> None:
+    x = torch.randn(30, 7)
+    assert apply_dropout(x, 0.5, False) is x or torch.equal(apply_dropout(x, 0.5, False), x)
+    assert torch.equal(apply_dropout(x, 0.0, True), x)
