@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from detr_kernels import conv_bias_act, conv_bias_act_ref, convolution_tail
+from detr_kernels import OneDNNConvolution, conv_bias_act, conv_bias_act_ref, convolution_tail
 from detr_kernels.convolution_library import LIBRARIES, library_op, why_not_onednn
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
@@ -121,6 +121,25 @@ def test_under_autocast(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(result, conv_bias_act_ref(*make_inputs(CASES[1], torch.bfloat16)))
         without_relu = conv_bias_act(*make_inputs(CASES[1], torch.float32), relu=False)
     assert (without_relu < 0).any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="oneDNN runs on the CPU")
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_convolution_takes_any_size_and_writes_over_the_residual(
+    case: tuple, dtype: torch.dtype, relu: bool
+) -> None:
+    (images, inputs, height, width, outputs), *rest = case
+    packed: OneDNNConvolution | None = None
+    for larger in (0, 3, 1):  # the weight is packed for the first
+        size = (images, inputs, height + larger, width + 2 * larger, outputs)
+        x, weight, bias, residual, *geometry = make_inputs((size, *rest), dtype)
+        packed = packed or OneDNNConvolution(weight, bias.float(), *geometry)
+        expected = conv_bias_act_ref(x, weight, bias, residual, *geometry, relu=relu)
+        found = packed(x, residual, relu)
+        assert torch.equal(found, expected)
+        assert residual is None or found.data_ptr() == residual.data_ptr()
 
 
 def test_a_dtype_that_onednn_lacks_takes_plain_torch() -> None:

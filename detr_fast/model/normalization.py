@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from detr_kernels import ConvolutionBackend, conv_bias_act, fold_frozen_bn
+from detr_kernels import ConvolutionBackend, OneDNNConvolution, conv_bias_act, fold_frozen_bn, why_not_onednn
 from torch import Tensor, nn
 
 from detr_fast.model.implementation import Implementation
@@ -71,9 +71,16 @@ class FoldedConvolution(nn.Module):
         self.form: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
         self.register_buffer("bias", bias.detach())
+        self.packed: OneDNNConvolution | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-        """As `conv_norm_act`."""
+        """As `conv_norm_act`, but that the residual's memory may hold the result."""
+        x = x.to(self.weight.dtype)
+        if x.device.type == "cpu" and self.form == "auto" and not torch.compiler.is_compiling():
+            if self.packed is None and why_not_onednn(x.dtype) is None:
+                self.packed = OneDNNConvolution(self.weight, self.bias, *self.geometry)
+            if self.packed is not None:
+                return self.packed(x.contiguous(memory_format=torch.channels_last), residual, relu)
         return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu, self.form)
 
 

@@ -4,6 +4,7 @@ from detr_kernels.assignment import AssignmentBackend, batched_assignment, batch
 from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
 from detr_kernels.batch_norm import fold_frozen_bn
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution_library import OneDNNConvolution, why_not_onednn
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
 from detr_kernels.cpu_dropout import apply_dropout
 from detr_kernels.detection_loss import SetLossTerms, set_loss, set_loss_ref
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionBackend",
     "Backend",
     "ConvolutionBackend",
+    "OneDNNConvolution",
     "PackedImages",
     "Packing",
     "SetLossTerms",
@@ -46,5 +48,6 @@ __all__ = [
     "resize_normalize_pad_ref",
     "set_loss",
     "set_loss_ref",
+    "why_not_onednn",
     "why_not_xformers",
 ]

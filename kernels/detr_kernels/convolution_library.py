@@ -57,6 +57,28 @@ def _library(
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride_, padding_, dilation_, 1)
 
 
+class OneDNNConvolution:
+    """One convolution of constant weight on a CPU, for inference: its weight in the order that oneDNN chose for the
+    first image, and its result in the memory of the residual."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> None:
+        self.weight, self.bias = weight, bias.to(weight.dtype)
+        self.geometry = [padding] * 2, [stride] * 2, [dilation] * 2, 1
+        self.packed: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """`residual`, where there is one, is overwritten and returned; both in channels-last memory."""
+        if self.packed is None:
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            self.packed = reorder(self.weight, *self.geometry, list(x.shape))
+        constants = (x, self.packed, self.bias, *self.geometry)
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(*constants, "relu" if relu else "none", [], "")
+        unary = "relu" if relu else None
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, *constants, "add", 1.0, unary, [], None)
+
+
 library_op = torch.library.custom_op("detr_kernels::conv_bias_act_library", _library, mutates_args=())
 
 
