@@ -131,11 +131,11 @@ def test_a_packed_convolution_takes_any_size_and_writes_over_the_residual(
     case: tuple, dtype: torch.dtype, relu: bool
 ) -> None:
     (images, inputs, height, width, outputs), *rest = case
-    packed: OneDNNConvolution | None = None
+    _, weight, bias, _, *geometry = make_inputs(case, dtype)
+    packed = OneDNNConvolution(weight, bias.float(), *geometry)
     for larger in (0, 3, 1):  # the weight is packed for the first
         size = (images, inputs, height + larger, width + 2 * larger, outputs)
-        x, weight, bias, residual, *geometry = make_inputs((size, *rest), dtype)
-        packed = packed or OneDNNConvolution(weight, bias.float(), *geometry)
+        x, _, _, residual, *_ = make_inputs((size, *rest), dtype)
         expected = conv_bias_act_ref(x, weight, bias, residual, *geometry, relu=relu)
         found = packed(x, residual, relu)
         assert torch.equal(found, expected)

@@ -24,6 +24,7 @@ class Constant(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = False
         self.config = MODELS["detr_tiny"]
         self.implementation = Implementation()
         self.categories: tuple[Category, ...] | None = None
