@@ -253,6 +253,8 @@ class TrainConfig(DataOptions, RuntimeOptions):
     """Smallest and largest side of that crop, in pixels."""
     buckets: bool = True
     """Batches of images of like shape, so that little is padding; without, of any."""
+    capture: bool = False
+    """Replay the whole optimizer step as a CUDA graph for each shape of batch; needs a GPU."""
     data_only: bool = False
     """Only read and resize the training images for some seconds, and say how many a second."""
 

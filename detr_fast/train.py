@@ -24,6 +24,7 @@ from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
     check_resumed,
+    largest_batch,
     make_batches,
     make_data,
     make_model,
@@ -100,6 +101,12 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         return 0
     model = runtime.place(make_model(config, options, train_set, state, console))
     step = make_step(model, options, runtime, world, state)
+    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
+        step.fit(largest_batch(options, config))
+    if options.capture:
+        problem = step.why_not_captured()
+        require(problem is None, f"--capture cannot be done: {problem}. Or leave --capture out.")
+        step.capture()
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
@@ -174,7 +181,7 @@ def describe(
     lines = {
         "model": f"{options.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
-        "batch": f"{batch} = {effective} images a step",
+        "batch": f"{batch} = {effective} images a step" + in_parts(step.parts),
         "length": f"{options.epochs} epochs, {total_steps} steps",
         **runtime.reasons,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
@@ -185,6 +192,10 @@ def describe(
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
             console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
+
+
+def in_parts(parts: int) -> str:
+    return "" if parts == 1 else f", each batch in {parts} parts to fit into the memory"
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

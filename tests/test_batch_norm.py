@@ -29,6 +29,17 @@ def test_the_same_function_and_gradient(kernel: int) -> None:
     torch.testing.assert_close(*grads, atol=1e-11, rtol=1e-12)  # sums of 112 products of size 10
 
 
+def test_rounding_the_weight_is_one_pass_with_the_same_gradient() -> None:
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    norm = make_norm(6, torch.float32)
+    rounded, shift = fold_frozen_bn(weight, *norm, rounded_to=torch.bfloat16)
+    folded, same_shift = fold_frozen_bn(weight, *norm)
+    assert torch.equal(rounded, folded.bfloat16()) and torch.equal(shift, same_shift)
+    dy = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(2)).bfloat16()
+    grads = [torch.autograd.grad(each, weight, dy.to(each.dtype))[0] for each in (rounded, folded)]
+    assert grads[0].dtype == torch.float32 and torch.equal(*grads)
+
+
 def test_only_the_weight_learns() -> None:
     weight = torch.ones(6, 5, 1, 1, requires_grad=True)
     norm = [each.requires_grad_() for each in make_norm(6, torch.float32)]

@@ -226,6 +226,15 @@ def test_convolution_of_a_library() -> None:
         assert flop_of(run) == 2 * (2 * 5 * 4) * 6 * 4 * 9
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_packed_convolution_of_onednn(residual: bool) -> None:
+    x, weight = torch.randn(2, 4, 9, 7), torch.randn(6, 4, 3, 3)
+    convolution = detr_kernels.OneDNNConvolution(weight, torch.randn(6), 2, 1, 1)
+    added = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last) if residual else None
+    assert flop_of(lambda: convolution(x, added, True)) == 2 * (2 * 5 * 4) * 6 * 4 * 9
+    assert flop_of(lambda: convolution(x, added, True)) == 2 * (2 * 5 * 4) * 6 * 4 * 9  # packed now
+
+
 @pytest.mark.parametrize("form", ["packed_attention", "xformers_attention"])
 def test_packed_attention_counts_as_if_padded(form: str) -> None:
     """2 images of at most 5 queries and 7 keys in 9 and 12 rows; 4 heads of width 8."""

@@ -1,4 +1,4 @@
-"""Two processes, and two accumulated batches, make the step of their joined batch."""
+"""Several processes, and several accumulated batches, make the step of their joined batch."""
 
 import os
 import socket
@@ -53,11 +53,12 @@ def run_step(windows: list[list[Batch]], world: World | None = None) -> dict[str
     return {"statistics": statistics, "loss": terms["loss"], "norm": terms["grad_norm"], "gradients": gradients}
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+def one_of_several(rank: int, size: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
     torch.set_num_threads(1)
+    own = range(4)[rank * 4 // size : (rank + 1) * 4 // size]
     with joined_world(torch.device("cpu")) as world:
-        window = [batch(2 * rank), batch(2 * rank + 1)]
+        window = [batch(index) for index in own]
         for steps in (1, 2):
             result = run_step([window] * steps, world)
             loss = world.sum(result["loss"].clone()) / world.size
@@ -77,16 +78,17 @@ def test_accumulated_batches_make_the_joined_batch() -> None:
     require_same(run_step([[batch(0, 1, 2, 3)]]), run_step([[batch(0, 1), batch(2, 3)]]))
 
 
-def test_two_processes_make_the_joined_batch(tmp_path: Path) -> None:
-    """Each accumulates two batches. The second step's loss shows that the first one's update was the same too."""
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_make_the_joined_batch(size: int, tmp_path: Path) -> None:
+    """Of two, each accumulates two batches. The second step's loss shows that the first's update was the same too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(one_of_several, (size, port, str(tmp_path)), nprocs=size)
     joined = [[batch(0, 1, 2, 3)]]
     once, twice = run_step(joined), run_step(joined * 2)
-    for rank in (0, 1):
+    for rank in range(size):
         require_same(once, torch.load(tmp_path / f"{rank}-1.pt"))
-        assert torch.load(tmp_path / f"{rank}-1.pt")["statistics"].count_nonzero() == 0  # the main one's, on both
+        assert torch.load(tmp_path / f"{rank}-1.pt")["statistics"].count_nonzero() == 0  # the main one's, on all
         assert torch.load(tmp_path / f"{rank}-2.pt")["loss"].item() == pytest.approx(twice["loss"].item(), rel=1e-4)
     assert twice["loss"].item() != pytest.approx(once["loss"].item(), rel=1e-4)

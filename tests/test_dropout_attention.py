@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from detr_kernels import apply_dropout, attention_with_dropout, dropout_attention
-from detr_kernels.cpu_dropout import keep_mask
+from detr_kernels import apply_dropout, attention_with_dropout, relu_dropout
+from detr_kernels.cpu_dropout import Keeper, relu_backward_op, relu_op
 from detr_kernels.dropout_attention import backward_op, forward_op
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor
@@ -54,12 +54,14 @@ def test_as_exact_as_eager_with_the_same_mask(
     weights = shape[2] * shape[3] * dtype.itemsize
     monkeypatch.setattr("detr_kernels.dropout_attention.CACHED_BYTES", together * weights)
     p, drawn = 0.3, []
-    draw = lambda *given: drawn.append(keep_mask(*given)) or drawn[-1]  # noqa: E731
-    monkeypatch.setattr("detr_kernels.dropout_attention.keep_mask", draw)
+    fill = Keeper.fill
+    draw = lambda self, keep: drawn.append(fill(self, keep).clone()) or keep  # noqa: E731
+    monkeypatch.setattr(Keeper, "fill", draw)
     attended = padding_of(shape) if masked else None
     inputs = tuple(x.requires_grad_() for x in make_inputs(shape, dtype))
     found = with_gradients(attention_with_dropout(*inputs, attended, p), inputs)
-    (keep,) = drawn
+    keep = torch.cat(drawn)
+    assert len(drawn) == -(-shape[0] * shape[1] // together)
     eager = with_gradients(plain(*inputs, attended, keep, p), inputs)
     doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
     oracle = with_gradients(plain(*doubles, attended, keep, p), doubles)
@@ -76,12 +78,12 @@ def test_an_image_that_attends_to_nothing_gives_zeros() -> None:
     assert all(grad.isfinite().all() and grad[1].abs().sum() == 0 for grad in grads)
 
 
-def test_nothing_of_the_weights_size_is_kept_but_the_mask() -> None:
+def test_two_tensors_of_the_weights_size_are_kept() -> None:
     inputs = tuple(x.requires_grad_() for x in make_inputs((1, 2, 40, 50), torch.float32))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         attention_with_dropout(*inputs, None, 0.1)
-    assert [tuple(x.shape) for x in saved if x.numel() >= 2 * 40 * 50] == [(2, 40, 50)]
+    assert [tuple(x.shape) for x in saved if x.numel() >= 2 * 40 * 50] == [(2, 40, 50)] * 2
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
@@ -90,10 +92,10 @@ def test_operators_are_registered_as_torch_asks() -> None:
     # what is drawn differs from run to run, so the mask is not compared
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, (q, k, v, hidden, 0.1), test_utils=utils)
-    _, keep = forward_op(q, k, v, hidden, 0.1)
-    detached = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(backward_op, (torch.ones_like(detached[0]), *detached, hidden, keep, 0.1))
-    torch.library.opcheck(dropout_attention.forward_op, (q, k, v, None, 0.1), test_utils=utils)
+    _, weights, dropped = forward_op(q, k, v, hidden, 0.1)
+    detached = [x.detach() for x in (q, k, v, weights, dropped)]
+    torch.library.opcheck(backward_op, (torch.ones_like(detached[0]), *detached, 0.1))
+    torch.library.opcheck(forward_op, (q, k, v, None, 0.1), test_utils=utils)
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -112,7 +114,7 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_each_entry_is_kept_with_the_same_probability_and_independently(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    keep = torch.stack([keep_mask((400, 51), p, dtype) for _ in range(50)]).double()
+    keep = torch.stack([Keeper(p).fill(torch.empty(400, 51, dtype=dtype)) for _ in range(50)]).double()
     assert set(keep.unique().tolist()) == {0.0, 1.0}
     deviation = math.sqrt(p * (1 - p))
     assert abs(keep.mean().item() - (1 - p)) < 5 * deviation / math.sqrt(keep.numel())
@@ -125,7 +127,7 @@ def test_each_entry_is_kept_with_the_same_probability_and_independently(p: float
 def test_the_draw_follows_torchs_seed_and_is_new_each_time() -> None:
     def draw(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        return [keep_mask((1000,), 0.5, torch.float32) for _ in range(2)]
+        return [Keeper(0.5).fill(torch.empty(1000)) for _ in range(2)]
 
     (first, second), (again, _), (other, _) = draw(1), draw(1), draw(2)
     assert torch.equal(first, again)
@@ -140,6 +142,29 @@ def test_dropout_scales_what_it_keeps_and_passes_the_same_back(dtype: torch.dtyp
     assert 0.7 < kept.double().mean() < 0.8 and (y[kept] == 4).all()
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx, kept.to(dtype) * torch.tensor(4 / 3).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+def test_dropout_after_a_relu_in_one_pass(dtype: torch.dtype) -> None:
+    x = torch.randn(300, 70, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    y = relu_dropout(x, 0.25, True)
+    kept = y != 0
+    assert 0.7 < kept[x > 0].double().mean() < 0.8 and not kept[x <= 0].any()
+    torch.testing.assert_close(
+        y, torch.where(kept, x / 0.75, 0), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, kept.to(dtype) * torch.tensor(4 / 3).to(dtype))
+    assert torch.equal(relu_dropout(x, 0.25, False), x.relu())
+    torch.library.opcheck(relu_op, (x, 0.25), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(relu_backward_op, (y.detach(), y.detach(), 0.25))
+
+
+def test_a_longer_draw_than_one_piece_is_as_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detr_kernels.cpu_dropout.DRAWN_WORDS", 8)
+    keep = Keeper(0.5).fill(torch.empty(33 * 7, 10))
+    assert set(keep.unique().tolist()) == {0.0, 1.0} and 0.45 < keep.mean() < 0.55
+    assert not torch.equal(keep[:3].flatten()[:30], keep.flatten()[32:62])
 
 
 def test_dropout_is_for_training() -> None:

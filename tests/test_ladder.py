@@ -12,6 +12,8 @@ from detr_profiling import ladder
 from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.timing import Timing
+from detr_profiling.pages.ladder import ranks
+from detr_profiling.pages.results import LadderRow
 from rich.console import Console
 
 from detr_fast.config import UserError
@@ -57,6 +59,19 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
     assert top.options.precision == "bf16" and top.forms["folded"] and top.forms["attention"] == "sdpa"
     assert all(Configuration.from_dict(rung.configuration.to_dict()) == rung.configuration for rung in rungs)
     assert all(a.configuration != b.configuration for a, b in itertools.pairwise(rungs))
+
+
+def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
+    names = [rung.technique for rung in build_rungs(replace(OPTIONS, mode="inference"))]
+    assert names[-3:] == ["folded batch norm", "frozen weights", "compile"]
+
+
+def test_rows_that_change_places_share_one() -> None:
+    def row(technique: str, *rounds_ms: float) -> LadderRow:
+        return LadderRow("training", technique, rounds_ms=rounds_ms)
+
+    rows = [row("a", 9, 8), row("b", 5, 6), row("c", 6, 5), row("d", 2, 1), LadderRow("training", "not measured")]
+    assert ranks(rows) == {"d": 1, "b": 2, "c": 2, "a": 4}
 
 
 def test_without_a_technique_everything_else_is_on() -> None:
@@ -120,7 +135,7 @@ def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, t
         list(measure_rungs(rungs, options, QUIET))
         ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
     rows = read_rows(path)
-    assert [row["mode"] for row in rows] == ["inference"] * 7 + ["training"] * 7
+    assert [row["mode"] for row in rows] == ["inference"] * 8 + ["training"] * 7
     last = rows[-1]
     assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
     assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)

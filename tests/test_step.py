@@ -135,6 +135,25 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
     assert gradients(step).norm().item() == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fault_28_a_step_with_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    step = make_step(ema=0.5)
+    step([FULL])
+    assert step.averaged is not None
+    before = [each.detach().clone() for each in step.model.parameters()]
+    moments = [each.clone() for state in step.optimizer.state.values() for each in state.values()]
+    hook = step.model.query_embed.weight.register_hook(lambda gradient: gradient * value)
+    terms = step([FULL])
+    hook.remove()
+    assert terms["loss"].isfinite() and terms["skipped"].item() == 1
+    assert all(map(torch.equal, step.model.parameters(), before))
+    after = [each for state in step.optimizer.state.values() for each in state.values()]
+    assert all(map(torch.equal, after, moments))
+    assert all(each.isfinite().all() for each in step.averaged.parameters())
+    assert step([FULL])["skipped"].item() == 0
+    assert not all(map(torch.equal, step.model.parameters(), before))
+
+
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(UserError, match="fp16"):
         choose_runtime(RuntimeOptions(device="cpu", precision="fp16"))

@@ -52,6 +52,21 @@ class Batch:
             original_sizes=self.original_sizes.pin_memory(),
         )
 
+    def split(self, parts: int) -> list["Batch"]:
+        """Its images in up to `parts` batches of like size, each padded as the whole."""
+        share = -(-len(self.images) // parts)
+        slices = [slice(start, start + share) for start in range(0, len(self.images), share)]
+        return [
+            replace(
+                self,
+                images=self.images[some],
+                targets=self.targets[some],
+                image_ids=self.image_ids[some],
+                original_sizes=self.original_sizes[some],
+            )
+            for some in slices
+        ]
+
     def tensors(self) -> Iterator[Tensor]:
         """All that moves between devices."""
         targets = self.targets

@@ -6,6 +6,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+PADDING_BOX = 0.5
+"""Each number of a box that stands for none: it has an area, so that no geometry on it divides by zero."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,24 @@ class Targets:
         device = targets[0]["labels"].device
         counts = [len(target["labels"]) for target in targets]
         labels = torch.zeros(len(targets), max(counts), dtype=torch.int64, device=device)
-        # a padding box has an area, so that no geometry on it divides by zero
-        boxes = torch.full((len(targets), max(counts), 4), 0.5, device=device)
+        boxes = torch.full((len(targets), max(counts), 4), PADDING_BOX, device=device)
         for row, (target, count) in enumerate(zip(targets, counts, strict=True)):
             labels[row, :count] = target["labels"]
             boxes[row, :count] = target["boxes"]
         return cls(labels, boxes, torch.tensor(counts, device=device))
+
+    def with_room(self, least: int = 16) -> Self:
+        """Padded to 16, 32, 64, ... rows an image, so that batches have few shapes."""
+        rows = least
+        while rows < self.labels.shape[1]:
+            rows *= 2
+        more = rows - self.labels.shape[1]
+        boxes = F.pad(self.boxes_cxcywh, (0, 0, 0, more), value=PADDING_BOX)
+        return type(self)(F.pad(self.labels, (0, more)), boxes, self.count)
+
+    def __getitem__(self, some: slice) -> Self:
+        """Those images' targets, padded as before."""
+        return type(self)(self.labels[some], self.boxes_cxcywh[some], self.count[some])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         parts = (self.labels, self.boxes_cxcywh, self.count)

@@ -95,10 +95,12 @@ def conv_norm_act(
     if isinstance(conv, FoldedConvolution):
         return conv(x, residual, relu)
     if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
+        device, dtype = x.device.type, conv.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
         weight, bias = fold_frozen_bn(
-            conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+            conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, dtype
         )
-        weight = weight.to(conv.weight.dtype)
         stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
     y = norm(conv(x))

@@ -1,9 +1,8 @@
 """DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
 
 import torch
-from detr_kernels import Backend, Packing, apply_dropout, fused_add_layer_norm
+from detr_kernels import Backend, Packing, fused_add_layer_norm, relu_dropout
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.model.attention import Layout, MultiheadAttention
@@ -34,7 +33,7 @@ class PostNormLayer(nn.Module):
         )
 
     def feedforward(self, x: Tensor) -> Tensor:
-        return self.linear2(apply_dropout(F.relu(self.linear1(x)), self.dropout.p, self.training))
+        return self.linear2(relu_dropout(self.linear1(x), self.dropout.p, self.training))
 
 
 class EncoderLayer(PostNormLayer):

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config, require
-from detr_fast.data.batching import Batch, on_device, train_loader
+from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import Buckets
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
@@ -104,6 +105,22 @@ def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:
         return epochs * batches_per_epoch // options.accumulate
 
     return Schedule(options.schedule, steps(options.epochs), steps(options.lr_drop), options.warmup_steps)
+
+
+def largest_batch(options: TrainConfig, config: ModelConfig) -> Batch:
+    """The largest that training can meet: gray images, each with as many objects as there are queries."""
+    sides = max(options.train_sizes), options.max_size or config.max_size
+    height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
+    queries = config.num_queries
+    sample = Sample(
+        image=torch.full((3, 1, 1), 128, dtype=torch.uint8),
+        labels=torch.zeros(queries, dtype=torch.int64),
+        boxes_cxcywh=torch.full((queries, 4), 0.5),
+        image_id=0,
+        original_size=(height, width),
+        size=(height, width),
+    )
+    return collate([sample] * options.batch_size)
 
 
 SHAPE_STEP_PX = 64

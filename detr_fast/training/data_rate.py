@@ -41,4 +41,5 @@ def measure_data(
             f"{name:>18}  {rate:.0f} images/s ({cores}; {rate / max(readers, 1):.0f} a core), "
             f"{sum(padding) / len(padding):.3f} pixels computed for each that is an image's",
             highlight=False,
+            soft_wrap=True,
         )

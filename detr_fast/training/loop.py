@@ -24,7 +24,7 @@ from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
 MOST_NONFINITE_READINGS = 20
-"""Log lines with non-finite matching costs after which a run stops; a non-finite loss stops it at once."""
+"""Log lines with non-finite matching costs or gradients after which a run stops; a non-finite loss stops it at once."""
 
 
 @dataclass
@@ -150,7 +150,7 @@ class TrainingLoop:
         """Reads the device's sums, checks them, and shows them."""
         if self.meter.steps == 0:
             return
-        values = self.meter.read() | {"lr": self.step.optimizer.param_groups[0]["lr"]}
+        values = self.meter.read() | {"lr": float(self.step.optimizer.param_groups[0]["lr"])}
         self._check(values)
         done = self.progress.step - self._first_step
         elapsed = self._seconds() - self.progress.seconds
@@ -161,12 +161,13 @@ class TrainingLoop:
 
     def _check(self, values: dict[str, float]) -> None:
         """Raises UserError where the run has nothing left to learn from; the last checkpoint is from before."""
-        self.progress.nonfinite_readings += values["nonfinite_costs"] > 0
+        self.progress.nonfinite_readings += values["nonfinite_costs"] > 0 or values["skipped"] > 0
         advice = "Lower --lr or use --precision fp32; --resume auto goes on from the last checkpoint."
         if not math.isfinite(values["loss"]):
             raise UserError(f"The loss is {values['loss']} at step {self.progress.step}. {advice}")
         if self.progress.nonfinite_readings > MOST_NONFINITE_READINGS:
-            raise UserError(f"Predictions were not finite {self.progress.nonfinite_readings} times. {advice}")
+            times = self.progress.nonfinite_readings
+            raise UserError(f"Predictions or gradients were not finite at {times} log lines. {advice}")
 
     def _evaluate(self) -> None:
         self.step.share_buffers()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
@@ -38,4 +38,8 @@ class Schedule:
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         factor = self.factor(step)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            lr = group["base_lr"] * factor
+            if isinstance(group["lr"], Tensor):  # of a captured step, which reads it on the device
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

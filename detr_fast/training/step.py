@@ -7,14 +7,18 @@ from functools import reduce
 
 import torch
 import torch.distributed as dist
+from detr_kernels import choose_assignment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from detr_fast.config import require
 from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
+from detr_fast.training.captured import CapturedStep, Compute, CudaRecorder, Record, StepInput
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
 
@@ -36,43 +40,117 @@ class TrainStep:
     clip: float = 0.1
     averaged: DETR | None = None
     ema_decay: float = 0.0
+    parts: int = 1
+    """How many pieces each batch is computed in, one after another, to fit into the memory; the step is the same."""
 
     def __post_init__(self) -> None:
+        self.captured: CapturedStep | None = None
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.forward: nn.Module = self.model
         if self.world.size > 1:
             devices = [self.world.local_rank] if self.runtime.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(
+                self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.synchronized = self.forward
         if self.runtime.compile:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
 
     def __call__(self, batches: list[Batch]) -> dict[str, Tensor]:
         """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping."""
-        with stage("copy"):
-            batches = [batch.to(self.runtime.device) for batch in batches]
+        inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
+        return self.compute(inputs) if self.captured is None else self.captured(inputs)
+
+    def capture(self, record: Record | None = None) -> None:
+        """From now on steps are recorded and replayed as CUDA graphs, one for each shape; the numbers stay the same.
+
+        `record`: what records them; default: CUDA graphs, for which `why_not_captured` must be None.
+        """
+        compute: Compute = self.compute
+        if record is None:
+            record = CudaRecorder(self.runtime.device, lambda: self.optimizer.zero_grad(set_to_none=True))
+            compute = record.aside(compute)
+        for group in self.optimizer.param_groups:
+            # read where it lies at each replay
+            group["lr"] = torch.tensor(float(group["lr"]), device=self.runtime.device)
+            group["capturable"] = self.runtime.device.type == "cuda"
+        self.captured = CapturedStep(compute, record)
+
+    def why_not_captured(self) -> str | None:
+        """Why its steps cannot be CUDA graphs; None where they can."""
+        device = self.runtime.device
+        if device.type != "cuda":
+            return f"CUDA graphs do not run on {device.type}"
+        if self.world.size > 1:
+            return "several processes have not been tried"
+        if choose_assignment(device, self.criterion.implementation.assignment)[0] == "scipy":
+            return "SciPy's assignment works on the host: --kernels auto"
+        return None
+
+    def compute(self, inputs: list[StepInput]) -> dict[str, Tensor]:
+        """As a call, of inputs on the device: reads nothing on the host and takes nothing from it."""
+        targets = [Targets(each.labels, each.boxes_cxcywh, each.objects) for each in inputs]
         with stage("loss"):
-            normalizers = self._normalizers(batches)
+            normalizers = self._normalizers(targets)
         with stage("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            with self._gradients_later(index < len(batches) - 1):
-                part = self._backward(batch, normalizers)
+        for index, (each, target) in enumerate(zip(inputs, targets, strict=True)):
+            with self._gradients_later(index < len(inputs) - 1):
+                part = self._backward(each.images, each.mask, target, normalizers)
             for name, value in part.items():
-                share = value / len(batches) if "error" in name else value  # losses are shares of the joined batch's
+                share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
                 terms[name] = terms[name] + share if name in terms else share
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
             clip = self.clip or float("inf")
-            terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, clip)
+            norm = terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, clip)
+            terms["skipped"] = (~norm.isfinite()).float()
+            if not self.scaler.is_enabled():
+                # AdamW looks at it on the device, and then changes nothing
+                self.optimizer.found_inf = terms["skipped"]  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.averaged is not None:
                 self._average()
         return terms
+
+    def fit(self, batch: Batch) -> None:
+        """Doubles `parts` until a batch as large as `batch` fits into the memory of every rank. Nothing is trained.
+
+        Raises UserError where single images do not fit.
+        """
+        while self._any_rank(not self._fits(batch)):
+            require(
+                self.parts < len(batch.images),
+                f"A single image of {batch.room[1]}x{batch.room[0]} pixels does not fit into the memory in training. "
+                "Give smaller --train-sizes and --max-size, or --checkpoint-activations.",
+            )
+            self.parts *= 2
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether its parts' gradients can be computed here; buffers and random numbers are as before afterwards."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        normalizers = Normalizers(*torch.ones(2, device=self.runtime.device).unbind())
+        try:
+            with torch.random.fork_rng(enabled=True), self._gradients_later(True):
+                for part in batch.split(self.parts):
+                    images, mask, *targets = self._input(part)
+                    self._backward(images, mask, Targets(*targets), normalizers)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for mine, before in zip(self.model.buffers(), buffers, strict=True):
+                mine.copy_(before)
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+    def _any_rank(self, here: bool) -> bool:
+        return bool(self.world.sum(torch.tensor(float(here), device=self.runtime.device)) > 0)
 
     def share_buffers(self) -> None:
         """Gives every rank the main one's batch norm statistics: each has gathered those of its own batches."""
@@ -80,25 +158,33 @@ class TrainStep:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def _normalizers(self, batches: list[Batch]) -> Normalizers:
-        """Of all batches and ranks together, for each rank: the gradients are averaged over the ranks afterwards."""
-        queries = self.model.config.num_queries
-        parts = [self.criterion.normalizers(batch.targets, queries) for batch in batches]
-        window = reduce(operator.add, parts)
-        summed = self.world.sum(torch.stack((window.boxes, window.class_weight))) / self.world.size
-        return Normalizers(*summed.unbind())
-
-    def _backward(self, batch: Batch, normalizers: Normalizers) -> dict[str, Tensor]:
+    def _input(self, batch: Batch) -> StepInput:
         config, pixels = self.model.config, self.model.implementation.pixels
         runtime = self.runtime
+        with stage("copy"):
+            batch = batch.to(runtime.device)
         with stage("pixels"):
             images, mask = model_input(
                 batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
             )
-        with stage("forward"), runtime.autocast():
+        targets = batch.targets if self.captured is None else batch.targets.with_room()
+        return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)
+
+    def _normalizers(self, targets: list[Targets]) -> Normalizers:
+        """Of all batches and ranks together, for each rank: the gradients are averaged over the ranks afterwards."""
+        queries = self.model.config.num_queries
+        parts = [self.criterion.normalizers(each, queries) for each in targets]
+        window = reduce(operator.add, parts)
+        summed = self.world.sum(torch.stack((window.boxes, window.class_weight))) / self.world.size
+        return Normalizers(*summed.unbind())
+
+    def _backward(
+        self, images: Tensor, mask: Tensor | None, targets: Targets, normalizers: Normalizers
+    ) -> dict[str, Tensor]:
+        with stage("forward"), self.runtime.autocast():
             outputs = self.forward(images, mask)
         with stage("loss"):
-            terms = self.criterion(outputs, batch.targets, normalizers)
+            terms = self.criterion(outputs, targets, normalizers)
         with stage("backward"):
             self.scaler.scale(terms["loss"]).backward()
         return {name: value.detach() for name, value in terms.items()}

@@ -6,7 +6,7 @@ from detr_kernels.batch_norm import fold_frozen_bn
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution_library import OneDNNConvolution, why_not_onednn
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
-from detr_kernels.cpu_dropout import apply_dropout
+from detr_kernels.cpu_dropout import apply_dropout, relu_dropout
 from detr_kernels.detection_loss import SetLossTerms, set_loss, set_loss_ref
 from detr_kernels.dispatch import Backend, choose_backend
 from detr_kernels.dropout_attention import attention_with_dropout
@@ -44,6 +44,7 @@ __all__ = [
     "match_cost_ref",
     "packed_attention",
     "packed_attention_ref",
+    "relu_dropout",
     "resize_normalize_pad",
     "resize_normalize_pad_ref",
     "set_loss",

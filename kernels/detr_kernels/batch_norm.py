@@ -8,8 +8,23 @@ Plain torch, on purpose: the weights of a whole ResNet-50 are 23 million numbers
 a few microseconds a layer, and a compiler makes one kernel of it. (Ioffe and Szegedy 2015, section 3.1, at inference.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class _Scaled(torch.autograd.Function):
+    """weight * scale, rounded to `dtype`, in one pass over memory, and its gradient in another."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(scale)
+        return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy * ctx.saved_tensors[0], None, None  # in the wider of the two dtypes
 
 
 def fold_frozen_bn(
@@ -19,12 +34,13 @@ def fold_frozen_bn(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float = 1e-5,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight (N, C, h, w) and bias (N,) of the convolution that is `norm(conv(x, weight))`; norm tensors are (N,).
 
     Every convolution that frozen batch norm follows becomes one with a bias. Both are float32, or the wider dtype that
-    was given: rounded to bfloat16 only afterwards, by autocast. The norm is constant: a gradient goes to `weight`
-    alone, and is the folded weight's times the scale. Raises ValueError for shapes that do not fit.
+    was given; the weight is rounded afterwards, and only if asked to be. The norm is constant: a gradient goes to
+    `weight` alone, and is the folded weight's times the scale. Raises ValueError for shapes that do not fit.
     """
     norm = (bn_weight, bn_bias, running_mean, running_var)
     if any(each.shape != weight.shape[:1] for each in norm):
@@ -33,4 +49,8 @@ def fold_frozen_bn(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     gamma, beta, mean, var = (each.detach().to(dtype) for each in norm)
     scale = gamma * (var + eps).rsqrt()
-    return weight.to(dtype) * scale[:, None, None, None], beta - mean * scale
+    scale, shift = scale[:, None, None, None], beta - mean * scale
+    rounded_to = rounded_to or dtype
+    if weight.dtype != dtype or rounded_to == dtype or torch.compiler.is_compiling():  # a compiler fuses by itself
+        return (weight.to(dtype) * scale).to(rounded_to), shift
+    return _Scaled.apply(weight, scale, rounded_to), shift

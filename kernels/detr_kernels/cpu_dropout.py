@@ -7,7 +7,6 @@ CPU. Here NumPy's PCG64 (O'Neill 2014) gives four entries with each word, from a
 p is met to 1/131072. (Srivastava et al. 2014; Triton's kernels draw their own, see `dropout.py`.)
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,23 @@ DRAWN_WORDS = 2**18
 """Random words that are drawn at a time: few enough for the cache and for memory that is used again."""
 
 
-def keep_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
-    """1 with probability 1 - p, else 0, as `dtype` on the CPU; the seed is drawn from torch's generator there."""
-    keep = torch.empty(shape, dtype=dtype)
-    generator = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, ()))))
-    for part in keep.view(-1).split(4 * DRAWN_WORDS):
-        words = generator.integers(0, 2**64, -(-len(part) // 4), dtype=np.uint64)
-        torch.ge(torch.from_numpy(words.view(np.int16))[: len(part)], round(p * 65536) - 32768, out=part)
-    return keep
+class Keeper:
+    """Draws which entries are kept, from a seed that torch's generator on the CPU gives."""
+
+    def __init__(self, p: float) -> None:
+        self.least = round(p * 65536) - 32768
+        self.generator = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, ()))))
+
+    def fill(self, keep: Tensor) -> Tensor:
+        """`keep`, which is contiguous, filled with 1 with probability 1 - p, else with 0."""
+        for part in keep.view(-1).split(4 * DRAWN_WORDS):
+            words = self.generator.integers(0, 2**64, -(-len(part) // 4), dtype=np.uint64)
+            torch.ge(torch.from_numpy(words.view(np.int16))[: len(part)], self.least, out=part)
+        return keep
 
 
 def _forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    keep = keep_mask(x.shape, p, x.dtype)
+    keep = Keeper(p).fill(torch.empty(x.shape, dtype=x.dtype))
     return (x * keep).mul_(1 / (1 - p)), keep
 
 
@@ -38,18 +42,28 @@ def _backward(dy: Tensor, keep: Tensor, p: float) -> Tensor:
     return (dy * keep).mul_(1 / (1 - p))
 
 
+def _relu_forward(x: Tensor, p: float) -> Tensor:
+    keep = Keeper(p).fill(torch.empty(x.shape, dtype=x.dtype))
+    return torch.mul(x, keep, out=keep).clamp_min_(0).mul_(1 / (1 - p))
+
+
+def _relu_backward(dy: Tensor, y: Tensor, p: float) -> Tensor:
+    """y is above 0 where the ReLU and dropout both let x pass: nothing else need be kept."""
+    return torch.ops.aten.threshold_backward(dy, y, 0).mul_(1 / (1 - p))
+
+
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty(first.shape, dtype=first.dtype, device=first.device)
+
+
 forward_op = torch.library.custom_op("detr_kernels::dropout", _forward, mutates_args=())
 backward_op = torch.library.custom_op("detr_kernels::dropout_backward", _backward, mutates_args=())
+relu_op = torch.library.custom_op("detr_kernels::relu_dropout", _relu_forward, mutates_args=())
+relu_backward_op = torch.library.custom_op("detr_kernels::relu_dropout_backward", _relu_backward, mutates_args=())
 
-
-@forward_op.register_fake
-def _(x, p):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@backward_op.register_fake
-def _(dy, keep, p):
-    return torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+forward_op.register_fake(lambda x, p: (_like_first(x), _like_first(x)))
+for op in (backward_op, relu_op, relu_backward_op):
+    op.register_fake(_like_first)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -63,7 +77,17 @@ def _autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None]:
     return backward_op(dy, ctx.saved_tensors[0], ctx.p), None
 
 
+def _relu_setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    ctx.p = inputs[1]
+    ctx.save_for_backward(output)
+
+
+def _relu_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    return relu_backward_op(dy, ctx.saved_tensors[0], ctx.p), None
+
+
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
+relu_op.register_autograd(_relu_autograd, setup_context=_relu_setup_context)
 
 
 def apply_dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -71,3 +95,10 @@ def apply_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.device.type != "cpu" or not training or p == 0:
         return F.dropout(x, p, training)
     return forward_op(x, p)[0]
+
+
+def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout(F.relu(x), p, training)`, as `apply_dropout`; keeps nothing for the backward pass but the result."""
+    if x.device.type != "cpu" or not training or p == 0:
+        return F.dropout(F.relu(x), p, training)
+    return relu_op(x, p)

@@ -94,6 +94,10 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.places)
 
+    def __getitem__(self, some: slice) -> Self:
+        """Those images; the buffer is shared."""
+        return replace(self, table=self.table[some], places=self.places[some])
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(h, w) that each is to have."""

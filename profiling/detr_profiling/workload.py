@@ -47,6 +47,8 @@ class WorkloadOptions(RuntimeOptions):
     """Most objects on an image."""
     dropout: float | None = None
     """Default: the model's (0.1)."""
+    capture: bool = False
+    """Replay the training step as a CUDA graph."""
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
 
@@ -161,6 +163,10 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
     if options.mode == "training":
         optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
         step = TrainStep(model, criterion, optimizer, runtime)
+        if options.capture:
+            problem = step.why_not_captured()
+            require(problem is None, f"--capture cannot be done: {problem}.")
+            step.capture()
         forward: Any = step.forward
 
         def run() -> Any:

@@ -129,7 +129,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flop, self.moved = Counter[str](), Counter[str]()
+        self.flop, self.moved, self.packed = Counter[str](), Counter[str](), Counter[str]()
         self.storages: dict[StorageWeakRef, _Traffic] = {}
         """A weak reference keeps a storage's identity when its memory is gone: no later one is taken for it."""
 
@@ -149,7 +149,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def work(self) -> dict[str, Work]:
-        minimum = Counter[str]()
+        minimum = self.packed.copy()
         for storage, traffic in self.storages.items():
             for stage, nbytes in traffic.minimum_bytes(alive=not storage.expired()):
                 minimum[stage] += nbytes
@@ -157,6 +157,9 @@ class _Counter(TorchDispatchMode):
         return {stage: each for stage, each in work.items() if each != NOTHING}
 
     def _count_bytes(self, stage: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        packed = packed_bytes((args, kwargs))
+        self.packed[stage] += packed
+        self.moved[stage] += packed
         read, written = operands(func, args, kwargs)
         given = {StorageWeakRef(each.untyped_storage()) for each in (*read, *written)}
         outputs = tensors_in(result)
@@ -204,4 +207,11 @@ def operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tens
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """But for weights in oneDNN's own order, whose memory cannot be seen: `packed_bytes` counts them."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+
+
+def packed_bytes(tree: Any) -> int:
+    """Of the weights in oneDNN's own order, as large as they were before."""
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_mkldnn)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

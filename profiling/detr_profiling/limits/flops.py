@@ -22,7 +22,7 @@ Shape = Sequence[int]
 WITHOUT_PRODUCTS = frozenset(
     {
         *("add_layer_norm", "add_layer_norm_backward", "bias_act", "bias_act_backward"),
-        *("dropout", "dropout_backward"),
+        *("dropout", "dropout_backward", "relu_dropout", "relu_dropout_backward"),
         *("assignment", "assignment_scipy", "match_cost", "set_loss", "set_loss_backward", "resize_normalize_pad"),
     }
 )
@@ -47,6 +47,16 @@ def _conv1x1_weight_gradient(dy: Shape, out: Shape | None, x: Shape, *_: Any, **
 @register_flop_formula(ours.conv_bias_act_library)
 def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def _onednn_convolution(*shapes: Any, out_shape: Shape, **_: Any) -> int:
+    """x, weight, bias; or x and a residual, in either order, and then weight and bias."""
+    weight = shapes[2] if shapes[2] is not None and len(shapes[2]) == 4 else shapes[1]
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+for packet in (torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_):
+    register_flop_formula(packet)(_onednn_convolution)
 
 
 def packed_flop(q: Shape, q_offsets: Shape, longest_q: int, longest_k: int) -> int:

@@ -103,6 +103,19 @@ def unclear_ranks(rows: Sequence[LadderRow]) -> list[tuple[str, str]]:
     ]
 
 
+def ranks(rows: Sequence[LadderRow]) -> dict[str, int]:
+    """Technique to its place, the fastest first. A row comes after those that were faster in every round: those of
+    which now one, now the other is faster share a place, and keep it when they are measured again."""
+    measured = [row for row in rows if row.rounds_ms]
+    return {
+        row.technique: 1 + sum(always_faster(other, row) for other in measured if other is not row) for row in measured
+    }
+
+
+def always_faster(row: LadderRow, other: LadderRow) -> bool:
+    return all(mine < theirs for mine, theirs in zip(row.rounds_ms, other.rounds_ms, strict=False))
+
+
 def pairs(rows: Sequence[LadderRow]) -> Iterator[tuple[LadderRow, LadderRow]]:
     """Each measured row with the measured one before it."""
     measured = [row for row in rows if row.median_ms]
@@ -137,7 +150,7 @@ def time_table(mode: str, rows: Sequence[LadderRow]) -> Table:
     top = top_row(rows)
     columns = [
         *words("technique"),
-        *figures("ms (spread, runs)", "images/s", "speedup"),
+        *figures("rank", "ms (spread, runs)", "images/s", "speedup"),
         *words("against the row above"),
         *figures("without it, ms (spread, runs)", "× everything on"),
     ]
@@ -148,6 +161,7 @@ def time_cells(row: LadderRow, rows: Sequence[LadderRow], top: LadderRow | None)
     without_ms = row.without_median_ms
     return cells(
         row.technique,
+        str(ranks(rows).get(row.technique, "")),
         ladder_timing(row),
         formats.number(row.images_per_second),
         formats.number(row.speedup),

@@ -1,0 +1,151 @@
+"""A recorded step makes the same numbers as one that is run; what records it is CUDA's on a GPU, a stand-in here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr_fast.config import MODELS, RuntimeOptions
+from detr_fast.data.batching import Batch, collate
+from detr_fast.data.sample import Sample
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.distributed import World
+from detr_fast.training.optimizer import Schedule, build_optimizer
+from detr_fast.training.step import TrainStep
+
+CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2, dropout=0.1)
+SCHEDULE = Schedule("cosine", 20, 10, 3)
+
+
+class StandIn:
+    """Runs what it was given at each replay, from the same memory into the same dict."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, compute: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], Any], dict[str, Tensor]]:
+        self.recorded += 1
+        terms: dict[str, Tensor] = {}
+
+        def replay() -> None:
+            self.replayed += 1
+            terms.update(compute())
+
+        return replay, terms
+
+
+def make_step(ema: float = 0.0) -> TrainStep:
+    torch.manual_seed(0)
+    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
+    model = runtime.place(DETR(CONFIG)).train()
+    averaged = runtime.place(DETR(CONFIG)) if ema else None
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=ema)
+
+
+def batch(seed: int, size: tuple[int, int], objects: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(2):
+        own = (size[0], size[1] - 8 * index)
+        image = torch.randint(0, 256, (3, *own), dtype=torch.uint8, generator=generator)
+        boxes = torch.rand(objects, 4, generator=generator) * 0.3 + 0.2
+        labels = torch.randint(0, CONFIG.num_classes, (objects,), generator=generator)
+        samples.append(Sample(image, labels, boxes, index, own, own))
+    return collate(samples)
+
+
+WIDE, HIGH = (48, 64), (64, 48)
+# two shapes in turn, targets of any number below 16, and once more of them
+BATCHES = [(WIDE, 3), (WIDE, 1), (HIGH, 2), (WIDE, 0), (HIGH, 5), (HIGH, 3), (WIDE, 20), (WIDE, 17), (WIDE, 2)]
+
+
+def run(step: TrainStep, accumulate: int = 1) -> list[dict[str, float]]:
+    """The terms of each step; learning rate and dropout's seed as the loop sets them."""
+    found = []
+    for number, (size, objects) in enumerate(BATCHES):
+        torch.manual_seed(number)
+        SCHEDULE.apply(step.optimizer, number)
+        window = [batch(100 * number + index, size, objects) for index in range(accumulate)]
+        found.append({name: value.item() for name, value in step(window).items()})
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_same_numbers_as_without(accumulate: int) -> None:
+    plain, captured, recorder = make_step(0.9), make_step(0.9), StandIn()
+    captured.capture(recorder)
+    for expected, found in zip(run(plain, accumulate), run(captured, accumulate), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert plain.averaged is not None and captured.averaged is not None
+    for one, other in ((plain.model, captured.model), (plain.averaged, captured.averaged)):
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # keys' biases learn noise
+    assert (recorder.recorded, recorder.replayed) == (3, 6)  # each of three shapes runs once as it is
+
+
+def test_a_shape_is_recorded_once_and_its_memory_is_read_anew() -> None:
+    step, recorder = make_step(), StandIn()
+    step.capture(recorder)
+    first, second = batch(1, WIDE, 3), batch(2, WIDE, 3)
+    losses = []
+    for given in (first, first, second, first):
+        torch.manual_seed(0)
+        step.optimizer.param_groups[0]["lr"].fill_(0)  # nothing is learned, so a batch has one loss
+        step.optimizer.param_groups[1]["lr"].fill_(0)
+        losses.append(step([given])["loss"].item())
+    assert recorder.recorded == 1 and recorder.replayed == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[1] == pytest.approx(losses[3], rel=1e-6)
+    assert losses[2] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_learning_rate_is_read_at_each_replay() -> None:
+    step = make_step()
+    step.capture(StandIn())
+    for _ in range(2):
+        step([batch(1, WIDE, 3)])
+    SCHEDULE.apply(step.optimizer, 0)
+    assert all(isinstance(group["lr"], Tensor) for group in step.optimizer.param_groups)
+    assert float(step.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * SCHEDULE.factor(0))
+    before = step.model.query_embed.weight.detach().clone()
+    for group in step.optimizer.param_groups:
+        group["lr"].fill_(0)
+    step([batch(1, WIDE, 3)])
+    assert torch.equal(step.model.query_embed.weight, before)
+
+
+def test_an_optimizer_that_was_captured_goes_on_without() -> None:
+    captured, plain = make_step(), make_step()
+    captured.capture(StandIn())
+    captured([batch(1, WIDE, 3)])
+    plain.optimizer.load_state_dict(captured.optimizer.state_dict())
+    SCHEDULE.apply(plain.optimizer, 1)
+    assert plain([batch(1, WIDE, 3)])["loss"].isfinite()
+
+
+def test_shapes_without_end_are_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detr_fast.training.captured.MOST_RECORDINGS", 1)
+    step, recorder = make_step(), StandIn()
+    step.capture(recorder)
+    for size in (WIDE, WIDE, HIGH):
+        step([batch(1, size, 3)])
+    with pytest.warns(UserWarning, match="1 shapes"):
+        step([batch(1, HIGH, 3)])
+    assert step([batch(1, HIGH, 3)])["loss"].isfinite()
+    assert (recorder.recorded, recorder.replayed) == (1, 1)
+
+
+def test_why_not_is_said() -> None:
+    assert "CUDA graphs do not run on cpu" in str(make_step().why_not_captured())
+    step = make_step()
+    step.runtime = replace(step.runtime, device=torch.device("cuda"))
+    step.world = World(0, 2, 0)
+    assert "several processes" in str(step.why_not_captured())
+    step.world = World()
+    step.criterion.use(replace(step.model.implementation, assignment="scipy"))
+    assert "SciPy" in str(step.why_not_captured())

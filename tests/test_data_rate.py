@@ -1,0 +1,68 @@
+"""`--data-only`: images are read and made a model's input, counted, and nothing is trained or written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from detr_fast import train
+from detr_fast.config import RECIPES, RuntimeOptions
+from detr_fast.data.batching import Batch, on_device
+from detr_fast.runtime import choose_runtime
+from detr_fast.training import data_rate
+from detr_fast.training.assembly import make_batches, make_data
+from detr_fast.training.distributed import World
+
+
+def test_it_says_how_many_images_a_second(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(data_rate, "SECONDS", 0.3)
+    recipe = RECIPES["detr_tiny"]
+    options = type(recipe)(
+        **{**vars(recipe), "data": str(shapes_root), "output": str(tmp_path / "run"), "data_only": True, "workers": 1}
+    )
+    assert train.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip().split("  ")[0] for line in lines] == ["read", "read and prepared"]
+    rates = [float(re.search(r"([\d.]+) images/s \(1 workers", line).group(1)) for line in lines]  # type: ignore[union-attr]
+    assert all(rate > 0 for rate in rates) and "1.000 pixels computed" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images a second as read are those that came, over the time that it took."""
+    monkeypatch.setattr(data_rate, "SECONDS", 0.4)
+    recipe = RECIPES["detr_tiny"]
+    options = type(recipe)(**{**vars(recipe), "data": str(shapes_root), "batch_size": 2})
+    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
+    train_set, _, config = make_data(options)
+    batches = make_batches(options, train_set, runtime, World(), (0, 0))
+
+    def slow() -> Batch:
+        import time
+
+        time.sleep(0.05)
+        return next(batches)
+
+    console = Console(record=True, width=200)
+    data_rate.measure_data(iter(slow, None), config, runtime, 0, console)
+    rate = float(re.search(r"read\s+(\d+) images/s", console.export_text()).group(1))  # type: ignore[union-attr]
+    assert 15 < rate <= 40
+
+
+def test_batches_on_a_cpu_pass_as_they_are(shapes_root: Path) -> None:
+    recipe = RECIPES["detr_tiny"]
+    options = type(recipe)(**{**vars(recipe), "data": str(shapes_root), "batch_size": 2})
+    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
+    train_set, _, _ = make_data(options)
+    given = [next(make_batches(options, train_set, runtime, World(), (0, start))) for start in (0, 3)]
+    passed = list(on_device(given, torch.device("cpu")))
+    assert [batch.image_ids for batch in passed] == [batch.image_ids for batch in given]
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(given, passed, strict=True)
+        for a, b in zip(one.tensors(), other.tensors(), strict=True)
+    )

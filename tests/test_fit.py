@@ -1,0 +1,122 @@
+"""A batch that does not fit into the memory is computed in parts: the same step, on all ranks."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from detr_fast.config import MODELS, TrainConfig, UserError
+from detr_fast.data.batching import Batch, collate
+from detr_fast.data.sample import Sample
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.training.assembly import largest_batch
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+
+CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
+OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
+
+
+def make_step(holds: int = 99, world: World | None = None) -> TrainStep:
+    """On a device that holds the activations of so many images; in evaluation mode, where no image's batch norm
+    depends on another."""
+    torch.manual_seed(0)
+    runtime = choose_runtime(OPTIONS)
+    model = runtime.place(DETR(CONFIG)).eval()
+    forward = model.forward
+
+    def bounded(images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        if len(images) > holds:
+            raise torch.OutOfMemoryError("no room")
+        return forward(images, mask)
+
+    model.forward = bounded  # type: ignore[method-assign]
+    optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, world or World())
+
+
+def batch() -> Batch:
+    """Five images of two sizes, with up to four objects."""
+    samples = []
+    for index in range(5):
+        generator = torch.Generator().manual_seed(index)
+        size = (64, 64 - 16 * (index % 2))
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+        boxes = torch.rand(index, 4, generator=generator) * 0.3 + 0.2
+        labels = torch.randint(0, CONFIG.num_classes, (index,), generator=generator)
+        samples.append(Sample(image, labels, boxes, index, size, size))
+    return collate(samples)
+
+
+def test_a_split_batch_keeps_its_images_and_their_room() -> None:
+    whole = batch()
+    parts = whole.split(2)
+    assert [part.image_ids for part in parts] == [[0, 1, 2], [3, 4]]
+    assert all(part.room == whole.room for part in parts)
+    assert all(torch.equal(a, b) for a, b in zip(whole.images, [x for p in parts for x in p.images], strict=True))
+    assert torch.equal(torch.cat([part.targets.boxes_cxcywh for part in parts]), whole.targets.boxes_cxcywh)
+    assert len(whole.split(99)) == 5 and whole.split(1)[0].image_ids == whole.image_ids
+
+
+def test_parts_make_the_step_of_the_whole_batch() -> None:
+    one, other = make_step(), make_step()
+    other.parts = 3
+    terms, same = one([batch()]), other([batch()])
+    for name in (name for name in terms if name.startswith("loss") or name == "grad_norm"):
+        assert same[name].item() == pytest.approx(terms[name].item(), rel=1e-4, abs=1e-6), name
+    for mine, theirs in zip(one.trained, other.trained, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert (mine.grad - theirs.grad).norm() <= 1e-4 * max(1e-3, mine.grad.norm().item())
+
+
+@pytest.mark.parametrize(("holds", "parts"), [(4, 1), (3, 2), (2, 2), (1, 4)])
+def test_parts_are_halved_until_they_fit_and_nothing_is_trained(holds: int, parts: int) -> None:
+    step = make_step(holds)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    numbers = torch.get_rng_state()
+    step.fit(largest_batch(OPTIONS, CONFIG))
+    assert step.parts == parts
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in step.trained) and not step.optimizer.state
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert step([batch().split(2)[0]])["loss"].isfinite() if holds > 1 else True
+
+
+def test_an_image_that_does_not_fit_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match=r"64x64 pixels.*--checkpoint-activations"):
+        make_step(0).fit(largest_batch(OPTIONS, CONFIG))
+
+
+def test_the_largest_batch_is_as_large_as_training_can_ask_for() -> None:
+    largest = largest_batch(replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3), CONFIG)
+    assert largest.room == (832, 1344) and len(largest.images) == 3
+    assert largest.targets.labels.shape == (3, CONFIG.num_queries)
+
+
+def one_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    torch.set_num_threads(1)
+    with joined_world(torch.device("cpu")) as world:
+        step = make_step(2 if rank == 0 else 99, world)
+        step.fit(largest_batch(OPTIONS, CONFIG))
+        terms = step([batch().split(2)[1]])
+        torch.save({"parts": step.parts, "norm": terms["grad_norm"]}, Path(folder) / f"{rank}.pt")
+
+
+def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["parts"] == second["parts"] == 2
+    assert first["norm"].item() == pytest.approx(second["norm"].item(), rel=1e-6)

@@ -1,0 +1,71 @@
+"""Ours beside its peers: who runs, in what order, and what the ratio is taken from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from detr_profiling import ladder, race
+from detr_profiling.ladder import read_rows
+from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.timing import Timing
+from detr_profiling.race import EAGER_PEERS, RaceOptions, entrants, fastest_eager_ms, peak_share
+
+from detr_fast.config import UserError
+
+OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, peers_compiled=False)
+TIMES_MS = {"reference": 100.0, "hf-eager": 90.0, "hf-sdpa": 80.0, "hf-compiled": 10.0, "detr_fast": 20.0}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Who was measured, in order; no process runs."""
+    asked: list[str] = []
+
+    def measure(configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+        asked.append(configuration.implementation)
+        if configuration.implementation == "hf-sdpa":
+            raise UserError("not installed")
+        return Measurement(Timing((TIMES_MS[configuration.implementation],) * runs), 1000.0, 0.1, None, 3.0)
+
+    monkeypatch.setattr(ladder, "measure_in_process", measure)
+    monkeypatch.setattr(ladder, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(race, "peak_share", lambda *_: 0.5)
+    yield asked
+
+
+def test_peers_run_as_they_come_and_ours_as_the_options_say() -> None:
+    rungs = {rung.technique: rung.configuration for rung in entrants(OPTIONS)}
+    assert list(rungs) == [*EAGER_PEERS, "reference bf16", "detr_fast"]
+    for name in EAGER_PEERS:
+        options = rungs[name].options
+        assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
+    assert rungs["detr_fast"].options.precision == "bf16" and rungs["detr_fast"].options.channels_last
+    sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in rungs.values()}
+    assert len(sizes) == 1
+
+
+def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
+    measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = RaceOptions(**{**vars(OPTIONS), "out": str(tmp_path), "rounds": 2})
+    assert race.main(options) == 1  # one peer is not there
+    assert measured == ["reference", "hf-eager", "hf-sdpa", "reference", "detr_fast"] * 2
+    assert "4.50 times the fastest eager form" in capsys.readouterr().out
+    rows = {row["technique"]: row for row in read_rows(tmp_path / "race.csv")}
+    assert rows["detr_fast"]["median_ms"] == "20" and rows["hf-sdpa"]["note"] == "not installed"
+    assert rows["hf-sdpa"]["median_ms"] == ""
+
+
+def test_a_compiled_peer_is_no_eager_one() -> None:
+    rungs = entrants(OPTIONS)
+    assert fastest_eager_ms(rungs) is None
+    for rung, ms in zip(rungs, (100.0, 90.0, 80.0, 5.0, 20.0), strict=True):
+        rung.measured = Measurement(Timing((ms,)), 1.0, 1.0, None, 1.0)
+    assert fastest_eager_ms(rungs) == 80.0
+
+
+def test_the_share_of_the_peak_is_work_over_time() -> None:
+    options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
+    slow, fast = peak_share(options, 1e6), peak_share(options, 1e4)
+    assert 0 < slow < fast < 1
+    assert fast / slow == pytest.approx(100, rel=0.7)  # the peak is measured anew
