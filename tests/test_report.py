@@ -125,8 +125,9 @@ def test_figures_are_those_that_were_measured(cpu: Path) -> None:
         "",
         "n/a",
         "n/a",
+        "7",
     ]
-    compiled = ["compile", "402 (14, 10 runs)", "2.49", "2.27", "−18 %", "488 (9.8, 10 runs)", "1.22"]
+    compiled = ["compile", "402 (14, 10 runs)", "2.49", "2.27", "−18 %", "488 (9.8, 10 runs)", "1.22", "1"]
     assert page.row("Training: time", "compile") == compiled
     costs = ["compile", "1,238", "n/a", "0.763", "31.2", "0.014", "0.026", "close", "logits"]
     assert page.row("Training: memory, energy, exactness", "compile") == costs

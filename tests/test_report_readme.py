@@ -31,13 +31,24 @@ def test_table(folder: Path) -> None:
         "detr_r50, 320x427 px, 1 a step, training and inference: AMD EPYC, 2 threads, torch 2.11.0, 2026-11-25, "
         "commit 28d3f62.",
         "",
-        "| step | technique | ms (spread, runs) | images/s | speedup | peak MiB | error | verdict |",
+        "| step |  | ms (spread, runs) | images/s | speedup | peak MiB | error | verdict |",
         "|---|---|---:|---:|---:|---:|---:|---|",
         "| training | reference | 912 (25, 10 runs) | 1.10 | 1.00 | 2,104 | 3.1e-6 | close |",
         "| training | compile | 402 (14, 10 runs) | 2.49 | 2.27 | 1,238 | 0.014 | NOT close |",
         r"| inference | a\|b &lt;i> | 1,294 (10, 10 runs) | 0.770 | 1.00 | 902 | n/a | n/a |",
     ]
     assert str(folder) not in table, "a README must not depend on where the results lay"
+
+
+def test_the_race_stands_above_the_ladder(folder: Path) -> None:
+    race = LADDER.replace("training,reference", "training,hf-sdpa").replace("training,compile", "training,detr_fast")
+    (folder / "race.csv").write_text(race)
+    lines = readme_table(load_results(folder)).splitlines()
+    named = [index for index, line in enumerate(lines) if "hf-sdpa" in line or "training | reference" in line]
+    assert len(named) == 2 and "hf-sdpa" in lines[named[0]] and lines.count("") == 3
+    main(ReportOptions(str(folder)))
+    page = (folder / "report.html").read_text()
+    assert "Beside others" in page and "hf-sdpa" in page
 
 
 def test_the_readme_has_the_table_of_the_committed_results() -> None:

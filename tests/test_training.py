@@ -187,7 +187,7 @@ def test_outputs_that_keep_being_non_finite_stop_the_run(
         return original(self, batches) | {"nonfinite_costs": torch.tensor(2)}
 
     monkeypatch.setattr(TrainStep, "__call__", call)
-    with pytest.raises(UserError, match="not finite 4 times"):
+    with pytest.raises(UserError, match="not finite at 4 log lines"):
         main(options(shapes_root, tmp_path))
 
 

@@ -20,10 +20,11 @@ from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.pages.formats import number
+from detr_profiling.pages.results import RACE_FILE
+from detr_profiling.report import write_report
 from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions, build_workload
 
-RACE_FILE = "race.csv"
 EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
 """In float32, as they come."""
 
@@ -86,6 +87,7 @@ def main(options: RaceOptions) -> int:
         out.mkdir(parents=True, exist_ok=True)
     for _ in measure_rungs(rungs, options, console):
         write_rungs(rows_of(rungs, options), out / RACE_FILE)
+    write_report(out)
     console.print(table(rungs))
     eager, ours = fastest_eager_ms(rungs), rungs[-1].measured
     if eager and ours:

@@ -15,7 +15,7 @@ from detr_fast.config import UserError, require
 from detr_fast.training.run_folder import writing
 from detr_profiling.pages import formats
 from detr_profiling.pages import trace as report_trace
-from detr_profiling.pages.ladder import by_mode, ladder_blocks, ladder_timing
+from detr_profiling.pages.ladder import by_mode, ladder_blocks, ladder_timing, race_blocks
 from detr_profiling.pages.overview import (
     FILES,
     command_blocks,
@@ -27,11 +27,11 @@ from detr_profiling.pages.overview import (
 )
 from detr_profiling.pages.page import Block, Section
 from detr_profiling.pages.parity import parity_blocks
-from detr_profiling.pages.results import PLACE, LadderRow, Results, complete, load_results
+from detr_profiling.pages.results import PLACE, RACE_FILE, LadderRow, Results, complete, load_results
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-README_TITLES = ("step", "technique", "ms (spread, runs)", "images/s", "speedup", "peak MiB", "error", "verdict")
+README_TITLES = ("step", "", "ms (spread, runs)", "images/s", "speedup", "peak MiB", "error", "verdict")
 MEASURED: tuple[tuple[str, str, Callable[[Any], Iterable[Block]]], ...] = (
     ("ladder", "Ladder", ladder_blocks),
     ("trace", "Stages", report_trace.stages_blocks),
@@ -52,13 +52,16 @@ class ReportOptions:
     out: str = "runs/profile"
     """Folder with trace.json, parity.json and ladder.csv, or some of them; the report is written there."""
     readme: str | None = None
-    """Also put the ladder's table into this Markdown file, between its lines `<!-- measured: begin -->` and
+    """Also put the tables of ladder and race into this Markdown file, between its lines `<!-- measured: begin -->` and
     `<!-- measured: end -->`."""
 
 
 def sections(results: Results) -> Iterator[Section]:
     """In the order of the page; what is not there says how to get it."""
     yield Section("Machine and versions", machine_blocks(results))
+    if results.race:
+        with complete(results.folder / RACE_FILE, "race"):
+            yield Section("Beside others", list(race_blocks(results.race)))
     for part, title, build in MEASURED:
         found = getattr(results, part)
         with complete(results.folder / FILES[part], part):
@@ -100,18 +103,23 @@ def markdown(text: object) -> Markup:
 
 
 def readme_table(results: Results) -> str:
-    """The ladder for a README, in Markdown. Raises UserError where there is none."""
+    """The race, where there is one, and the ladder for a README, in Markdown. Raises UserError without a ladder."""
     require(
         bool(results.ladder),
         f"There is no ladder.csv in {results.folder} to make the table of. Measure it: "
         f"python -m detr_profiling ladder --out {results.folder}",
     )
-    lines = [*places(results.ladder), "", table_line(README_TITLES), f"|---|---|{'---:|' * 5}---|"]
-    for row in results.ladder:
+    tables = [part for part in (results.race, results.ladder) if part]
+    return "\n".join("\n".join(table_lines(part)) + "\n" for part in tables)
+
+
+def table_lines(rows: Sequence[LadderRow]) -> Iterator[str]:
+    """Where it was measured, and a line for each row."""
+    yield from (*places(rows), "", table_line(README_TITLES), f"|---|---|{'---:|' * 5}---|")
+    for row in rows:
         figures = (formats.number(each) for each in (row.images_per_second, row.speedup, row.peak_mib))
         judged = (formats.error(row.error), formats.verdict(row.close))
-        lines.append(table_line((row.mode, row.technique, ladder_timing(row), *figures, *judged)))
-    return "\n".join(lines) + "\n"
+        yield table_line((row.mode, row.technique, ladder_timing(row), *figures, *judged))
 
 
 def table_line(cells: Iterable[str]) -> str:

@@ -11,14 +11,14 @@ from typing import Any
 
 from detr_fast.config import UserError, require
 
-TRACE_FILE, PARITY_FILE, LADDER_FILE = "trace.json", "parity.json", "ladder.csv"
+TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
 PLACE = ("model", "size", "batch_size", "threads", "device", "torch", "commit", "date")
 """What a ladder's rows say of where they were measured."""
 
 
 @dataclass(frozen=True)
 class LadderRow:
-    """One row of ladder.csv; None: not measured, or not known."""
+    """One row of ladder.csv or race.csv; None: not measured, or not known."""
 
     mode: str
     technique: str
@@ -71,6 +71,7 @@ class Results:
     trace: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
     ladder: tuple[LadderRow, ...] = ()
+    race: tuple[LadderRow, ...] = ()
 
 
 def load_results(folder: Path) -> Results:
@@ -80,7 +81,8 @@ def load_results(folder: Path) -> Results:
         folder,
         read_object(folder / TRACE_FILE, "trace"),
         read_object(folder / PARITY_FILE, "parity"),
-        read_ladder(folder / LADDER_FILE),
+        read_ladder(folder / LADDER_FILE, "ladder"),
+        read_ladder(folder / RACE_FILE, "race"),
     )
 
 
@@ -117,10 +119,10 @@ def read_object(path: Path, command: str) -> dict[str, Any] | None:
     return found
 
 
-def read_ladder(path: Path) -> tuple[LadderRow, ...]:
+def read_ladder(path: Path, command: str) -> tuple[LadderRow, ...]:
     if not path.exists():
         return ()
-    with reading(path, "ladder"), complete(path, "ladder"), path.open(newline="", encoding="utf-8") as file:
+    with reading(path, command), complete(path, command), path.open(newline="", encoding="utf-8") as file:
         return tuple(LadderRow.from_text(row) for row in csv.DictReader(file, restval=""))
 
 

@@ -49,7 +49,9 @@ def living_tensors_mib() -> float:
     """What the CPU tensors of this process hold that Python knows, each storage once."""
     storages: dict[int, int] = {}
     for each in gc.get_objects():
-        if type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and not each.is_sparse:
+        if type(each) in (Tensor, nn.Parameter) and each.is_mkldnn:  # in oneDNN's own order
+            storages[id(each)] = each.numel() * each.element_size()
+        elif type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and not each.is_sparse:
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) / 2**20
