@@ -62,7 +62,8 @@ def recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def on_cpu(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32))
+    """A copy always: a later block may write over an output that it has read."""
+    return x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
