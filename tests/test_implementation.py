@@ -144,7 +144,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
-    """64 MiB eight times: 16,384 pages each are mapped anew, or once. (A kernel with huge pages everywhere maps few.)"""
+    """64 MiB eight times: 16,384 pages each are mapped anew, or once."""
     faults = {}
     for call in ("", "keep_freed_memory()"):
         command = [sys.executable, "-c", FAULTS.format(call=call)]
