@@ -50,7 +50,7 @@ def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatc
     console = Console(record=True, width=200)
     data_rate.measure_data(iter(slow, None), config, runtime, 0, console)
     rate = float(re.search(r"read\s+(\d+) images/s", console.export_text()).group(1))  # type: ignore[union-attr]
-    assert 15 < rate <= 40
+    assert 24 < rate <= 40  # two images in 50 ms and what reading takes
 
 
 def test_batches_on_a_cpu_pass_as_they_are(shapes_root: Path) -> None:

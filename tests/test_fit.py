@@ -81,6 +81,7 @@ def test_parts_make_the_step_of_the_whole_batch() -> None:
 @pytest.mark.parametrize(("holds", "parts"), [(4, 1), (3, 2), (2, 2), (1, 4)])
 def test_parts_are_halved_until_they_fit_and_nothing_is_trained(holds: int, parts: int) -> None:
     step = make_step(holds)
+    step.model.train()  # whose batch norm gathers statistics
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     numbers = torch.get_rng_state()
     step.fit(largest_batch(OPTIONS, CONFIG))

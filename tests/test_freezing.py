@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detr_kernels import OneDNNConvolution
+from detr_profiling.comparison.blocks import recorded_outputs
 from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.tracing.allocations import living_tensors_mib
 from torch import Tensor, nn
 
 from detr_fast import DETR, export_state_dict, load_model
@@ -85,6 +88,27 @@ def test_all_batch_norm_is_gone_and_layer_norm_keeps_float32() -> None:
             for parameter in module.parameters()
         }
         assert kinds == {torch.float32}
+
+
+def test_what_a_block_gave_is_recorded_before_the_next_writes_over_it() -> None:
+    model = make_model("tiny")
+    recorded = []
+    for each in (model, frozen(model, torch.float32)):
+        with torch.no_grad(), recorded_outputs(each) as blocks:
+            each(*make_input(torch.float32))
+        recorded.append(blocks)
+    expected, found = recorded
+    assert "backbone.stem" in expected and expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_packed_weight_is_counted_among_the_living() -> None:
+    convolution = OneDNNConvolution(torch.randn(256, 256, 3, 3), torch.zeros(256), 1, 1, 1)  # 2.25 MiB
+    x = torch.randn(1, 256, 4, 4).contiguous(memory_format=torch.channels_last)
+    before = living_tensors_mib()
+    convolution(x, None, True)
+    assert living_tensors_mib() - before == pytest.approx(2.25, abs=0.2)
 
 
 def test_the_model_it_was_made_from_stays_as_it_was() -> None:

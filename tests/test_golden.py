@@ -57,9 +57,23 @@ def golden_array(name: str) -> Tensor:
     return torch.from_numpy(arrays()[name])
 
 
-ANOTHER_PROCESSOR = 1e-2
-"""Relative, of a gradient's norm. fp32 on the processor that made the golden numbers repeats them to 7e-7; another one,
-which sums in another order, is off by 4e-3, the plain reference as much as ours, and float64 by 5e-3."""
+@cache
+def undetermined(case: str) -> float:
+    """How much of a gradient's norm fp32 leaves open: the most that the golden ones differ from float64, relative.
+
+    Another processor sums in another order, and these weights amplify it: there the plain reference misses golden
+    gradients by 4e-3 itself, each by another amount.
+    """
+    model = reference_model(case).double()
+    images, mask = keyed_batch(GOLDEN["sizes"], GOLDEN["salt"])
+    targets = keyed_targets(GOLDEN["counts"], salt=GOLDEN["salt"])
+    for target in targets:
+        target["boxes"] = target["boxes"].double()
+    reference_criterion(model(images.double(), mask), targets)["loss"].backward()
+    golden = GOLDEN["cases"][case]["grad_norms"]
+    exact = {key: each.grad.norm().item() for key, each in model.named_parameters() if each.grad is not None}
+    floor = GRADIENT_FLOOR * sum(norm**2 for norm in exact.values()) ** 0.5
+    return max(max(0.0, abs(exact[name] - golden[name]) - floor) / exact[name] for name in golden)
 
 
 @dataclass
@@ -189,11 +203,14 @@ def test_gradient_of_every_trained_parameter(run: Run) -> None:
     assert run.grad_norms.keys() == expected.keys()
     assert run.without_grad == set(run.golden["no_grad"])
     for name, norm in run.grad_norms.items():
-        assert norm == pytest.approx(expected[name], rel=ANOTHER_PROCESSOR, abs=floor), name
+        assert norm == pytest.approx(expected[name], rel=max(1e-3, 2 * undetermined(run.case)), abs=floor), name
 
 
 def test_loss_after_one_optimizer_step(run: Run) -> None:
-    assert run.total_after_step == pytest.approx(run.golden["total_after_step"], rel=1e-3)
+    """What a step changes is known as well as its gradients are."""
+    before, after = run.golden["total"], run.golden["total_after_step"]
+    allowed = max(1e-4 * after, 2 * undetermined(run.case) * abs(after - before))
+    assert run.total_after_step == pytest.approx(after, rel=0, abs=allowed)
     assert run.total_after_step != pytest.approx(run.golden["total"], rel=1e-2)
 
 

@@ -96,7 +96,7 @@ def test_known_sizes(width: int, height: int, size: int, expected: tuple[int, in
 def test_fault_18_extreme_aspects_never_give_zero_size(size: tuple[int, int]) -> None:
     image = torch.full((3, *size), 9, dtype=torch.uint8)
     train = TrainTransform((48, 80), 133, (40, 60), (38, 60))
-    plans = [train(size, np.random.default_rng(seed)) for seed in range(12)] + [EvaluationTransform(80, 133).plan(size)]
+    plans = [train(size, np.random.default_rng(seed)) for seed in range(12)] + [EvaluationTransform(80, 133)(size)]
     for plan in plans:
         assert min(plan.size) >= 1 and max(plan.size) <= 140
         assert seen(image, plan).mean() == 9

@@ -58,10 +58,7 @@ class EvaluationTransform:
     size: int
     max_size: int
 
-    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator) -> Plan:
-        return self.plan(image_size)
-
-    def plan(self, image_size: tuple[int, int]) -> Plan:
+    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator | None = None) -> Plan:
         return Plan((0, 0, *image_size), resized_size(image_size, self.size, self.max_size))
 
 

@@ -2,10 +2,11 @@
 
     y = relu(conv(x, weight) + bias + residual)
 
-Backward: the ReLU's mask, and the library's gradients of a convolution; of the output y alone is kept for it.
+Backward: the ReLU's mask, and the library's gradients of a convolution; of 1x1 on a CPU the matrix products that they
+are. Kept for it are x, the weight, and y where there is a ReLU.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from detr_kernels.convolution import output_shape
 from detr_kernels.convolution_tiles import channels_last, image_room
 
-Library = Literal["cudnn", "onednn"]
 LIBRARIES: dict[str, str] = {"cudnn": "cuda", "onednn": "cpu"}
 """Form to the type of device on which it runs."""
 
