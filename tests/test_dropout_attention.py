@@ -88,7 +88,8 @@ def test_two_tensors_of_the_weights_size_are_kept() -> None:
 
 def test_operators_are_registered_as_torch_asks() -> None:
     q, k, v = (x.flatten(0, 1).detach().requires_grad_() for x in make_inputs(SHAPES[1], torch.float32))
-    hidden = ~padding_of(SHAPES[1]).expand(-1, 4, -1, -1).flatten(0, 1)
+    padded = ~padding_of(SHAPES[1]).expand(-1, 4, -1, -1).flatten(0, 1)
+    hidden = torch.zeros(padded.shape).masked_fill(padded, float("-inf"))
     # what is drawn differs from run to run, so the mask is not compared
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, (q, k, v, hidden, 0.1), test_utils=utils)

@@ -4,10 +4,11 @@ ResNet: He et al. 2016, with torchvision's parameter names. DC5: DETR (Carion et
 """
 
 import torch
+from detr_kernels import bottleneck
 from torch import Tensor, nn
 
 from detr_fast.config import require
-from detr_fast.model.normalization import FrozenBatchNorm2d, conv_norm_act
+from detr_fast.model.normalization import FrozenBatchNorm2d, computed_in, conv_norm_act, folded
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -36,7 +37,16 @@ class Bottleneck(nn.Module):
         self.bn3 = norm(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride, norm)
 
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """Each with its norm; the shortcut's last."""
+        shortcut = [] if self.downsample is None else [tuple(self.downsample)]
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), *shortcut]  # type: ignore[list-item]
+
     def forward(self, x: Tensor) -> Tensor:
+        dtype = computed_in(x, self.conv1.weight)
+        if isinstance(self.bn1, FrozenBatchNorm2d) and self.bn1.joins_blocks(x.device, dtype):
+            weights, biases = zip(*(folded(*pair, dtype) for pair in self.convolutions()), strict=True)
+            return bottleneck(x.to(dtype), weights, biases, self.conv2.stride[0], self.conv2.dilation[0])
         identity = (
             x if self.downsample is None else conv_norm_act(x, *self.downsample, relu=False)  # type: ignore[misc]
         )

@@ -3,7 +3,14 @@
 from typing import Any
 
 import torch
-from detr_kernels import ConvolutionBackend, OneDNNConvolution, conv_bias_act, fold_frozen_bn, why_not_onednn
+from detr_kernels import (
+    ConvolutionBackend,
+    OneDNNConvolution,
+    choose_convolution,
+    conv_bias_act,
+    fold_frozen_bn,
+    why_not_onednn,
+)
 from torch import Tensor, nn
 
 from detr_fast.model.implementation import Implementation
@@ -39,6 +46,11 @@ class FrozenBatchNorm2d(nn.Module):
     def use(self, implementation: Implementation) -> None:
         self.folded, self.convolution_form = implementation.folded, implementation.convolution
 
+    def joins_blocks(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a whole block is computed by oneDNN (`detr_kernels.bottleneck`)."""
+        form = self.folded and choose_convolution(1, device, self.convolution_form)[0]
+        return form == "onednn" and why_not_onednn(dtype) is None
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(C,) float32 each, so that norm(x) = x * scale + shift."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -49,6 +61,12 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
+def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that is norm(conv(x)), the weight rounded to `dtype`; `norm`:
+    FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode."""
+    return fold_frozen_bn(conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, dtype)
+
+
 class FoldedConvolution(nn.Module):
     """A convolution with its batch norm folded into it for good: for inference alone."""
 
@@ -56,17 +74,8 @@ class FoldedConvolution(nn.Module):
     bias: Tensor
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> None:
-        """`norm`: FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode."""
         super().__init__()
-        constants: Any = norm
-        weight, bias = fold_frozen_bn(
-            conv.weight,
-            constants.weight,
-            constants.bias,
-            constants.running_mean,
-            constants.running_var,
-            constants.eps,
-        )
+        weight, bias = folded(conv, norm)
         self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         self.form: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
@@ -84,6 +93,14 @@ class FoldedConvolution(nn.Module):
         return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu, self.form)
 
 
+def computed_in(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a convolution of x: its weight's, or autocast's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def conv_norm_act(
     x: Tensor, conv: nn.Conv2d | FoldedConvolution, norm: nn.Module, residual: Tensor | None = None, relu: bool = True
 ) -> Tensor:
@@ -95,12 +112,7 @@ def conv_norm_act(
     if isinstance(conv, FoldedConvolution):
         return conv(x, residual, relu)
     if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
-        device, dtype = x.device.type, conv.weight.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        weight, bias = fold_frozen_bn(
-            conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, dtype
-        )
+        weight, bias = folded(conv, norm, computed_in(x, conv.weight))
         stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
     y = norm(conv(x))

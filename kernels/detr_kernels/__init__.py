@@ -3,6 +3,7 @@
 from detr_kernels.assignment import AssignmentBackend, batched_assignment, batched_assignment_ref, choose_assignment
 from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
 from detr_kernels.batch_norm import fold_frozen_bn
+from detr_kernels.bottleneck import bottleneck, bottleneck_ref
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution_library import OneDNNConvolution, why_not_onednn
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
@@ -29,6 +30,8 @@ __all__ = [
     "attention_with_dropout",
     "batched_assignment",
     "batched_assignment_ref",
+    "bottleneck",
+    "bottleneck_ref",
     "choose_assignment",
     "choose_attention",
     "choose_backend",

@@ -29,6 +29,22 @@ def why_not_onednn(dtype: torch.dtype) -> str | None:
     )
 
 
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, *, relu: bool
+) -> Tensor:
+    """A convolution with its bias and ReLU by oneDNN, of channels-last tensors of one dtype."""
+    geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else "none"
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, act, [], "")
+
+
+def add_convolution(
+    total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, *, relu: bool
+) -> Tensor:
+    """The same, added to `total` in its memory before the ReLU; returns `total`."""
+    geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else None
+    return torch.ops.mkldnn._convolution_pointwise_.binary(total, x, weight, bias, *geometry, "add", 1.0, act, [], None)
+
+
 def _library(
     x: Tensor,
     weight: Tensor,
@@ -43,15 +59,13 @@ def _library(
     """The bias is added in x's dtype; cuDNN's form always has a ReLU, and its float32 may be TF32."""
     x, weight, bias = channels_last(x), channels_last(weight), bias.to(x.dtype)
     residual = None if residual is None else channels_last(residual)
-    stride_, padding_, dilation_ = [stride] * 2, [padding] * 2, [dilation] * 2
     if library == "onednn":
-        geometry, act = (padding_, stride_, dilation_, 1), "relu" if relu else "none"
+        convolution = x, weight, bias, stride, padding, dilation
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, act, [], "")
-        unary = "relu" if relu else None
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, *geometry, "add", 1.0, unary, [], None
-        )
+            return convolve(*convolution, relu=relu)
+        # oneDNN's form with a new result copies the residual too, several times as slowly
+        return add_convolution(residual.clone(), *convolution, relu=relu)
+    stride_, padding_, dilation_ = [stride] * 2, [padding] * 2, [dilation] * 2
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, stride_, padding_, dilation_, 1)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride_, padding_, dilation_, 1)
@@ -63,20 +77,18 @@ class OneDNNConvolution:
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> None:
         self.weight, self.bias = weight, bias.to(weight.dtype)
-        self.geometry = [padding] * 2, [stride] * 2, [dilation] * 2, 1
+        self.geometry = stride, padding, dilation
         self.packed: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`residual`, where there is one, is overwritten and returned; both in channels-last memory."""
         if self.packed is None:
+            stride, padding, dilation = ([each] * 2 for each in self.geometry)
             reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed = reorder(self.weight, *self.geometry, list(x.shape))
+            self.packed = reorder(self.weight, padding, stride, dilation, 1, list(x.shape))
         constants = (x, self.packed, self.bias, *self.geometry)
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(*constants, "relu" if relu else "none", [], "")
-        unary = "relu" if relu else None
-        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, *constants, "add", 1.0, unary, [], None)
+        return convolve(*constants, relu=relu) if residual is None else add_convolution(residual, *constants, relu=relu)
 
 
 library_op = torch.library.custom_op("detr_kernels::conv_bias_act_library", _library, mutates_args=())
@@ -96,13 +108,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
-def _pixels(images: Tensor) -> Tensor:
+def as_rows(images: Tensor) -> Tensor:
     """(B, C, H, W) as rows (B H W, C)."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
-def _pointwise_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    return (_pixels(dz).t() @ _pixels(x[:, :, ::stride, ::stride])).view(weight.shape)
+def pointwise_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    return (as_rows(dz).t() @ as_rows(x[:, :, ::stride, ::stride])).view(weight.shape)
 
 
 def _strided_input_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -110,7 +122,7 @@ def _strided_input_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) 
     dx = image_room(x, *x.shape[1:]).zero_()
     seen = dx[:, :, ::stride, ::stride]
     images, _, height, width = seen.shape
-    seen.copy_((_pixels(dz) @ weight.flatten(1)).view(images, height, width, -1).permute(0, 3, 1, 2))
+    seen.copy_((as_rows(dz) @ weight.flatten(1)).view(images, height, width, -1).permute(0, 3, 1, 2))
     return dx
 
 
@@ -120,7 +132,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
     dx = dweight = None
     if ctx.products and wants_weight:
-        dweight, wants_weight = _pointwise_weight_gradient(dz, x, weight, ctx.geometry[0]), False
+        dweight, wants_weight = pointwise_weight_gradient(dz, x, weight, ctx.geometry[0]), False
     if ctx.products and wants_x and ctx.geometry[0] > 1:
         dx, wants_x = _strided_input_gradient(dz, x, weight, ctx.geometry[0]), False
     if wants_x or wants_weight:

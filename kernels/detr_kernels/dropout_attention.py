@@ -28,17 +28,18 @@ def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], Tensor]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q (G, Nq, d), k and v (G, Nk, d), hidden (G, 1, Nk), True where a key is not attended to -> out (G, Nq, d), and
-    the weights (G, Nq, Nk) before and after dropout."""
+    """q (G, Nq, d), k and v (G, Nk, d), hidden (G, 1, Nk), 0, or -inf where a key is not attended to -> out (G, Nq, d),
+    and the weights (G, Nq, Nk) before and after dropout."""
     q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
     out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
     groups, room = _groups(q, k)
     keep = Keeper(p)
     for some in groups:
         scores = room[: len(q[some])]
-        torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
-        if hidden is not None:
-            scores.masked_fill_(hidden[some], float("-inf"))
+        if hidden is None:
+            torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
+        else:
+            torch.baddbmm(hidden[some], q[some], k[some].transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=weights[some])
         torch.mul(weights[some], keep.fill(scores), out=dropped[some])
         torch.bmm(dropped[some], v[some], out=out[some])
@@ -103,7 +104,7 @@ def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | N
     hidden = some = None
     if attended is not None:
         some = attended.any(-1, keepdim=True)
-        hidden = (~attended & some).expand(-1, heads, -1, -1).flatten(0, 1)
+        hidden = q.new_zeros(()).masked_fill(~attended & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
     flat = (x.reshape(images * heads, -1, width) for x in (q, k, v))
     out, *_ = forward_op(*flat, hidden, p)
     out = out.view(images, heads, queries, width)

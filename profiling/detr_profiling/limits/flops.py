@@ -49,6 +49,13 @@ def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) 
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
+@register_flop_formula(ours.bottleneck)
+def _bottleneck(x: Shape, weights: Sequence[Shape], *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
+    out, narrow, spread = out_shape
+    results = (narrow, spread, out, out)  # the last is the shortcut's, where there is one
+    return sum(2 * math.prod(each) * math.prod(weight[1:]) for each, weight in zip(results, weights, strict=False))
+
+
 def _onednn_convolution(*shapes: Any, out_shape: Shape, **_: Any) -> int:
     """x, weight, bias; or x and a residual, in either order, and then weight and bias."""
     weight = shapes[2] if shapes[2] is not None and len(shapes[2]) == 4 else shapes[1]
