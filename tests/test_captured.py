@@ -1,11 +1,14 @@
 """A recorded step makes the same numbers as one that is run; what records it is CUDA's on a GPU, a stand-in here."""
 
-from collections.abc import Callable
+import os
+import socket
+import weakref
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from detr_fast.config import MODELS, RuntimeOptions
@@ -14,38 +17,23 @@ from detr_fast.data.sample import Sample
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
-from detr_fast.training.distributed import World
+from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
+from tests.stand_in import StandIn
 
 CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2, dropout=0.1)
 SCHEDULE = Schedule("cosine", 20, 10, 3)
 
 
-class StandIn:
-    """Runs what it was given at each replay, from the same memory into the same dict."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, compute: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-        self.recorded += 1
-        terms: dict[str, Tensor] = {}
-
-        def replay() -> None:
-            self.replayed += 1
-            terms.update(compute())
-
-        return replay, terms
-
-
-def make_step(ema: float = 0.0) -> TrainStep:
+def make_step(ema: float = 0.0, world: World | None = None) -> TrainStep:
     torch.manual_seed(0)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     model = runtime.place(DETR(CONFIG)).train()
     averaged = runtime.place(DETR(CONFIG)) if ema else None
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=ema)
+    criterion = build_criterion(CONFIG.num_classes)
+    return TrainStep(model, criterion, optimizer, runtime, world or World(), averaged=averaged, ema_decay=ema)
 
 
 def batch(seed: int, size: tuple[int, int], objects: int) -> Batch:
@@ -86,7 +74,8 @@ def test_the_same_numbers_as_without(accumulate: int) -> None:
     for one, other in ((plain.model, captured.model), (plain.averaged, captured.averaged)):
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # keys' biases learn noise
-    assert (recorder.recorded, recorder.replayed) == (3, 6)  # each of three shapes runs once as it is
+    # each of three shapes runs once as it is, and so does the first update
+    assert (recorder.recorded, recorder.replayed) == (3 + 1, 6 + 8)
 
 
 def test_a_shape_is_recorded_once_and_its_memory_is_read_anew() -> None:
@@ -99,7 +88,7 @@ def test_a_shape_is_recorded_once_and_its_memory_is_read_anew() -> None:
         step.optimizer.param_groups[0]["lr"].fill_(0)  # nothing is learned, so a batch has one loss
         step.optimizer.param_groups[1]["lr"].fill_(0)
         losses.append(step([given])["loss"].item())
-    assert recorder.recorded == 1 and recorder.replayed == 3
+    assert recorder.recorded == 1 + 1 and recorder.replayed == 3 + 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[1] == pytest.approx(losses[3], rel=1e-6)
     assert losses[2] != pytest.approx(losses[1], rel=1e-3)
 
@@ -128,24 +117,73 @@ def test_an_optimizer_that_was_captured_goes_on_without() -> None:
     assert plain([batch(1, WIDE, 3)])["loss"].isfinite()
 
 
-def test_shapes_without_end_are_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detr_fast.training.captured.MOST_RECORDINGS", 1)
+def test_shapes_without_end_are_run_as_they_are() -> None:
     step, recorder = make_step(), StandIn()
     step.capture(recorder)
+    assert step.captured is not None
+    step.captured.windows.most = 1
     for size in (WIDE, WIDE, HIGH):
         step([batch(1, size, 3)])
-    with pytest.warns(UserWarning, match="1 shapes"):
+    with pytest.warns(UserWarning, match="of other shapes run as they are"):
         step([batch(1, HIGH, 3)])
     assert step([batch(1, HIGH, 3)])["loss"].isfinite()
-    assert (recorder.recorded, recorder.replayed) == (1, 1)
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (4 + 1, 1 + 1, 1 + 4)
 
 
-def test_why_not_is_said() -> None:
+def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA graphs do not run on cpu" in str(make_step().why_not_captured())
     step = make_step()
     step.runtime = replace(step.runtime, device=torch.device("cuda"))
-    step.world = World(0, 2, 0)
-    assert "several processes" in str(step.why_not_captured())
-    step.world = World()
-    step.criterion.use(replace(step.model.implementation, assignment="scipy"))
     assert "SciPy" in str(step.why_not_captured())
+    monkeypatch.setattr("detr_fast.training.step.choose_assignment", lambda *_: ("triton", "it is there"))
+    step.world = World(0, 2, 0)
+    assert step.why_not_captured() is None
+    step.model.transformer.checkpoint_activations = True
+    assert "--checkpoint-activations" in str(step.why_not_captured())
+
+
+def ranks_batches(rank: int, number: int) -> list[Batch]:
+    """Windows of one or two batches, whose shapes and counts differ between the ranks and come back."""
+    sizes = [(WIDE, HIGH, WIDE, HIGH, WIDE, WIDE), (HIGH, HIGH, HIGH, WIDE, WIDE, HIGH)][rank]
+    window = 1 + number // 3 % 2
+    batches = [batch(100 * number + 10 * rank + index, sizes[number % 6], 2 + rank - index) for index in range(window)]
+    return [replace(each, targets=each.targets.with_room()) for each in batches]  # or sums would be in another order
+
+
+def one_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    torch.set_num_threads(1)
+    result = {}
+    with joined_world(torch.device("cpu")) as world:
+        for name in ("plain", "captured"):
+            step, recorder, terms = make_step(0.9, world), StandIn(), []
+            if name == "captured":
+                wrapper = weakref.ref(step.synchronized)
+                step.capture(recorder)
+                assert wrapper() is None  # with it goes the exchange that it hangs on every gradient
+            for number in range(12):
+                torch.manual_seed(2 * number + rank)
+                SCHEDULE.apply(step.optimizer, number)
+                if name == "plain":
+                    for group in step.optimizer.param_groups:
+                        group["lr"] = torch.tensor(group["lr"]).item()  # float32, as on the device
+                terms.append({key: value.item() for key, value in step(ranks_batches(rank, number)).items()})
+            assert step.averaged is not None
+            weights = [each.detach() for model in (step.model, step.averaged) for each in model.parameters()]
+            result[name] = {"terms": terms, "weights": weights, "counts": (recorder.recorded, recorder.replayed)}
+    torch.save(result, Path(folder) / f"{rank}.pt")
+
+
+def test_several_processes_that_record_at_different_steps(tmp_path: Path) -> None:
+    """The captured step is DistributedDataParallel's to the last bit."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["captured"]["terms"] == rank["plain"]["terms"]
+        assert all(map(torch.equal, rank["captured"]["weights"], rank["plain"]["weights"]))
+    assert all(map(torch.equal, ranks[0]["captured"]["weights"], ranks[1]["captured"]["weights"]))
+    assert ranks[0]["captured"]["terms"] != ranks[1]["captured"]["terms"]
+    assert [rank["captured"]["counts"] for rank in ranks] == [(4 + 1, 8 + 11), (3 + 1, 9 + 11)]

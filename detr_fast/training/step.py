@@ -16,9 +16,10 @@ from detr_fast.config import require
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
+from detr_fast.recording import CudaRecorder, Recorder
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
-from detr_fast.training.captured import CapturedStep, Compute, CudaRecorder, Record, StepInput
+from detr_fast.training.captured import CapturedStep, StepInput, Terms
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
 
@@ -48,74 +49,78 @@ class TrainStep:
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.forward: nn.Module = self.model
+        self.synchronized: nn.Module = self.model
         if self.world.size > 1:
             devices = [self.world.local_rank] if self.runtime.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
+            self.synchronized = DistributedDataParallel(
                 self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self.synchronized = self.forward
-        if self.runtime.compile:
-            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        self.forward = self._compiled(self.synchronized)
 
-    def __call__(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def __call__(self, batches: list[Batch]) -> Terms:
         """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping."""
         inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
-        return self.compute(inputs) if self.captured is None else self.captured(inputs)
+        normalizers = self._normalizers(inputs)
+        if self.captured is not None:
+            return self.captured(inputs, normalizers)
+        with stage("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.gradients(inputs, normalizers) | self.update()
 
-    def capture(self, record: Record | None = None) -> None:
+    def capture(self, recorder: Recorder | None = None) -> None:
         """From now on steps are recorded and replayed as CUDA graphs, one for each shape; the numbers stay the same.
 
-        `record`: what records them; default: CUDA graphs, for which `why_not_captured` must be None.
+        `recorder`: what records them; default: CUDA graphs, for which `why_not_captured` must be None.
         """
-        compute: Compute = self.compute
-        if record is None:
-            record = CudaRecorder(self.runtime.device, lambda: self.optimizer.zero_grad(set_to_none=True))
-            compute = record.aside(compute)
+        device = self.runtime.device
+        if self.world.size > 1:  # DistributedDataParallel would exchange gradients within the backward pass
+            self.synchronized = self.model
+            self.forward = self._compiled(self.model)
         for group in self.optimizer.param_groups:
             # read where it lies at each replay
-            group["lr"] = torch.tensor(float(group["lr"]), device=self.runtime.device)
-            group["capturable"] = self.runtime.device.type == "cuda"
-        self.captured = CapturedStep(compute, record)
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            group["capturable"] = device.type == "cuda"
+        self.captured = CapturedStep(
+            self.gradients, self.update, self.trained, self.world, recorder or CudaRecorder(device)
+        )
 
     def why_not_captured(self) -> str | None:
         """Why its steps cannot be CUDA graphs; None where they can."""
         device = self.runtime.device
         if device.type != "cuda":
             return f"CUDA graphs do not run on {device.type}"
-        if self.world.size > 1:
-            return "several processes have not been tried"
         if choose_assignment(device, self.criterion.implementation.assignment)[0] == "scipy":
             return "SciPy's assignment works on the host: --kernels auto"
+        if self.model.transformer.checkpoint_activations:
+            return "--checkpoint-activations puts dropout's random state back, which a replay would not do"
         return None
 
-    def compute(self, inputs: list[StepInput]) -> dict[str, Tensor]:
-        """As a call, of inputs on the device: reads nothing on the host and takes nothing from it."""
-        targets = [Targets(each.labels, each.boxes_cxcywh, each.objects) for each in inputs]
-        with stage("loss"):
-            normalizers = self._normalizers(targets)
-        with stage("optimizer"):
-            self.optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-        for index, (each, target) in enumerate(zip(inputs, targets, strict=True)):
+    def gradients(self, inputs: list[StepInput], normalizers: Tensor) -> Terms:
+        """Of a window's batches on the device, added to what `.grad` holds; returns their terms. Nothing here or in
+        `update` is read on the host or comes from it."""
+        terms: Terms = {}
+        for index, (images, mask, *targets) in enumerate(inputs):
             with self._gradients_later(index < len(inputs) - 1):
-                part = self._backward(each.images, each.mask, target, normalizers)
+                part = self._backward(images, mask, Targets(*targets), Normalizers(*normalizers.unbind()))
             for name, value in part.items():
                 share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
                 terms[name] = terms[name] + share if name in terms else share
+        return terms
+
+    def update(self) -> Terms:
+        """The optimizer's step and the average, from the gradients that lie in `.grad`."""
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            clip = self.clip or float("inf")
-            norm = terms["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, clip)
-            terms["skipped"] = (~norm.isfinite()).float()
+            norm = nn.utils.clip_grad_norm_(self.trained, self.clip or float("inf"))
+            skipped = (~norm.isfinite()).float()
             if not self.scaler.is_enabled():
                 # AdamW looks at it on the device, and then changes nothing
-                self.optimizer.found_inf = terms["skipped"]  # type: ignore[attr-defined]
+                self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.averaged is not None:
                 self._average()
-        return terms
+        return {"grad_norm": norm, "skipped": skipped}
 
     def fit(self, batch: Batch) -> None:
         """Doubles `parts` until a batch as large as `batch` fits into the memory of every rank. Nothing is trained.
@@ -170,17 +175,19 @@ class TrainStep:
         targets = batch.targets if self.captured is None else batch.targets.with_room()
         return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)
 
-    def _normalizers(self, targets: list[Targets]) -> Normalizers:
-        """Of all batches and ranks together, for each rank: the gradients are averaged over the ranks afterwards."""
+    def _normalizers(self, inputs: list[StepInput]) -> Tensor:
+        """(2,), of all batches and ranks together, for each rank: the gradients are averaged over the ranks
+        afterwards."""
         queries = self.model.config.num_queries
-        parts = [self.criterion.normalizers(each, queries) for each in targets]
-        window = reduce(operator.add, parts)
-        summed = self.world.sum(torch.stack((window.boxes, window.class_weight))) / self.world.size
-        return Normalizers(*summed.unbind())
+        with stage("loss"):
+            parts = [self.criterion.normalizers(Targets(*each[2:]), queries) for each in inputs]
+            window = reduce(operator.add, parts)
+            return self.world.sum(torch.stack((window.boxes, window.class_weight))) / self.world.size
 
-    def _backward(
-        self, images: Tensor, mask: Tensor | None, targets: Targets, normalizers: Normalizers
-    ) -> dict[str, Tensor]:
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model) if self.runtime.compile else model  # type: ignore[return-value]
+
+    def _backward(self, images: Tensor, mask: Tensor | None, targets: Targets, normalizers: Normalizers) -> Terms:
         with stage("forward"), self.runtime.autocast():
             outputs = self.forward(images, mask)
         with stage("loss"):
