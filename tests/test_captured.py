@@ -3,6 +3,7 @@
 import os
 import socket
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.meter import Meter
 from detr_fast.training.optimizer import Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
 from tests.stand_in import StandIn
@@ -53,15 +55,37 @@ WIDE, HIGH = (48, 64), (64, 48)
 BATCHES = [(WIDE, 3), (WIDE, 1), (HIGH, 2), (WIDE, 0), (HIGH, 5), (HIGH, 3), (WIDE, 20), (WIDE, 17), (WIDE, 2)]
 
 
-def run(step: TrainStep, accumulate: int = 1) -> list[dict[str, float]]:
+def run(step: TrainStep, accumulate: int = 1, numbers: Iterable[int] = range(len(BATCHES))) -> list[dict[str, float]]:
     """The terms of each step; learning rate and dropout's seed as the loop sets them."""
     found = []
-    for number, (size, objects) in enumerate(BATCHES):
+    for number in numbers:
+        size, objects = BATCHES[number]
         torch.manual_seed(number)
         SCHEDULE.apply(step.optimizer, number)
         window = [batch(100 * number + index, size, objects) for index in range(accumulate)]
         found.append({name: value.item() for name, value in step(window).items()})
     return found
+
+
+def test_the_log_has_the_means_of_the_steps() -> None:
+    """Read twice, each time anew, between shapes that are recorded and shapes that are not."""
+    for captured in (False, True):
+        step = make_step()
+        if captured:
+            step.capture(StandIn())
+        meter = Meter(step.runtime.device, step.world, step.sums)
+        places = []
+        for part in (slice(0, 4), slice(4, None)):
+            terms = run(step, numbers=range(len(BATCHES))[part])
+            for _ in terms:
+                meter.add(images=2, wait_seconds=0.0)
+            read = meter.read()
+            assert read["images_per_second"] > 0
+            for name in terms[0]:
+                mean = sum(each[name] for each in terms) / len(terms)
+                assert read[name] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
+            places.append([each.data_ptr() for each in step.sums.sums.values()])
+        assert places[0] == places[1]  # all that a graph knows of them
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -63,7 +63,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.total_steps = self.schedule.total_steps
-        self.meter = Meter(self.step.runtime.device, self.step.world)
+        self.meter = Meter(self.step.runtime.device, self.step.world, self.step.sums)
         self._began = time.perf_counter() - self.progress.seconds
         self._first_step = self.progress.step
         self._skipped: set[str] = set()
@@ -108,10 +108,10 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
-        terms = self.step(window)
+        self.step(window)
         self.progress.step += 1
         padding = sum(batch.padding for batch in window) / len(window)
-        self.meter.add(terms, sum(len(batch.image_ids) for batch in window), waited, padding)
+        self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)
 
     def _name_skipped(self, window: list[Batch]) -> None:
         """Says once of each image that could not be read, with --on-bad-image skip."""

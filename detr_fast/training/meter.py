@@ -11,32 +11,54 @@ from detr_fast.training.distributed import World
 
 
 @dataclass
+class TermSums:
+    """A step's terms added up, always in the same memory, so that a recorded step adds them too."""
+
+    sums: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    """Of the terms that come together, (N,) float32."""
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])
+        if names in self.sums:
+            self.sums[names].add_(values)
+        else:
+            self.sums[names] = values
+
+    def read(self) -> tuple[list[str], Tensor]:
+        """The terms' names, and a copy of their sums (N,)."""
+        return [name for names in self.sums for name in names], torch.cat(list(self.sums.values()))
+
+    def clear(self) -> None:
+        for each in self.sums.values():
+            each.zero_()
+
+
+@dataclass
 class Meter:
-    """Adds up terms, images and the time spent waiting for data since the last reading."""
+    """Means of the terms that a step adds up in `terms`, rates of images, and the time spent waiting for data, since
+    the last reading."""
 
     device: torch.device
     world: World
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    terms: TermSums
     steps: int = 0
     images: int = 0
     wait_seconds: float = 0.0
     padding: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, terms: dict[str, Tensor], images: int, wait_seconds: float, padding: float = 1.0) -> None:
-        """`padding`: pixels computed over pixels that are an image's."""
+    def add(self, images: int, wait_seconds: float, padding: float = 1.0) -> None:
+        """One step. `padding`: pixels computed over pixels that are an image's."""
         self.steps += 1
         self.images += images
         self.wait_seconds += wait_seconds
         self.padding += padding
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def read(self) -> dict[str, float]:
         """Means over steps and ranks, rates over the time since the last reading; starts anew. Waits for the device."""
-        names = list(self.sums)
-        summed = self.world.sum(torch.stack([self.sums[name].float() for name in names]))
-        values = dict(zip(names, (summed / (self.steps * self.world.size)).tolist(), strict=True))
+        names, sums = self.terms.read()
+        means = self.world.sum(sums) / (self.steps * self.world.size)
+        values = dict(zip(names, means.tolist(), strict=True))
         elapsed = time.perf_counter() - self.started
         values |= {
             "images_per_second": self.images * self.world.size / elapsed,
@@ -49,7 +71,8 @@ class Meter:
 
     def restart(self) -> None:
         """Forgets what was added, and the time gone by."""
-        self.sums, self.steps, self.images, self.wait_seconds, self.padding = {}, 0, 0, 0.0, 0.0
+        self.terms.clear()
+        self.steps, self.images, self.wait_seconds, self.padding = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
 

@@ -22,6 +22,7 @@ from detr_fast.stages import stage
 from detr_fast.training.captured import CapturedStep, StepInput, Terms
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
+from detr_fast.training.meter import TermSums
 
 
 @dataclass
@@ -46,6 +47,7 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.captured: CapturedStep | None = None
+        self.sums = TermSums()
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -96,8 +98,8 @@ class TrainStep:
         return None
 
     def gradients(self, inputs: list[StepInput], normalizers: Tensor) -> Terms:
-        """Of a window's batches on the device, added to what `.grad` holds; returns their terms. Nothing here or in
-        `update` is read on the host or comes from it."""
+        """Of a window's batches on the device, added to what `.grad` holds; returns their terms, and adds them to
+        `sums`. Nothing here or in `update` is read on the host or comes from it."""
         terms: Terms = {}
         for index, (images, mask, *targets) in enumerate(inputs):
             with self._gradients_later(index < len(inputs) - 1):
@@ -105,6 +107,7 @@ class TrainStep:
             for name, value in part.items():
                 share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
                 terms[name] = terms[name] + share if name in terms else share
+        self.sums.add(terms)
         return terms
 
     def update(self) -> Terms:
@@ -120,7 +123,9 @@ class TrainStep:
             self.scaler.update()
             if self.averaged is not None:
                 self._average()
-        return {"grad_norm": norm, "skipped": skipped}
+        terms = {"grad_norm": norm, "skipped": skipped}
+        self.sums.add(terms)
+        return terms
 
     def fit(self, batch: Batch) -> None:
         """Doubles `parts` until a batch as large as `batch` fits into the memory of every rank. Nothing is trained.
