@@ -102,6 +102,29 @@ def test_the_same_numbers_as_without(accumulate: int) -> None:
     assert (recorder.recorded, recorder.replayed) == (3 + 1, 6 + 8)
 
 
+def test_a_scaled_loss_and_a_step_that_is_skipped() -> None:
+    """As fp16 has it. The gradient that is not finite comes once in a step that runs, once in a replay."""
+    found = {}
+    for name in ("plain", "captured"):
+        step, factor, steps = make_step(0.9), torch.ones(()), []
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        step.model.query_embed.weight.register_hook(lambda gradient, factor=factor: gradient * factor)
+        if name == "captured":
+            step.capture(StandIn())
+        for number in range(len(BATCHES)):
+            factor.fill_(float("inf") if number in (2, 5) else 1.0)
+            before = [each.detach().clone() for each in step.model.parameters()]
+            (terms,) = run(step, numbers=[number])
+            same = all(map(torch.equal, step.model.parameters(), before))
+            steps.append(terms | {"scale": step.scaler.get_scale(), "same": float(same)})
+        found[name] = steps
+    for expected, terms in zip(found["plain"], found["captured"], strict=True):
+        assert terms == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert [each["skipped"] for each in found["captured"]] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert [each["same"] for each in found["captured"]] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert [each["scale"] for each in found["captured"]] == [1024, 1024, 512, 512, 512, 256, 256, 256, 512]
+
+
 def test_a_shape_is_recorded_once_and_its_memory_is_read_anew() -> None:
     step, recorder = make_step(), StandIn()
     step.capture(recorder)

@@ -52,14 +52,15 @@ def make_step(
     return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("triton", "xformers"), ("auto", "auto")])
 @pytest.mark.usefixtures("no_waits")
-def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention) -> None:
-    step, batch = make_step(kernels, attention, "bf16", dropout=0.1), make_batch()
+def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention, precision: Precision) -> None:
+    step, batch = make_step(kernels, attention, precision, dropout=0.1), make_batch()
     step([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    terms = step([batch])  # fp16's scaler alone waits, by design: it asks whether anything overflowed
+    terms = step([batch])
     torch.cuda.set_sync_debug_mode("default")
     assert terms["loss"].isfinite()
 
@@ -75,10 +76,11 @@ def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention, mon
         assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "auto"), ("auto", "auto")])
-def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attention) -> None:
+def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attention, precision: Precision) -> None:
     """Two shapes in turn, with dropout from the same seeds, several replays of each; the driver raises at a wait."""
-    plain, captured = (make_step(kernels, attention, "bf16", dropout=0.1) for _ in range(2))
+    plain, captured = (make_step(kernels, attention, precision, dropout=0.1) for _ in range(2))
     captured.model.load_state_dict(plain.model.state_dict())
     assert captured.why_not_captured() is None
     captured.capture()
@@ -97,6 +99,22 @@ def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attenti
         assert terms[1] == pytest.approx(terms[0], rel=2e-2, abs=1e-3), number
     for mine, theirs in zip(plain.model.parameters(), captured.model.parameters(), strict=True):
         assert (mine - theirs).norm() <= 1e-3 * max(1.0, mine.norm().item())
+
+
+def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
+    """The scale lies on the device: a replay halves it and leaves the weights as they are, without the host."""
+    step, factor = make_step("auto", "auto", "fp16"), torch.ones((), device="cuda")
+    step.model.query_embed.weight.register_hook(lambda gradient: gradient * factor)
+    step.capture()
+    for number in range(6):
+        factor.fill_(float("inf") if number == 4 else 1.0)
+        scale = step.scaler.get_scale()
+        before = [each.detach().clone() for each in step.model.parameters()]
+        terms = step([make_batch()])
+        same = all(map(torch.equal, step.model.parameters(), before))
+        skipped = terms["skipped"].item() == 1
+        assert same == skipped and step.scaler.get_scale() == (scale / 2 if skipped else scale)
+        assert skipped or number != 4
 
 
 def test_batches_come_copied_one_ahead() -> None:

@@ -64,10 +64,12 @@ class CountHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("data", [RAGGED, FULL], ids=["ragged", "one size"])
-def test_a_step_asks_the_device_for_nothing(data: Batch) -> None:
+def test_a_step_asks_the_device_for_nothing(data: Batch, scaled: bool) -> None:
     """But for the assignment, which SciPy solves on the host: one copy there, which on a CPU is no read."""
     step = make_step(ema=0.9)
+    step.scaler = torch.amp.GradScaler("cpu", enabled=scaled)  # as fp16 has it
     step([data])
     with CountHostReads() as count:
         step([data])
