@@ -254,7 +254,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
     buckets: bool = True
     """Batches of images of like shape, so that little is padding; without, of any."""
     capture: bool = False
-    """Replay the whole optimizer step as a CUDA graph for each shape of batch; needs a GPU."""
+    """Replay the optimizer step as CUDA graphs, one for each shape of batch; needs a GPU."""
     data_only: bool = False
     """Only read and resize the training images for some seconds, and say how many a second."""
 

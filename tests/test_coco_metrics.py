@@ -139,6 +139,8 @@ class Scripted(nn.Module):
         super().__init__()
         self.config = MODELS["detr_tiny"]
         self.implementation = Implementation()
+        self.frozen = False
+        self.recordings = None
         self.outputs = outputs
         self.largest_batch = largest_batch
         self.modes: list[bool] = []

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
 from detr_fast.data.batching import Batch, collate, on_device
 from detr_fast.data.sample import Sample
+from detr_fast.evaluation.inference import detect_batch, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
@@ -115,6 +116,33 @@ def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
         skipped = terms["skipped"].item() == 1
         assert same == skipped and step.scaler.get_scale() == (scale / 2 if skipped else scale)
         assert skipped or number != 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("kernels", "attention"), [("triton", "auto"), ("auto", "auto")])
+@pytest.mark.usefixtures("no_waits")
+def test_recorded_inference_finds_the_same(kernels: Kernels, attention: Attention, precision: Precision) -> None:
+    """Two shapes in turn, ragged and not; what was found is kept over later replays, which wait for nothing."""
+    torch.manual_seed(0)
+    options = RuntimeOptions(device="cuda", precision=precision, kernels=kernels, attention=attention)
+    runtime = choose_runtime(options)
+    model = runtime.place_for_inference(DETR(CONFIG).eval())
+    forward = forward_of(model, runtime)
+    assert forward is not model and model.recordings is not None
+    batches = [make_batch().split(parts)[0] for parts in (1, 3, 1, 1, 3, 3, 1)]
+    with torch.no_grad():
+        expected = [detect_batch(model, batch.to("cuda"), model, runtime) for batch in batches]
+        found = []
+        for number, batch in enumerate(batches):
+            if number > 4:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            found.append(detect_batch(forward, batch.to("cuda"), model, runtime))
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(model.recordings.made) == 2
+    for one, other in zip(expected, found, strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_batches_come_copied_one_ahead() -> None:

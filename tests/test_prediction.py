@@ -25,6 +25,7 @@ class Constant(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = False
+        self.recordings = None
         self.config = MODELS["detr_tiny"]
         self.implementation = Implementation()
         self.categories: tuple[Category, ...] | None = None

@@ -19,7 +19,7 @@ from detr_fast.data.batching import Batch, collate
 from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, rgb_pixels
 from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import resized_size
-from detr_fast.evaluation.inference import detect_batch, evaluation_mode
+from detr_fast.evaluation.inference import detect_batch, evaluation_mode, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 
@@ -80,7 +80,7 @@ def predict_batch(
     require(0 <= threshold <= 1, f"The threshold must be between 0 and 1, got {threshold}.")
     runtime = runtime or runtime_of(model)
     batch = make_batch(pixels, model.config.image_size, model.config.max_size).to(runtime.device)
-    forward = torch.compile(model) if runtime.compile else model
+    forward = forward_of(model, runtime)
     with evaluation_mode(model):
         parts = detect_batch(forward, batch, model, runtime)
     on_host = [part.cpu() for part in parts]

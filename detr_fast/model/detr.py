@@ -12,6 +12,7 @@ from detr_fast.model.backbone import build_backbone
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.model.transformer import Transformer
+from detr_fast.recording import Recordings
 from detr_fast.stages import stage
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class DETR(nn.Module):
         self.implementation = Implementation()
         self.frozen = False
         """For inference alone: see `detr_fast.model.freezing`."""
+        self.recordings: Recordings | None = None
+        """Of its forward pass: see `detr_fast.evaluation.inference`. Void where its memory or its forms change."""
         self.backbone = build_backbone(config.backbone, config.dilation)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -60,6 +63,16 @@ class DETR(nn.Module):
 
     def use(self, implementation: Implementation) -> None:
         self.implementation = implementation
+        self.recordings = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DETR":
+        """What `to` and its like do: weights come to lie elsewhere."""
+        self.recordings = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: their weights lie elsewhere."""
+        return {**self.__dict__, "recordings": None}
 
     def train(self, mode: bool = True) -> "DETR":
         """Raises UserError for a model that is frozen."""

@@ -111,8 +111,8 @@ class TrainStep:
         return terms
 
     def update(self) -> Terms:
-        """The optimizer's step and the average, from the gradients that lie in `.grad`. fp16's scale stays on the device
-        as well: fused AdamW is told there whether to skip."""
+        """The optimizer's step and the average, from the gradients that lie in `.grad`. The scale of fp16's loss stays
+        on the device as well: fused AdamW is told there whether to skip."""
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.trained, self.clip or float("inf"))

@@ -42,7 +42,8 @@ def load_model(
     no DETR.
 
     `optimize`: for inference alone, as fast as the device can: in bf16 where the hardware multiplies in it, batch norm
-    folded, weights in the order that convolutions take. Such a model cannot be trained or saved.
+    folded, weights in the order that convolutions take; on a GPU `predict` replays it as a CUDA graph for each shape of
+    its input that comes back. Such a model cannot be trained or saved.
     """
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)

@@ -12,7 +12,7 @@ from torch import nn
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, model_config, require
 from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
-from detr_fast.evaluation.inference import detect_batch
+from detr_fast.evaluation.inference import detect_batch, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import choose_device, choose_runtime
@@ -48,7 +48,7 @@ class WorkloadOptions(RuntimeOptions):
     dropout: float | None = None
     """Default: the model's (0.1)."""
     capture: bool = False
-    """Replay the training step as a CUDA graph."""
+    """Replay the training step, or a frozen model's inference, as a CUDA graph."""
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
 
@@ -172,7 +172,10 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
         def run() -> Any:
             return step([batch])
     else:
-        forward = torch.compile(model) if runtime.compile else model
+        # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
+        forward = forward_of(model, runtime) if options.capture or runtime.compile else model
+        if options.capture:
+            require(model.recordings is not None, "--capture takes a frozen model on a GPU, without --compile.")
 
         @torch.no_grad()
         def run() -> Any:

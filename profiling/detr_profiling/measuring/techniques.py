@@ -81,8 +81,11 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
         yield from _gpu_techniques(top, dtype.itemsize == 2)
     if top.compile and missing_for_compile() is None:
         yield Technique("compile", options={"compile": True})
-    if on_gpu and top.mode == "training" and top.kernels != "ref":
-        yield Technique("captured step", options={"capture": True})
+    if on_gpu and top.kernels != "ref":
+        if top.mode == "training":
+            yield Technique("captured step", options={"capture": True})
+        elif not top.compile:
+            yield Technique("captured inference", options={"capture": True})
 
 
 def _gpu_techniques(top: WorkloadOptions, half_precision: bool) -> Iterator[Technique]:
