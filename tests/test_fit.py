@@ -11,11 +11,12 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from detr_fast.config import MODELS, TrainConfig, UserError
+from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.sample import Sample
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
+from detr_fast.train import main
 from detr_fast.training.assembly import largest_batch
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
@@ -26,20 +27,27 @@ CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
 
 
-def make_step(holds: int = 99, world: World | None = None) -> TrainStep:
+def bound(model: DETR, room: list[int]) -> None:
+    """On a device that holds the activations of `room[0]` images; what the forward pass changes, it has changed when
+    the memory runs out."""
+    forward = model.forward
+
+    def bounded(images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        outputs = forward(images, mask)
+        if len(images) > room[0]:
+            raise torch.OutOfMemoryError("no room")
+        return outputs
+
+    model.forward = bounded  # type: ignore[method-assign]
+
+
+def make_step(holds: int = 99, world: World | None = None, dropout: float = 0.0) -> TrainStep:
     """On a device that holds the activations of so many images; in evaluation mode, where no image's batch norm
     depends on another."""
     torch.manual_seed(0)
     runtime = choose_runtime(OPTIONS)
-    model = runtime.place(DETR(CONFIG)).eval()
-    forward = model.forward
-
-    def bounded(images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        if len(images) > holds:
-            raise torch.OutOfMemoryError("no room")
-        return forward(images, mask)
-
-    model.forward = bounded  # type: ignore[method-assign]
+    model = runtime.place(DETR(replace(CONFIG, dropout=dropout))).eval()
+    bound(model, [holds])
     optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
     return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, world or World())
 
@@ -95,6 +103,62 @@ def test_parts_are_halved_until_they_fit_and_nothing_is_trained(holds: int, part
 def test_an_image_that_does_not_fit_is_one_clear_error() -> None:
     with pytest.raises(UserError, match=r"64x64 pixels.*--checkpoint-activations"):
         make_step(0).fit(largest_batch(OPTIONS, CONFIG))
+
+
+@pytest.mark.parametrize("holds", [3, 1])
+def test_memory_that_runs_out_in_the_middle_of_a_run(holds: int) -> None:
+    """From the third step on, in the window's second batch: as if from there on all had been computed in these parts,
+    dropout, batch norm's statistics and the log's sums included."""
+    found = []
+    for runs_out in (True, False):
+        step = make_step(dropout=0.1)
+        step.model.train()
+        room = [99]
+        bound(step.model, room)
+        losses = []
+        for number in range(4):
+            torch.manual_seed(number)
+            if number == 2 and runs_out:
+                room[0] = holds
+            elif number == 2:
+                step.parts = {3: 2, 1: 8}[holds]
+            losses.append(step([batch().split(5)[1], batch()])["loss"].item())
+        found.append((step.parts, losses, step.sums.read()[1], list(step.model.state_dict().values())))
+    one, other = found
+    assert one[:2] == other[:2] and torch.equal(one[2], other[2])
+    assert all(map(torch.equal, one[3], other[3]))
+
+
+def test_single_images_that_no_longer_fit_are_one_clear_error() -> None:
+    with pytest.raises(UserError, match=r"64x64 pixels.*--checkpoint-activations"):
+        make_step(0)([batch()])
+
+
+def test_several_processes_do_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "sum", lambda _, value: value)
+    step = make_step(0)
+    step.world = World(0, 2, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        step([batch()])
+    assert step.parts == 1
+
+
+def test_a_run_says_that_its_memory_ran_out(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward, calls = DETR.forward, 0
+
+    def bounded(self: DETR, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls > 2 and len(images) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, images, mask)
+
+    monkeypatch.setattr(DETR, "forward", bounded)
+    options = replace(RECIPES["detr_tiny"], data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)
+    assert main(replace(options, device="cpu", precision="fp32")) == 0
+    assert capsys.readouterr().out.count("The memory ran out: from now on each batch is computed in 2 parts.") == 1
 
 
 def test_the_largest_batch_is_as_large_as_training_can_ask_for() -> None:

@@ -108,7 +108,10 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
+        parts = self.step.parts
         self.step(window)
+        if self.step.parts > parts:
+            self.display.say(f"The memory ran out: from now on each batch is computed in {self.step.parts} parts.")
         self.progress.step += 1
         padding = sum(batch.padding for batch in window) / len(window)
         self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)

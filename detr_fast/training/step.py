@@ -1,5 +1,6 @@
 """One optimizer step: the one place where outputs become updates, and where a captured form can take over."""
 
+import math
 import operator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from detr_fast.stages import stage
 from detr_fast.training.captured import CapturedStep, StepInput, Terms
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
+from detr_fast.training.forward_state import ForwardState
 from detr_fast.training.meter import TermSums
 
 
@@ -43,7 +45,8 @@ class TrainStep:
     averaged: DETR | None = None
     ema_decay: float = 0.0
     parts: int = 1
-    """How many pieces each batch is computed in, one after another, to fit into the memory; the step is the same."""
+    """How many pieces each batch is computed in, one after another, to fit into the memory; the step is the same, but
+    for live batch norm."""
 
     def __post_init__(self) -> None:
         self.captured: CapturedStep | None = None
@@ -60,14 +63,17 @@ class TrainStep:
         self.forward = self._compiled(self.synchronized)
 
     def __call__(self, batches: list[Batch]) -> Terms:
-        """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping."""
-        inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
-        normalizers = self._normalizers(inputs)
+        """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping.
+
+        Where the memory runs out, `parts` is doubled and the gradients are computed again, as if that had been so from
+        the step's beginning; UserError where single images do not fit. Not so, but torch's error: of several processes,
+        as the others would wait for the gradients of one that begins again, and of a captured step.
+        """
         if self.captured is not None:
-            return self.captured(inputs, normalizers)
+            return self.captured(*self._window(batches))
         with stage("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
-        return self.gradients(inputs, normalizers) | self.update()
+        return self._gradients_that_fit(batches) | self.update()
 
     def capture(self, recorder: Recorder | None = None) -> None:
         """From now on steps are recorded and replayed as CUDA graphs, one for each shape; the numbers stay the same.
@@ -134,31 +140,48 @@ class TrainStep:
         Raises UserError where single images do not fit.
         """
         while self._any_rank(not self._fits(batch)):
-            require(
-                self.parts < len(batch.images),
-                f"A single image of {batch.room[1]}x{batch.room[0]} pixels does not fit into the memory in training. "
-                "Give smaller --train-sizes and --max-size, or --checkpoint-activations.",
-            )
-            self.parts *= 2
+            self._halve([batch])
 
     def _fits(self, batch: Batch) -> bool:
         """Whether its parts' gradients can be computed here; buffers and random numbers are as before afterwards."""
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        before = ForwardState(self.model, self.runtime.device)
         normalizers = Normalizers(*torch.ones(2, device=self.runtime.device).unbind())
         try:
-            with torch.random.fork_rng(enabled=True), self._gradients_later(True):
+            with self._gradients_later(True):
                 for part in batch.split(self.parts):
                     images, mask, *targets = self._input(part)
                     self._backward(images, mask, Targets(*targets), normalizers)
         except torch.OutOfMemoryError:
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            for mine, before in zip(self.model.buffers(), buffers, strict=True):
-                mine.copy_(before)
-            if self.runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._begin_again(before)
         return True
+
+    def _gradients_that_fit(self, batches: list[Batch]) -> Terms:
+        before = ForwardState(self.model, self.runtime.device)
+        while True:
+            try:
+                return self.gradients(*self._window(batches))
+            except torch.OutOfMemoryError:
+                if self.world.size > 1:
+                    raise
+            self._halve(batches)
+            self._begin_again(before)  # outside of the handler, whose traceback keeps what was computed
+
+    def _halve(self, batches: list[Batch]) -> None:
+        height, width = max((batch.room for batch in batches), key=math.prod)
+        require(
+            self.parts < max(len(batch.images) for batch in batches),
+            f"A single image of {width}x{height} pixels does not fit into the memory in training. "
+            "Give smaller --train-sizes and --max-size, or --checkpoint-activations.",
+        )
+        self.parts *= 2
+
+    def _begin_again(self, before: ForwardState) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        before.restore()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _any_rank(self, here: bool) -> bool:
         return bool(self.world.sum(torch.tensor(float(here), device=self.runtime.device)) > 0)
@@ -168,6 +191,10 @@ class TrainStep:
         if self.world.size > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
+
+    def _window(self, batches: list[Batch]) -> tuple[list[StepInput], Tensor]:
+        inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
+        return inputs, self._normalizers(inputs)
 
     def _input(self, batch: Batch) -> StepInput:
         config, pixels = self.model.config, self.model.implementation.pixels

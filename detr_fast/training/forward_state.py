@@ -1,0 +1,23 @@
+"""What a forward pass in training changes besides gradients, so that one which failed can be as if it had not been."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class ForwardState:
+    """Live batch norm's statistics and the random numbers' state, of the CPU and of `device`, as they are now."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+        self.buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        self.device = device
+        self.numbers = torch.get_rng_state()
+        self.device_numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(self.numbers)
+        if self.device_numbers is not None:
+            torch.cuda.set_rng_state(self.device_numbers, self.device)
