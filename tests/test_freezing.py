@@ -1,20 +1,27 @@
 """A model made for inference alone: the same function as the model it was made from, which stays as it was."""
 
+import gc
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from detr_kernels import OneDNNConvolution
+from detr_kernels import AttentionBackend, OneDNNConvolution
 from detr_profiling.comparison.blocks import recorded_outputs
 from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.limits.counting import count_work
 from detr_profiling.tracing.allocations import living_tensors_mib
 from torch import Tensor, nn
 
 from detr_fast import DETR, export_state_dict, load_model
 from detr_fast.config import MODELS, UserError
+from detr_fast.model import position_encoding
 from detr_fast.model.freezing import for_inference, frozen
+from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FoldedConvolution, FrozenBatchNorm2d
+from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.runtime import multiplies_bf16, select_implementation
 
 CONFIGS = {
@@ -25,7 +32,7 @@ CONFIGS = {
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32) -> DETR:
-    """In evaluation mode, with norms that are not the identity."""
+    """In evaluation mode, with norms that are not the identity and biases that are not zero."""
     torch.manual_seed(0)
     model = DETR(CONFIGS[name])
     for module in model.modules():
@@ -34,13 +41,16 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> DETR:
                 each.data.uniform_(0.7, 1.3)
             for each in (module.bias, module.running_mean):
                 each.data.normal_(0, 0.1)
+    for name, parameter in model.transformer.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
     return model.to(dtype, memory_format=torch.channels_last).eval()
 
 
-def make_input(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
-    mask = torch.zeros(2, 96, 128, dtype=torch.bool)
-    mask[1, :, 100:] = True
+def make_input(dtype: torch.dtype, count: int = 2) -> tuple[Tensor, Tensor]:
+    images = torch.randn(count, 3, 96, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = torch.zeros(count, 96, 128, dtype=torch.bool)
+    mask[-1, :, 100:] = True
     return images.masked_fill(mask[:, None], 0).contiguous(memory_format=torch.channels_last), mask
 
 
@@ -58,6 +68,83 @@ def test_the_same_function_in_float64(name: str) -> None:
     expected, found = outputs(model, torch.float64), outputs(frozen(model, torch.float64), torch.float64)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)  # outputs are float32
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "auto"], ids=["rows", "packed"])
+def test_constants_are_what_every_image_gives(attention: AttentionBackend, count: int) -> None:
+    """A shape without padding, which the model is told by a mask; the same with padding; then its sides exchanged: what
+    is kept of the first is not taken for another."""
+    model = make_model("tiny", torch.float64)
+    Implementation(attention=attention).apply_to(model)
+    made = frozen(model, torch.float64)
+    images, mask = make_input(torch.float64, count)
+    nowhere = torch.zeros_like(mask)
+    for seen, told, needed in [(images, nowhere, None), (images, mask, mask), (images.mT, nowhere.mT, None)]:
+        with torch.no_grad(), recorded_outputs(model) as expected, recorded_outputs(made) as found:
+            model(seen, told)
+            made(seen, needed)
+        decoder = [name for name in expected if name.startswith("decoder")]
+        assert len(decoder) == 3
+        for name in decoder:  # float64, where the model's outputs are float32
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
+
+
+def test_no_image_pays_for_the_constants() -> None:
+    model = make_model("tiny")
+    made, (images, _) = frozen(model, torch.float32), make_input(torch.float32, 3)
+    counts = []
+    for each in (model, made):
+        with torch.no_grad():
+            counts.append(count_work(partial(each, images))["decoder"].flop)
+    queries, dim = model.config.num_queries, model.config.hidden_dim
+    projections, attention = 5 * 2 * queries * dim**2, 2 * 2 * queries**2 * dim  # four of self-attention and one more
+    assert counts[0] - counts[1] == 3 * (projections + attention)
+
+
+def test_positions_are_computed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(mask: Tensor, dim: int) -> Tensor:
+        asked.append(tuple(mask.shape))
+        return sine_position_encoding(mask, dim)
+
+    monkeypatch.setattr(position_encoding, "sine_position_encoding", counted)
+    made = frozen(make_model("tiny"), torch.float32)
+    with torch.no_grad():
+        for count, height, width in [(1, 64, 96), (2, 64, 96), (1, 96, 64), (1, 64, 96)]:
+            made(torch.randn(count, 3, height, width))
+    assert asked == [(1, 8, 12), (1, 12, 8)]
+
+
+def test_positions_of_few_shapes_are_kept() -> None:
+    """Among more of them memory would grow with the data."""
+    made = frozen(make_model("tiny"), torch.float32)
+    for width in range(1, 100):
+        kept = weakref.ref(made.unpadded_position(1, width, 128, torch.float32, torch.device("cpu")))
+        if width == 1:
+            first = kept
+    gc.collect()
+    assert first() is None and kept() is not None
+
+
+def test_constants_go_where_the_model_goes() -> None:
+    made = frozen(make_model("tiny"), torch.float32)
+    for device in (torch.device("cpu"), torch.device("meta")):
+        position = made.unpadded_position(2, 3, 128, torch.float32, device)
+        transformer, query_position = made.to(device).transformer, made.query_embed.weight
+        states = transformer(torch.empty(4, 6, 128, device=device), None, query_position, position)
+        assert position.device == states.device == device
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_it_compiles_to_one_graph(padded: bool) -> None:
+    made, (images, mask) = frozen(make_model("tiny"), torch.float32), make_input(torch.float32)
+    given = (images, mask if padded else None)
+    with torch.no_grad():
+        found = torch.compile(made, fullgraph=True, backend="aot_eager")(*given)
+        expected = made(*given)
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

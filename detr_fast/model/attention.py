@@ -73,15 +73,28 @@ class MultiheadAttention(nn.Module):
             (wq, wkv), (bq, bkv) = self._split(1)
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
-        v = F.linear(value, wv, bv)
+        return self._mix(q, k, F.linear(value, wv, bv), queries, keys)
+
+    def project_queries(self, query: Tensor) -> Tensor:
+        """(..., D) -> (..., D), what `attend` takes."""
+        (wq, _), (bq, _) = self._split(1)
+        return F.linear(query, wq, bq)
+
+    def attend(self, q: Tensor, key: Tensor, value: Tensor, keys: Layout = UNPADDED) -> Tensor:
+        """As `forward`, of queries (B, Nq, D) that are projected already."""
+        (_, wk, wv), (_, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return self._mix(q, F.linear(key, wk, bk), F.linear(value, wv, bv), UNPADDED, keys)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
+        """What follows the projections of the input."""
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
         if self.form in ("sdpa", "ref"):
-            mixed = self._attend(q, k, v, keys.padding)
+            mixed = self._attend_in_rows(q, k, v, keys.padding)
         else:
             mixed = self._attend_packed(q, k, v, queries, keys)
         return self.out_proj(mixed.flatten(2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    def _attend_in_rows(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         """(B, Nq, H, d), (B, Nk, H, d) -> (B, Nq, H, d), each image in its own row."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attended = None if padding is None else ~padding[:, None, None, :]

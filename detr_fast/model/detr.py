@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from detr_fast.config import ModelConfig, require
 from detr_fast.model.backbone import build_backbone
 from detr_fast.model.implementation import Implementation
-from detr_fast.model.position_encoding import sine_position_encoding
+from detr_fast.model.position_encoding import sine_position_encoding, unpadded_position_encoding
 from detr_fast.model.transformer import Transformer
 from detr_fast.recording import Recordings
 from detr_fast.stages import stage
@@ -46,6 +46,7 @@ class DETR(nn.Module):
         """For inference alone: see `detr_fast.model.freezing`."""
         self.recordings: Recordings | None = None
         """Of its forward pass: see `detr_fast.evaluation.inference`. Void where its memory or its forms change."""
+        self.unpadded_position = unpadded_position_encoding
         self.backbone = build_backbone(config.backbone, config.dilation)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -87,12 +88,10 @@ class DETR(nn.Module):
         """
         with stage("backbone"):
             features = self.input_proj(self.backbone(images))  # (B, D, h, w)
-        small_mask = self._mask_like(mask, features)
-        position = sine_position_encoding(small_mask, self.config.hidden_dim).flatten(1, 2).to(features.dtype)
+        padding, position = self._places(mask, features)
         source = features.flatten(2).transpose(1, 2)  # (B, N, D)
         if self.config.source_position:
             source = source + position
-        padding = None if mask is None else small_mask.flatten(1)
         states = self.transformer(source, padding, self.query_embed.weight, position)  # (L, B, Q, D)
         with stage("heads"):
             logits = self.class_embed(states).float()
@@ -100,13 +99,17 @@ class DETR(nn.Module):
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]}
 
-    @staticmethod
-    def _mask_like(mask: Tensor | None, features: Tensor) -> Tensor:
-        """The mask at the features' size (B, h, w), by nearest neighbour."""
-        size = features.shape[-2:]
+    def _places(self, mask: Tensor | None, features: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Tokens that are padding (B, N), by nearest neighbour, and positions (B, N, D); without a mask, (1, N, D)."""
+        (height, width), dim = features.shape[-2:], self.config.hidden_dim
         if mask is None:
-            return torch.zeros(features.shape[0], *size, dtype=torch.bool, device=features.device)
-        return F.interpolate(mask[None].float(), size=size)[0].bool()
+            # Dynamo cannot look into a cache, and in a CUDA graph's memory nothing may be kept for others
+            recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+            anew = torch.compiler.is_compiling() or recording
+            encode = unpadded_position_encoding if anew else self.unpadded_position
+            return None, encode(height, width, dim, features.dtype, features.device)
+        small_mask = F.interpolate(mask[None].float(), size=(height, width))[0].bool()
+        return small_mask.flatten(1), sine_position_encoding(small_mask, dim).flatten(1, 2).to(features.dtype)
 
     def predict(self, images: Sequence[Any] | Any, threshold: float = 0.7) -> "list[Detections]":
         """Objects in photographs: paths, PIL images or (H, W, 3) uint8 arrays, one or a list of them.

@@ -25,3 +25,9 @@ def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
         angle = (place / extent * (2 * math.pi))[..., None] / period  # (B, h, w, half)
         encoded.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(3))
     return torch.cat(encoded, dim=3)
+
+
+def unpadded_position_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Positions (1, height * width, dim) in `dtype`, those of every image without padding."""
+    mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
+    return sine_position_encoding(mask, dim).flatten(1, 2).to(dtype)
