@@ -18,6 +18,7 @@ from detr_fast import load_model
 from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.train import default_options, main
 from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.step import TrainStep
 
 STEPS = 12
@@ -181,12 +182,12 @@ def test_outputs_that_keep_being_non_finite_stop_the_run(
 ) -> None:
     """FAULTS row 27: a finite loss with replaced costs may pass, but not for ever."""
     monkeypatch.setattr("detr_fast.training.loop.MOST_NONFINITE_READINGS", 3)
-    original = TrainStep.__call__
+    original = SetCriterion.forward
 
-    def call(self: TrainStep, batches: list) -> dict:
-        return original(self, batches) | {"nonfinite_costs": torch.tensor(2)}
+    def forward(self: SetCriterion, *given: Any) -> dict[str, torch.Tensor]:
+        return original(self, *given) | {"nonfinite_costs": torch.tensor(2)}
 
-    monkeypatch.setattr(TrainStep, "__call__", call)
+    monkeypatch.setattr(SetCriterion, "forward", forward)
     with pytest.raises(UserError, match="not finite at 4 log lines"):
         main(options(shapes_root, tmp_path))
 
