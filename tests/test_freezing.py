@@ -1,5 +1,6 @@
 """A model made for inference alone: the same function as the model it was made from, which stays as it was."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -21,7 +22,7 @@ from detr_fast.model import position_encoding
 from detr_fast.model.freezing import for_inference, frozen
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FoldedConvolution, FrozenBatchNorm2d
-from detr_fast.model.position_encoding import sine_position_encoding
+from detr_fast.model.position_encoding import kept_position_encoding, sine_position_encoding
 from detr_fast.runtime import multiplies_bf16, select_implementation
 
 CONFIGS = {
@@ -110,6 +111,7 @@ def test_positions_are_computed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch
         return sine_position_encoding(mask, dim)
 
     monkeypatch.setattr(position_encoding, "sine_position_encoding", counted)
+    kept_position_encoding.cache_clear()
     made = frozen(make_model("tiny"), torch.float32)
     with torch.no_grad():
         for count, height, width in [(1, 64, 96), (2, 64, 96), (1, 96, 64), (1, 64, 96)]:
@@ -119,9 +121,8 @@ def test_positions_are_computed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch
 
 def test_positions_of_few_shapes_are_kept() -> None:
     """Among more of them memory would grow with the data."""
-    made = frozen(make_model("tiny"), torch.float32)
     for width in range(1, 100):
-        kept = weakref.ref(made.unpadded_position(1, width, 128, torch.float32, torch.device("cpu")))
+        kept = weakref.ref(kept_position_encoding(1, width, 128, torch.float32, torch.device("cpu")))
         if width == 1:
             first = kept
     gc.collect()
@@ -131,7 +132,7 @@ def test_positions_of_few_shapes_are_kept() -> None:
 def test_constants_go_where_the_model_goes() -> None:
     made = frozen(make_model("tiny"), torch.float32)
     for device in (torch.device("cpu"), torch.device("meta")):
-        position = made.unpadded_position(2, 3, 128, torch.float32, device)
+        position = kept_position_encoding(2, 3, 128, torch.float32, device)
         transformer, query_position = made.to(device).transformer, made.query_embed.weight
         states = transformer(torch.empty(4, 6, 128, device=device), None, query_position, position)
         assert position.device == states.device == device
@@ -234,3 +235,10 @@ def test_one_word_makes_a_loaded_model_fast(tmp_path: Path) -> None:
     assert len(found) == len(expected)
     tolerance = 0.05 if multiplies_bf16(torch.device("cpu")) else 1e-4
     torch.testing.assert_close(found.scores.sort()[0], expected.scores.sort()[0], atol=tolerance, rtol=0)
+
+
+def test_a_copy_of_one_that_has_run_computes_the_same() -> None:
+    made = frozen(make_model("resnet50"), torch.float32)
+    expected = outputs(made)
+    for key, value in outputs(copy.deepcopy(made)).items():
+        torch.testing.assert_close(value, expected[key])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.comparison.closeness import largest_error
 from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
 from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.runtime import select_implementation
@@ -114,22 +115,41 @@ def test_fast_path_is_the_same_function(pair: Pair) -> None:
     assert_same_step(double.step_ours("auto"), double.step_reference(), tolerance=1e-6)
 
 
-# floors, as parts of the largest logit, of 1 for boxes and of all gradients' norm together: keyed weights amplify a
-# rounding of the backbone in the first attention, and a ReLU at its kink moves a gradient at once by a little
-FLOORS = {"keyed": (keyed_state_dict, 1e-4, 1e-4, 2e-2), "mild": (mild_state_dict, 1e-5, 1e-6, 2e-3)}
+def one_rounding_each(module: nn.Module, seed: int) -> None:
+    """Every convolution errs from now on, at random, by up to one rounding in float32 of its terms' magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def err(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        seen, weight = inputs[0].detach().abs(), conv.weight.detach().abs()
+        terms = F.conv2d(seen, weight, None, conv.stride, conv.padding, conv.dilation)
+        drawn = torch.rand(output.shape, generator=generator, dtype=output.dtype) * 2 - 1
+        return output + 2**-24 * terms * drawn
+
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            child.register_forward_hook(err)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weights", FLOORS)
-def test_fast_path_in_float32(weights: str) -> None:
-    fill, logits_floor, boxes_floor, gradient_floor = FLOORS[weights]
+@pytest.mark.parametrize("fill", [keyed_state_dict, mild_state_dict])
+def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]]) -> None:
+    """Keyed weights amplify roundings: the floors are what a single one in each convolution moves in float64."""
     pair = make_pair(fill, "ragged")
-    exact, eager, fast = pair.double().step_reference(), pair.step_reference(), pair.step_ours("auto")
-    logits, boxes = (tuple(step[0][name] for step in (fast, exact, eager)) for name in ("pred_logits", "pred_boxes"))
-    assert_close(*logits, floor=logits_floor * logits[1].abs().max().item(), name="logits")
-    assert_close(*boxes, floor=boxes_floor, name="boxes")
+    exact = pair.double().step_reference()
+    moved = [pair.double() for _ in range(5)]
+    for seed, each in enumerate(moved):
+        one_rounding_each(each.reference, seed)
+    rounded = [errors(each.step_reference(), exact) for each in moved]
+    floors = {name: max(each[name] for each in rounded) for name in rounded[0]}
+    eager, fast = errors(pair.step_reference(), exact), errors(pair.step_ours("auto"), exact)
+    for name, error in fast.items():
+        assert error <= 2 * eager[name] + floors[name], name
+
+
+def errors(step: Step, exact: Step) -> dict[str, float]:
+    """The largest of logits and boxes, and that of all gradients together as a part of their norm."""
+    found = {name: largest_error(step[0][name], exact[0][name]) for name in ("pred_logits", "pred_boxes")}
     oracle = joined(exact[2])
-    errors = [(joined(step[2]) - oracle).norm() / oracle.norm() for step in (fast, eager)]
-    assert_close(errors[0], torch.zeros(()), errors[1], gradient_floor, "all gradients together, relative")
+    return found | {"gradients": ((joined(step[2]) - oracle).norm() / oracle.norm()).item()}
 
 
 def joined(grads: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,11 @@ from torch.nn import functional as F
 from detr_fast.config import ModelConfig, require
 from detr_fast.model.backbone import build_backbone
 from detr_fast.model.implementation import Implementation
-from detr_fast.model.position_encoding import sine_position_encoding, unpadded_position_encoding
+from detr_fast.model.position_encoding import (
+    kept_position_encoding,
+    sine_position_encoding,
+    unpadded_position_encoding,
+)
 from detr_fast.model.transformer import Transformer
 from detr_fast.recording import Recordings
 from detr_fast.stages import stage
@@ -46,7 +50,6 @@ class DETR(nn.Module):
         """For inference alone: see `detr_fast.model.freezing`."""
         self.recordings: Recordings | None = None
         """Of its forward pass: see `detr_fast.evaluation.inference`. Void where its memory or its forms change."""
-        self.unpadded_position = unpadded_position_encoding
         self.backbone = build_backbone(config.backbone, config.dilation)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -105,8 +108,8 @@ class DETR(nn.Module):
         if mask is None:
             # Dynamo cannot look into a cache, and in a CUDA graph's memory nothing may be kept for others
             recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-            anew = torch.compiler.is_compiling() or recording
-            encode = unpadded_position_encoding if anew else self.unpadded_position
+            kept = self.frozen and not recording and not torch.compiler.is_compiling()
+            encode = kept_position_encoding if kept else unpadded_position_encoding
             return None, encode(height, width, dim, features.dtype, features.device)
         small_mask = F.interpolate(mask[None].float(), size=(height, width))[0].bool()
         return small_mask.flatten(1), sine_position_encoding(small_mask, dim).flatten(1, 2).to(features.dtype)

@@ -1,7 +1,6 @@
 """A model for inference alone: what does not depend on the image is computed once, in the precision it runs in."""
 
 import copy
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -9,13 +8,10 @@ from torch import nn
 from detr_fast.model.backbone import BasicBlock, Bottleneck, ResNet, TinyResNet
 from detr_fast.model.detr import DETR
 from detr_fast.model.normalization import FoldedConvolution
-from detr_fast.model.position_encoding import unpadded_position_encoding
 from detr_fast.model.transformer import FirstDecoderLayer
 
 CONVOLUTIONS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
 """Attribute of a block to that of the norm that follows it."""
-KEPT_SHAPES = 32
-"""Shapes of unpadded images whose positions are kept, those seen last: half a MiB each in bf16, 2 MiB of DC5."""
 
 
 @torch.no_grad()
@@ -34,7 +30,6 @@ def frozen(model: DETR, dtype: torch.dtype) -> DETR:
             _fold(module, dtype)
     layers, query_position = model.transformer.decoder.layers, model.query_embed.weight
     layers[0] = FirstDecoderLayer(layers[0], query_position, dtype)  # type: ignore[arg-type]
-    model.unpadded_position = lru_cache(KEPT_SHAPES)(unpadded_position_encoding)
     norms = {id(norm) for norm in model.modules() if isinstance(norm, nn.LayerNorm)}
     for module in model.modules():
         if id(module) not in norms and not isinstance(module, FoldedConvolution):

@@ -80,6 +80,10 @@ class OneDNNConvolution:
         self.geometry = stride, padding, dilation
         self.packed: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, which cannot hold what is packed: it is packed anew."""
+        return self.__dict__ | {"packed": None}
+
     @torch.no_grad()
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`residual`, where there is one, is overwritten and returned; both in channels-last memory."""
