@@ -1,6 +1,8 @@
 """The ladder: its rows, the order of its measurements, what it writes. Measuring itself: tests/test_measurement.py."""
 
+import io
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, rea
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ranks
-from detr_profiling.pages.results import LadderRow
+from detr_profiling.pages.results import LadderRow, load_results
+from detr_profiling.report import readme_table, render_markdown
 from rich.console import Console
 
 from detr_fast.config import UserError
@@ -38,6 +41,7 @@ class Measurer:
         ms -= sum(value not in ("ref", False, "scipy") for value in configuration.forms.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
         error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": True} if oracle else {}
+        error["padding"] = 1.04 if options.buckets else 1.5
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)  # type: ignore[arg-type]
 
 
@@ -64,6 +68,18 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
     names = [rung.technique for rung in build_rungs(replace(OPTIONS, mode="inference"))]
     assert names[-3:] == ["folded batch norm", "frozen weights", "compile"]
+
+
+def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
+    mixed = replace(OPTIONS, sizes="mixed")
+    rungs = build_rungs(mixed)
+    assert [rung.technique for rung in rungs[:3]] == ["reference", "buckets", "losses at once"]
+    assert [rung.configuration.options.buckets for rung in rungs] == [False] + [True] * (len(rungs) - 1)
+    assert rungs[1].configuration.implementation == "reference"
+    assert rungs[1].without and not rungs[1].without.options.buckets
+    assert replace(rungs[1].without.options, buckets=True) == rungs[-1].configuration.options
+    for options in (OPTIONS, replace(mixed, buckets=False)):
+        assert "buckets" not in [rung.technique for rung in build_rungs(options)]
 
 
 def test_rows_that_change_places_share_one() -> None:
@@ -141,3 +157,21 @@ def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, t
     assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)
     assert last["energy_j_per_image"] == "" and last["torch"] == torch.__version__.partition("+")[0]
     assert float(last["without_median_ms"]) > float(last["median_ms"])
+
+
+def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer, tmp_path: Path) -> None:
+    options = replace(OPTIONS, sizes="mixed", rounds=1, leave_one_out=False)
+    rungs = build_rungs(options)
+    list(measure_rungs(rungs, options, QUIET))
+    ladder.write_rows(rows_of(rungs, options), tmp_path / "ladder.csv")
+    rows = read_rows(tmp_path / "ladder.csv")
+    assert [row["padding"] for row in rows] == ["1.5"] + ["1.04"] * (len(rows) - 1)
+    assert {row["sizes"] for row in rows} == {"mixed"}
+    shown = Console(record=True, width=100, quiet=True, file=io.StringIO())
+    shown.quiet = False
+    shown.print(ladder.table(rungs))
+    assert re.search(r"padding.*\n.*\n.*reference.* 1\.50 .*\n.*buckets.* 1\.04 ", shown.export_text())
+    results = load_results(tmp_path)
+    assert [row.padding for row in results.ladder[:2]] == [1.5, 1.04]
+    assert "64x96 px, mixed sizes, 1 a step" in readme_table(results)
+    assert f"ladder --out {tmp_path} --size 64x96 --sizes mixed" in render_markdown(results)

@@ -16,7 +16,9 @@ from detr_profiling.measuring.measurement import (
     write_oracle,
     write_oracle_in_process,
 )
-from detr_profiling.workload import WorkloadOptions
+from detr_profiling.measuring.timing import Timing
+from detr_profiling.mixed_sizes import padding
+from detr_profiling.workload import WorkloadOptions, batch_shapes
 
 from detr_fast.config import UserError
 
@@ -39,6 +41,16 @@ def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
     assert found.energy_j_per_image is None
     # after its runs have trained it: the weights are the initial ones again when it is compared
     assert found.close and found.error is not None and found.allowed is not None and found.error <= found.allowed
+
+
+def test_of_mixed_sizes_a_steps_time_is_the_mean_over_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(INFERENCE, model="detr_tiny", sizes="mixed", batch_size=2)
+    monkeypatch.setattr("detr_profiling.measuring.measurement.measure", lambda *_, **__: Timing((100.0, 80.0)))
+    for buckets in (False, True):
+        each = replace(options, buckets=buckets)
+        found = measure_workload(Configuration(each), 2, None)
+        assert found.timing.runs_ms == (25.0, 20.0)
+        assert found.padding == padding(batch_shapes(each)) and (found.padding < 1.1) == buckets
 
 
 def test_an_option_that_cannot_be_is_told_in_a_line() -> None:

@@ -42,6 +42,7 @@ def test_peers_run_as_they_come_and_ours_as_the_options_say() -> None:
     assert rungs["detr_fast"].options.precision == "bf16" and rungs["detr_fast"].options.channels_last
     sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in rungs.values()}
     assert len(sizes) == 1
+    assert [options.buckets for options in (each.options for each in rungs.values())] == [False] * 4 + [True]
 
 
 def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(

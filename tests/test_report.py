@@ -122,12 +122,13 @@ def test_figures_are_those_that_were_measured(cpu: Path) -> None:
         "912 (25, 10 runs)",
         "1.10",
         "1.00",
+        "1.00",
         "",
         "n/a",
         "n/a",
         "7",
     ]
-    compiled = ["compile", "402 (14, 10 runs)", "2.49", "2.27", "−18 %", "488 (9.8, 10 runs)", "1.22", "1"]
+    compiled = ["compile", "402 (14, 10 runs)", "2.49", "2.27", "1.00", "−18 %", "488 (9.8, 10 runs)", "1.22", "1"]
     assert page.row("Training: time", "compile") == compiled
     costs = ["compile", "1,238", "n/a", "0.763", "31.2", "0.014", "0.026", "close", "logits"]
     assert page.row("Training: memory, energy, exactness", "compile") == costs
@@ -309,10 +310,11 @@ def test_what_is_bad_is_said_loudly(tmp_path: Path) -> None:
 
 def test_a_slower_row_stays_and_says_so(cpu: Path) -> None:
     page = Page(render_html(load_results(cpu)))
-    assert page.row("Training: time", "channels-last")[1:5] == [
+    assert page.row("Training: time", "channels-last")[1:6] == [
         "672 (12, 10 runs)",
         "1.49",
         "1.36",
+        "1.00",
         "+2.5 %, within the spread",
     ]
     said = " ".join(page.said("p"))
@@ -331,7 +333,7 @@ def test_rows_without_a_measurement(tmp_path: Path) -> None:
     place = {key: rows[0][key] for key in ("mode", "model", "size", "device")}
     rows[-1] = {"technique": "compile", "note": "not all measured: no time left", **place}
     page = Page(render_html(load_results(write_results(tmp_path, ladder=rows))))
-    assert page.row("Training: time", "compile")[1:5] == ["n/a", "n/a", "n/a", "not all measured: no time left"]
+    assert page.row("Training: time", "compile")[1:6] == ["n/a"] * 4 + ["not all measured: no time left"]
     said = " ".join(page.said("p"))
     assert "all up to folded batch norm takes 488 ms" in said and "not measured: compile" in said
     write_results(tmp_path, ladder=[{"technique": "reference", "note": "killed", **place}])

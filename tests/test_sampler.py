@@ -1,29 +1,19 @@
 """The order of training: every image once an epoch, the same on all ranks, and batches of like shape."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
+from detr_profiling.mixed_sizes import BatchShape, coco_size, padding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detr_fast.config import TrainConfig, UserError
-from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets, EpochSampler, Position, random_generator
-from detr_fast.data.transforms import TrainTransform
+from detr_fast.config import UserError
+from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets, EpochSampler, Position
 
-COCO_SIZES = {
-    **{(480, 640): 38, (427, 640): 22, (640, 480): 12, (640, 427): 8, (426, 640): 6},
-    **{(640, 640): 3, (612, 612): 3, (375, 500): 3, (360, 640): 3, (500, 375): 2},
-}
-"""(h, w) and how many of a hundred photographs have about that size in COCO."""
-RECIPE = TrainConfig()
-TRANSFORM = TrainTransform(RECIPE.train_sizes, 1333, RECIPE.crop_sizes, RECIPE.crop_range)
-SIZES = [size for size, count in COCO_SIZES.items() for _ in range(count)]
-
-
-def size_of(epoch: int, index: int) -> tuple[int, int]:
-    """Of a photograph of the mix, augmented by the recipe."""
-    return TRANSFORM(SIZES[index % 100], random_generator(7, epoch, index)).size
+size_of = partial(coco_size, 7)
+"""(h, w) of photographs as COCO has them."""
 
 
 def small(epoch: int, index: int) -> tuple[int, int]:
@@ -96,24 +86,17 @@ def epoch_of(buckets: Buckets | None, epoch: int, images: int = 4800, batch_size
     return list(itertools.islice(sampler, sampler.batches_per_epoch))
 
 
-def padding(batches: list[list[Position]]) -> float:
-    """Pixels computed over pixels of images."""
-    computed = real = 0
-    for batch in batches:
-        sizes = np.array([size_of(position.epoch, position.image) for position in batch])
-        height, width = np.maximum(sizes.max(0), batch[0].room)
-        computed += len(batch) * height * width
-        real += sizes.prod(1).sum()
-    return computed / real
+def padding_of(batches: list[list[Position]]) -> float:
+    return padding([BatchShape.of(batch, size_of) for batch in batches])
 
 
 def test_little_is_padding_in_buckets_of_a_mix_of_sizes() -> None:
     """The goal is 1.15 at batch 16; random batches compute twice what they have to."""
-    assert padding(epoch_of(None, 0)) > 1.9
-    assert padding(epoch_of(Buckets(size_of), 0)) < 1.06
+    assert padding_of(epoch_of(None, 0)) > 1.9
+    assert padding_of(epoch_of(Buckets(size_of), 0)) < 1.06
     static = epoch_of(Buckets(size_of, 64), 0)
-    assert padding(static) < 1.12
-    assert padding(epoch_of(Buckets(size_of), 0, images=800)) < 1.15
+    assert padding_of(static) < 1.12
+    assert padding_of(epoch_of(Buckets(size_of), 0, images=800)) < 1.15
 
 
 def test_batches_of_a_step_have_few_shapes_that_hold_their_images() -> None:

@@ -35,6 +35,11 @@ def test_compiled_forms_are_measured_but_not_traced() -> None:
     assert "--no-compile" in commands["trace"]
 
 
+def test_mixed_sizes_are_climbed_but_not_traced() -> None:
+    commands = {part.name: part.command(SuiteOptions(sizes="mixed"), 1.0) for part in PARTS}
+    assert "mixed" in commands["ladder"] and "mixed" not in commands["trace"]
+
+
 def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"

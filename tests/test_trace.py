@@ -183,6 +183,7 @@ def test_what_a_gpu_adds_is_shown_and_no_name_is_markup(result: dict[str, Any]) 
         ({"steps": 1}, "2 to 10"),
         ({"warmup": 0}, "at least 1"),
         ({"data": "shapes:64", "mode": "inference"}, "--data"),
+        ({"sizes": "mixed"}, "--sizes mixed"),
     ],
 )
 def test_options_that_cannot_be(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,13 +2,23 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from detr_profiling.comparison.closeness import assert_close, relative_floor
 from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.mixed_sizes import padding
 from detr_profiling.peers.build import PEERS, build_peer
-from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions, build_workload, make_batch
+from detr_profiling.workload import (
+    MOST_OBSERVED,
+    WorkloadOptions,
+    batch_shapes,
+    build_workload,
+    make_batches,
+    observed_batch,
+)
+from torch import nn
 
 from detr_fast.config import UserError
 
@@ -64,13 +74,53 @@ def test_peers_train_and_infer(name: str) -> None:
 
 
 def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
-    batch, again = make_batch(OPTIONS, 91), make_batch(OPTIONS, 91)
+    [batch], [again] = make_batches(OPTIONS, 91), make_batches(OPTIONS, 91)
     assert torch.equal(batch.images.buffer, again.images.buffer) and torch.equal(
         batch.targets.labels, again.targets.labels
     )
     assert batch.padded and batch.room == (64, 96) and batch.images.sizes == [(64, 96), (64, 84)]
-    assert not torch.equal(batch.images.buffer, make_batch(replace(OPTIONS, seed=1), 91).images.buffer)
-    assert not make_batch(replace(OPTIONS, batch_size=1), 91).padded
+    assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
+    assert not make_batches(replace(OPTIONS, batch_size=1), 91)[0].padded
+
+
+@pytest.mark.parametrize("name", ["detr_fast", "reference", "hf-sdpa"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode: Any) -> None:
+    options = replace(OPTIONS, sizes="mixed", mode=mode, model="detr_tiny")
+    if name.startswith("hf"):
+        pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
+        options = replace(options, model="detr_r50")
+    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    seen: list[tuple[int, ...]] = []
+
+    def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(tuple((named["pixel_values"] if name.startswith("hf") else given[0]).shape))
+
+    workload.model.register_forward_pre_hook(note, with_kwargs=True)
+    workload.run()
+    assert seen == [(2, 3, *shape.room) for shape in workload.shapes] and len(set(seen)) == 4
+
+
+def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
+    mixed = replace(OPTIONS, sizes="mixed", batch_size=4)
+    random, bucketed = (make_batches(replace(mixed, buckets=buckets), 91) for buckets in (False, True))
+    for options, batches in ((replace(mixed, buckets=False), random), (mixed, bucketed)):
+        shapes = batch_shapes(options)
+        assert [(batch.images.sizes, batch.room) for batch in batches] == shapes
+        assert padding(shapes) == pytest.approx(
+            sum(4 * h * w for h, w in (batch.room for batch in batches))
+            / sum(h * w for batch in batches for h, w in batch.images.sizes)
+        )
+    assert padding(batch_shapes(replace(mixed, buckets=False))) > 1.3 * padding(batch_shapes(mixed))
+    compiled = batch_shapes(replace(mixed, compile=True))
+    assert all(side % 64 == 0 for shape in compiled for side in shape.room)
+    assert [shape.sizes for shape in compiled] == [shape.sizes for shape in batch_shapes(mixed)]
+
+
+def test_what_is_compared_has_one_size() -> None:
+    mixed = replace(OPTIONS, sizes="mixed")
+    for options in (mixed, replace(mixed, buckets=False)):
+        assert torch.equal(observed_batch(options, 91).images.buffer, make_batches(OPTIONS, 91)[0].images.buffer)
 
 
 def test_forms_of_single_operations() -> None:
@@ -88,6 +138,8 @@ def test_a_size_that_is_none(size: str) -> None:
 def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
         build_peer("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
+    with pytest.raises(UserError, match="fasterrcnn resizes"):
+        build_peer("fasterrcnn", replace(OPTIONS, sizes="mixed"))
     with pytest.raises(UserError, match="Did you mean 'reference'"):
         build_peer("referense", OPTIONS)
 
@@ -105,6 +157,7 @@ def test_timing() -> None:
     assert (timing.median_ms, timing.q1_ms, timing.q3_ms, timing.runs) == (3, 2, 4, 5)
     assert timing.text() == "3.00 (2.0, 5 runs)"
     assert (timing + Timing((2.0,))).runs == 6
+    assert (timing / 4).runs_ms == (0.75, 0.25, 0.5, 1.0, 2.5)
 
 
 def test_measure_waits_for_the_device_before_and_after_each_run() -> None:

@@ -128,12 +128,16 @@ SHAPE_STEP_PX = 64
 COCO then has about 80 shapes, for 6 % more pixels."""
 
 
+def shape_step_px(device: str, compiled: bool) -> int:
+    return SHAPE_STEP_PX if compiled or device == "cuda" else 1
+
+
 def make_batches(
     options: TrainConfig, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
 ) -> Iterator[Batch]:
     """This rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
-    step = SHAPE_STEP_PX if runtime.compile or runtime.device.type == "cuda" else 1
+    step = shape_step_px(runtime.device.type, runtime.compile)
     buckets = Buckets(lambda epoch, index: train_set.plan(epoch, index).size, step)
     batches = train_loader(
         train_set,

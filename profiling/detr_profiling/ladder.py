@@ -172,7 +172,7 @@ def rows_of(rungs: Sequence[Rung], options: WorkloadOptions) -> list[dict[str, A
     machine = describe_machine(torch.device(options.device))
     first = rungs[0].measured
     place = {
-        **{name: getattr(options, name) for name in ("model", "size", "batch_size", "threads")},
+        **{name: getattr(options, name) for name in ("model", "size", "sizes", "batch_size", "threads")},
         **{name: getattr(machine, name) for name in ("device", "commit", "date")},
         "torch": machine.versions["torch"],
     }
@@ -199,10 +199,10 @@ def timing_columns(timing: Timing, prefix: str = "") -> dict[str, float]:
 
 
 COLUMNS = (
-    *("mode", "technique", "median_ms", "q1_ms", "q3_ms", "runs", "images_per_second", "speedup", "peak_mib"),
-    *("cpu_seconds_per_image", "energy_j_per_image", "first_run_s", "error", "allowed", "quantity", "close"),
-    *("without_median_ms", "without_q1_ms", "without_q3_ms", "without_runs", "round_medians_ms", "note"),
-    *("precision", "model", "size", "batch_size", "threads", "device", "torch", "commit", "date"),
+    *("mode", "technique", "median_ms", "q1_ms", "q3_ms", "runs", "images_per_second", "speedup", "padding"),
+    *("peak_mib", "cpu_seconds_per_image", "energy_j_per_image", "first_run_s", "error", "allowed", "quantity"),
+    *("close", "without_median_ms", "without_q1_ms", "without_q3_ms", "without_runs", "round_medians_ms", "note"),
+    *("precision", "model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date"),
 )
 
 
@@ -227,7 +227,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def table(rungs: Sequence[Rung]) -> Table:
     """For the terminal."""
-    titles = ["ms", "spread", "speedup", "peak MiB", "error", "without, ms"]
+    titles = ["ms", "spread", "speedup", "padding", "peak MiB", "error", "without"]
     shown = plain_table("technique", titles, "From the reference to everything on")
     shown.add_column("")
     first = rungs[0].measured
@@ -245,6 +245,7 @@ def figures(rung: Rung, first: Measurement | None) -> list[str] | None:
         number(timing.median_ms),
         number(timing.q3_ms - timing.q1_ms, digits=2),
         number(first.timing.median_ms / timing.median_ms if first else None),
+        number(rung.measured.padding),
         number(rung.measured.peak_mib),
         formats.error(rung.measured.error),
         number(lost.timing.median_ms) if lost else "",

@@ -19,6 +19,7 @@ from detr_profiling.ladder import write_rows as write_rungs
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
+from detr_profiling.measuring.techniques import start
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.results import RACE_FILE
 from detr_profiling.report import write_report
@@ -47,7 +48,7 @@ class RaceOptions(LadderOptions):
 def entrants(options: RaceOptions) -> list[Rung]:
     """The eager peers, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
-    plain = replace(ours, precision="fp32", channels_last=False, kernels="ref", attention="ref", compile=False)
+    plain = start(ours).options
     rungs = [Rung(name, Configuration(plain, name, tf32=False)) for name in EAGER_PEERS]
     if options.peers_compiled and missing_for_compile() is None:
         rungs.append(Rung("hf-compiled", Configuration(plain, "hf-compiled", tf32=False)))
@@ -66,13 +67,13 @@ def fastest_eager_ms(rungs: list[Rung]) -> float | None:
 def peak_share(options: WorkloadOptions, median_ms: float) -> float:
     """The products that a step needs, over those that the device could make in that time: measured here and now."""
     workload = build_workload(replace(options.resolved(), compile=False))
-    flop = sum(work.flop for work in count_work(workload.run).values())
+    flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
     dtype, _ = choose_precision(options.precision, workload.device)
     return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
 
 
 def table(rungs: list[Rung]) -> Table:
-    titles = ["ms", "spread", "over reference", "peak MiB", "error"]
+    titles = ["ms", "spread", "over reference", "padding", "peak MiB", "error"]
     shown = plain_table("", titles, "In turns, each in a process of its own")
     shown.add_column("")
     for rung in rungs:

@@ -134,9 +134,10 @@ def places(ladder: Sequence[LadderRow]) -> list[str]:
     lines = []
     for place, names in modes.items():
         known = {name: markdown(dict(place).get(name, formats.NOT_KNOWN)) for name in PLACE}
+        mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
         lines.append(
-            "{model}, {size} px, {batch_size} a step, {modes}: {device}, {threads} threads, torch {torch}, {date}, "
-            "commit {commit}.".format(modes=markdown(" and ".join(names)), **known)
+            "{model}, {size} px{mixed}, {batch_size} a step, {modes}: {device}, {threads} threads, torch {torch}, "
+            "{date}, commit {commit}.".format(modes=markdown(" and ".join(names)), mixed=mixed, **known)
         )
     return lines
 

@@ -68,7 +68,7 @@ def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
 
 
 def trace(options: SuiteOptions, minutes: float) -> list[str]:
-    return module("trace")(replace(options, compile=False), minutes)
+    return module("trace")(replace(options, compile=False, sizes="same"), minutes)
 
 
 def ladder(options: SuiteOptions, minutes: float) -> list[str]:

@@ -50,6 +50,10 @@ class TraceOptions(WorkloadOptions):
         )
         require(self.warmup >= 1, f"--warmup {self.warmup}: at least 1, the first step is not like others.")
         require(
+            self.sizes == "same",
+            "A trace is of one step again and again: leave out --sizes mixed. Those of a data set: --data ROOT.",
+        )
+        require(
             self.data is None or self.mode == "training",
             "--data feeds training. Leave out --mode inference, or --data.",
         )

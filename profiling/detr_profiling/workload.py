@@ -1,4 +1,4 @@
-"""What is measured: one training step or one inference of a model, on a batch that is the same for all."""
+"""What is measured: training steps or inferences of a model, on batches that are the same for all."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,10 +17,12 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import choose_device, choose_runtime
 from detr_fast.stages import stage
+from detr_fast.training.assembly import shape_step_px
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import export_state_dict, load_state_dict
+from detr_profiling.mixed_sizes import BatchShape, typical_shapes
 from detr_profiling.observation import Observation, observe_model
 from detr_profiling.reference.keyed_weights import mild_state_dict
 
@@ -41,8 +43,13 @@ class WorkloadOptions(RuntimeOptions):
     """A whole training step, or inference."""
     size: str = "auto"
     """Height and width of the images in pixels, as in 800x1066; auto: that on a GPU, 320x427 on a CPU."""
+    sizes: Literal["same", "mixed"] = "same"
+    """mixed: as in training on COCO, of which --size then gives the largest shorter side; four batches that stand for
+    an epoch's are timed. What is compared with the reference always has one size."""
     batch_size: int | None = None
     """Images a step; default: 16 on a GPU, 1 on a CPU."""
+    buckets: bool = True
+    """Where sizes are mixed: batches of images of like shape, so that little is padding; without, of any."""
     objects: int = 7
     """Most objects on an image."""
     dropout: float | None = None
@@ -76,9 +83,10 @@ class WorkloadOptions(RuntimeOptions):
         return WorkloadOptions(**(asked | found))
 
     def observed(self) -> "WorkloadOptions":
-        """With the images that are compared: in float64, which the oracle needs, more would not fit."""
+        """With the images that are compared: in float64, which the oracle needs, more would not fit. All of one size,
+        since padding itself changes a little of what DETR computes."""
         options = self.resolved()
-        return replace(options, batch_size=min(options.batch_size or 1, MOST_OBSERVED))
+        return replace(options, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -92,21 +100,22 @@ class WorkloadOptions(RuntimeOptions):
 
 @dataclass
 class Workload:
-    """One model with its batch, ready to run again and again."""
+    """One model with its batches, ready to run again and again."""
 
     name: str
     options: WorkloadOptions
     model: nn.Module
     run: Callable[[], Any]
-    """One whole step, from the batch on the host to the last write; does not wait for a GPU."""
+    """One whole step with each batch, from the host to the last write; does not wait for a GPU."""
     observe: Callable[[], Observation] | None = None
     """The same numbers at every call: without dropout, and without an optimizer's step. None: not comparable."""
     reasons: dict[str, str] = field(default_factory=dict)
     """What runs as what, and why."""
 
     @property
-    def images(self) -> int:
-        return self.options.batch_size or 1
+    def shapes(self) -> list[BatchShape]:
+        """Of the batches of one run."""
+        return batch_shapes(self.options)
 
     @property
     def device(self) -> torch.device:
@@ -117,21 +126,41 @@ class Workload:
             torch.cuda.synchronize()
 
 
-def make_batch(options: WorkloadOptions, num_classes: int) -> Batch:
-    """Random pixels and boxes on the host, pinned beside a GPU; the later half of the images is an eighth narrower."""
-    (height, width), images, objects = options.height_width, options.resolved().batch_size or 1, options.objects
+def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
+    """One batch, the later half of whose images is an eighth narrower; or those that stand for mixed sizes."""
+    options = options.resolved()
+    (height, width), images = options.height_width, options.batch_size or 1
+    if options.sizes == "same":
+        narrow = [index >= (images + 1) // 2 for index in range(images)]
+        return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
+    step = shape_step_px(options.device, options.compile) if options.buckets else 1
+    shapes = typical_shapes(images, options.seed, options.buckets, min(height, width))
+    return [shape.in_steps(step) for shape in shapes]
+
+
+def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
+    """Random pixels and boxes on the host, pinned beside a GPU."""
     generator = torch.Generator().manual_seed(options.seed)
+    batches = [draw_batch(shape, options.objects, num_classes, generator) for shape in batch_shapes(options)]
+    return [batch.pin_memory() for batch in batches] if options.resolved().device == "cuda" else batches
+
+
+def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
+    """What is compared with the reference."""
+    [batch] = make_batches(options.observed(), num_classes)
+    return batch
+
+
+def draw_batch(shape: BatchShape, objects: int, num_classes: int, generator: torch.Generator) -> Batch:
+    (height, width), images = shape.room, len(shape.sizes)
     pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, generator=generator)
-    narrow = [index >= (images + 1) // 2 for index in range(images)]
-    sizes = torch.tensor([[height, width - width // 8 * less] for less in narrow])
     low = torch.rand(images, objects, 2, generator=generator) * 0.6
     extent = torch.rand(images, objects, 2, generator=generator) * 0.3 + 0.05
     labels = torch.randint(num_classes, (images, objects), generator=generator)
     counts = torch.randint(1, objects + 1, (images,), generator=generator)
     targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    packed = PackedImages.of_list([row[:, :inside] for row, (_, inside) in zip(pixels, sizes.tolist(), strict=True)])
-    batch = Batch(packed, (height, width), targets, list(range(images)), sizes)
-    return batch.pin_memory() if options.resolved().device == "cuda" else batch
+    packed = PackedImages.of_list([image[:h, :w] for image, (h, w) in zip(pixels, shape.sizes, strict=True)])
+    return Batch(packed, shape.room, targets, list(range(images)), torch.tensor(shape.sizes))
 
 
 def initial_model(options: WorkloadOptions) -> DETR:
@@ -157,7 +186,7 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
     if options.mode == "inference":
         model = for_inference(model, runtime.dtype)
     model.train(options.mode == "training")
-    batch = make_batch(options, model.config.num_classes)
+    batches = make_batches(options, model.config.num_classes)
     criterion = build_criterion(model.config.num_classes)
     model.implementation.apply_to(criterion)
     if options.mode == "training":
@@ -169,7 +198,7 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
             step.capture()
         forward: Any = step.forward
 
-        def run() -> Any:
+        def once(batch: Batch) -> Any:
             return step([batch])
     else:
         # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
@@ -178,13 +207,16 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
             require(model.recordings is not None, "--capture takes a frozen model on a GPU, without --compile.")
 
         @torch.no_grad()
-        def run() -> Any:
+        def once(batch: Batch) -> Any:
             with stage("copy"):
                 placed = batch.to(runtime.device)
             return detect_batch(forward, placed, model, runtime)
 
+    def run() -> Any:
+        return [once(batch) for batch in batches][-1]
+
     def observe() -> Observation:
-        observed = make_batch(options.observed(), model.config.num_classes).to(runtime.device)
+        observed = observed_batch(options, model.config.num_classes).to(runtime.device)
         with torch.set_grad_enabled(options.mode == "training"):
             return observe_model(model, forward, criterion, observed, runtime)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from detr_fast.data.batching import model_input
 from detr_fast.model.detr import DETR
 from detr_profiling.observation import Observation
-from detr_profiling.workload import Workload, make_batch
+from detr_profiling.workload import Workload, observed_batch
 
 BLOCK = r"(?:transformer\.)?((?:backbone\.layer\d|backbone\.layers\.\d+|(?:encoder|decoder)\.layers\.\d+|input_proj))"
 """The names of modules whose outputs are compared, facebookresearch's `backbone.0.body.` cut to `backbone.`."""
@@ -90,7 +90,7 @@ def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
 def observed_padding(workload: Workload, size: torch.Size) -> Tensor:
     """(B, N) bool, True where a token of features of `size` is padding of the observed batch."""
     config = workload.options.architecture()
-    batch = make_batch(workload.options.observed(), config.num_classes)
+    batch = observed_batch(workload.options, config.num_classes)
     images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
     if mask is None:
         return torch.zeros(len(images), size.numel(), dtype=torch.bool)

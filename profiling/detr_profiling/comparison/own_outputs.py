@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detr_profiling.observation import Observation
 from detr_profiling.reference.detr import image_cost, matched_losses, weighted_terms
-from detr_profiling.workload import WorkloadOptions, make_batch
+from detr_profiling.workload import WorkloadOptions, observed_batch
 
 TARGET_KEYS = ("target labels", "target boxes", "target counts")
 """(B, T) int64, (B, T, 4) cxcywh, (B,) int64."""
@@ -22,7 +22,7 @@ TARGET_KEYS = ("target labels", "target boxes", "target counts")
 
 def targets_of(options: WorkloadOptions) -> Observation:
     """The targets of a workload's observed batch."""
-    targets = make_batch(options.observed(), options.architecture().num_classes).targets
+    targets = observed_batch(options, options.architecture().num_classes).targets
     return dict(zip(TARGET_KEYS, (targets.labels, targets.boxes_cxcywh, targets.count), strict=True))
 
 

@@ -17,6 +17,7 @@ from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.mixed_sizes import padding
 from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
@@ -53,12 +54,15 @@ class Measurement:
     """Times, memory, energy and error of one configuration, in one process or several."""
 
     timing: Timing
+    """Of a step; where a run has several, of differing sizes, of their mean."""
     peak_mib: float
     cpu_seconds_per_image: float
     energy_j_per_image: float | None
     """None where no GPU counts it."""
     first_run_s: float
     """Of the first run, which compiles and chooses algorithms."""
+    padding: float | None = None
+    """Pixels computed for each that is an image's."""
     error: float | None = None
     """Of the quantity that is nearest to what is allowed, or past it; None where nothing is compared."""
     allowed: float | None = None
@@ -86,10 +90,11 @@ def measure_workload(configuration: Configuration, runs: int, oracle: Path | Non
         cpu_began = time.process_time()
         timing = measure(workload.run, workload.synchronize, runs, warmup=1)
         cpu_s = time.process_time() - cpu_began
-    images = workload.images * (runs + 1)
+    shapes = workload.shapes
+    images = sum(len(shape.sizes) for shape in shapes) * (runs + 1)
     summary = sampler.summary()
     energy_j = summary.energy_joules / images if summary and summary.energy_joules is not None else None
-    measurement = Measurement(timing, peak.mib, cpu_s / images, energy_j, first_run_s)
+    measurement = Measurement(timing / len(shapes), peak.mib, cpu_s / images, energy_j, first_run_s, padding(shapes))
     if oracle is None or workload.observe is None:
         return measurement
     workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
@@ -110,7 +115,7 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
         if name == "tf32.pt" and options.device != "cuda":
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
-        plain = replace(options, precision=precision, compile=False, kernels="auto", attention="auto")
+        plain = replace(options.observed(), precision=precision, compile=False, kernels="auto", attention="auto")
         observe = build_peer("reference", plain, dtype).observe
         assert observe is not None
         torch.save(observe() | targets_of(options), folder / name)

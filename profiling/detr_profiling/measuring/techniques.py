@@ -46,9 +46,9 @@ class Technique:
 
 
 def start(options: WorkloadOptions) -> Configuration:
-    """The reference as it comes: eager, float32 in full, NCHW."""
-    plain = replace(options, precision="fp32", channels_last=False, kernels="ref", attention="ref", compile=False)
-    return Configuration(plain, "reference", tf32=False)
+    """The reference as it comes: eager, float32 in full, NCHW, images batched at random."""
+    forms: dict[str, Any] = {"channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
+    return Configuration(replace(options, precision="fp32", buckets=False, **forms), "reference", tf32=False)
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
@@ -63,6 +63,8 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
     device, _ = choose_device(top.device)
     on_gpu = device.type == "cuda"
     dtype, _ = choose_precision(top.precision, device)
+    if top.sizes == "mixed" and top.buckets:
+        yield Technique("buckets", options={"buckets": True})
     if on_gpu:
         yield Technique("TF32", tf32=True)
     yield Technique("losses at once", forms=PLAIN_FORMS, implementation="detr_fast")

@@ -42,6 +42,10 @@ class Timing:
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median_ms, "q1": self.q1_ms, "q3": self.q3_ms, "runs": self.runs}
 
+    def __truediv__(self, steps: int) -> "Timing":
+        """Of one step, where each run was of `steps`."""
+        return Timing(tuple(run_ms / steps for run_ms in self.runs_ms))
+
     def __add__(self, other: Self) -> "Timing":
         """Both, as one series."""
         return Timing(self.runs_ms + other.runs_ms)

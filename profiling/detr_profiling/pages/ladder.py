@@ -148,7 +148,7 @@ def compared(row: LadderRow, rows: Sequence[LadderRow]) -> Cell:
 
 def race_blocks(race: Sequence[LadderRow]) -> Iterator[Block]:
     """Of each mode ours beside others, as they took turns."""
-    titles = figures("ms (spread, runs)", "images/s", "× reference", "peak MiB", "error", "allowed")
+    titles = figures("ms (spread, runs)", "images/s", "× reference", "padding", "peak MiB", "error", "allowed")
     for mode, rows in by_mode(race).items():
         yield Paragraph(sentence([f"{mode}: {climb(rows)}", *remarks(rows)]))
         yield Table(f"{capital(mode)}: in turns", [*words(""), *titles, *words("verdict")], [*map(race_cells, rows)])
@@ -158,7 +158,7 @@ def race_cells(row: LadderRow) -> list[Cell]:
     return cells(
         row.technique,
         ladder_timing(row),
-        *(formats.number(each) for each in (row.images_per_second, row.speedup, row.peak_mib)),
+        *(formats.number(each) for each in (row.images_per_second, row.speedup, row.padding, row.peak_mib)),
         *(formats.error(each) for each in (row.error, row.allowed)),
         judged(formats.verdict(row.close), row.close),
     )
@@ -168,7 +168,7 @@ def time_table(mode: str, rows: Sequence[LadderRow]) -> Table:
     top = top_row(rows)
     columns = [
         *words("technique"),
-        *figures("ms (spread, runs)", "images/s", "speedup"),
+        *figures("ms (spread, runs)", "images/s", "speedup", "padding"),
         *words("against the row above"),
         *figures("without it, ms (spread, runs)", "× everything on", "rank"),
     ]
@@ -182,6 +182,7 @@ def time_cells(row: LadderRow, rows: Sequence[LadderRow], top: LadderRow | None)
         ladder_timing(row),
         formats.number(row.images_per_second),
         formats.number(row.speedup),
+        formats.number(row.padding),
         compared(row, rows),
         formats.timing(without_ms, row.without_q1_ms, row.without_q3_ms, row.without_runs),
         formats.number(without_ms / top.median_ms if without_ms and top and top.median_ms else None),

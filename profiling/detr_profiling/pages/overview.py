@@ -32,6 +32,10 @@ READING = [
         "top stands under “without it”: everything on but this one. The two differ where techniques do the same work.",
     ),
     (
+        "Padding",
+        "Pixels computed for each that is an image's: 1 where all images of a batch have one size.",
+    ),
+    (
         "Error and allowed",
         "The largest difference from the plain reference in float64, of gradients relative to their norm; and twice "
         "the same of plain eager code in the same precision, plus a floor. Close: no larger than that, and no NaN.",
@@ -108,7 +112,7 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
     place = dict(first.place)
     return {
         "mode": first.mode,
-        **{key: place[key] for key in ("model", "size", "batch_size", "threads") if key in place},
+        **{key: place[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in place},
     }
 
 

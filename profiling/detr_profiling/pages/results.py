@@ -12,7 +12,7 @@ from typing import Any
 from detr_fast.config import UserError, require
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
-PLACE = ("model", "size", "batch_size", "threads", "device", "torch", "commit", "date")
+PLACE = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
 """What a ladder's rows say of where they were measured."""
 
 
@@ -31,6 +31,8 @@ class LadderRow:
     runs: float | None = None
     images_per_second: float | None = None
     speedup: float | None = None
+    padding: float | None = None
+    """Pixels computed for each that is an image's."""
     peak_mib: float | None = None
     cpu_seconds_per_image: float | None = None
     energy_j_per_image: float | None = None

@@ -13,7 +13,7 @@ from detr_profiling.peers.other_detectors import faster_rcnn_workload, hugging_f
 from detr_profiling.peers.plain_loop import BoxTargets, PlainBatch, autocast, inference, training_step
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.weights import reference_of
-from detr_profiling.workload import Workload, WorkloadOptions, initial_model, make_batch
+from detr_profiling.workload import Workload, WorkloadOptions, initial_model, make_batches, observed_batch
 
 PEERS = ("reference", "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
 
@@ -43,19 +43,19 @@ def build_peer(name: str, options: WorkloadOptions, dtype: torch.dtype = torch.f
 def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype) -> Workload:
     device = torch.device(options.device)
     reference = reference_of(ours).to(device, dtype)
-    batch = PlainBatch.of(make_batch(options, ours.config.num_classes), ours.config, dtype)
+    batches = [PlainBatch.of(each, ours.config, dtype) for each in make_batches(options, ours.config.num_classes)]
 
     def forward(placed: PlainBatch) -> dict[str, Any]:
         with autocast(options):
             outputs = reference(placed.images, placed.mask)
         return outputs if dtype == torch.float64 else in_float32(outputs)
 
-    def loss() -> Tensor:
+    def loss(batch: PlainBatch) -> Tensor:
         placed = batch.to(device)
         return reference_criterion(forward(placed), placed.targets)["loss"]
 
     def observe() -> Observation:
-        observed = PlainBatch.of(make_batch(options.observed(), ours.config.num_classes), ours.config, dtype)
+        observed = PlainBatch.of(observed_batch(options, ours.config.num_classes), ours.config, dtype)
         training = reference.training
         reference.eval()
         with torch.set_grad_enabled(options.mode == "training"):
@@ -64,8 +64,8 @@ def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype)
         return found
 
     if options.mode == "training":
-        return Workload("reference", options, reference, training_step(reference, loss), observe)
-    return Workload("reference", options, reference, inference(reference, batch, device, forward), observe)
+        return Workload("reference", options, reference, training_step(reference, batches, loss), observe)
+    return Workload("reference", options, reference, inference(reference, batches, device, forward), observe)
 
 
 def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch, most: int) -> Observation:

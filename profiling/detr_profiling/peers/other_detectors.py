@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.config import ModelConfig, UserError
+from detr_fast.config import ModelConfig, UserError, require
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
 from detr_profiling.observation import Observation, on_host, stacked_layers
 from detr_profiling.peers.plain_loop import PlainBatch, autocast, inference, training_step
-from detr_profiling.workload import Workload, WorkloadOptions, make_batch
+from detr_profiling.workload import Workload, WorkloadOptions, make_batches, observed_batch
 
 
 def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
@@ -22,9 +22,9 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
     training, device = options.mode == "training", torch.device(options.device)
     model = hugging_face_model(ours, "eager" if name == "hf-eager" else "sdpa", auxiliary_loss=training).to(device)
     compiled: Any = torch.compile(model) if options.compile else model
-    batch = PlainBatch.of(make_batch(options, ours.config.num_classes), ours.config)
+    batches = [PlainBatch.of(each, ours.config) for each in make_batches(options, ours.config.num_classes)]
 
-    def loss() -> Tensor:
+    def loss(batch: PlainBatch) -> Tensor:
         placed = batch.to(device)
         labels = [{"class_labels": each["labels"], "boxes": each["boxes"]} for each in placed.targets]
         with autocast(options):
@@ -37,12 +37,12 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
 
     @torch.no_grad()
     def observe() -> Observation:
-        observed = PlainBatch.of(make_batch(options.observed(), ours.config.num_classes), ours.config)
+        observed = PlainBatch.of(observed_batch(options, ours.config.num_classes), ours.config)
         return on_host(stacked_layers([forward(observed.to(device))]))
 
     if training:
-        return Workload(name, options, model, training_step(model, loss))
-    return Workload(name, options, model, inference(model, batch, device, forward), observe)
+        return Workload(name, options, model, training_step(model, batches, loss))
+    return Workload(name, options, model, inference(model, batches, device, forward), observe)
 
 
 def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.Module:
@@ -65,9 +65,11 @@ def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.M
 
 
 def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workload:
-    """With a ResNet-50 and a feature pyramid, from random weights, on the same pixels, resized to the same size."""
+    """With a ResNet-50 and a feature pyramid, from random weights, on the same pixels, resized to the same size. Raises
+    UserError for mixed sizes, which it would make one."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
+    require(options.sizes == "same", "fasterrcnn resizes all images to one size: leave out --sizes mixed.")
     device, (height, width) = torch.device(options.device), options.height_width
     model = fasterrcnn_resnet50_fpn(
         weights=None,
@@ -76,7 +78,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
         min_size=min(height, width),
         max_size=max(height, width),
     ).to(device)
-    batch = make_batch(options, config.num_classes)
+    [batch] = make_batches(options, config.num_classes)
     images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
     plain = PlainBatch.of(batch, config).targets
     targets = [
@@ -84,7 +86,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
         for each, image in zip(plain, images, strict=True)
     ]
 
-    def loss() -> Tensor:
+    def loss(_: Any) -> Tensor:
         placed = [{name: value.to(device) for name, value in each.items()} for each in targets]
         return torch.stack(list(model([image.to(device) for image in images], placed).values())).sum()
 
@@ -93,7 +95,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
         return model([image.to(device) for image in images])
 
     if options.mode == "training":
-        return Workload("fasterrcnn", options, model, training_step(model, loss))
+        return Workload("fasterrcnn", options, model, training_step(model, [batch], loss))
     model.eval()
     return Workload("fasterrcnn", options, model, run)
 

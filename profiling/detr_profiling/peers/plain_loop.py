@@ -1,6 +1,6 @@
 """Batches, training step and inference as facebookresearch's own scripts do them: what our peers are run with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,8 +45,8 @@ def autocast(options: WorkloadOptions) -> torch.autocast:
     return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Forward, loss, backward, clip and AdamW in the recipe's two groups."""
+def training_step(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    """Forward, loss, backward, clip and AdamW in the recipe's two groups, with each batch; returns the last loss."""
     model.train()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -56,26 +56,32 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4)
 
     def run() -> Tensor:
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
+        for batch in batches:
+            value = loss(batch)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
         return value.detach()
 
     return run
 
 
 def inference(
-    model: nn.Module, batch: PlainBatch, device: torch.device, forward: Callable[[PlainBatch], dict[str, Any]]
+    model: nn.Module,
+    batches: Sequence[PlainBatch],
+    device: torch.device,
+    forward: Callable[[PlainBatch], dict[str, Any]],
 ) -> Callable[[], Any]:
-    """From the batch on the host to scores, labels and boxes in pixels on the device."""
+    """With each batch, from the host to scores, labels and boxes in pixels on the device; returns the last ones."""
     model.eval()
 
     @torch.no_grad()
     def run() -> Any:
-        placed = batch.to(device)
-        outputs = forward(placed)
-        return postprocess(outputs["pred_logits"], outputs["pred_boxes"], placed.original_sizes)
+        for batch in batches:
+            placed = batch.to(device)
+            outputs = forward(placed)
+            found = postprocess(outputs["pred_logits"], outputs["pred_boxes"], placed.original_sizes)
+        return found
 
     return run

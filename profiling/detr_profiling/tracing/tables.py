@@ -71,8 +71,8 @@ def stage_table(result: dict[str, Any]) -> Table:
 def plain_table(first: str, figures: list[str], title: str) -> Table:
     """A table of one name and several figures a row, for 80 columns."""
     columns = (Column(each, justify="right", no_wrap=True) for each in figures)
-    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
-    return Table(first, *columns, title=title, title_style="bold", box=SIMPLE_HEAD, pad_edge=False, **left)
+    look: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "title_style": "bold"}
+    return Table(first, *columns, title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **look)
 
 
 def wait_table(result: dict[str, Any]) -> RenderableType:

@@ -1,0 +1,96 @@
+"""Images of many sizes, as training on COCO meets them, and the few batches that stand for an order's."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+from detr_fast.config import TrainConfig
+from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets, EpochSampler, Position, random_generator
+from detr_fast.data.transforms import TrainTransform
+
+COCO_SIZES = {
+    **{(480, 640): 38, (427, 640): 22, (640, 480): 12, (640, 427): 8, (426, 640): 6},
+    **{(640, 640): 3, (612, 612): 3, (375, 500): 3, (360, 640): 3, (500, 375): 2},
+}
+"""(h, w) and how many of a hundred photographs have about that size in COCO."""
+RECIPE = TrainConfig()
+LARGEST_PX = max(RECIPE.train_sizes)
+TRANSFORM = TrainTransform(RECIPE.train_sizes, 1333, RECIPE.crop_sizes, RECIPE.crop_range)
+PHOTOGRAPHS = [size for size, count in COCO_SIZES.items() for _ in range(count)]
+TYPICAL_BATCHES = 4
+
+
+def coco_size(seed: int, epoch: int, index: int, largest_px: int = LARGEST_PX) -> tuple[int, int]:
+    """(h, w) in pixels of photograph `index` of the mix, augmented by the paper's recipe, scaled so that the largest
+    shorter side is not the recipe's 800 but `largest_px`."""
+    size = TRANSFORM(PHOTOGRAPHS[index % len(PHOTOGRAPHS)], random_generator(seed, epoch, index)).size
+    height, width = (max(1, round(side * largest_px / LARGEST_PX)) for side in size)
+    return height, width
+
+
+class BatchShape(NamedTuple):
+    """Of one batch, in pixels."""
+
+    sizes: Sequence[tuple[int, int]]
+    """(h, w) of each image."""
+    room: tuple[int, int]
+    """(H, W) that all are padded to."""
+
+    @classmethod
+    def of(cls, batch: Sequence[Position], size_of: Callable[[int, int], tuple[int, int]]) -> "BatchShape":
+        sizes = [size_of(position.epoch, position.image) for position in batch]
+        heights, widths = zip(batch[0].room, *sizes, strict=True)
+        return cls(sizes, (max(heights), max(widths)))
+
+    def in_steps(self, step: int) -> "BatchShape":
+        """With a room whose sides are multiples of `step` pixels."""
+        height, width = (-(-side // step) * step for side in self.room)
+        return self._replace(room=(height, width))
+
+    @property
+    def computed_px(self) -> int:
+        return len(self.sizes) * math.prod(self.room)
+
+    @property
+    def image_px(self) -> int:
+        return sum(map(math.prod, self.sizes))
+
+
+def padding(shapes: Iterable[BatchShape]) -> float:
+    """Pixels computed for each that is an image's."""
+    computed_px, image_px = zip(*((shape.computed_px, shape.image_px) for shape in shapes), strict=True)
+    return sum(computed_px) / sum(image_px)
+
+
+def order_of(batch_size: int, seed: int, buckets: bool, largest_px: int = LARGEST_PX) -> list[BatchShape]:
+    """A whole group of the sampler's batches, the same images with and without buckets."""
+    size_of = partial(coco_size, seed, largest_px=largest_px)
+    arranged = Buckets(size_of) if buckets else None
+    sampler = EpochSampler(BATCHES_A_GROUP * batch_size, batch_size, seed, buckets=arranged)
+    return [BatchShape.of(batch, size_of) for batch in itertools.islice(sampler, BATCHES_A_GROUP)]
+
+
+@cache
+def typical_shapes(batch_size: int, seed: int, buckets: bool, largest_px: int) -> list[BatchShape]:
+    """Of each quarter of an order's batches, by the pixels that they compute, the one nearest to its means.
+
+    So a few batches compute as much for an image as the whole order, and their images are as large: times an image
+    compare between orders, although no image may be in both choices. (One set of so few images, once in buckets and
+    once shuffled, would not do: it has few extreme shapes, and padding at random comes of those.)
+    """
+    order = sorted(order_of(batch_size, seed, buckets, largest_px), key=lambda shape: shape.computed_px)
+    share = len(order) // TYPICAL_BATCHES
+    return [most_typical(order[start : start + share]) for start in range(0, len(order), share)]
+
+
+def most_typical(shapes: Sequence[BatchShape]) -> BatchShape:
+    computed_px, image_px = (
+        sum(getattr(shape, name) for shape in shapes) / len(shapes) for name in ("computed_px", "image_px")
+    )
+
+    def distance(shape: BatchShape) -> float:
+        return abs(shape.computed_px / computed_px - 1) + abs(shape.image_px / image_px - 1)
+
+    return min(shapes, key=distance)
