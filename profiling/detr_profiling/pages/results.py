@@ -12,6 +12,7 @@ from typing import Any
 from detr_fast.config import UserError, require
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
+SCALING_FILE = "scaling.json"
 PLACE = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
 """What a ladder's rows say of where they were measured."""
 
@@ -74,6 +75,7 @@ class Results:
     parity: dict[str, Any] | None = None
     ladder: tuple[LadderRow, ...] = ()
     race: tuple[LadderRow, ...] = ()
+    scaling: dict[str, Any] | None = None
 
 
 def load_results(folder: Path) -> Results:
@@ -85,6 +87,7 @@ def load_results(folder: Path) -> Results:
         read_object(folder / PARITY_FILE, "parity"),
         read_ladder(folder / LADDER_FILE, "ladder"),
         read_ladder(folder / RACE_FILE, "race"),
+        read_object(folder / SCALING_FILE, "scaling"),
     )
 
 
