@@ -314,7 +314,7 @@ def test_inference_moves_at_least_images_weights_and_outputs() -> None:
 
 
 def test_optimizer_of_a_real_step() -> None:
-    """Weight, gradient and two moments in and out: clipping writes the gradient."""
+    """Weight, gradient and two moments in and out: what clips the gradient writes it."""
     workload = build_workload(replace(OPTIONS, model="detr_tiny"))
     workload.run()
     nbytes = sum(each.nbytes for each in workload.model.parameters() if each.requires_grad)

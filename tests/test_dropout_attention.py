@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from detr_kernels import apply_dropout, attention_with_dropout, relu_dropout
-from detr_kernels.cpu_dropout import Keeper, relu_backward_op, relu_op
+from detr_kernels.cpu_dropout import Dropper, relu_backward_op, relu_op, threshold_of
 from detr_kernels.dropout_attention import backward_op, forward_op
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor
@@ -54,9 +54,13 @@ def test_as_exact_as_eager_with_the_same_mask(
     weights = shape[2] * shape[3] * dtype.itemsize
     monkeypatch.setattr("detr_kernels.dropout_attention.CACHED_BYTES", together * weights)
     p, drawn = 0.3, []
-    fill = Keeper.fill
-    draw = lambda self, keep: drawn.append(fill(self, keep).clone()) or keep  # noqa: E731
-    monkeypatch.setattr(Keeper, "fill", draw)
+    drop = Dropper.drop
+
+    def draw(self: Dropper, x: Tensor, out: Tensor) -> Tensor:
+        drawn.append(drop(self, torch.ones_like(x), torch.empty_like(x)))
+        return torch.mul(x, drawn[-1], out=out)
+
+    monkeypatch.setattr(Dropper, "drop", draw)
     attended = padding_of(shape) if masked else None
     inputs = tuple(x.requires_grad_() for x in make_inputs(shape, dtype))
     found = with_gradients(attention_with_dropout(*inputs, attended, p), inputs)
@@ -111,11 +115,39 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(got, exact)
 
 
+def drawn_mask(p: float, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 where an entry is kept."""
+    return Dropper(p).drop(torch.ones(size, dtype=dtype), torch.empty(size, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.4981, 0.5, 0.9, 0.99])
+def test_of_all_numbers_a_part_p_is_dropped(p: float, dtype: torch.dtype) -> None:
+    """Each of the 65536 numbers once, at every place of a vector."""
+    numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    for first in (0, 1, 7, 15, 31):  # neither part fills whole vectors
+        kept = [
+            torch.ops.aten.threshold_backward(torch.ones(len(seen), dtype=dtype), seen, threshold_of(p))
+            for seen in (numbers[:first], numbers[first:])
+        ]
+        assert abs((torch.cat(kept) == 0).sum().item() - p * 2**16) <= 1
+
+
+def test_what_is_kept_is_not_changed() -> None:
+    x = torch.randn(40, 51).bfloat16()
+    torch.manual_seed(0)
+    mask = drawn_mask(0.3, 40, 51, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    assert torch.equal(Dropper(0.3).drop(x, torch.empty_like(x)), x * mask)
+    torch.manual_seed(0)
+    assert torch.equal(Dropper(0.3).drop(x, x), x * mask)
+
+
 @pytest.mark.parametrize("dtype", FLOORS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_each_entry_is_kept_with_the_same_probability_and_independently(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    keep = torch.stack([Keeper(p).fill(torch.empty(400, 51, dtype=dtype)) for _ in range(50)]).double()
+    keep = torch.stack([drawn_mask(p, 400, 51, dtype=dtype) for _ in range(50)]).double()
     assert set(keep.unique().tolist()) == {0.0, 1.0}
     deviation = math.sqrt(p * (1 - p))
     assert abs(keep.mean().item() - (1 - p)) < 5 * deviation / math.sqrt(keep.numel())
@@ -128,7 +160,7 @@ def test_each_entry_is_kept_with_the_same_probability_and_independently(p: float
 def test_the_draw_follows_torchs_seed_and_is_new_each_time() -> None:
     def draw(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        return [Keeper(0.5).fill(torch.empty(1000)) for _ in range(2)]
+        return [drawn_mask(0.5, 1000) for _ in range(2)]
 
     (first, second), (again, _), (other, _) = draw(1), draw(1), draw(2)
     assert torch.equal(first, again)
@@ -162,8 +194,8 @@ def test_dropout_after_a_relu_in_one_pass(dtype: torch.dtype) -> None:
 
 
 def test_a_longer_draw_than_one_piece_is_as_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detr_kernels.cpu_dropout.DRAWN_WORDS", 8)
-    keep = Keeper(0.5).fill(torch.empty(33 * 7, 10))
+    monkeypatch.setattr("detr_kernels.cpu_dropout.DRAWN", 32)
+    keep = drawn_mask(0.5, 33 * 7, 10)
     assert set(keep.unique().tolist()) == {0.0, 1.0} and 0.45 < keep.mean() < 0.55
     assert not torch.equal(keep[:3].flatten()[:30], keep.flatten()[32:62])
 

@@ -121,10 +121,14 @@ class TrainStep:
         on the device as well: fused AdamW is told there whether to skip."""
         with stage("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.trained, self.clip or float("inf"))
+            clip = self.clip or float("inf")
+            norm = nn.utils.get_total_norm([each.grad for each in self.trained if each.grad is not None])
             skipped = (~norm.isfinite()).float()
-            if not self.scaler.is_enabled():
-                # AdamW looks at it on the device, and then changes nothing
+            if self.scaler.is_enabled():
+                nn.utils.clip_grads_with_norm_(self.trained, clip, norm)
+            else:
+                # AdamW looks at both on the device: it divides as it reads, and changes nothing where it is to skip
+                self.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)  # type: ignore[attr-defined]
                 self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -1,12 +1,14 @@
 """Dropout on a CPU: torch's own, with random numbers that cost a tenth.
 
-    y = x keep / (1 - p)          keep = 1 where a number of 16 bits is at least p 65536, else 0
+    y = x / (1 - p) where a random number of 16 bits is above a threshold that p of all are not above, else 0
 
-torch draws an entry's keep from a generator of 53 bits, one by one: 6 ns an entry, a fifth of DETR's training step on a
-CPU. Here NumPy's PCG64 (O'Neill 2014) gives four entries with each word, from a seed that torch's generator draws.
-p is met to 1/131072. (Srivastava et al. 2014; Triton's kernels draw their own, see `dropout.py`.)
+torch draws an entry's number from a generator of 53 bits, one by one: 6 ns an entry, a fifth of DETR's training step on
+a CPU. Here NumPy's PCG64 (O'Neill 2014) gives four entries with each word, from a seed that torch's generator draws.
+Their 16 bits are read as a bfloat16, whatever it is: so dropout is a ReLU's gradient, which torch computes in one pass
+without a mask. p is met to 1/131072. (Srivastava et al. 2014; Triton's kernels draw their own, see `dropout.py`.)
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,42 +16,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DRAWN_WORDS = 2**18
-"""Random words that are drawn at a time: few enough for the cache and for memory that is used again."""
+DRAWN = 2**20
+"""Numbers that are drawn at a time: few enough for the cache and for memory that is used again."""
 
 
-class Keeper:
-    """Draws which entries are kept, from a seed that torch's generator on the CPU gives."""
+@cache
+def threshold_of(p: float) -> float:
+    """Of all bfloat16 numbers, a part p are not above it. A NaN is not dropped: no more than 0.996 are."""
+    numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16).float()
+    ordered = numbers[~numbers.isnan()].sort().values
+    return ordered[min(max(round(p * 2**16), 1), len(ordered)) - 1].item()
+
+
+class Dropper:
+    """Draws which entries are dropped, from a seed that torch's generator on the CPU gives."""
 
     def __init__(self, p: float) -> None:
-        self.least = round(p * 65536) - 32768
+        self.threshold = threshold_of(p)
         self.generator = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, ()))))
 
-    def fill(self, keep: Tensor) -> Tensor:
-        """`keep`, which is contiguous, filled with 1 with probability 1 - p, else with 0."""
-        for part in keep.view(-1).split(4 * DRAWN_WORDS):
-            words = self.generator.integers(0, 2**64, -(-len(part) // 4), dtype=np.uint64)
-            torch.ge(torch.from_numpy(words.view(np.int16))[: len(part)], self.least, out=part)
-        return keep
+    def numbers(self, count: int) -> Tensor:
+        """(count,) bfloat16, of random bits."""
+        words = self.generator.integers(0, 2**64, -(-count // 4), dtype=np.uint64)
+        return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16)[:count]
+
+    def drop(self, x: Tensor, out: Tensor) -> Tensor:
+        """x, or 0 where it is dropped, not scaled, in `out`; both contiguous, and one may be the other."""
+        for seen, left in zip(x.view(-1).split(DRAWN), out.view(-1).split(DRAWN), strict=True):
+            threshold_backward.grad_input(seen, self.numbers(len(seen)), self.threshold, grad_input=left)
+        return out
+
+
+threshold_backward = torch.ops.aten.threshold_backward
+"""(dy, x, threshold) -> dy where x is above, else 0."""
 
 
 def _forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    keep = Keeper(p).fill(torch.empty(x.shape, dtype=x.dtype))
-    return (x * keep).mul_(1 / (1 - p)), keep
+    numbers = Dropper(p).numbers(x.numel()).view(x.shape)
+    return _backward(x, numbers, p), numbers
 
 
-def _backward(dy: Tensor, keep: Tensor, p: float) -> Tensor:
-    return (dy * keep).mul_(1 / (1 - p))
+def _backward(dy: Tensor, numbers: Tensor, p: float) -> Tensor:
+    return threshold_backward(dy, numbers, threshold_of(p)).mul_(1 / (1 - p))
 
 
 def _relu_forward(x: Tensor, p: float) -> Tensor:
-    keep = Keeper(p).fill(torch.empty(x.shape, dtype=x.dtype))
-    return torch.mul(x, keep, out=keep).clamp_min_(0).mul_(1 / (1 - p))
+    x = x.contiguous()
+    return Dropper(p).drop(x, torch.empty_like(x)).clamp_min_(0).mul_(1 / (1 - p))
 
 
 def _relu_backward(dy: Tensor, y: Tensor, p: float) -> Tensor:
     """y is above 0 where the ReLU and dropout both let x pass: nothing else need be kept."""
-    return torch.ops.aten.threshold_backward(dy, y, 0).mul_(1 / (1 - p))
+    return threshold_backward(dy, y, 0).mul_(1 / (1 - p))
 
 
 def _like_first(first: Tensor, *_: Any) -> Tensor:
@@ -61,7 +79,7 @@ backward_op = torch.library.custom_op("detr_kernels::dropout_backward", _backwar
 relu_op = torch.library.custom_op("detr_kernels::relu_dropout", _relu_forward, mutates_args=())
 relu_backward_op = torch.library.custom_op("detr_kernels::relu_dropout_backward", _relu_backward, mutates_args=())
 
-forward_op.register_fake(lambda x, p: (_like_first(x), _like_first(x)))
+forward_op.register_fake(lambda x, p: (_like_first(x), _like_first(x).to(torch.bfloat16)))
 for op in (backward_op, relu_op, relu_backward_op):
     op.register_fake(_like_first)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.cpu_dropout import Keeper
+from detr_kernels.cpu_dropout import Dropper
 
 CACHED_BYTES = 2**22
 """Weights of the heads that are computed together: a matrix or two of them stays in the caches."""
@@ -33,7 +33,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -
     q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
     out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
     groups, room = _groups(q, k)
-    keep = Keeper(p)
+    dropper = Dropper(p)
     for some in groups:
         scores = room[: len(q[some])]
         if hidden is None:
@@ -41,7 +41,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -
         else:
             torch.baddbmm(hidden[some], q[some], k[some].transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=weights[some])
-        torch.mul(weights[some], keep.fill(scores), out=dropped[some])
+        dropper.drop(weights[some], out=dropped[some])
         torch.bmm(dropped[some], v[some], out=out[some])
     return out.mul_(1 / (1 - p)), weights, dropped
 

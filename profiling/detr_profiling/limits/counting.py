@@ -198,7 +198,8 @@ def operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tens
     values = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
     for argument in arguments:
         tensors = tensors_in(values.get(argument.name))
-        writes = argument.is_write and not (argument.name == "grads" and packet in FUSED_OPTIMIZERS)
+        kept = argument.name == "grads" and packet in FUSED_OPTIMIZERS and values.get("grad_scale") is None
+        writes = argument.is_write and not kept
         if writes:
             written += tensors
         if not writes or not (argument.is_out or packet in OVERWRITING):
