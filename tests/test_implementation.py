@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +153,26 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         faults[call] = int(done.stdout)
     assert faults["keep_freed_memory()"] <= max(1000, faults[""] / 4)
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+IN_LARGE_PAGES = """
+import torch
+from pathlib import Path
+from detr_fast.runtime import keep_freed_memory
+keep_freed_memory()
+kept = torch.ones(2**26)
+print([line.split()[1] for line in Path("/proc/self/smaps_rollup").open() if line.startswith("AnonHugePages")][0])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the kernel gives no large pages"
+)
+def test_memory_comes_in_large_pages() -> None:
+    """At least half of 256 MiB, as the kernel has them."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", IN_LARGE_PAGES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert int(done.stdout) > 2**17  # KiB

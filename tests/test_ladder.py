@@ -55,8 +55,9 @@ def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
 
 def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
     rungs = build_rungs(OPTIONS)
-    names = ["reference", "losses at once", "bf16", "channels-last", "SDPA", "folded batch norm", "compile"]
-    assert [rung.technique for rung in rungs] == names
+    names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "SDPA", "folded batch norm"]
+    assert [rung.technique for rung in rungs] == [*names, "compile"]
+    assert [rung.configuration.keeps_memory for rung in rungs] == [False] + [True] * 7
     first, top = rungs[0].configuration, rungs[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
@@ -73,7 +74,7 @@ def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
     mixed = replace(OPTIONS, sizes="mixed")
     rungs = build_rungs(mixed)
-    assert [rung.technique for rung in rungs[:3]] == ["reference", "buckets", "losses at once"]
+    assert [rung.technique for rung in rungs[:3]] == ["reference", "buckets", "freed memory kept"]
     assert [rung.configuration.options.buckets for rung in rungs] == [False] + [True] * (len(rungs) - 1)
     assert rungs[1].configuration.implementation == "reference"
     assert rungs[1].without and not rungs[1].without.options.buckets
@@ -92,7 +93,8 @@ def test_rows_that_change_places_share_one() -> None:
 
 def test_without_a_technique_everything_else_is_on() -> None:
     without = {rung.technique: rung.without for rung in build_rungs(OPTIONS)}
-    assert without["reference"] is None and without["losses at once"] is None  # there is no top without them
+    assert without["reference"] is without["losses at once"] is None  # there is no top without them
+    assert without["freed memory kept"] is None  # ours always keeps it
     assert without["compile"] is None  # the row before
     for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
         rest, top = without[name], build_rungs(OPTIONS)[-1].configuration
@@ -102,7 +104,7 @@ def test_without_a_technique_everything_else_is_on() -> None:
 
 def test_options_lower_the_top() -> None:
     options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
-    assert [rung.technique for rung in build_rungs(options)] == ["reference", "losses at once"]
+    assert [rung.technique for rung in build_rungs(options)] == ["reference", "freed memory kept", "losses at once"]
 
 
 def test_rows_take_turns(measurer: Measurer) -> None:
@@ -119,8 +121,8 @@ def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> 
     rungs = build_rungs(OPTIONS)
     list(measure_rungs(rungs, OPTIONS, QUIET))
     assert rungs[0].measured is None and rungs[0].note == "out of memory"
-    assert rungs[2].measured and rungs[2].measured_without is None and rungs[2].note == "out of memory"
-    row = rows_of(rungs, OPTIONS)[2]
+    assert rungs[3].measured and rungs[3].measured_without is None and rungs[3].note == "out of memory"
+    row = rows_of(rungs, OPTIONS)[3]
     assert row["speedup"] is None and row["note"] == "out of memory"
 
 
@@ -141,7 +143,7 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
     monkeypatch.setattr(ladder, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
         ladder.main(replace(OPTIONS, out=str(tmp_path)))
-    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 4
+    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 5
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, t
         list(measure_rungs(rungs, options, QUIET))
         ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
     rows = read_rows(path)
-    assert [row["mode"] for row in rows] == ["inference"] * 8 + ["training"] * 7
+    assert [row["mode"] for row in rows] == ["inference"] * 9 + ["training"] * 8
     last = rows[-1]
     assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
     assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)

@@ -1,6 +1,7 @@
 """Ours beside its peers: who runs, in what order, and what the ratio is taken from."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield asked
 
 
-def test_peers_run_as_they_come_and_ours_as_the_options_say() -> None:
+def test_peers_run_in_float32_and_ours_as_the_options_say() -> None:
     rungs = {rung.technique: rung.configuration for rung in entrants(OPTIONS)}
     assert list(rungs) == [*EAGER_PEERS, "reference bf16", "detr_fast"]
     for name in EAGER_PEERS:
         options = rungs[name].options
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
     assert rungs["detr_fast"].options.precision == "bf16" and rungs["detr_fast"].options.channels_last
+    assert all(each.keeps_memory for each in rungs.values())
+    as_they_come = entrants(replace(OPTIONS, same_settings=False))
+    assert [rung.configuration.keeps_memory for rung in as_they_come] == [False] * 4 + [True]
     sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in rungs.values()}
     assert len(sizes) == 1
     assert [options.buckets for options in (each.options for each in rungs.values())] == [False] * 4 + [True]

@@ -81,7 +81,8 @@ def build_rungs(top: WorkloadOptions, leave_one_out: bool = True) -> list[Rung]:
     if leave_one_out:
         for rung, technique in zip(rungs[1:], steps, strict=True):
             rest = climb(start(top), [each for each in steps if each is not technique])
-            if rest.implementation == "detr_fast" and rest not in (rungs[-1].configuration, rungs[-2].configuration):
+            exists = rest.implementation == "detr_fast" and rest.keeps_memory
+            if exists and rest not in (rungs[-1].configuration, rungs[-2].configuration):
                 rung.without = rest
     return rungs
 

@@ -27,18 +27,20 @@ from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions, build_workload
 
 EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
-"""In float32, as they come."""
+"""In float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaceOptions(LadderOptions):
-    """Measure ours in the form that these options ask for, and its peers as they come."""
+    """Measure ours in the form that these options ask for, and its peers beside it."""
 
     compile: bool = False
     """Ours compiled with torch.compile."""
     leave_one_out: bool = False
     peers_compiled: bool = True
     """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
+    same_settings: bool = True
+    """On a CPU let the peers keep freed memory too, as ours does by itself; without, they run as they come."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,13 +50,15 @@ class RaceOptions(LadderOptions):
 def entrants(options: RaceOptions) -> list[Rung]:
     """The eager peers, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
-    plain = start(ours).options
-    rungs = [Rung(name, Configuration(plain, name, tf32=False)) for name in EAGER_PEERS]
+    plain = replace(start(ours), keeps_memory=options.same_settings)
+    rungs = [Rung(name, replace(plain, implementation=name)) for name in EAGER_PEERS]
     if options.peers_compiled and missing_for_compile() is None:
-        rungs.append(Rung("hf-compiled", Configuration(plain, "hf-compiled", tf32=False)))
+        rungs.append(Rung("hf-compiled", replace(plain, implementation="hf-compiled")))
     dtype, _ = choose_precision(ours.precision, choose_device(ours.device)[0])
     if dtype == torch.bfloat16:
-        rungs.append(Rung("reference bf16", Configuration(replace(plain, precision="bf16"), REFERENCE)))
+        rungs.append(
+            Rung("reference bf16", replace(plain, options=replace(plain.options, precision="bf16"), tf32=True))
+        )
     return [*rungs, Rung("detr_fast", Configuration(ours))]
 
 

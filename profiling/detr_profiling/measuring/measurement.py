@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from detr_fast.config import Precision, UserError
+from detr_fast.runtime import keep_freed_memory
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
@@ -27,18 +28,23 @@ ORACLE = "fp64.pt"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What to build: ours or a peer, with options, single operations in another form, and TF32 or not on a GPU."""
+    """What to build: ours or a peer, with options, and single operations in another form."""
 
     options: WorkloadOptions
     implementation: str = "detr_fast"
     forms: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = True
+    """On a GPU."""
+    keeps_memory: bool = True
+    """On a CPU (`detr_fast.runtime.keep_freed_memory`); ours always does."""
 
     def build(self) -> Workload:
         """Raises UserError where something asked for by name is not there."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if self.implementation == "detr_fast":
             return build_workload(self.options, self.forms)
+        if self.keeps_memory and self.options.device == "cpu":
+            keep_freed_memory()
         return build_peer(self.implementation, self.options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,22 +33,21 @@ class Technique:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     forms: Mapping[str, Any] = field(default_factory=dict)
-    implementation: str | None = None
-    tf32: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of it."""
 
     def applied(self, to: Configuration) -> Configuration:
-        return Configuration(
-            replace(to.options, **self.options),
-            self.implementation or to.implementation,
-            {**to.forms, **self.forms},
-            to.tf32 if self.tf32 is None else self.tf32,
+        return replace(
+            to, options=replace(to.options, **self.options), forms={**to.forms, **self.forms}, **self.settings
         )
 
 
 def start(options: WorkloadOptions) -> Configuration:
     """The reference as it comes: eager, float32 in full, NCHW, images batched at random."""
     forms: dict[str, Any] = {"channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
-    return Configuration(replace(options, precision="fp32", buckets=False, **forms), "reference", tf32=False)
+    return Configuration(
+        replace(options, precision="fp32", buckets=False, **forms), "reference", tf32=False, keeps_memory=False
+    )
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
@@ -66,8 +65,10 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
     if top.sizes == "mixed" and top.buckets:
         yield Technique("buckets", options={"buckets": True})
     if on_gpu:
-        yield Technique("TF32", tf32=True)
-    yield Technique("losses at once", forms=PLAIN_FORMS, implementation="detr_fast")
+        yield Technique("TF32", settings={"tf32": True})
+    else:
+        yield Technique("freed memory kept", settings={"keeps_memory": True})
+    yield Technique("losses at once", forms=PLAIN_FORMS, settings={"implementation": "detr_fast"})
     if dtype.itemsize == 2:
         precision = "bf16" if top.precision == "auto" else top.precision
         yield Technique(precision, options={"precision": precision})
