@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detr_kernels.cpu_dropout import Dropper
 
-CACHED_BYTES = 2**22
+CACHED_BYTES = 2**23
 """Weights of the heads that are computed together: a matrix or two of them stays in the caches."""
 
 
