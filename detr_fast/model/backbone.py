@@ -4,7 +4,7 @@ ResNet: He et al. 2016, with torchvision's parameter names. DC5: DETR (Carion et
 """
 
 import torch
-from detr_kernels import bottleneck
+from detr_kernels import residual_stage
 from torch import Tensor, nn
 
 from detr_fast.config import require
@@ -43,16 +43,27 @@ class Bottleneck(nn.Module):
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), *shortcut]  # type: ignore[list-item]
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = computed_in(x, self.conv1.weight)
-        if isinstance(self.bn1, FrozenBatchNorm2d) and self.bn1.joins_blocks(x.device, dtype):
-            weights, biases = zip(*(folded(*pair, dtype) for pair in self.convolutions()), strict=True)
-            return bottleneck(x.to(dtype), weights, biases, self.conv2.stride[0], self.conv2.dilation[0])
         identity = (
             x if self.downsample is None else conv_norm_act(x, *self.downsample, relu=False)  # type: ignore[misc]
         )
         x = conv_norm_act(x, self.conv1, self.bn1)
         x = conv_norm_act(x, self.conv2, self.bn2)
         return conv_norm_act(x, self.conv3, self.bn3, identity)
+
+
+class Stage(nn.Sequential):
+    """Bottleneck blocks, the first of which changes the shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks: list[Bottleneck] = list(self)  # type: ignore[arg-type]
+        first = blocks[0]
+        dtype = computed_in(x, first.conv1.weight)
+        if not (isinstance(first.bn1, FrozenBatchNorm2d) and first.bn1.joins_blocks(x.device, dtype)):
+            return super().forward(x)
+        folds = [folded(*pair, dtype) for block in blocks for pair in block.convolutions()]
+        weights, biases = zip(*folds, strict=True)
+        dilations = [block.conv2.dilation[0] for block in blocks]
+        return residual_stage(x.to(dtype), weights, biases, first.conv2.stride[0], dilations)
 
 
 class ResNet(nn.Module):
@@ -74,7 +85,7 @@ class ResNet(nn.Module):
                 block_stride = stride if index == 0 else 1
                 blocks.append(Bottleneck(self.out_channels, width, block_stride, dilations[index], FrozenBatchNorm2d))
                 self.out_channels = width * Bottleneck.expansion
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage}", Stage(*blocks))
         initialize_convolutions(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))

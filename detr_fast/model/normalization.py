@@ -47,7 +47,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.folded, self.convolution_form = implementation.folded, implementation.convolution
 
     def joins_blocks(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a whole block is computed by oneDNN (`detr_kernels.bottleneck`)."""
+        """Whether a whole stage is computed by oneDNN (`detr_kernels.residual_stage`)."""
         form = self.folded and choose_convolution(1, device, self.convolution_form)[0]
         return form == "onednn" and why_not_onednn(dtype) is None
 

@@ -3,7 +3,6 @@
 from detr_kernels.assignment import AssignmentBackend, batched_assignment, batched_assignment_ref, choose_assignment
 from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
 from detr_kernels.batch_norm import fold_frozen_bn
-from detr_kernels.bottleneck import bottleneck, bottleneck_ref
 from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution_library import OneDNNConvolution, why_not_onednn
 from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
@@ -15,6 +14,7 @@ from detr_kernels.layer_norm import fused_add_layer_norm, fused_add_layer_norm_r
 from detr_kernels.matching_cost import match_cost, match_cost_ref
 from detr_kernels.packing import Packing
 from detr_kernels.pixels import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
+from detr_kernels.residual_stage import residual_stage, residual_stage_ref
 from detr_kernels.xformers_attention import why_not_xformers
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "attention_with_dropout",
     "batched_assignment",
     "batched_assignment_ref",
-    "bottleneck",
-    "bottleneck_ref",
     "choose_assignment",
     "choose_attention",
     "choose_backend",
@@ -48,6 +46,8 @@ __all__ = [
     "packed_attention",
     "packed_attention_ref",
     "relu_dropout",
+    "residual_stage",
+    "residual_stage_ref",
     "resize_normalize_pad",
     "resize_normalize_pad_ref",
     "set_loss",

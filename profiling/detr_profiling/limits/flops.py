@@ -49,11 +49,15 @@ def _convolution(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) 
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
-@register_flop_formula(ours.bottleneck)
-def _bottleneck(x: Shape, weights: Sequence[Shape], *_: Any, out_shape: Sequence[Shape], **__: Any) -> int:
-    out, narrow, spread = out_shape
-    results = (narrow, spread, out, out)  # the last is the shortcut's, where there is one
-    return sum(2 * math.prod(each) * math.prod(weight[1:]) for each, weight in zip(results, weights, strict=False))
+@register_flop_formula(ours.residual_stage)
+def _residual_stage(
+    x: Shape, weights: Sequence[Shape], biases: Any, stride: int, dilations: Any, kept: bool, **_: Any
+) -> int:
+    images, _channels, height, width = x
+    before, after = images * height * width, images * -(-height // stride) * -(-width // stride)
+    first = (before, after, after, after)
+    pixels = (*first, *[after] * (len(weights) - len(first)))
+    return sum(2 * each * math.prod(weight) for each, weight in zip(pixels, weights, strict=True))
 
 
 def _onednn_convolution(*shapes: Any, out_shape: Shape, **_: Any) -> int:
