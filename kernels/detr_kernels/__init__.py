@@ -14,7 +14,7 @@ from detr_kernels.layer_norm import fused_add_layer_norm, fused_add_layer_norm_r
 from detr_kernels.matching_cost import match_cost, match_cost_ref
 from detr_kernels.packing import Packing
 from detr_kernels.pixels import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
-from detr_kernels.residual_stage import residual_stage, residual_stage_ref
+from detr_kernels.resnet_stage import residual_stage, residual_stage_ref
 from detr_kernels.xformers_attention import why_not_xformers
 
 __all__ = [
