@@ -125,6 +125,19 @@ def test_the_operator_is_registered_as_torch_asks(case: str, kept: bool) -> None
     torch.library.opcheck(forward_op, (x, rest[:half], biases, *CASES[case], kept))
 
 
+def test_it_compiles_without_a_graph_break() -> None:
+    inputs, stage = (
+        [each.requires_grad_() for each in make_inputs("dilated", torch.float32)],
+        run(residual_stage, "dilated"),
+    )
+    weights = inputs[: 1 + len(inputs) // 2]
+    results = [
+        torch.autograd.grad(form(*inputs).square().sum(), weights)
+        for form in (stage, torch.compile(stage, fullgraph=True, backend="aot_eager"))
+    ]
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("dilation", [False, True])
 def test_the_backbone_runs_it_and_is_the_same(dilation: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

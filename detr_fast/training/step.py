@@ -110,10 +110,12 @@ class TrainStep:
         for index, (images, mask, *targets) in enumerate(inputs):
             with self._gradients_later(index < len(inputs) - 1):
                 part = self._backward(images, mask, Targets(*targets), Normalizers(*normalizers.unbind()))
-            for name, value in part.items():
-                share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
-                terms[name] = terms[name] + share if name in terms else share
-        self.sums.add(terms)
+            with stage("loss"):
+                for name, value in part.items():
+                    share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
+                    terms[name] = terms[name] + share if name in terms else share
+        with stage("loss"):
+            self.sums.add(terms)
         return terms
 
     def update(self) -> Terms:
@@ -134,8 +136,8 @@ class TrainStep:
             self.scaler.update()
             if self.averaged is not None:
                 self._average()
-        terms = {"grad_norm": norm, "skipped": skipped}
-        self.sums.add(terms)
+            terms = {"grad_norm": norm, "skipped": skipped}
+            self.sums.add(terms)
         return terms
 
     def fit(self, batch: Batch) -> None:
@@ -162,7 +164,8 @@ class TrainStep:
         return True
 
     def _gradients_that_fit(self, batches: list[Batch]) -> Terms:
-        before = ForwardState(self.model, self.runtime.device)
+        with stage("forward"):
+            before = ForwardState(self.model, self.runtime.device)
         while True:
             try:
                 return self.gradients(*self._window(batches))
