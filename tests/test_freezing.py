@@ -15,6 +15,7 @@ from detr_profiling.comparison.closeness import assert_close
 from detr_profiling.limits.counting import count_work
 from detr_profiling.tracing.allocations import living_tensors_mib
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from detr_fast import DETR, export_state_dict, load_model
 from detr_fast.config import MODELS, UserError
@@ -117,6 +118,14 @@ def test_positions_are_computed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch
         for count, height, width in [(1, 64, 96), (2, 64, 96), (1, 96, 64), (1, 64, 96)]:
             made(torch.randn(count, 3, height, width))
     assert asked == [(1, 8, 12), (1, 12, 8)]
+
+
+def test_positions_that_are_not_real_are_not_kept() -> None:
+    kept_position_encoding.cache_clear()
+    made = frozen(make_model("tiny"), torch.float32)
+    with FakeTensorMode():
+        assert isinstance(made._places(None, torch.empty(1, 128, 8, 12))[1], FakeTensor)
+    assert type(made._places(None, torch.empty(1, 128, 8, 12))[1]) is Tensor
 
 
 def test_positions_of_few_shapes_are_kept() -> None:

@@ -22,6 +22,8 @@ from detr_fast.stages import stage
 IMAGE_ID, X, Y, WIDTH, HEIGHT, SCORE, CATEGORY_ID = range(7)
 """Columns of the rows (N, 7) float64; boxes are in pixels of the original image."""
 NAMED_AT_MOST = 10
+MOST_RECORDINGS = 32
+"""Each keeps a copy of its input: 51 MB of eight images of 800x1333 in bf16."""
 
 
 # no_grad and not inference_mode: what a module might cache here must stay usable in training
@@ -47,10 +49,6 @@ def collect_detections(
     if categories is not None:
         rows[:, CATEGORY_ID] = category_ids(rows[:, CATEGORY_ID], categories)
     return rows
-
-
-MOST_RECORDINGS = 32
-"""Each keeps a copy of its input: 51 MB of eight images of 800x1333 in bf16."""
 
 
 def forward_of(model: DETR, runtime: Runtime) -> Any:
