@@ -3,8 +3,8 @@
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
 float64 as plain torch is. What is timed is a call as eager code makes it, with the host's work for it: of the smallest
-kernels that is most of it, and `bench_forms.py` is what decides. Without a GPU the plain forms alone are timed, at one
-image: Triton's interpreter tests numbers, not speed.
+kernels that is most of it, and `bench_forms.py` is what decides. Without a GPU those of the CPU are timed, and of the
+others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
 """
 
 import time
@@ -18,6 +18,7 @@ from detr_profiling.comparison.closeness import Closeness, assert_close, in_dtyp
 from detr_profiling.comparison.judgement import off_scale
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.clock import DEVICE, Size, Verdict, time_case
 
@@ -46,6 +47,10 @@ class Kernel:
     """The name of the form it is compared with."""
     differentiable: int = 99
     """How many of the first inputs get a gradient, of those that have one."""
+    ours: str = "triton"
+    """The name of our form."""
+    device: str = "cuda"
+    """Where that runs."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,54 @@ def layer_norm(images: int, tokens: int) -> Kernel:
     return Kernel(detr_kernels.fused_add_layer_norm, make, f"{tokens}x{DIM}")
 
 
+def residual_stage(images: int, channels: int, height: int, width: int) -> Kernel:
+    """layer2's first two blocks, with weights that keep the scale of what they see."""
+    middle, outputs = channels // 2, 2 * channels
+    first = (middle, channels, 1), (middle, middle, 3), (outputs, middle, 1), (outputs, channels, 1)
+    shapes = (*first, (middle, outputs, 1), *first[1:3])
+
+    def make(dtype: torch.dtype) -> Sequence[Any]:
+        x = noise(images, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
+        weights = [noise(n, c, side, side, dtype=dtype) / (c * side**2) ** 0.5 for n, c, side in shapes]
+        return x, *weights, [noise(n) for n, _, _ in shapes]
+
+    def call(x: Tensor, *rest: Any, backend: str) -> Tensor:
+        *weights, biases = rest
+        form = detr_kernels.residual_stage_ref if backend == "ref" else detr_kernels.residual_stage
+        return form(x, weights, biases, 2, [1, 1])
+
+    return Kernel(call, make, f"{height}x{width}", differentiable=len(shapes) + 1, ours="onednn", device="cpu")
+
+
+P = 0.1
+"""Dropout's probability."""
+
+
+def dropout(images: int, tokens: int) -> Kernel:
+    def call(x: Tensor, backend: str) -> Tensor:
+        return F.dropout(x, P) if backend == "torch" else detr_kernels.apply_dropout(x, P, True)
+
+    def make(dtype: torch.dtype) -> Sequence[Any]:
+        return [torch.ones(images * tokens, 8 * DIM, dtype=dtype)]
+
+    return Kernel(call, make, f"{tokens}x{8 * DIM}", plain="torch", ours="ours", device="cpu")
+
+
+def dropout_attention(images: int, tokens: int) -> Kernel:
+    """Of values that are one, so that what comes out is dropout's mean."""
+
+    def make(dtype: torch.dtype) -> Sequence[Any]:
+        q, k = (noise(images, HEADS, tokens, DIM // HEADS, dtype=dtype) for _ in range(2))
+        return q, k, torch.ones_like(q)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        if backend == "torch":
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=P)
+        return detr_kernels.attention_with_dropout(q, k, v, None, P)
+
+    return Kernel(call, make, f"{tokens}x{tokens}", plain="torch", ours="ours", device="cpu")
+
+
 def cost_inputs(images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.randint(CLASSES, (images, TARGETS), device=DEVICE)
     logits, predicted = noise(LAYERS, images, QUERIES, CLASSES + 1), random_boxes(LAYERS, images, QUERIES)
@@ -171,6 +224,10 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
         **set_kernels(images),
         "resize-normalize-pad": pixels(images, height, width),
     }
+    if not ON_GPU:
+        kernels["residual-stage"] = residual_stage(images, 256, *at[4])
+        kernels["dropout"] = dropout(images, tokens)
+        kernels["dropout-attention"] = dropout_attention(images, tokens)
     if ON_GPU:
         kernels["self-attention-xformers"] = attention(images, tokens, tokens, "xformers")
         kernels["cross-attention-xformers"] = attention(images, QUERIES, tokens, "xformers")
@@ -178,11 +235,11 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
 
 
 def cases(size: Size) -> Iterator[KernelCase]:
-    """Ours on a GPU alone. SciPy does not compile, and compiling for a CPU takes longer than all else here."""
+    """Ours where it runs. SciPy does not compile, and compiling for a CPU takes longer than all else here."""
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
         compiled = (ON_GPU or size == "full") and kernel.plain != "scipy"
-        forms = [*(["triton"] if ON_GPU else []), "plain", *(["compiled"] if compiled else [])]
+        forms = [*([kernel.ours] if kernel.device == DEVICE.type else []), "plain", *(["compiled"] if compiled else [])]
         for form in forms:
             yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain forms")
 
@@ -199,8 +256,18 @@ def judge_assignment(found: Tensor, expected: Tensor) -> Verdict:
     return Verdict("total cost", (found - expected).abs().max().item(), 1e-5 * expected.abs().max().item())
 
 
+def judge_dropout(of_ones: Tensor, numbers_a_row: int) -> Verdict:
+    """Whatever is drawn, the mean of ones stays one: within ten deviations of so many independent numbers."""
+    allowed = 10 * (P / (1 - P) / (of_ones[..., 0].numel() * numbers_a_row)) ** 0.5
+    error = abs(of_ones.double().mean().item() - 1)
+    assert error <= allowed, f"the mean of ones is off by {error:.3g}, allowed {allowed:.3g}"
+    return Verdict("mean of ones", error, allowed)
+
+
 def judge(kernel: Kernel, timed: Callable[..., Any], plain: Callable[..., Any], inputs: Sequence[Any]) -> Verdict:
     """Raises AssertionError where `timed` is further from float64 than plain torch's own error allows."""
+    if kernel.plain == "torch":
+        return judge_dropout(timed(*inputs), inputs[0].shape[-2] if len(inputs) > 1 else inputs[0].shape[-1])
     if kernel.plain == "scipy":
         return judge_assignment(*(total_cost(inputs[0], solve(*inputs)) for solve in (timed, plain)))
     count = kernel.differentiable or len(inputs)
@@ -248,9 +315,9 @@ def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
         return kernel.call(*values, backend=kernel.plain)
 
     def fused(*values: Any) -> Any:
-        return kernel.call(*values, backend="triton")
+        return kernel.call(*values, backend=kernel.ours)
 
-    timed = {"triton": fused, "plain": plain, "compiled": torch.compile(plain)}[case.form]
+    timed = {kernel.ours: fused, "plain": plain, "compiled": torch.compile(plain)}[case.form]
     leaves = inputs[: kernel.differentiable]
     wanted = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     began = time.perf_counter()
