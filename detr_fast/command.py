@@ -2,8 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -26,9 +26,24 @@ def run(
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         values = {} if default is None else {"default": default(argv)}
-        options = tyro.cli(options_type, args=argv, **values)  # type: ignore[call-overload]
+        options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
         code = main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def spelled_out(argv: Sequence[str], options_type: type) -> Iterator[str]:
+    """Yield `argv` with `--NAME` as `--NAME True` and `--no-NAME` as `--NAME False`, for options that are yes, no or
+    left to the program (`bool | None`): tyro has the two words for plain `bool` alone."""
+    switches = {name.replace("_", "-") for name, kind in get_type_hints(options_type).items() if kind == bool | None}
+    for position, word in enumerate(argv):
+        name = word.replace("_", "-").removeprefix("--")
+        following = argv[position + 1] if position + 1 < len(argv) else ""
+        if word.startswith("--") and name in switches and following not in ("True", "False", "None"):
+            yield from (f"--{name}", "True")
+        elif word.startswith("--no") and name.removeprefix("no-") in switches:
+            yield from (f"--{name.removeprefix('no-')}", "False")
+        else:
+            yield word

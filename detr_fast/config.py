@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, Self, get_type_hints
 
 import tyro
@@ -34,8 +34,13 @@ class Checked:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises UserError for a key that is no field, with the nearest name, and for a value of another type."""
+        """Raises UserError for a key that is no field, with the nearest name, for one that is missing, and for a value
+        of another type."""
+        require(isinstance(values, dict), f"{cls.__name__} is made of names and values, not of {values!r:.100}.")
         hints = get_type_hints(cls)
+        needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
+        missing = [name for name in needed if name not in values]
+        require(not missing, f"{cls.__name__} lacks {', '.join(missing)}.")
         tupled = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         for key, value in tupled.items():
             if key not in hints:
@@ -148,16 +153,20 @@ class RuntimeOptions(Checked):
     """auto: the GPU where there is one."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware multiplies in it, else fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
-    channels_last: bool = True
-    """Convolutions in NHWC order."""
+    compile: bool | None = None
+    """Compile the model with torch.compile; needs a C++ compiler on a CPU. Without the option: where it was measured to
+    be faster here."""
+    channels_last: bool | None = None
+    """Convolutions in NHWC order. Without the option: unless NCHW was measured to be faster here."""
     kernels: Kernels = "auto"
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: xformers on a GPU, sdpa on a CPU; sdpa: torch's scaled_dot_product_attention; triton: our own; ref: with
-    materialised weights."""
+    """auto: what was measured to be fastest here, else xformers on a GPU and sdpa on a CPU; sdpa: torch's
+    scaled_dot_product_attention; triton: our own; ref: with materialised weights."""
+    tune: bool = True
+    """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
+    for at most a minute."""
     seed: int = 42
     """Of weights, data order, augmentation and dropout."""
 
@@ -253,8 +262,9 @@ class TrainConfig(DataOptions, RuntimeOptions):
     """Smallest and largest side of that crop, in pixels."""
     buckets: bool = True
     """Batches of images of like shape, so that little is padding; without, of any."""
-    capture: bool = False
-    """Replay the optimizer step as CUDA graphs, one for each shape of batch; needs a GPU."""
+    capture: bool | None = None
+    """Replay the optimizer step as CUDA graphs, one for each shape of batch; needs a GPU. Without the option: where it
+    was measured to be faster here."""
     data_only: bool = False
     """Only read and resize the training images for some seconds, and say how many a second."""
 

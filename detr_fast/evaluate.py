@@ -13,13 +13,14 @@ from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import choose_runtime
+from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import load_model
 
 
 def main(options: EvaluateConfig) -> None:
-    runtime = choose_runtime(options)
-    model = runtime.place_for_inference(load_model(options.weights))
+    model = load_model(options.weights)
+    runtime = runtime_for_inference(options, model, options.batch_size)
+    model = runtime.place_for_inference(model)
     dataset = evaluation_dataset(model, options)
     console = Console()
     console.print(f"{options.weights} on {len(dataset)} images", markup=False)

@@ -12,7 +12,7 @@ from detr_fast.command import run
 from detr_fast.config import PredictConfig, UserError, require
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.prediction import Detections, predict_batch, read_pixels
-from detr_fast.runtime import choose_runtime
+from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -29,8 +29,9 @@ def main(options: PredictConfig) -> int:
         all(file.resolve().parent != pictures.resolve() for file in files),
         f"--out {out}: pictures would be written among the images that are read. Give another folder.",
     )
-    runtime = choose_runtime(options)
-    model = runtime.place_for_inference(load_model(options.weights))
+    model = load_model(options.weights)
+    runtime = runtime_for_inference(options, model, options.batch_size)
+    model = runtime.place_for_inference(model)
     bad: list[str] = []
     entries: list[dict[str, Any]] = []
     for batch in read_batches(files, options.batch_size, bad):

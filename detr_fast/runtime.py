@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FrozenBatchNorm2d
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Runtime:
     kernels: Kernels
     attention: Attention
     reasons: dict[str, str]
+    capture: bool | None = None
+    """Whether steps are replayed as CUDA graphs; None: training is not, optimised inference on a GPU is."""
+    measured: Measured = field(default_factory=dict)
+    """Backends that are not asked for by name, but were measured to be fastest on this machine."""
 
     def workers(self, asked: int | None) -> int:
         """How many processes read images: as asked, else as the device leaves room for."""
@@ -50,7 +55,7 @@ class Runtime:
         """The model on the device, in the memory order and with the operations chosen."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.reasons.update(select_implementation(model, self.kernels, self.attention, self.dtype))
+        self.reasons.update(select_implementation(model, self.kernels, self.attention, self.dtype, self.measured))
         return model
 
     def place_for_inference(self, model: DETR) -> DETR:
@@ -132,11 +137,16 @@ def missing_for_compile() -> str | None:
 
 
 def select_implementation(
-    model: DETR, kernels: Kernels = "auto", attention: Attention = "auto", dtype: torch.dtype = torch.float32
+    model: DETR,
+    kernels: Kernels = "auto",
+    attention: Attention = "auto",
+    dtype: torch.dtype = torch.float32,
+    measured: Measured | None = None,
 ) -> dict[str, str]:
     """Gives `model` its forms, for the device it is on and products in `dtype`; returns what runs, and why.
 
-    Raises UserError where a form asked for by name cannot run there.
+    `measured`: what is to run instead of the first guess. Raises UserError where a form asked for by name cannot run
+    there.
     """
     if attention == "auto" and kernels != "auto":
         attention = kernels
@@ -159,8 +169,18 @@ def select_implementation(
         assignment="scipy" if kernels == "ref" else kernels,
         set_loss=kernels,
     )
-    implementation.apply_to(model)
-    return reasons
+    measured = measured or {}
+    replace(implementation, **{name: value for name, (value, _) in measured.items()}).apply_to(model)
+    return reasons | with_reasons(measured)
+
+
+def with_reasons(measured: Measured) -> dict[str, str]:
+    """As they are printed: "layer norm" -> "triton (measured here: ...)"."""
+    words = {True: "yes", False: "no"}
+    return {
+        name.replace("_", " "): f"{words[value] if isinstance(value, bool) else value} ({reason})"
+        for name, (value, reason) in measured.items()
+    }
 
 
 def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Iterator[tuple[str, str]]:
@@ -180,13 +200,38 @@ def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Itera
         yield name, f"{form} ({reason})"
 
 
-def choose_runtime(options: RuntimeOptions) -> Runtime:
-    """Raises UserError where something asked for by name is not there."""
+def not_asked_for(options: RuntimeOptions, tuning: Tuning | None) -> Measured:
+    """What `tuning` says of the switches that `options` leave open; nothing with --no-tune and --kernels ref."""
+    if tuning is None or not options.tune or options.kernels == "ref":
+        return {}
+    left_open = {
+        "precision": options.precision == "auto",
+        "compile": options.compile is None,
+        "channels_last": options.channels_last is None,
+        "capture": getattr(options, "capture", None) is None,
+        "threads": "OMP_NUM_THREADS" not in os.environ,
+        "attention": options.attention == options.kernels == "auto",
+    }
+    backends = options.kernels == "auto"
+    return {name: found for name, found in tuning.measured().items() if left_open.get(name, backends)}
+
+
+def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Runtime:
+    """What `options` ask for by name; else what `tuning` says was measured on this machine; else the first guess.
+
+    Raises UserError where something asked for by name is not there.
+    """
     device, device_reason = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, precision_reason = choose_precision(options.precision, device)
-    lacking = missing_for_compile() if options.compile else None
+    measured = not_asked_for(options, tuning)
+    value = {name: found for name, (found, _) in measured.items()}
+    dtype, precision_reason = choose_precision(value.get("precision", options.precision), device)
+    if "threads" in value and device.type == "cpu":
+        torch.set_num_threads(value["threads"])
+    compiled = bool(value.get("compile", options.compile))
+    channels_last = value.get("channels_last", options.channels_last is not False)
+    lacking = missing_for_compile() if compiled else None
     require(lacking is None, f"--compile cannot run: {lacking}. Or leave --compile out.")
     for option in ("kernels", "attention"):
         problem = why_not_triton(device) if getattr(options, option) == "triton" else None
@@ -194,5 +239,23 @@ def choose_runtime(options: RuntimeOptions) -> Runtime:
     reasons = {
         "device": f"{device} ({device_reason})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",
+        **({"measured": tuning.summary()} if tuning and options.tune and options.kernels != "ref" else {}),
+        **with_reasons({name: found for name, found in measured.items() if name in RUNTIME_SWITCHES}),
     }
-    return Runtime(device, dtype, options.channels_last, options.compile, options.kernels, options.attention, reasons)
+    return Runtime(
+        device,
+        dtype,
+        channels_last,
+        compiled,
+        options.kernels,
+        options.attention,
+        reasons,
+        capture=value.get("capture", getattr(options, "capture", None)),
+        measured={name: found for name, found in measured.items() if name not in RUNTIME_SWITCHES},
+    )
+
+
+def runtime_for_inference(options: RuntimeOptions, model: DETR, batch_size: int) -> Runtime:
+    """As `choose_runtime`, with what was measured here for `model` on `batch_size` photographs at once."""
+    device, _ = choose_device(options.device)
+    return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size)))

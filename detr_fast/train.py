@@ -35,6 +35,7 @@ from detr_fast.training.assembly import (
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.data_rate import measure_data
 from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.first_minute import find_or_measure
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
@@ -99,14 +100,16 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
         return 0
+    runtime = choose_runtime(options, find_or_measure(options, train_set, config, runtime.device, world, console))
     model = runtime.place(make_model(config, options, train_set, state, console))
     step = make_step(model, options, runtime, world, state)
     if runtime.device.type == "cuda":  # a CPU's memory gives no warning
         step.fit(largest_batch(options, config))
-    if options.capture:
+    if runtime.capture:
         problem = step.why_not_captured()
-        require(problem is None, f"--capture cannot be done: {problem}. Or leave --capture out.")
-        step.capture()
+        require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
+        if problem is None:
+            step.capture()
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         describe(console, options, step, (train_set, val_set), schedule.total_steps)

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from detr_fast.config import UserError
+
+Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that takes longer has lost a process; the others then stop with torch's message."""
@@ -32,6 +35,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(value)
         return value
+
+    def broadcast(self, value: Value) -> Value:
+        """The main process's `value`, on all."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 @contextmanager

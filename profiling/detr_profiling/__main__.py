@@ -11,6 +11,7 @@ COMMANDS = {
     "parity": "ParityOptions",
     "ladder": "LadderOptions",
     "race": "RaceOptions",
+    "tune": "TuneOptions",
     "scaling": "ScalingOptions",
     "suite": "SuiteOptions",
     "report": "ReportOptions",
@@ -23,6 +24,7 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   parity   how far every block, loss, gradient, training curve and AP is from the plain reference
   ladder   from the plain reference to everything on, one technique a row
   race     ours beside what people would otherwise take, in turns
+  tune     which backends and switches are fastest here, for every auto to read
   scaling  training on many GPUs, on paper, from one GPU's step
   suite    all of these that fit the time, and the report
   report   one HTML page and its Markdown twin from what the others left"""

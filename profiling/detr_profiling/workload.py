@@ -39,6 +39,13 @@ class WorkloadOptions(RuntimeOptions):
 
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
+    num_classes: int | None = None
+    """Default: the model's (91); likewise the next three."""
+    num_queries: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    source_position: bool | None = None
+    """Add positions to the encoder's input too; default: as the model does."""
     mode: Mode = "training"
     """A whole training step, or inference."""
     size: str = "auto"
@@ -54,6 +61,12 @@ class WorkloadOptions(RuntimeOptions):
     """Most objects on an image."""
     dropout: float | None = None
     """Default: the model's (0.1)."""
+    compile: bool = False
+    """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
+    channels_last: bool = True
+    """Convolutions in NHWC order."""
+    tune: bool = False
+    """Without effect: what is measured runs as the options say."""
     capture: bool = False
     """Replay the training step, or a frozen model's inference, as a CUDA graph."""
     threads: int | None = None
@@ -94,8 +107,8 @@ class WorkloadOptions(RuntimeOptions):
         return int(height), int(width)
 
     def architecture(self) -> ModelConfig:
-        changes = {} if self.dropout is None else {"dropout": self.dropout}
-        return model_config(self.model, **changes)
+        asked = {name: getattr(self, name, None) for name in ModelConfig.__dataclass_fields__}
+        return model_config(self.model, **{name: value for name, value in asked.items() if value is not None})
 
 
 @dataclass

@@ -1,0 +1,79 @@
+"""What is fastest for a run, from the entries of this machine; on a GPU without one, measured before the first step."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from detr_fast.config import ModelConfig, TrainConfig
+from detr_fast.data.coco import CocoDataset
+from detr_fast.training.distributed import World
+from detr_fast.tuning import Case, Tuning, find
+
+TYPICAL_IMAGES = 256
+"""Of which the mean size stands for the data set."""
+MINUTES = 1.0
+"""Most that is measured before training."""
+GRACE_S = 60
+"""Until the measuring process is ended where it does not end by itself."""
+
+
+def typical_size(train_set: CocoDataset) -> tuple[int, int]:
+    """Mean (h, w) in pixels that training images get."""
+    some = np.linspace(0, len(train_set) - 1, min(len(train_set), TYPICAL_IMAGES)).astype(int)
+    height, width = np.mean([train_set.plan(0, int(index)).size for index in some], axis=0).round().astype(int)
+    return int(height), int(width)
+
+
+def find_or_measure(
+    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, world: World, say: Console
+) -> Tuning | None:
+    """The main process's entry, for all processes, which have to run alike; None where there is none, or none is
+    wanted."""
+    if not options.tune or options.kernels == "ref":
+        return None
+    size = typical_size(train_set)
+    case = Case.of(config, "training", options.batch_size, *size)
+    found = find(device, case) if world.is_main else None
+    if world.is_main and found is None and device.type == "cuda" and options.kernels == "auto":
+        say.print(f"Nothing was measured here for {case.text()}: measuring, at most {MINUTES:.0f} minute (--no-tune).")
+        measure(list(arguments(options, config, size)), say)
+        found = find(device, case)
+    return world.broadcast(found)
+
+
+def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
+    """Of `tune`, for the same step."""
+    height, width = size
+    values = {
+        "model": options.model,
+        **{name: getattr(config, name) for name in ("num_classes", "num_queries", "encoder_layers", "decoder_layers")},
+        "dropout": config.dropout,
+        "size": f"{height}x{width}",
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "attention": options.attention,
+        "minutes": MINUTES,
+    }
+    for name, value in values.items():
+        yield from (f"--{name.replace('_', '-')}", str(value))
+    if config.source_position:
+        yield "--source-position"
+
+
+def measure(arguments: list[str], say: Console) -> None:
+    """Run `tune` in a process of its own, which prints as it goes. A failure costs the entry, not the run."""
+    command = [sys.executable, "-m", "detr_profiling", "tune", *arguments]
+    try:
+        code = subprocess.run(command, timeout=60 * MINUTES + GRACE_S).returncode
+        problem = f"exit code {code}" if code else None
+    except subprocess.TimeoutExpired:
+        problem = "it did not end"
+    if problem:
+        say.print(
+            f"Not measured ({problem}): the first guess is taken. To see why: {shlex.join(command)}", markup=False
+        )

@@ -1,0 +1,261 @@
+"""What was measured to be fastest on this machine: written by `python -m detr_profiling tune`, read by every `auto`.
+
+An entry is one JSON file in the cache folder. It belongs to a device with its driver and the versions of what computes
+there, to an architecture, and to a class of shapes; it says which switches are to differ from the first guess, and what
+every candidate took. Where any of that has changed there is no entry.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from detr_kernels import AssignmentBackend, AttentionBackend, Backend, ConvolutionBackend
+
+from detr_fast.config import Checked, ModelConfig, Precision, UserError, require
+from detr_fast.data.shapes import cache_folder
+
+Mode = Literal["training", "inference"]
+FORMAT = 1
+"""Of the file; another one is void."""
+COMPUTING = ("detr-fast", "torch", "torchvision", "triton", "xformers")
+"""Packages whose version an entry depends on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices(Checked):
+    """A value for each switch that changes no number beyond rounding; None: the first guess."""
+
+    attention: AttentionBackend | None = None
+    convolution: ConvolutionBackend | None = None
+    folded: bool | None = None
+    """Frozen batch norm within the convolution before it."""
+    frozen: bool | None = None
+    """Weights folded and rounded once for inference."""
+    layer_norm: Backend | None = None
+    pixels: Backend | None = None
+    match_cost: Backend | None = None
+    assignment: AssignmentBackend | None = None
+    set_loss: Backend | None = None
+    precision: Precision | None = None
+    channels_last: bool | None = None
+    compile: bool | None = None
+    capture: bool | None = None
+    threads: int | None = None
+    """Of torch's operators on a CPU."""
+
+    def made(self) -> dict[str, Any]:
+        """Switch -> value, of those that are not left to the first guess."""
+        return {name: value for name, value in self.to_dict().items() if value is not None}
+
+
+RUNTIME_SWITCHES = ("precision", "channels_last", "compile", "capture", "threads")
+"""Switches that are options of a run; the others are fields of `Implementation`."""
+Measured = dict[str, tuple[Any, str]]
+"""Switch -> its value, and what was measured that made it so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Checked):
+    """What an entry is about: an architecture, what is done with it, and the class of its batches."""
+
+    architecture: str
+    mode: Mode
+    batch_size: int
+    pixels_log2: int
+    """The nearest power of two to the pixels of an image, so that 800x1066 and 768x1024 are one class."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, mode: Mode, batch_size: int, height: int, width: int) -> Self:
+        """Build from a model's configuration and the size of its images in pixels; the number of classes, which next to
+        nothing depends on, is left out."""
+        return cls(
+            architecture=(
+                f"{config.backbone}{' DC5' * config.dilation}, {config.encoder_layers}+{config.decoder_layers} layers, "
+                f"width {config.hidden_dim}, {config.num_heads} heads, {config.feedforward_dim} inside, "
+                f"{config.num_queries} queries, dropout {config.dropout:g}"
+            ),
+            mode=mode,
+            batch_size=batch_size,
+            pixels_log2=round(math.log2(height * width)),
+        )
+
+    @classmethod
+    def of_inference(cls, config: ModelConfig, batch_size: int) -> Self:
+        """Build for photographs of 4:3, at the size that the model sees them."""
+        width = min(config.max_size, round(config.image_size * 4 / 3))
+        return cls.of(config, "inference", batch_size, config.image_size, width)
+
+    def text(self) -> str:
+        return f"{self.mode}, {self.batch_size} images of about 2^{self.pixels_log2} pixels, {self.architecture}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Checked):
+    """One candidate beside the best before it, in turns."""
+
+    switch: str
+    value: str | bool | int
+    verdict: Literal["won", "no faster", "not close", "failed", "not tried"]
+    reason: str = ""
+    ms: float | None = None
+    """Median time of a step."""
+    against_ms: float | None = None
+    """Of the best before it, in the same turns."""
+    spread_ms: float | None = None
+    """What a gain had to pass: the mean of both sides' interquartile ranges."""
+    error: float | None = None
+    """Of the quantity nearest to what is allowed, where it was compared with the reference."""
+    allowed: float | None = None
+
+    def outcome(self) -> str:
+        return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
+
+    def text(self) -> str:
+        """With the times, in one line."""
+        times = (
+            "" if self.ms is None or self.against_ms is None else f", {self.ms:.4g} against {self.against_ms:.4g} ms"
+        )
+        return f"{self.outcome()}{times}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Checked):
+    """An entry: what won, and everything that was tried."""
+
+    environment: dict[str, Any]
+    case: dict[str, Any]
+    choices: dict[str, Any]
+    trials: tuple[dict[str, Any], ...]
+    first_guess_ms: float
+    chosen_ms: float
+    spread_ms: float
+    """Mean of both interquartile ranges, in the turns that ended the measurement."""
+    date: str
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Raises UserError for another format, and for choices or trials that this version does not know."""
+        require(self.format == FORMAT, f"format {self.format}, known is {FORMAT}")
+        self.parsed_choices()
+        self.parsed_trials()
+
+    @classmethod
+    def of(
+        cls, device: torch.device, case: Case, choices: Choices, trials: Sequence[Trial], **measured: Any
+    ) -> "Tuning":
+        """Make an entry of what was found on `device`; `measured`: the fields that are times, and the date."""
+        tried = tuple(trial.to_dict() for trial in trials)
+        return cls(
+            environment=environment(device), case=case.to_dict(), choices=choices.made(), trials=tried, **measured
+        )
+
+    def parsed_choices(self) -> Choices:
+        return Choices.from_dict(self.choices)
+
+    def parsed_trials(self) -> list[Trial]:
+        return [Trial.from_dict(trial) for trial in self.trials]
+
+    def measured(self) -> Measured:
+        """The switches that do not keep the first guess."""
+        won = {trial.switch: trial.text() for trial in self.parsed_trials() if trial.verdict == "won"}
+        return {
+            name: (value, f"measured here: {won.get(name, 'won')}")
+            for name, value in self.parsed_choices().made().items()
+        }
+
+    def summary(self) -> str:
+        """One line: the gain over the first guess, when and among how many it was measured."""
+        tried = sum(trial.verdict != "not tried" for trial in self.parsed_trials())
+        return (
+            f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
+            f"{self.spread_ms:.2g}), {tried} candidates on {self.date}"
+        )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What times on `device` depend on besides the model: its name, driver, libraries, and of a CPU the cores."""
+    installed = {name: installed_version(name) for name in COMPUTING}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **installed,
+        }
+    capabilities = torch.cpu.get_capabilities().items()
+    instructions = sorted(name for name, there in capabilities if there is True and name.startswith(("avx", "amx")))
+    cores = len(os.sched_getaffinity(0))
+    return {"device": processor_name(), "cores": cores, "instructions": " ".join(instructions), **installed}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where NVML does not say it."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
+def processor_name() -> str:
+    """As Linux names it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def entry_path(device: torch.device, case: Case) -> Path:
+    """Where the entry of `case` on `device` lies, whether or not there is one."""
+    key = json.dumps([environment(device), case.to_dict()], sort_keys=True)
+    return cache_folder() / "tuned" / f"{case.mode}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def find(device: torch.device, case: Case) -> Tuning | None:
+    """The entry of `case` on `device`; None where there is none, and with a warning where it cannot be used."""
+    path = entry_path(device, case)
+    try:
+        return Tuning.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, UserError) as error:
+        warnings.warn(f"{path} cannot be used and is ignored ({error}). Measure anew: python -m detr_profiling tune")
+        return None
+
+
+def keep(device: torch.device, entry: Tuning) -> Path:
+    """Write `entry` to where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
+    path = entry_path(device, Case.from_dict(entry.case))
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(entry.to_dict(), indent=2), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}. Name another cache folder: DETR_FAST_CACHE.") from error
+    return path

@@ -1,0 +1,169 @@
+"""A configuration held ready in a process of its own and timed when asked: a crash or a hang costs it alone.
+
+Parent and child speak in lines of JSON, over the child's standard input and output.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from detr_profiling.comparison.judgement import judge, worst
+from detr_profiling.measuring.measurement import ORACLE, Configuration, eager_file, last_words
+from detr_profiling.measuring.memory import peak_memory
+from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.suite import stop
+from detr_profiling.workload import Workload, WorkloadOptions
+
+COMMAND = (sys.executable, "-m", "detr_profiling.measuring.candidate")
+MOST_OBSERVED_PX, MOST_OBSERVED = 2**16, 2
+"""Pixels of an image, and images, of what is compared with the reference: in float64, more would take minutes."""
+
+
+class CandidateError(Exception):
+    """Why a candidate cannot be timed, in the words of what failed."""
+
+
+def compared(options: WorkloadOptions) -> WorkloadOptions:
+    """The workload of `options` at the size at which it is compared with the reference."""
+    options = options.resolved()
+    height, width = options.height_width
+    scale = min(1.0, (MOST_OBSERVED_PX / (height * width)) ** 0.5)
+    size = f"{max(1, round(height * scale))}x{max(1, round(width * scale))}"
+    return replace(options, size=size, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
+
+
+class Candidate:
+    """The parent's side of it; the process starts when it is first needed."""
+
+    def __init__(self, configuration: Configuration, command: Sequence[str] = COMMAND) -> None:
+        self.configuration = configuration
+        self.command = command
+        self.process: subprocess.Popen[bytes] | None = None
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the candidate
+        self.peak_mib = 0.0
+
+    def time(self, runs: int, limit_s: float) -> Timing:
+        """Time `runs` runs, after a warm-up where the process is new. Raises CandidateError."""
+        answer = self._ask({"time": runs, "configuration": self.configuration.to_dict()}, limit_s)
+        self.peak_mib = max(self.peak_mib, answer["peak_mib"])
+        return Timing(tuple(answer["runs_ms"]))
+
+    def judge(self, oracle: Path, limit_s: float) -> dict[str, Any]:
+        """Compare with the reference in `oracle`: `quantity`, `error`, `allowed` and `close` of the one nearest to what
+        is allowed, or past it. Raises CandidateError."""
+        return self._ask({"judge": str(oracle), "configuration": self.configuration.to_dict()}, limit_s)
+
+    def park(self) -> None:
+        """Give the device's memory back; the next `time` builds it again."""
+        if self.process is not None:
+            self._ask({"park": True}, 60)
+
+    def close(self) -> None:
+        """End the process, with those that it started."""
+        if self.process is not None:
+            stop(self.process)
+            self.process = None
+
+    def _ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if self.process is None:
+            self.errors.truncate(0)
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                start_new_session=True,
+                bufsize=0,
+            )
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write((json.dumps(order) + "\n").encode())
+        except BrokenPipeError as error:
+            raise CandidateError(self._cause_of_death()) from error
+        return json.loads(self._line(limit_s))
+
+    def _line(self, limit_s: float) -> bytes:
+        """What the process answers. Raises CandidateError where it ends or takes more than `limit_s`; then it is no
+        more."""
+        assert self.process is not None and self.process.stdout is not None
+        ends, line = time.perf_counter() + limit_s, b""
+        while not line.endswith(b"\n"):
+            left_s = ends - time.perf_counter()
+            if left_s <= 0 or not select.select([self.process.stdout], [], [], left_s)[0]:
+                self.close()
+                raise CandidateError(f"hung: no answer within {limit_s:.0f} s")
+            part = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not part:
+                raise CandidateError(self._cause_of_death())
+            line += part
+        return line
+
+    def _cause_of_death(self) -> str:
+        assert self.process is not None
+        code = self.process.wait()
+        self.process = None
+        self.errors.seek(0)
+        said = last_words(self.errors.read().decode(errors="replace"))
+        if code < 0:
+            return f"crashed: {signal.Signals(-code).name}"
+        return said or f"exit code {code}"
+
+
+class Server:
+    """The child's side: builds what it is asked about, once."""
+
+    def __init__(self) -> None:
+        self.workload: Workload | None = None
+
+    def obey(self, order: dict[str, Any]) -> dict[str, Any]:
+        if order.get("park"):
+            self.workload = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            return {}
+        configuration = Configuration.from_dict(order["configuration"])
+        if folder := order.get("judge"):
+            return self.judge(configuration, Path(folder))
+        return self.time(configuration, order["time"])
+
+    def time(self, configuration: Configuration, runs: int) -> dict[str, Any]:
+        warmup = 1
+        if self.workload is None:
+            self.workload = configuration.build()
+            warmup = 3  # the first compiles and chooses algorithms; of a captured step the second records
+        with peak_memory(self.workload.device) as peak:
+            timing = measure(self.workload.run, self.workload.synchronize, runs, warmup)
+        return {"runs_ms": timing.runs_ms, "peak_mib": peak.mib}
+
+    def judge(self, configuration: Configuration, oracle: Path) -> dict[str, Any]:
+        workload = replace(configuration, options=compared(configuration.options)).build()
+        assert workload.observe is not None
+        found, exact = workload.observe(), torch.load(oracle / ORACLE)
+        row = asdict(worst(judge(found, exact, torch.load(oracle / eager_file(configuration)))))
+        return {name: row[name] for name in ("quantity", "error", "allowed", "close")}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not an answer
+    server = Server()
+    for line in sys.stdin:
+        print(
+            json.dumps(server.obey(json.loads(line))), file=answers
+        )  # an error ends the process, and is its last word
+
+
+if __name__ == "__main__":
+    main()

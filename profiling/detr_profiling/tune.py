@@ -1,0 +1,289 @@
+"""`python -m detr_profiling tune`: which backends and switches are fastest on this machine, for one model and size.
+
+From the first guess on, one switch after another: each of its other values is a candidate, in a process of its own, and
+takes turns with the best so far. It wins where it is faster in every turn and by more than the spread, and as close to
+the reference in float64 as eager code is. What is left at the end takes turns with the first guess once more; where it
+does not win these, the first guess stays. `auto` reads the entry that this writes (`detr_fast.tuning`).
+"""
+
+import datetime
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from detr_kernels.dispatch import why_not_triton
+from rich.console import Console
+from rich.table import Table
+
+from detr_fast.config import UserError, require
+from detr_fast.model.backbone import DEPTHS
+from detr_fast.runtime import choose_precision, missing_for_compile
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Choices, Trial, Tuning, keep
+from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
+from detr_profiling.measuring.measurement import Configuration, write_oracle_in_process
+from detr_profiling.measuring.turns import Turns
+from detr_profiling.pages.formats import number
+from detr_profiling.tracing.tables import plain_table
+from detr_profiling.workload import WorkloadOptions
+
+TURN_MS = 400
+"""A turn takes about this long, but has at least `LEAST_RUNS` runs."""
+LEAST_RUNS, MOST_RUNS = 2, 40
+HOPELESS = 1.15
+"""A candidate that takes this many times as long after a turn gets no other."""
+START_S, COMPILE_S = 120, 900
+"""Longest time until a process has run a step, and until a compiled one has."""
+COMPILE_NEEDS_S = 120
+"""Compiling is not tried where less time is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(WorkloadOptions):
+    """Find the fastest backends and switches for a model on this machine, and keep them for every `auto`."""
+
+    minutes: float = 15
+    """Time for everything; candidates that do not fit are not tried, and the table says so."""
+    turns: int = 4
+    """Turns that a candidate and the best so far take."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.minutes > 0, f"--minutes must be positive, got {self.minutes}.")
+        require(self.turns >= 2, f"--turns must be at least 2, got {self.turns}.")
+
+    def case(self) -> Case:
+        options = self.resolved()
+        return Case.of(options.architecture(), options.mode, options.batch_size or 1, *options.height_width)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A choice that changes no number beyond rounding, and the values that are worth a try."""
+
+    name: str
+    values: tuple[Any, ...]
+
+
+def switches(options: TuneOptions) -> Iterator[Switch]:
+    """Those of the device and mode of `options` that it does not decide by name, those that promise most first."""
+    training, cores = options.mode == "training", torch.get_num_threads()
+    own_convolutions = options.architecture().backbone in DEPTHS
+    loss = ("match_cost", "set_loss") if training else ()
+    if options.resolved().device == "cuda":
+        yield Switch("capture", (True,) if training else (False,))
+        if own_convolutions:
+            yield Switch("convolution", ("cudnn", "triton"))
+        if options.attention == "auto":
+            yield Switch("attention", ("sdpa", "xformers", "triton"))
+        yield from (Switch(kernel, ("triton",)) for kernel in ("pixels", "layer_norm", *loss))
+    else:
+        if options.threads is None:
+            yield Switch("threads", tuple(sorted({count for count in (cores // 2, 1) if 0 < count < cores})))
+        if options.precision == "auto":
+            yield Switch("precision", ("fp32",))
+        if own_convolutions:
+            yield Switch("convolution", ("ref",))
+    if not training:
+        yield Switch("frozen", (False,))
+    elif own_convolutions:
+        yield Switch("folded", (False,))
+    yield Switch("channels_last", (not options.channels_last,))
+    yield Switch("compile", (not options.compile,))
+
+
+def first_guess(options: TuneOptions) -> Configuration:
+    """What runs where nothing was measured: training as it comes, optimised inference on a GPU as CUDA graphs."""
+    resolved = options.resolved()
+    dtype, _ = choose_precision(resolved.precision, torch.device(resolved.device))
+    names: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    replayed = resolved.device == "cuda" and resolved.mode == "inference"
+    return Configuration(replace(resolved, precision=names[dtype], capture=resolved.capture or replayed))
+
+
+def with_value(configuration: Configuration, switch: str, value: Any) -> Configuration:
+    if switch in RUNTIME_SWITCHES:
+        return replace(configuration, options=replace(configuration.options, **{switch: value}))
+    return replace(configuration, forms={**configuration.forms, switch: value})
+
+
+def value_of(configuration: Configuration, switch: str) -> Any:
+    """None: a backend's first guess."""
+    if switch in RUNTIME_SWITCHES:
+        return getattr(configuration.options, switch)
+    return configuration.forms.get(switch)
+
+
+def why_not_tried(switch: str, value: Any, device: torch.device) -> str | None:
+    """Why a candidate cannot run, as far as that is known before it is started; None where nothing is known."""
+    if value == "triton":
+        return why_not_triton(device)
+    return missing_for_compile() if (switch, value) == ("compile", True) else None
+
+
+@dataclass
+class Tuner:
+    """The best configuration so far, and what was tried on the way."""
+
+    options: TuneOptions
+    oracle: Path
+    """Folder with the reference's observations of `compared(options)`."""
+    say: Callable[[str], None] = print
+    new: Callable[[Configuration], Candidate] = Candidate
+    """What makes a candidate of a configuration."""
+    trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ends = time.perf_counter() + 60 * self.options.minutes
+        self.best = self.new(first_guess(self.options))
+        self.alone = False
+        """Whether the device's memory holds no two at once."""
+        self.longest_s = 0.0
+        """That a candidate took so far, those that were compiled left out."""
+        self.runs = LEAST_RUNS
+
+    def search(self, among: Sequence[Switch]) -> Turns:
+        """Try every value of every switch; returns the last turns, of the first guess and of what was found. Raises
+        UserError where the first guess itself cannot be measured."""
+        guess = self.best.configuration
+        try:
+            timing = self.best.time(LEAST_RUNS, COMPILE_S)
+            self.runs = min(MOST_RUNS, max(LEAST_RUNS, round(TURN_MS / timing.median_ms)))
+            self.alone = fills_the_device(self.best)
+            for switch in among:
+                for value in switch.values:
+                    self.trials.append(self._tried(switch.name, value))
+                    self.say(f"{switch.name.replace('_', ' ')} {value}: {self.trials[-1].text()}")
+            return self._last_turns(guess)
+        except CandidateError as error:
+            raise UserError(f"The first guess cannot be measured: {error}.") from error
+        finally:
+            self.best.close()
+
+    def _last_turns(self, guess: Configuration) -> Turns:
+        """Of the first guess and the best; where that is the first guess, of nothing else."""
+        if self.best.configuration == guess:
+            alone = [self.best.time(self.runs, self._limit_s(self.best))]
+            return Turns(alone, alone)
+        turns, first = Turns(), self.new(guess)
+        try:
+            self._take_turns(first, self.best, turns)
+        finally:
+            first.close()
+        return turns
+
+    def choices(self, turns: Turns) -> Choices:
+        """What won, where it has won the last turns too; else nothing."""
+        won = {trial.switch for trial in self.trials if trial.verdict == "won"}
+        kept = won if turns.why_no_gain() is None else set()
+        return Choices(**{name: value_of(self.best.configuration, name) for name in kept})
+
+    def _tried(self, switch: str, value: Any) -> Trial:
+        trial = partial(Trial, switch=switch, value=value)
+        compiled = with_value(self.best.configuration, switch, value).options.compile
+        needs_s = COMPILE_NEEDS_S if compiled else self.longest_s
+        problem = why_not_tried(switch, value, torch.device(self.best.configuration.options.device))
+        if problem or self.ends - time.perf_counter() < needs_s:
+            return trial(verdict="not tried", reason=problem or "no time left")
+        began = time.perf_counter()
+        candidate, turns = self.new(with_value(self.best.configuration, switch, value)), Turns()
+        try:
+            self._take_turns(self.best, candidate, turns)
+            best, found = turns.joined()
+            trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, spread_ms=turns.spread_ms)
+            if problem := turns.why_no_gain():
+                return trial(verdict="no faster", reason=problem)
+            judged = candidate.judge(self.oracle, self._limit_s(candidate))
+            trial = partial(trial, error=judged["error"], allowed=judged["allowed"])
+            if not judged["close"]:
+                return trial(verdict="not close", reason=f"{judged['quantity']} errs by {number(judged['error'])}")
+            self.best, candidate = candidate, self.best
+            return trial(verdict="won")
+        except CandidateError as error:
+            if self.best.process is None:  # it is the best so far that failed
+                raise
+            return trial(verdict="failed", reason=str(error))
+        finally:
+            candidate.close()
+            if not compiled:
+                self.longest_s = max(self.longest_s, time.perf_counter() - began)
+
+    def _take_turns(self, best: Candidate, candidate: Candidate, turns: Turns) -> None:
+        """Until all are taken, or the candidate is without hope. Raises CandidateError where one cannot be timed."""
+        sides = [(best, candidate, turns.best), (candidate, best, turns.candidate)]
+        for _ in range(self.options.turns):
+            for side, other, timings in sides:
+                if self.alone:
+                    other.park()
+                timings.append(side.time(self.runs, self._limit_s(side)))
+            sides.reverse()
+            slower, faster = turns.joined()
+            if faster.median_ms > HOPELESS * slower.median_ms:
+                return
+
+    def _limit_s(self, side: Candidate) -> float:
+        """Seconds that a process may take until it answers: those that are left, but enough for what runs as it
+        should."""
+        longest_s = COMPILE_S if side.configuration.options.compile else START_S
+        return max(min(longest_s, self.ends - time.perf_counter()), 20 + self.longest_s)
+
+
+def fills_the_device(candidate: Candidate) -> bool:
+    """Whether a GPU's memory holds no second one."""
+    device = torch.device(candidate.configuration.options.device)
+    if device.type != "cuda":
+        return False
+    return candidate.peak_mib * 2 * 1.2 > torch.cuda.get_device_properties(device).total_memory / 2**20
+
+
+def table(trials: Sequence[Trial]) -> Table:
+    shown = plain_table("switch", ["value", "ms", "best so far", "spread", "error", "allowed"], "Candidates, in turns")
+    shown.add_column("")
+    for trial in trials:
+        times = (trial.ms, trial.against_ms, trial.spread_ms, trial.error, trial.allowed)
+        cells = (number(each) if each is not None else "" for each in times)
+        shown.add_row(trial.switch.replace("_", " "), str(trial.value), *cells, trial.outcome())
+    return shown
+
+
+def tune(options: TuneOptions, say: Callable[[str], None]) -> tuple[Tuning, Tuner]:
+    """Search, and make the entry of what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_oracle_in_process(compared(first_guess(options).options), Path(folder))
+        tuner = Tuner(options, Path(folder), say)
+        turns = tuner.search(list(switches(options)))
+    choices, (first, found) = tuner.choices(turns), turns.joined()
+    entry = Tuning.of(
+        torch.device(options.resolved().device),
+        options.case(),
+        choices,
+        tuner.trials,
+        first_guess_ms=first.median_ms,
+        chosen_ms=found.median_ms if choices.made() else first.median_ms,
+        spread_ms=turns.spread_ms,
+        date=datetime.date.today().isoformat(),
+    )
+    return entry, tuner
+
+
+def main(options: TuneOptions) -> int:
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
+    entry, tuner = tune(options, console.print)
+    path = keep(torch.device(options.resolved().device), entry)
+    Console().print(table(tuner.trials))
+    for name, value in entry.choices.items():
+        console.print(f"{name.replace('_', ' '):>18}  {value}")
+    if entry.choices:
+        console.print(
+            f"{entry.first_guess_ms / entry.chosen_ms:.3g} times the speed of the first guess: {entry.summary()}"
+        )
+    else:
+        console.print("The first guess stays.")
+    console.print(f"Kept in {path}, which every `auto` reads.")
+    return 0

@@ -1,0 +1,184 @@
+"""What was measured on this machine: kept by what it depends on, used where nothing is asked for by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from detr_fast import tuning
+from detr_fast.command import spelled_out
+from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
+from detr_fast.data.coco import build_dataset
+from detr_fast.data.shapes import write_split
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime, runtime_for_inference
+from detr_fast.training import first_minute
+from detr_fast.training.distributed import World
+from detr_fast.tuning import Case, Choices, Trial, Tuning, entry_path, find, keep
+
+CPU = torch.device("cpu")
+CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1)
+CASE = Case.of(CONFIG, "training", 2, 320, 427)
+TRIALS = (
+    Trial(
+        switch="precision",
+        value="fp32",
+        verdict="won",
+        ms=8.0,
+        against_ms=10.0,
+        spread_ms=0.5,
+        error=1e-6,
+        allowed=1e-5,
+    ),
+    Trial(switch="compile", value=True, verdict="failed", reason="crashed: SIGSEGV"),
+    Trial(switch="channels_last", value=False, verdict="not tried", reason="no time left"),
+)
+
+
+def make(case: Case = CASE, **choices: Any) -> Tuning:
+    times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "spread_ms": 0.5, "date": "2026-11-28"}
+    return Tuning.of(CPU, case, Choices(**choices), TRIALS, **times)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_an_entry_comes_back_as_it_was_kept() -> None:
+    assert find(CPU, CASE) is None
+    entry = make(precision="fp32", folded=False)
+    path = keep(CPU, entry)
+    assert path == entry_path(CPU, CASE)
+    assert find(CPU, CASE) == entry
+    assert find(CPU, CASE).parsed_trials() == list(TRIALS)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Case.of(CONFIG, "inference", 2, 320, 427),
+        Case.of(CONFIG, "training", 4, 320, 427),
+        Case.of(CONFIG, "training", 2, 800, 1066),
+        Case.of(replace(CONFIG, dilation=True), "training", 2, 320, 427),
+        Case.of(replace(CONFIG, num_queries=300), "training", 2, 320, 427),
+    ],
+)
+def test_another_case_has_no_entry(other: Case) -> None:
+    keep(CPU, make())
+    assert find(CPU, other) is None
+
+
+def test_images_of_nearly_one_size_are_one_case() -> None:
+    assert Case.of(replace(CONFIG, num_classes=3), "training", 2, 333, 400) == CASE
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "detr-fast"])
+def test_a_changed_version_voids_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(CPU, make())
+    before = tuning.installed_version
+    monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9" if package == name else before(package))
+    assert find(CPU, CASE) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: "{",
+        lambda entry: "[]",
+        lambda entry: json.dumps(entry | {"choices": {"convolution": "turbo"}}),
+        lambda entry: json.dumps(entry | {"choices": {"warp": True}}),
+        lambda entry: json.dumps(entry | {"trials": [{"switch": "x"}]}),
+        lambda entry: json.dumps({key: value for key, value in entry.items() if key != "date"}),
+        lambda entry: json.dumps(entry | {"format": 0}),
+    ],
+)
+def test_a_damaged_entry_is_ignored_and_named(damage: Any) -> None:
+    path = keep(CPU, make())
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.warns(UserWarning, match=r"(?s)ignored.*Measure anew"):
+        assert find(CPU, CASE) is None
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETR_FAST_CACHE", "/dev/null/nowhere")
+    with pytest.raises(UserError, match="DETR_FAST_CACHE"):
+        keep(CPU, make())
+
+
+CHOSEN = {"precision": "fp32", "channels_last": False, "capture": True, "folded": False, "convolution": "ref"}
+
+
+def test_auto_takes_what_was_measured_and_says_so() -> None:
+    entry = make(**CHOSEN)
+    runtime = choose_runtime(TrainConfig(device="cpu"), entry)
+    assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.float32, False, True)
+    model = runtime.place(DETR(CONFIG))
+    assert (model.implementation.folded, model.implementation.convolution) == (False, "ref")
+    assert runtime.reasons["precision"] == "fp32 (measured here: won, 8 against 10 ms)"
+    assert "8 ms a step against 10" in runtime.reasons["measured"] and "2 candidates" in runtime.reasons["measured"]
+    assert runtime.reasons["folded"].startswith("no (measured here")
+
+
+def test_what_is_asked_for_by_name_runs() -> None:
+    entry = make(**CHOSEN)
+    options = TrainConfig(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
+    runtime = choose_runtime(options, entry)
+    assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.bfloat16, True, False)
+    assert runtime.place(DETR(CONFIG)).implementation.attention == "ref"
+
+
+@pytest.mark.parametrize("options", [{"kernels": "ref"}, {"tune": False}])
+def test_nothing_measured_is_used_where_it_is_not_wanted(options: dict[str, Any]) -> None:
+    runtime = choose_runtime(TrainConfig(device="cpu", **options), make(**CHOSEN))
+    assert runtime.channels_last and runtime.capture is None and not runtime.measured
+    assert "measured" not in runtime.reasons
+
+
+def test_inference_reads_its_own_entry() -> None:
+    model = DETR(CONFIG)
+    keep(CPU, make(Case.of_inference(CONFIG, 1), precision="fp32", frozen=False))
+    options = RuntimeOptions(device="cpu")
+    assert runtime_for_inference(options, model, 1).dtype == torch.float32
+    assert not runtime_for_inference(options, model, 1).place_for_inference(model).frozen
+    assert "measured" not in runtime_for_inference(options, model, 2).reasons
+
+
+def test_switches_that_are_left_open_keep_their_flags() -> None:
+    given = ["--compile", "--no-capture", "--data", "--x", "--channels-last", "False", "--no-buckets", "--no_compile"]
+    assert list(spelled_out(given, TrainConfig)) == [
+        *("--compile", "True", "--capture", "False", "--data", "--x", "--channels-last", "False"),
+        *("--no-buckets", "--compile", "False"),
+    ]
+
+
+def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_split(tmp_path, "train", 0, 64, 20)
+    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    train_set, config = build_dataset(options, "train"), MODELS["detr_tiny"]
+    asked: list[list[str]] = []
+    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: asked.append(arguments))
+    monkeypatch.setattr(first_minute, "find", lambda device, case: make(case) if asked else None)
+    say = Console(quiet=True)
+
+    def look(device: str, **changes: Any) -> Tuning | None:
+        changed = replace(options, **changes)
+        return first_minute.find_or_measure(changed, train_set, config, torch.device(device), World(), say)
+
+    for quiet in ({"tune": False}, {"kernels": "ref"}, {"kernels": "triton"}):
+        assert look("cuda", **quiet) is None
+    assert look("cpu") is None and not asked
+    assert look("cuda") == make(Case.of(config, "training", 4, 64, 64))
+    (arguments,) = asked
+    text = " ".join(arguments)
+    assert "--model detr_tiny" in text and "--size 64x64" in text and "--batch-size 4" in text and "--minutes 1" in text
+
+
+def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    first_minute.measure(["--size", "nonsense"], Console(soft_wrap=True))
+    assert "Not measured (exit code 2): the first guess is taken" in capfd.readouterr().out
