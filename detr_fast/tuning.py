@@ -95,7 +95,8 @@ class Case(Checked):
         return cls.of(config, "inference", batch_size, config.image_size, width)
 
     def text(self) -> str:
-        return f"{self.mode}, {self.batch_size} images of about 2^{self.pixels_log2} pixels, {self.architecture}"
+        images = "an image" if self.batch_size == 1 else f"{self.batch_size} images"
+        return f"{self.mode}, {images} of about 2^{self.pixels_log2} pixels, {self.architecture}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class Tuning(Checked):
         tried = sum(trial.verdict != "not tried" for trial in self.parsed_trials())
         return (
             f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
-            f"{self.spread_ms:.2g}), {tried} candidates on {self.date}"
+            f"{self.spread_ms:.2g}), best of {tried + 1} measured on {self.date}"
         )
 
 

@@ -14,7 +14,7 @@ from detr_profiling.measuring.turns import Turns
 from detr_profiling.tune import Switch, TuneOptions, Tuner, first_guess, main, switches, value_of, with_value
 
 from detr_fast.config import UserError
-from detr_fast.tuning import Choices, find
+from detr_fast.tuning import Choices, Tuning, find
 
 OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)
 KINDS = {2: "slow", 3: "wrong", 4: "crashing", 5: "raising", 6: "hanging", 7: "same", 8: "fast"}
@@ -124,9 +124,12 @@ def test_the_command_writes_what_auto_reads(
 ) -> None:
     monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr("detr_profiling.tune.switches", lambda options: iter([Switch("precision", ("fp32",))]))
-    assert main(replace(OPTIONS, minutes=5)) == 0
+    assert main(replace(OPTIONS, minutes=5, out=str(tmp_path / "out"))) == 0
     entry = find(torch.device("cpu"), OPTIONS.case())
     assert entry is not None and [trial.switch for trial in entry.parsed_trials()] == ["precision"]
+    assert Tuning.from_dict(json.loads((tmp_path / "out" / "tune.json").read_text())["inference"]) == entry
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Fastest here" in report and "Candidates in inference, in turns" in report and "fp32" in report
     (file,) = (tmp_path / "tuned").iterdir()
     assert str(file) in capsys.readouterr().out.replace("\n", "")
     assert json.loads(file.read_text())["first_guess_ms"] > 0

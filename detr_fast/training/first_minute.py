@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) 
         "precision": options.precision,
         "attention": options.attention,
         "minutes": MINUTES,
+        "out": str(Path(options.output, "profile")),
     }
     for name, value in values.items():
         yield from (f"--{name.replace('_', '-')}", str(value))

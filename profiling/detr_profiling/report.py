@@ -27,8 +27,18 @@ from detr_profiling.pages.overview import (
 )
 from detr_profiling.pages.page import Block, Section
 from detr_profiling.pages.parity import parity_blocks
-from detr_profiling.pages.results import PLACE, RACE_FILE, SCALING_FILE, LadderRow, Results, complete, load_results
+from detr_profiling.pages.results import (
+    PLACE,
+    RACE_FILE,
+    SCALING_FILE,
+    TUNE_FILE,
+    LadderRow,
+    Results,
+    complete,
+    load_results,
+)
 from detr_profiling.pages.scaling import scaling_blocks
+from detr_profiling.pages.tuning import tuning_blocks
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -63,6 +73,9 @@ def sections(results: Results) -> Iterator[Section]:
     if results.race:
         with complete(results.folder / RACE_FILE, "race"):
             yield Section("Beside others", list(race_blocks(results.race)))
+    if results.tune:
+        with complete(results.folder / TUNE_FILE, "tune"):
+            yield Section("Fastest here", list(tuning_blocks(results.tune)))
     for part, title, build in MEASURED:
         found = getattr(results, part)
         with complete(results.folder / FILES[part], part):

@@ -7,6 +7,7 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 """
 
 import datetime
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +24,16 @@ from rich.table import Table
 from detr_fast.config import UserError, require
 from detr_fast.model.backbone import DEPTHS
 from detr_fast.runtime import choose_precision, missing_for_compile
+from detr_fast.training.run_folder import writing
 from detr_fast.tuning import RUNTIME_SWITCHES, Case, Choices, Trial, Tuning, keep
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.measurement import Configuration, write_oracle_in_process
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
+from detr_profiling.pages.results import TUNE_FILE, read_object
+from detr_profiling.report import HTML_FILE, write_report
 from detr_profiling.tracing.tables import plain_table
-from detr_profiling.workload import WorkloadOptions
+from detr_profiling.workload import Mode, WorkloadOptions
 
 TURN_MS = 400
 """A turn takes about this long, but has at least `LEAST_RUNS` runs."""
@@ -50,6 +54,8 @@ class TuneOptions(WorkloadOptions):
     """Time for everything; candidates that do not fit are not tried, and the table says so."""
     turns: int = 4
     """Turns that a candidate and the best so far take."""
+    out: str = "runs/profile"
+    """Folder for tune.json, and the report that shows it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,12 +276,23 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> tuple[Tuning, Tune
     return entry, tuner
 
 
+def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
+    """Into tune.json, where another mode's entry stays, and the report. Raises UserError where that cannot be."""
+    path = folder / TUNE_FILE
+    entries = (read_object(path, "tune") or {}) | {mode: entry.to_dict()}
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    write_report(folder)
+
+
 def main(options: TuneOptions) -> int:
     console = Console(markup=False, highlight=False, soft_wrap=True)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry, tuner = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
+    write_result(entry, options.mode, Path(options.out))
     Console().print(table(tuner.trials))
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
@@ -285,5 +302,5 @@ def main(options: TuneOptions) -> int:
         )
     else:
         console.print("The first guess stays.")
-    console.print(f"Kept in {path}, which every `auto` reads.")
+    console.print(f"Kept in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")
     return 0

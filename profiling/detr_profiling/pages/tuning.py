@@ -1,0 +1,36 @@
+"""The report's section on what `tune` tried on this machine, and what `auto` takes since."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from detr_fast.tuning import Case, Trial, Tuning
+from detr_profiling.pages import formats
+from detr_profiling.pages.page import BAD, GOOD, Block, Cell, Facts, Paragraph, Table, cells, figures, sentence, words
+
+TONES = {"won": GOOD, "not close": BAD, "failed": BAD}
+
+
+def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
+    """Of each mode that was measured, what won and every candidate beside the best before it."""
+    for entry in map(Tuning.from_dict, entries.values()):
+        case = Case.from_dict(entry.case)
+        yield Paragraph(sentence([case.text(), outcome(entry)]))
+        columns = [*words("switch", "value"), *figures("ms", "best so far, ms", "spread, ms", "error", "allowed")]
+        rows = [trial_cells(trial) for trial in entry.parsed_trials()]
+        yield Table(f"Candidates in {case.mode}, in turns", [*columns, *words("outcome")], rows)
+        known = {name: value for name, value in entry.environment.items() if value is not None}
+        yield Facts("Measured on", [(name, str(value)) for name, value in known.items()])
+
+
+def outcome(entry: Tuning) -> str:
+    if not entry.choices:
+        return f"the first guess stays, {formats.number(entry.first_guess_ms)} ms a step, {entry.date}"
+    chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in entry.choices.items())
+    return f"{chosen}: {entry.summary()}"
+
+
+def trial_cells(trial: Trial) -> list[Cell]:
+    times = (formats.number(each) for each in (trial.ms, trial.against_ms, trial.spread_ms))
+    errors = (formats.error(each) for each in (trial.error, trial.allowed))
+    name, judged = trial.switch.replace("_", " "), Cell(trial.outcome(), TONES.get(trial.verdict, ""))
+    return cells(name, str(trial.value), *times, *errors, judged)
