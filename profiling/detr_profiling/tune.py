@@ -8,13 +8,14 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 
 import datetime
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detr_kernels.dispatch import why_not_triton
@@ -42,6 +43,7 @@ HOPELESS = 1.15
 """A candidate that takes this many times as long after a turn gets no other."""
 START_S, COMPILE_S = 120, 900
 """Longest time until a process has run a step, and until a compiled one has."""
+SPARE_CORES = 4
 COMPILE_NEEDS_S = 120
 """Compiling is not tried where less time is left."""
 
@@ -67,39 +69,55 @@ class TuneOptions(WorkloadOptions):
         return Case.of(options.architecture(), options.mode, options.batch_size or 1, *options.height_width)
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """A choice that changes no number beyond rounding, and the values that are worth a try."""
 
     name: str
     values: tuple[Any, ...]
 
 
-def switches(options: TuneOptions) -> Iterator[Switch]:
-    """Those of the device and mode of `options` that it does not decide by name, those that promise most first."""
-    training, cores = options.mode == "training", torch.get_num_threads()
+ON_GPU = (
+    Switch("capture", (True, False)),
+    Switch("convolution", ("cudnn",)),
+    Switch("attention", ("sdpa",)),
+    Switch("pixels", ("triton",)),
+    Switch("compile", (True, False)),
+    Switch("layer_norm", ("triton",)),
+    Switch("match_cost", ("triton",)),
+    Switch("set_loss", ("triton",)),
+    Switch("attention", ("xformers", "triton")),
+    Switch("convolution", ("triton",)),
+    Switch("folded", (False,)),
+    Switch("frozen", (False,)),
+    Switch("channels_last", (True, False)),
+)
+"""Those that promise most first: not all fit into the minute before a training run."""
+ON_CPU = (
+    Switch("precision", ("fp32",)),
+    Switch("convolution", ("ref",)),
+    Switch("folded", (False,)),
+    Switch("frozen", (False,)),
+    Switch("channels_last", (True, False)),
+    Switch("compile", (True, False)),
+)
+TRAINING_ONLY, INFERENCE_ONLY = ("match_cost", "set_loss", "folded"), ("frozen",)
+
+
+def switches(options: TuneOptions) -> list[Switch]:
+    """Those of the device and mode of `options` that it does not decide by name and that its model has."""
+    cores = torch.get_num_threads()
     own_convolutions = options.architecture().backbone in DEPTHS
-    loss = ("match_cost", "set_loss") if training else ()
-    if options.resolved().device == "cuda":
-        yield Switch("capture", (True,) if training else (False,))
-        if own_convolutions:
-            yield Switch("convolution", ("cudnn", "triton"))
-        if options.attention == "auto":
-            yield Switch("attention", ("sdpa", "xformers", "triton"))
-        yield from (Switch(kernel, ("triton",)) for kernel in ("pixels", "layer_norm", *loss))
-    else:
-        if options.threads is None:
-            yield Switch("threads", tuple(sorted({count for count in (cores // 2, 1) if 0 < count < cores})))
-        if options.precision == "auto":
-            yield Switch("precision", ("fp32",))
-        if own_convolutions:
-            yield Switch("convolution", ("ref",))
-    if not training:
-        yield Switch("frozen", (False,))
-    elif own_convolutions:
-        yield Switch("folded", (False,))
-    yield Switch("channels_last", (not options.channels_last,))
-    yield Switch("compile", (not options.compile,))
+    without = {
+        "attention": options.attention != "auto",
+        "precision": options.precision != "auto",
+        "threads": options.threads is not None,
+        "convolution": not own_convolutions,
+        "folded": not own_convolutions,
+        **dict.fromkeys(INFERENCE_ONLY if options.mode == "training" else TRAINING_ONLY, True),
+    }
+    fewer = Switch("threads", tuple(sorted({count for count in (cores // 2, 1) if 0 < count < cores})))
+    there = ON_GPU if options.resolved().device == "cuda" else (fewer, *ON_CPU)
+    return [switch for switch in there if not without.get(switch.name, False)]
 
 
 def first_guess(options: TuneOptions) -> Configuration:
@@ -151,6 +169,9 @@ class Tuner:
         self.longest_s = 0.0
         """That a candidate took so far, those that were compiled left out."""
         self.runs = LEAST_RUNS
+        self.turns = self.options.turns
+        self.spare: Candidate | None = None
+        """A process that has begun while others were timed."""
 
     def search(self, among: Sequence[Switch]) -> Turns:
         """Try every value of every switch; returns the last turns, of the first guess and of what was found. Raises
@@ -159,23 +180,27 @@ class Tuner:
         try:
             timing = self.best.time(LEAST_RUNS, COMPILE_S)
             self.runs = min(MOST_RUNS, max(LEAST_RUNS, round(TURN_MS / timing.median_ms)))
-            self.alone = fills_the_device(self.best)
+            if fills_the_device(self.best):
+                self.alone, self.turns = True, 2
             for switch in among:
                 for value in switch.values:
+                    if value == value_of(self.best.configuration, switch.name):
+                        continue
                     self.trials.append(self._tried(switch.name, value))
                     self.say(f"{switch.name.replace('_', ' ')} {value}: {self.trials[-1].text()}")
             return self._last_turns(guess)
         except CandidateError as error:
             raise UserError(f"The first guess cannot be measured: {error}.") from error
         finally:
-            self.best.close()
+            for each in filter(None, (self.best, self.spare)):
+                each.close()
 
     def _last_turns(self, guess: Configuration) -> Turns:
         """Of the first guess and the best; where that is the first guess, of nothing else."""
         if self.best.configuration == guess:
             alone = [self.best.time(self.runs, self._limit_s(self.best))]
             return Turns(alone, alone)
-        turns, first = Turns(), self.new(guess)
+        turns, first = Turns(), self._begun(guess)
         try:
             self._take_turns(first, self.best, turns)
         finally:
@@ -196,7 +221,7 @@ class Tuner:
         if problem or self.ends - time.perf_counter() < needs_s:
             return trial(verdict="not tried", reason=problem or "no time left")
         began = time.perf_counter()
-        candidate, turns = self.new(with_value(self.best.configuration, switch, value)), Turns()
+        candidate, turns = self._begun(with_value(self.best.configuration, switch, value)), Turns()
         try:
             self._take_turns(self.best, candidate, turns)
             best, found = turns.joined()
@@ -218,10 +243,19 @@ class Tuner:
             if not compiled:
                 self.longest_s = max(self.longest_s, time.perf_counter() - began)
 
+    def _begun(self, configuration: Configuration) -> Candidate:
+        """A candidate of it. Beside a GPU, where there are cores to spare, the next one's process begins already."""
+        candidate, self.spare = self.spare or self.new(configuration), None
+        candidate.configuration = configuration
+        if configuration.options.device == "cuda" and (os.cpu_count() or 1) >= SPARE_CORES:
+            self.spare = self.new(configuration)
+            self.spare.start()
+        return candidate
+
     def _take_turns(self, best: Candidate, candidate: Candidate, turns: Turns) -> None:
         """Until all are taken, or the candidate is without hope. Raises CandidateError where one cannot be timed."""
         sides = [(best, candidate, turns.best), (candidate, best, turns.candidate)]
-        for _ in range(self.options.turns):
+        for _ in range(self.turns):
             for side, other, timings in sides:
                 if self.alone:
                     other.park()
@@ -261,7 +295,7 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> tuple[Tuning, Tune
     with tempfile.TemporaryDirectory() as folder:
         write_oracle_in_process(compared(first_guess(options).options), Path(folder))
         tuner = Tuner(options, Path(folder), say)
-        turns = tuner.search(list(switches(options)))
+        turns = tuner.search(switches(options))
     choices, (first, found) = tuner.choices(turns), turns.joined()
     entry = Tuning.of(
         torch.device(options.resolved().device),

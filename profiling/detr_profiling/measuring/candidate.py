@@ -65,6 +65,19 @@ class Candidate:
         is allowed, or past it. Raises CandidateError."""
         return self._ask({"judge": str(oracle), "configuration": self.configuration.to_dict()}, limit_s)
 
+    def start(self) -> None:
+        """Begin, if that has not been done yet; nothing is built before `time` or `judge` ask for it."""
+        if self.process is None:
+            self.errors.truncate(0)
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                start_new_session=True,
+                bufsize=0,
+            )
+
     def park(self) -> None:
         """Give the device's memory back; the next `time` builds it again."""
         if self.process is not None:
@@ -77,17 +90,8 @@ class Candidate:
             self.process = None
 
     def _ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        if self.process is None:
-            self.errors.truncate(0)
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.errors,
-                start_new_session=True,
-                bufsize=0,
-            )
-        assert self.process.stdin is not None
+        self.start()
+        assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write((json.dumps(order) + "\n").encode())
         except BrokenPipeError as error:
