@@ -9,9 +9,10 @@ import pytest
 import torch
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.measurement import Configuration, write_oracle
+from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.measuring.turns import Turns
-from detr_profiling.tune import Switch, TuneOptions, Tuner, first_guess, main, switches, value_of, with_value
+from detr_profiling.tune import TuneOptions, Tuner, main
 
 from detr_fast.config import UserError
 from detr_fast.tuning import Choices, Tuning, find
