@@ -17,6 +17,7 @@ from rich.table import Table
 from detr_fast.command import run
 from detr_fast.data.shapes import cache_folder
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
+from detr_fast.tuning import Case, entries_of
 
 INSTALL = "make setup, or pip install -c constraints.txt -e ."
 FREE_GIB = 5
@@ -133,6 +134,16 @@ def check_cache(folder: Path) -> Finding:
     return Finding("cache", str(folder), "holds the embedded data set; safe to delete")
 
 
+def check_measured() -> Finding:
+    """What `tune` has measured on this machine with what is installed now."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    entries = list(entries_of(device))
+    if not entries:
+        return Finding("measured", "nothing", "auto takes the first guess: python -m detr_profiling tune")
+    gains = (f"{Case.from_dict(entry.case).text()}: {entry.summary()}" for entry in entries)
+    return Finding("measured", f"{len(entries)} cases", "; ".join(gains))
+
+
 def examine() -> list[Finding]:
     return [
         check_python(),
@@ -148,6 +159,7 @@ def examine() -> list[Finding]:
         check_package("pycocotools", "referees the evaluation", "evaluation needs it"),
         check_disk(Path.cwd()),
         check_cache(cache_folder()),
+        check_measured(),
     ]
 
 

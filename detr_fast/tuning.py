@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -237,9 +237,8 @@ def entry_path(device: torch.device, case: Case) -> Path:
     return cache_folder() / "tuned" / f"{case.mode}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def find(device: torch.device, case: Case) -> Tuning | None:
-    """The entry of `case` on `device`; None where there is none, and with a warning where it cannot be used."""
-    path = entry_path(device, case)
+def read_entry(path: Path) -> Tuning | None:
+    """The entry in a file; None where there is none, and with a warning where it cannot be used."""
     try:
         return Tuning.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -247,6 +246,20 @@ def find(device: torch.device, case: Case) -> Tuning | None:
     except (OSError, ValueError, UserError) as error:
         warnings.warn(f"{path} cannot be used and is ignored ({error}). Measure anew: python -m detr_profiling tune")
         return None
+
+
+def find(device: torch.device, case: Case) -> Tuning | None:
+    """The entry of `case` on `device`, if there is one."""
+    return read_entry(entry_path(device, case))
+
+
+def entries_of(device: torch.device) -> Iterator[Tuning]:
+    """All entries that hold on `device` now."""
+    here = environment(device)
+    for path in sorted((cache_folder() / "tuned").glob("*.json")):
+        entry = read_entry(path)
+        if entry is not None and entry.environment == here:
+            yield entry
 
 
 def keep(device: torch.device, entry: Tuning) -> Path:

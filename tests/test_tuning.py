@@ -14,6 +14,7 @@ from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
 from detr_fast.data.shapes import write_split
+from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import first_minute
@@ -76,6 +77,17 @@ def test_another_case_has_no_entry(other: Case) -> None:
 
 def test_images_of_nearly_one_size_are_one_case() -> None:
     assert Case.of(replace(CONFIG, num_classes=3), "training", 2, 333, 400) == CASE
+
+
+def test_the_doctor_names_the_entries_that_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "tune" in check_measured().follows
+    keep(CPU, make())
+    keep(CPU, make(Case.of_inference(CONFIG, 1)))
+    finding = check_measured()
+    assert finding.found == "2 cases" and "8 ms a step against 10" in finding.follows
+    monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
+    assert check_measured().found == "nothing"
 
 
 @pytest.mark.parametrize("name", ["torch", "triton", "detr-fast"])
