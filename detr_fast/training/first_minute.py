@@ -70,12 +70,15 @@ def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) 
 def measure(arguments: list[str], say: Console) -> None:
     """Run `tune` in a process of its own, which prints as it goes. A failure costs the entry, not the run."""
     command = [sys.executable, "-m", "detr_profiling", "tune", *arguments]
+    process = subprocess.Popen(command)
     try:
-        code = subprocess.run(command, timeout=60 * MINUTES + GRACE_S).returncode
+        code = process.wait(60 * MINUTES + GRACE_S)
         problem = f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
         problem = "it did not end"
+    finally:
+        process.terminate()  # not killed: it has processes of its own to end
+        process.wait()
     if problem:
-        say.print(
-            f"Not measured ({problem}): the first guess is taken. To see why: {shlex.join(command)}", markup=False
-        )
+        again = shlex.join(command)
+        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}", markup=False)

@@ -9,6 +9,8 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 import datetime
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -240,6 +242,7 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
 
 def main(options: TuneOptions) -> int:
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no candidate outlives this
     torch.set_num_threads(options.threads or torch.get_num_threads())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry, tuner = tune(options, console.print)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,7 @@ from detr_profiling.comparison.judgement import judge, worst
 from detr_profiling.measuring.measurement import ORACLE, Configuration, eager_file, last_words
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.timing import Timing, measure
-from detr_profiling.suite import stop
+from detr_profiling.suite import SECONDS_TO_END, stop
 from detr_profiling.workload import Workload, WorkloadOptions
 
 COMMAND = (sys.executable, "-m", "detr_profiling.measuring.candidate")
@@ -86,8 +87,9 @@ class Candidate:
     def close(self) -> None:
         """End the process, with those that it started."""
         if self.process is not None:
-            stop(self.process)
-            self.process = None
+            process, self.process = self.process, None
+            with process:  # closes the pipes
+                stop(process)
 
     def _ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
         self.start()
@@ -116,8 +118,11 @@ class Candidate:
 
     def _cause_of_death(self) -> str:
         assert self.process is not None
-        code = self.process.wait()
-        self.process = None
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(SECONDS_TO_END)
+        process = self.process
+        self.close()
+        code = process.returncode
         self.errors.seek(0)
         said = last_words(self.errors.read().decode(errors="replace"))
         if code < 0:
