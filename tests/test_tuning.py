@@ -194,3 +194,15 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
 def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     first_minute.measure(["--size", "nonsense"], Console(soft_wrap=True))
     assert "Not measured (exit code 2): the first guess is taken" in capfd.readouterr().out
+
+
+def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring process builds the same case from its options as training from its data."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(first_minute, "MINUTES", 0.01)
+    config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
+    options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
+    first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))
+    entry = find(CPU, Case.of(config, "training", 2, 40, 56))
+    assert entry is not None and entry.first_guess_ms > 0 and not entry.choices
+    assert (cache / "run" / "profile" / "tune.json").exists()
