@@ -24,6 +24,8 @@ from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
     check_resumed,
+    continued,
+    extremes_of,
     largest_batch,
     make_batches,
     make_data,
@@ -32,8 +34,9 @@ from detr_fast.training.assembly import (
     make_step,
     stored_metadata,
 )
+from detr_fast.training.batch_size import batch_line, with_batches
 from detr_fast.training.checkpoint import load_checkpoint
-from detr_fast.training.data_rate import measure_data
+from detr_fast.training.data_rate import measure_data, training_rate
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
@@ -84,15 +87,17 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     state = load_resumed(resumed)
     train_set, val_set, config = make_data(options)
     if state:
+        options = continued(options, state)
         check_resumed(state, options, config)
+    options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
     batches_per_epoch = EpochSampler(
         len(train_set), options.batch_size, options.seed, world.rank, world.size
     ).batches_per_epoch
     schedule = make_schedule(options, batches_per_epoch)
     if options.data_only:
-        measure_data(
-            make_batches(options, train_set, runtime, world, (0, 0)), config, runtime, options.workers, console
-        )
+        rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
+        batches = make_batches(options, train_set, runtime, world, (0, 0))
+        measure_data(batches, config, runtime, options.workers, console, rate)
         return 0
     progress = Progress(**state["progress"]) if state else Progress()
     require(schedule.total_steps > 0, "--accumulate takes more batches than all epochs have. Lower it.")
@@ -101,12 +106,12 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         return 0
     model = runtime.place(make_model(config, options, train_set, state, console))
     step = make_step(model, options, runtime, world, state)
-    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
-        step.fit(largest_batch(options, config))
     if options.capture:
         problem = step.why_not_captured()
         require(problem is None, f"--capture cannot be done: {problem}. Or leave --capture out.")
         step.capture()
+    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
+        step.fit(largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
@@ -176,12 +181,10 @@ def describe(
     model, runtime, processes = step.model, step.runtime, step.world.size
     train_set, val_set = data
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    effective = options.batch_size * options.accumulate * processes
-    batch = f"{options.batch_size} x {options.accumulate} accumulated x {processes} processes"
     lines = {
         "model": f"{options.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
-        "batch": f"{batch} = {effective} images a step" + in_parts(step.parts),
+        "batch": batch_line(options, processes, step.parts),
         "length": f"{options.epochs} epochs, {total_steps} steps",
         **runtime.reasons,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
@@ -192,10 +195,6 @@ def describe(
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
             console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
-
-
-def in_parts(parts: int) -> str:
-    return "" if parts == 1 else f", each batch in {parts} parts to fit into the memory"
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

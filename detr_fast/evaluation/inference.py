@@ -71,8 +71,11 @@ def forward_of(model: DETR, runtime: Runtime) -> Any:
 
 
 def replayed(model: DETR, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """Computes `pred_logits` and `pred_boxes` as the model does, from its graph cache: a small batch's shape is captured
-    at its second call, a large one's at its fourth. A later call leaves the results as they are."""
+    """Computes `pred_logits` and `pred_boxes` as the model does, from its graph cache.
+
+    A small batch's shape is captured at its second call, a large one's at its fourth. A later call leaves the results
+    as they are.
+    """
     assert model.recordings is not None
 
     def last_layer(given: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:

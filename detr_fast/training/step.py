@@ -205,7 +205,8 @@ class TrainStep:
         have its room for targets, and a mask if it has one, so that shapes are few. Raises UserError where single
         images do not fit.
         """
-        self.target_room, self.masked = batch.targets.labels.shape[1], batch.padded
+        self.target_room = batch.targets.with_room(LEAST_TARGET_ROOM).labels.shape[1]
+        self.masked = batch.padded
         while self._any_rank(not self._fits(batch)):
             self._halve([batch])
             if self.captured is not None:
@@ -218,8 +219,10 @@ class TrainStep:
         numbers are as before afterwards."""
         before = ForwardState(self.model, self.runtime.device)
         compute = self.micro_batch if self.captured is None else self.captured.try_out
+        moments: list[Tensor] = []
         try:
-            moments = [] if self.optimizer.state else [torch.empty_like(each) for each in self.trained * 2]
+            if not self.optimizer.state:
+                moments += [torch.empty_like(each) for each in self.trained * 2]
             with self._gradients_later(True):
                 for part in batch.split(self.parts):
                     compute(self._input(part), torch.ones(2, device=self.runtime.device))
@@ -228,6 +231,7 @@ class TrainStep:
                 raise
             return False
         finally:
+            moments.clear()
             self._begin_again(before)
         return True
 
