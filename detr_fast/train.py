@@ -100,7 +100,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         measure_data(batches, config, runtime, options.workers, console, rate)
         return 0
     progress = Progress(**state["progress"]) if state else Progress()
-    require(schedule.total_steps > 0, "--accumulate takes more batches than all epochs have. Lower it.")
+    require(
+        schedule.total_steps > 0,
+        "One update takes more batches than all epochs have: lower --accumulate or --effective-batch.",
+    )
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
         return 0

@@ -301,7 +301,7 @@ def test_of_several_processes_none_gives_its_graphs_up_alone(monkeypatch: pytest
     step = make_step()
     step.world = World(0, 2, 0)
     step.capture(Full(run=1))
-    with pytest.raises(UserError, match=r"captured step.*--train-sizes"):
+    with pytest.raises(UserError, match=r"captured step.*--batch-size"):
         step([batch(1, WIDE, 3)])
 
 

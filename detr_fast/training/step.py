@@ -28,7 +28,10 @@ from detr_fast.training.distributed import World
 from detr_fast.training.forward_state import ForwardState, live_buffers
 from detr_fast.training.meter import TermSums
 
-SMALLER = "Give smaller --train-sizes and --max-size, or --checkpoint-activations."
+NO_ROOM = (
+    "The memory ran out in a captured step, beside the CUDA graphs. Run without capture or with a smaller "
+    "--batch-size; --resume auto goes on from the last checkpoint."
+)
 LEAST_TARGET_ROOM = 16
 """Objects an image that a captured step's batches have room for at least."""
 
@@ -51,8 +54,8 @@ class TrainStep:
     averaged: DETR | None = None
     ema_decay: float = 0.0
     parts: int = 1
-    """How many pieces each batch is computed in, one after another, to fit into the memory; the step is the same, but
-    for live batch norm."""
+    """Micro-batches that each batch is computed in, one after another, to fit into the memory; the step is the same,
+    but for live batch norm."""
 
     def __post_init__(self) -> None:
         self.captured: CapturedStep | None = None
@@ -76,7 +79,7 @@ class TrainStep:
         Where the memory runs out, `parts` is doubled and the gradients are computed again, as if that had been so from
         the step's beginning; UserError where single images do not fit. A captured step first gives its graphs up: it
         and all later ones run uncaptured. Not so with several processes, as the others would wait for the gradients of
-        one that begins again: then torch's error.
+        one that begins again: then it is an error.
         """
         if self.captured is not None:
             terms = self._captured_gradients(self.captured, batches)
@@ -118,8 +121,8 @@ class TrainStep:
         return None
 
     def gradients(self, inputs: list[StepInput], normalizers: Tensor) -> Terms:
-        """Of a step's micro-batches on the device, added to what `.grad` holds; returns their terms, and adds them to
-        `sums`. Nothing here or in `update` is read on the host or comes from it."""
+        """Adds a step's gradients, its micro-batches' on the device, to what `.grad` holds; returns their terms, and
+        adds them to `sums`. Nothing here or in `update` is read on the host or comes from it."""
         parts = []
         for index, given in enumerate(inputs):
             with self._gradients_later(index < len(inputs) - 1):
@@ -161,7 +164,7 @@ class TrainStep:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            require(self.world.size == 1, f"The memory ran out in a captured step. {SMALLER}")
+            require(self.world.size == 1, NO_ROOM)
         before.restore()
         return None
 
@@ -251,7 +254,8 @@ class TrainStep:
         height, width = max((batch.room for batch in batches), key=math.prod)
         require(
             self.parts < max(len(batch.images) for batch in batches),
-            f"A single image of {width}x{height} pixels does not fit into the memory in training. {SMALLER}",
+            f"A single image of {width}x{height} pixels does not fit into the memory in training. "
+            "Give smaller --train-sizes and --max-size, or --checkpoint-activations.",
         )
         self.parts *= 2
 
