@@ -129,15 +129,15 @@ class Recordings:
         *starts, total = accumulate((-(-each.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for each in given), initial=0)
         if self.memory is None or self.memory.numel() < total:
             self.memory = given[0].new_empty(total, dtype=torch.uint8)
-        parts = [self.memory[start : start + each.nbytes] for start, each in zip(starts, given, strict=True)]
-        views = iter([laid_out_as(each, part) for each, part in zip(given, parts, strict=True)])
+        views = iter([laid_out_as(each, self.memory, start) for each, start in zip(given, starts, strict=True)])
         return tree_map(lambda leaf: None if leaf is None else next(views), inputs)
 
 
-def laid_out_as(tensor: Tensor, memory: Tensor) -> Tensor:
-    """Views `memory`, (tensor.nbytes,) uint8, as a tensor of the same shape, dtype and strides."""
+def laid_out_as(tensor: Tensor, memory: Tensor, start: int) -> Tensor:
+    """Makes a tensor of the same shape, dtype and strides in `memory`, uint8, from byte `start` on. To autograd and
+    torch.compile it is no view of anything."""
     strides = torch.empty_like(tensor, device="meta").stride()
-    return memory.view(tensor.dtype).as_strided(tensor.shape, strides)
+    return tensor.new_empty(0).set_(memory.untyped_storage(), start // tensor.itemsize, tensor.shape, strides)
 
 
 def shape_of(inputs: Any) -> Any:

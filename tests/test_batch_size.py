@@ -54,6 +54,7 @@ def test_a_batch_size_that_is_given_is_used_as_it_is() -> None:
         (replace(R50, batch_size=3, effective_batch=16), 1),
         (replace(R50, batch_size=4, accumulate=2, effective_batch=16), 1),
         (replace(R50, accumulate=32), 1),
+        (with_batches(R50, MODELS["detr_r50"], "cuda", 8, PLENTY), 4),  # a run resumed on fewer devices
     ],
 )
 def test_what_cannot_be_shared_evenly_is_refused(options: TrainConfig, processes: int) -> None:

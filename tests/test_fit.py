@@ -22,6 +22,7 @@ from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
+from tests.stand_in import StandIn
 
 CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
@@ -195,7 +196,12 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
         step = make_step(2 if rank == 0 else 99, world)
         step.fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
         terms = step([batch().split(2)[1]])
-        torch.save({"parts": step.parts, "norm": terms["grad_norm"]}, Path(folder) / f"{rank}.pt")
+        captured = make_step(2 if rank == 0 else 99, world)
+        captured.capture(StandIn())
+        captured.fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
+        same = captured([batch().split(2)[1]])
+        found = {"parts": (step.parts, captured.parts), "norm": terms["grad_norm"], "captured": same["grad_norm"]}
+        torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
@@ -204,5 +210,6 @@ def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["parts"] == second["parts"] == 2
+    assert first["parts"] == second["parts"] == (2, 2)
+    assert first["captured"].item() == pytest.approx(first["norm"].item(), rel=1e-5)
     assert first["norm"].item() == pytest.approx(second["norm"].item(), rel=1e-6)

@@ -8,32 +8,17 @@ the first while the last are still computed: 165 MB of float32 for a ResNet-50 d
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from detr_fast.recording import Recorder, Recordings
 from detr_fast.training.distributed import World
+from detr_fast.training.step_input import StepInput
 
 MOST_RECORDINGS = 128
 """DETR's augmentation of COCO has about 90 shapes of batches, in steps of 64 pixels."""
 FULL = f"{MOST_RECORDINGS} shapes of batches are captured as CUDA graphs: steps of other shapes run uncaptured."
 Terms = dict[str, Tensor]
-
-
-class StepInput(NamedTuple):
-    """One batch as a step takes it, on the device."""
-
-    images: Tensor
-    """(B, 3, H, W), normalised"""
-    mask: Tensor | None
-    """(B, H, W), True where padded; None: nothing is"""
-    labels: Tensor
-    """(B, T) int64"""
-    boxes_cxcywh: Tensor
-    """(B, T, 4)"""
-    objects: Tensor
-    """(B,) int64, how many of the T are an image's"""
 
 
 class CapturedStep:

@@ -15,25 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detr_fast.config import require
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import CudaRecorder, Recorder
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
-from detr_fast.training.captured import CapturedStep, StepInput, Terms
+from detr_fast.training.captured import CapturedStep, Terms
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
 from detr_fast.training.forward_state import ForwardState, live_buffers
 from detr_fast.training.meter import TermSums
+from detr_fast.training.step_input import OneShape, StepInput, step_input
 
 NO_ROOM = (
     "The memory ran out in a captured step, beside the CUDA graphs. Run without capture or with a smaller "
     "--batch-size; --resume auto goes on from the last checkpoint."
 )
-LEAST_TARGET_ROOM = 16
-"""Objects an image that a captured step's batches have room for at least."""
 
 
 @dataclass
@@ -60,7 +59,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         self.captured: CapturedStep | None = None
         self.names: tuple[str, ...] = ()
-        self.target_room, self.masked = LEAST_TARGET_ROOM, False
+        self.shape: OneShape | None = None
         self.sums = TermSums()
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
@@ -107,6 +106,7 @@ class TrainStep:
         if recorder is None:
             recorder = CudaRecorder(device, benchmark=True)
             self.runtime.reasons["cuDNN"] = "measures each shape's algorithms before it is captured (cudnn.benchmark)"
+        self.shape = OneShape()
         self.captured = CapturedStep(self.micro_batch, self.update, self.trained, self.world, recorder)
 
     def why_not_captured(self) -> str | None:
@@ -172,7 +172,7 @@ class TrainStep:
         """Steps run uncaptured from now on, in the graphs' memory."""
         assert self.captured is not None
         self.captured.forget()
-        self.captured = None
+        self.captured, self.shape = None, None
         self.optimizer.zero_grad(set_to_none=True)
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -208,8 +208,8 @@ class TrainStep:
         have its room for targets, and a mask if it has one, so that shapes are few. Raises UserError where single
         images do not fit.
         """
-        self.target_room = batch.targets.with_room(LEAST_TARGET_ROOM).labels.shape[1]
-        self.masked = batch.padded
+        if self.captured is not None:
+            self.shape = OneShape.of(batch)
         while self._any_rank(not self._fits(batch)):
             self._halve([batch])
             if self.captured is not None:
@@ -228,7 +228,8 @@ class TrainStep:
                 moments += [torch.empty_like(each) for each in self.trained * 2]
             with self._gradients_later(True):
                 for part in batch.split(self.parts):
-                    compute(self._input(part), torch.ones(2, device=self.runtime.device))
+                    given = step_input(part, self.model, self.runtime, self.shape)
+                    compute(given, torch.ones(2, device=self.runtime.device))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -276,24 +277,9 @@ class TrainStep:
                 dist.broadcast(buffer, 0)
 
     def _window(self, batches: list[Batch]) -> tuple[list[StepInput], Tensor]:
-        inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
+        parts = [part for batch in batches for part in batch.split(self.parts)]
+        inputs = [step_input(part, self.model, self.runtime, self.shape) for part in parts]
         return inputs, self._normalizers(inputs)
-
-    def _input(self, batch: Batch) -> StepInput:
-        config, pixels = self.model.config, self.model.implementation.pixels
-        runtime = self.runtime
-        with stage("copy"):
-            batch = batch.to(runtime.device)
-        with stage("pixels"):
-            images, mask = model_input(
-                batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
-            )
-        targets = batch.targets
-        if self.captured is not None:
-            targets = targets.with_room(self.target_room)
-            if mask is None and self.masked:
-                mask = images.new_zeros((len(images), *batch.room), dtype=torch.bool)
-        return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)
 
     def _normalizers(self, inputs: list[StepInput]) -> Tensor:
         """(2,), of all batches and ranks together, for each rank: the gradients are averaged over the ranks
