@@ -186,15 +186,13 @@ class DataOptions(Checked):
     """Shorter side at evaluation in pixels; default: the model's (800)."""
     max_size: int | None = None
     """Bound on the longer side in pixels; default: the model's (1333)."""
-    batch_size: int = 2
-    """Images a step on each device, before accumulation."""
     workers: int | None = None
-    """Processes that read images; default: 4 beside a GPU, none on a CPU, whose cores the model needs itself."""
+    """Processes that read images; default: beside a GPU a core each, one left to it; none on a CPU, whose cores the
+    model needs itself."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"--batch-size must be at least 1, got {self.batch_size}.")
         require(self.workers is None or self.workers >= 0, f"--workers must be at least 0, got {self.workers}.")
         require(
             (self.train_images is None) == (self.train_annotations is None),
@@ -233,8 +231,14 @@ class TrainConfig(DataOptions, RuntimeOptions):
     """A checkpoint to continue, or auto: the output folder's last one, if there is one."""
 
     epochs: int = 300
-    accumulate: int = 1
-    """Batches whose gradients make one optimizer step."""
+    batch_size: int = 0
+    """Images a step on each device, before accumulation; 0: as many as the effective batch leaves to a device."""
+    accumulate: int = 0
+    """Batches whose gradients make one optimizer step; 0: 1, or with an effective batch as many as it takes."""
+    effective_batch: int = 0
+    """Images an update, of all devices and accumulated batches; 0: the recipe's 16 where no --batch-size is given."""
+    scale_lr: bool = False
+    """Multiply the learning rates by the effective batch over the recipe's 16; give --warmup-steps with it."""
     lr: float = 1e-4
     lr_backbone: float = 1e-5
     weight_decay: float = 1e-4
@@ -277,11 +281,14 @@ class TrainConfig(DataOptions, RuntimeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "accumulate", "lr_drop", "eval_every", "log_every"):
+        for name in ("epochs", "lr_drop", "eval_every", "log_every"):
             require(
                 getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}."
             )
-        for name in ("lr", "lr_backbone", "weight_decay", "clip", "warmup_steps", "save_every"):
+        for name in (
+            *("batch_size", "accumulate", "effective_batch"),
+            *("lr", "lr_backbone", "weight_decay", "clip", "warmup_steps", "save_every"),
+        ):
             require(
                 getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}."
             )
@@ -292,13 +299,15 @@ class TrainConfig(DataOptions, RuntimeOptions):
         require(0 < low <= high, f"--crop-range {low} {high}: the smaller side comes first.")
 
 
+RECIPE_BATCH = 16
+"""Images an update that the recipes' learning rates are made for: the original's published runs have 2 on each of 8
+GPUs."""
 RECIPES = {
     "detr_tiny": TrainConfig(
         model="detr_tiny",
         source_position=MODELS["detr_tiny"].source_position,
         backbone_weights="none",
         epochs=6,
-        batch_size=16,
         lr=5e-4,
         lr_backbone=5e-4,
         schedule="cosine",
@@ -321,6 +330,12 @@ class EvaluateConfig(DataOptions, RuntimeOptions):
     """Which annotations to evaluate on: val, test or train."""
     output: str = "runs/evaluation"
     """Folder for evaluation.json and the pictures."""
+    batch_size: int = 2
+    """Images a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch_size >= 1, f"--batch-size must be at least 1, got {self.batch_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,9 @@ from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FrozenBatchNorm2d
 from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
 
+MOST_WORKERS = 16
+"""Processes that read images where none are asked for: they read more than a GPU trains on."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -43,10 +46,14 @@ class Runtime:
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
 
     def workers(self, asked: int | None) -> int:
-        """How many processes read images: as asked, else as the device leaves room for."""
+        """How many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of the
+        cores that it may use, but for one to launch kernels, up to 16."""
         if asked is not None:
             return asked
-        return 4 if self.device.type == "cuda" else 0
+        if self.device.type != "cuda":
+            return 0
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+        return min(max(cores - 1, 1), MOST_WORKERS)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

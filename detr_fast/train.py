@@ -24,6 +24,8 @@ from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
     check_resumed,
+    continued,
+    extremes_of,
     largest_batch,
     make_batches,
     make_data,
@@ -32,10 +34,11 @@ from detr_fast.training.assembly import (
     make_step,
     stored_metadata,
 )
+from detr_fast.training.batch_size import batch_line, with_batches
 from detr_fast.training.checkpoint import load_checkpoint
-from detr_fast.training.data_rate import measure_data
+from detr_fast.training.data_rate import measure_data, training_rate
 from detr_fast.training.distributed import World, joined_world
-from detr_fast.training.first_minute import find_or_measure
+from detr_fast.training.first_minute import tuning_of
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
@@ -85,31 +88,37 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     state = load_resumed(resumed)
     train_set, val_set, config = make_data(options)
     if state:
+        options = continued(options, state)
         check_resumed(state, options, config)
+    options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
     batches_per_epoch = EpochSampler(
         len(train_set), options.batch_size, options.seed, world.rank, world.size
     ).batches_per_epoch
     schedule = make_schedule(options, batches_per_epoch)
     if options.data_only:
-        measure_data(
-            make_batches(options, train_set, runtime, world, (0, 0)), config, runtime, options.workers, console
-        )
+        rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
+        batches = make_batches(options, train_set, runtime, world, (0, 0))
+        measure_data(batches, config, runtime, options.workers, console, rate)
         return 0
     progress = Progress(**state["progress"]) if state else Progress()
-    require(schedule.total_steps > 0, "--accumulate takes more batches than all epochs have. Lower it.")
+    require(
+        schedule.total_steps > 0,
+        "One update takes more batches than all epochs have: lower --accumulate or --effective-batch.",
+    )
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
         return 0
-    runtime = choose_runtime(options, find_or_measure(options, train_set, config, runtime.device, world, console))
+    tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
+    runtime = choose_runtime(options, tuning)
     model = runtime.place(make_model(config, options, train_set, state, console))
     step = make_step(model, options, runtime, world, state)
-    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
-        step.fit(largest_batch(options, config))
     if runtime.capture:
         problem = step.why_not_captured()
         require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
         if problem is None:
             step.capture()
+    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
+        step.fit(largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
@@ -125,7 +134,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
             progress=progress,
-            metadata=stored_metadata(model),
+            metadata=stored_metadata(model) | {"tuning": tuning and tuning.to_dict()},
         )
         with deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)
@@ -179,12 +188,10 @@ def describe(
     model, runtime, processes = step.model, step.runtime, step.world.size
     train_set, val_set = data
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    effective = options.batch_size * options.accumulate * processes
-    batch = f"{options.batch_size} x {options.accumulate} accumulated x {processes} processes"
     lines = {
         "model": f"{options.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
-        "batch": f"{batch} = {effective} images a step" + in_parts(step.parts),
+        "batch": batch_line(options, processes, step.parts),
         "length": f"{options.epochs} epochs, {total_steps} steps",
         **runtime.reasons,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
@@ -195,10 +202,6 @@ def describe(
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
             console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
-
-
-def in_parts(parts: int) -> str:
-    return "" if parts == 1 else f", each batch in {parts} parts to fit into the memory"
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

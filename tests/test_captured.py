@@ -6,17 +6,22 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
-from detr_fast.config import MODELS, RuntimeOptions
+from detr_fast.config import MODELS, Attention, RuntimeOptions, UserError
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.sample import Sample
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import choose_runtime
+from detr_fast.recording import Call, cudnn_benchmark
+from detr_fast.runtime import choose_runtime, select_implementation
+from detr_fast.training.assembly import SHAPE_STEP_PX
+from detr_fast.training.captured import MOST_RECORDINGS
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.meter import Meter
@@ -38,11 +43,12 @@ def make_step(ema: float = 0.0, world: World | None = None) -> TrainStep:
     return TrainStep(model, criterion, optimizer, runtime, world or World(), averaged=averaged, ema_decay=ema)
 
 
-def batch(seed: int, size: tuple[int, int], objects: int, room: bool = True) -> Batch:
+def batch(seed: int, size: tuple[int, int], objects: int, room: bool = True, narrower: int = 8) -> Batch:
+    """Two images, the second one narrower by so many pixels."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index in range(2):
-        own = (size[0], size[1] - 8 * index)
+        own = (size[0], size[1] - narrower * index)
         image = torch.randint(0, 256, (3, *own), dtype=torch.uint8, generator=generator)
         boxes = torch.rand(objects, 4, generator=generator) * 0.3 + 0.2
         labels = torch.randint(0, CONFIG.num_classes, (objects,), generator=generator)
@@ -107,8 +113,8 @@ def test_the_same_numbers_as_without(accumulate: int) -> None:
     for one, other in ((plain.model, captured.model), (plain.averaged, captured.averaged)):
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
             assert torch.equal(mine, theirs)
-    # each of three shapes runs once as it is, and so does the first update
-    assert (recorder.recorded, recorder.replayed) == (3 + 1, 6 + 8)
+    # each of three shapes of micro-batches runs once uncaptured, and so does the first update
+    assert (recorder.recorded, recorder.replayed) == (3 + 1, 9 * accumulate - 3 + 8)
 
 
 def test_room_for_targets_changes_no_term() -> None:
@@ -184,13 +190,144 @@ def test_shapes_without_end_are_run_as_they_are() -> None:
     step, recorder = make_step(), StandIn()
     step.capture(recorder)
     assert step.captured is not None
-    step.captured.windows.most = 1
+    step.captured.micro_batches.most = 1
     for size in (WIDE, WIDE, HIGH):
         step([batch(1, size, 3)])
-    with pytest.warns(UserWarning, match="of other shapes run as they are"):
+    with pytest.warns(UserWarning, match="of other shapes run uncaptured"):
         step([batch(1, HIGH, 3)])
     assert step([batch(1, HIGH, 3)])["loss"].isfinite()
     assert (recorder.ran, recorder.recorded, recorder.replayed) == (4 + 1, 1 + 1, 1 + 4)
+
+
+def test_windows_of_any_shapes_are_made_of_the_same_graphs() -> None:
+    """No two windows are alike, but their micro-batches are: two sizes, with and without padding."""
+    plain, captured, recorder = make_step(), make_step(), StandIn()
+    captured.capture(recorder)
+    for step in (plain, captured):
+        step.parts = 2
+    windows = [(WIDE,), (WIDE, HIGH), (HIGH, WIDE, HIGH), (HIGH, HIGH, WIDE, WIDE)]
+    for number, sizes in enumerate(windows):
+        window = [batch(10 * number + index, size, 3 + index) for index, size in enumerate(sizes)]
+        terms = []
+        for step in (plain, captured):
+            torch.manual_seed(number)
+            schedule(step, number)
+            terms.append({name: value.item() for name, value in step(window).items()})
+        assert terms[1] == terms[0]
+    assert recorder.recorded == 4 + 1
+
+
+def test_the_largest_shape_comes_first_and_nothing_is_trained() -> None:
+    """Afterwards a batch of its shape, with fewer objects and nothing to pad, is a replay."""
+    plain, captured, recorder = make_step(), make_step(), StandIn()
+    before = {name: value.clone() for name, value in captured.model.state_dict().items()}
+    captured.capture(recorder)
+    numbers = torch.get_rng_state()
+    captured.fit(batch(1, WIDE, 20, room=False))
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (2, 1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in captured.model.state_dict().items())
+    assert torch.equal(numbers, torch.get_rng_state()) and not captured.optimizer.state
+    for number, narrower in enumerate((0, 8)):
+        terms = []
+        for step in (plain, captured):
+            torch.manual_seed(number)
+            schedule(step, number)
+            found = step([batch(number, WIDE, 3, room=False, narrower=narrower)])
+            terms.append({name: value.item() for name, value in found.items()})
+        assert terms[1] == pytest.approx(terms[0], rel=1e-4, abs=1e-6)
+    assert (recorder.recorded, recorder.replayed) == (1 + 1, 1 + 2 + 1)
+
+
+@pytest.mark.parametrize("attention", ["ref", "sdpa"])
+def test_a_mask_that_hides_nothing_changes_nothing(attention: Attention) -> None:
+    """So a captured step may give one to every batch. In float64, where rounding cannot hide a difference."""
+    torch.manual_seed(0)
+    model = DETR(replace(CONFIG, dropout=0.0)).eval().double()
+    select_implementation(model, "ref", attention, torch.float64)
+    images, gradients = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
+    for mask in (None, torch.zeros(2, 64, 96, dtype=torch.bool)):
+        model.zero_grad()
+        outputs = model(images, mask)
+        (outputs["pred_boxes"].sum() + outputs["pred_logits"].square().sum()).backward()
+        gradients.append([each.grad for each in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * one.abs().max().item())
+
+
+class Full(StandIn):
+    """On a device whose memory runs out at given calls, counted from 1."""
+
+    def __init__(self, run: int = 0, record: int = 0) -> None:
+        super().__init__()
+        self.run_fails, self.record_fails = run, record
+
+    def run(self, call: Call) -> Any:
+        results = super().run(call)
+        if self.ran == self.run_fails:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return results
+
+    def record(self, call: Call) -> Any:
+        recorded = super().record(call)
+        if self.recorded == self.record_fails:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return recorded
+
+
+def test_a_graph_that_does_not_fit_is_one_notice_and_its_shape_runs_uncaptured() -> None:
+    plain, captured, recorder = make_step(), make_step(), Full(record=3)
+    captured.capture(recorder)
+    with pytest.warns(UserWarning, match="no room for more CUDA graphs") as notices:
+        found = run(captured)
+    assert found == run(plain) and len(notices) == 1
+    assert captured.captured is not None and len(captured.captured.micro_batches.made) == 1
+
+
+def test_a_step_that_does_not_fit_beside_the_graphs_gives_them_up() -> None:
+    """At a new shape, after two steps that were captured; dropout's and batch norm's state is as if it had not been."""
+    plain, captured, recorder = make_step(0.9), make_step(0.9), Full(run=3)
+    captured.capture(recorder)
+    with pytest.warns(UserWarning, match="from now on steps run uncaptured") as notices:
+        found = run(captured)
+    for mine, theirs in zip(found, run(plain), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert len(notices) == 1 and captured.captured is None and recorder.ran == 3
+    for mine, theirs in zip(captured.model.buffers(), plain.model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_of_several_processes_none_gives_its_graphs_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "sum", lambda _, value: value)
+    step = make_step()
+    step.world = World(0, 2, 0)
+    step.capture(Full(run=1))
+    with pytest.raises(UserError, match=r"captured step.*--batch-size"):
+        step([batch(1, WIDE, 3)])
+
+
+def test_what_does_not_fit_beside_its_graph_is_halved() -> None:
+    """The batch's own graph, made and replayed, takes the memory for running it: its halves fit."""
+    step, recorder = make_step(), Full(run=2)
+    step.capture(recorder)
+    step.fit(batch(1, WIDE, 3, room=False))
+    assert step.parts == 2 and recorder.forgotten > 1
+    assert step.captured is not None and len(step.captured.micro_batches.made) == 1
+
+
+def test_a_shape_of_many_sizes_stays_below_what_is_captured() -> None:
+    """Two groups of DETR's augmentation of COCO; benchmarks/NOTES.md has whole epochs."""
+    for batch_size in (4, 16):
+        rooms = {shape.in_steps(SHAPE_STEP_PX).room for seed in range(2) for shape in order_of(batch_size, seed, True)}
+        assert len(rooms) < MOST_RECORDINGS
+
+
+def test_cudnn_measures_only_where_asked() -> None:
+    assert not torch.backends.cudnn.benchmark
+    with pytest.raises(ValueError), cudnn_benchmark(True):
+        assert torch.backends.cudnn.benchmark
+        raise ValueError
+    with cudnn_benchmark(False):
+        assert not torch.backends.cudnn.benchmark
 
 
 def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,4 +382,4 @@ def test_several_processes_that_record_at_different_steps(tmp_path: Path) -> Non
         assert all(map(torch.equal, rank["captured"]["weights"], rank["plain"]["weights"]))
     assert all(map(torch.equal, ranks[0]["captured"]["weights"], ranks[1]["captured"]["weights"]))
     assert ranks[0]["captured"]["terms"] != ranks[1]["captured"]["terms"]
-    assert [rank["captured"]["counts"] for rank in ranks] == [(4 + 1, 8 + 11), (3 + 1, 9 + 11)]
+    assert [rank["captured"]["counts"] for rank in ranks] == [(2 + 1, 16 + 11)] * 2

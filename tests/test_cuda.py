@@ -102,6 +102,19 @@ def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attenti
         assert (mine - theirs).norm() <= 1e-3 * max(1.0, mine.norm().item())
 
 
+def test_the_largest_shape_is_captured_first() -> None:
+    """Smaller ones then take no more memory for their graphs than it did, but for the gradients' first calls."""
+    step = make_step("auto", "auto", "bf16")
+    step.capture()
+    step.fit(make_batch())
+    assert step.captured is not None and step.parts == 1 and not torch.backends.cudnn.benchmark
+    assert len(step.captured.micro_batches.made) == 1
+    for batch in (make_batch(), make_batch().split(3)[0], make_batch().split(3)[0]):
+        assert step([batch])["loss"].isfinite()
+    one, other = (each.inputs[0].images for each in step.captured.micro_batches.made.values())
+    assert one.data_ptr() == other.data_ptr()
+
+
 def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
     """The scale lies on the device: a replay halves it and leaves the weights as they are, without the host."""
     step, factor = make_step("auto", "auto", "fp16"), torch.ones((), device="cuda")

@@ -32,6 +32,15 @@ def test_it_says_how_many_images_a_second(
     assert not (tmp_path / "run").exists()
 
 
+def test_reading_is_compared_with_an_earlier_runs_training(tmp_path: Path) -> None:
+    """Its log has 80 images/s on two devices, where a fifth of the time went by waiting: without, each takes 50."""
+    assert data_rate.training_rate(tmp_path / "none.csv", 1) is None
+    log = tmp_path / "metrics.csv"
+    log.write_text("kind,step,images_per_second,data_wait_share\ntrain,1,80,0.2\nval,1,,\ntrain,2,80,0.2\n")
+    assert data_rate.training_rate(log, 2) == pytest.approx(50)
+    assert data_rate.verdict(60, 50) == "reading keeps up" and "--workers" in data_rate.verdict(40, 50)
+
+
 def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images a second as read are those that came, over the time that it took."""
     monkeypatch.setattr(data_rate, "SECONDS", 0.4)

@@ -17,14 +17,16 @@ from detr_fast.data.sample import Sample
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import main
-from detr_fast.training.assembly import largest_batch
+from detr_fast.training.assembly import Extremes, extremes_of, largest_batch, make_data
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
+from tests.stand_in import StandIn
 
 CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
+EXTREMES = Extremes(objects=10, mixed=False, padded=False)
 
 
 def bound(model: DETR, room: list[int]) -> None:
@@ -92,7 +94,7 @@ def test_parts_are_halved_until_they_fit_and_nothing_is_trained(holds: int, part
     step.model.train()  # whose batch norm gathers statistics
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     numbers = torch.get_rng_state()
-    step.fit(largest_batch(OPTIONS, CONFIG))
+    step.fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
     assert step.parts == parts
     assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
     assert all(parameter.grad is None for parameter in step.trained) and not step.optimizer.state
@@ -102,7 +104,7 @@ def test_parts_are_halved_until_they_fit_and_nothing_is_trained(holds: int, part
 
 def test_an_image_that_does_not_fit_is_one_clear_error() -> None:
     with pytest.raises(UserError, match=r"64x64 pixels.*--checkpoint-activations"):
-        make_step(0).fit(largest_batch(OPTIONS, CONFIG))
+        make_step(0).fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
 
 
 @pytest.mark.parametrize("holds", [3, 1])
@@ -161,10 +163,30 @@ def test_a_run_says_that_its_memory_ran_out(
     assert capsys.readouterr().out.count("The memory ran out: from now on each batch is computed in 2 parts.") == 1
 
 
-def test_the_largest_batch_is_as_large_as_training_can_ask_for() -> None:
-    largest = largest_batch(replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3), CONFIG)
-    assert largest.room == (832, 1344) and len(largest.images) == 3
-    assert largest.targets.labels.shape == (3, CONFIG.num_queries)
+@pytest.mark.parametrize(
+    ("extremes", "room", "size"),
+    [
+        (Extremes(20, mixed=False, padded=True), (832, 1344), (831, 1343)),
+        (Extremes(0, mixed=True, padded=False), (1344, 1344), (1344, 1344)),
+    ],
+)
+def test_the_largest_batch_is_as_large_as_training_can_ask_for(
+    extremes: Extremes, room: tuple[int, int], size: tuple[int, int]
+) -> None:
+    options = replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3)
+    largest = largest_batch(options, CONFIG, extremes)
+    assert largest.room == room and set(largest.images.sizes) == {size} and len(largest.images) == 3
+    assert largest.padded == extremes.padded and largest.targets.labels.shape == (3, extremes.objects)
+
+
+def test_what_training_can_meet_is_known_from_the_annotations(shapes_root: Path) -> None:
+    options = replace(RECIPES["detr_tiny"], data=str(shapes_root), model="detr_tiny")
+    train_set, _, _ = make_data(options)
+    most = max(len(record.labels) for record in train_set.records)
+    assert extremes_of(options, train_set, 256) == (most, False, False)
+    assert extremes_of(options, train_set, 256 + 3) == (most, True, False)
+    several = replace(options, train_sizes=(48, 64), buckets=False)
+    assert extremes_of(several, train_set, 256) == (most, True, True)
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
@@ -172,9 +194,14 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     with joined_world(torch.device("cpu")) as world:
         step = make_step(2 if rank == 0 else 99, world)
-        step.fit(largest_batch(OPTIONS, CONFIG))
+        step.fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
         terms = step([batch().split(2)[1]])
-        torch.save({"parts": step.parts, "norm": terms["grad_norm"]}, Path(folder) / f"{rank}.pt")
+        captured = make_step(2 if rank == 0 else 99, world)
+        captured.capture(StandIn())
+        captured.fit(largest_batch(OPTIONS, CONFIG, EXTREMES))
+        same = captured([batch().split(2)[1]])
+        found = {"parts": (step.parts, captured.parts), "norm": terms["grad_norm"], "captured": same["grad_norm"]}
+        torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
@@ -183,5 +210,6 @@ def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["parts"] == second["parts"] == 2
+    assert first["parts"] == second["parts"] == (2, 2)
+    assert first["captured"].item() == pytest.approx(first["norm"].item(), rel=1e-5)
     assert first["norm"].item() == pytest.approx(second["norm"].item(), rel=1e-6)

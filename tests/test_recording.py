@@ -19,6 +19,7 @@ from detr_fast.evaluation.inference import collect_detections, forward_of, repla
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import frozen
+from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import Recordings
 from detr_fast.runtime import select_implementation
 from tests.stand_in import StandIn
@@ -113,6 +114,41 @@ def test_shapes_past_the_most_run_as_they_are() -> None:
         image = photograph(seed, *size)
         require_same(recorded.predict(image, threshold=0.0)[0], plain.predict(image, threshold=0.0)[0])
     assert (recorder.ran, recorder.recorded, recorder.replayed) == (1 + 3, 1, 3)
+
+
+def test_a_large_batch_is_captured_at_its_fourth_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launches cost little beside it, and a capture as much as some calls."""
+    plain, recorded, recorder = make_model()
+    monkeypatch.setattr("detr_fast.evaluation.inference.SMALL_BATCH_PX", 64 * 64)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for call in range(1, 6):
+            found = replayed(recorded, images, None)
+            assert torch.equal(found["pred_boxes"], plain(images, None)["pred_boxes"])
+            assert (recorder.ran, recorder.recorded) == (min(call, 3), int(call >= 4))
+        for _ in range(2):
+            replayed(recorded, images[:1], None)
+        assert (recorder.ran, recorder.recorded) == (3 + 1, 1 + 1)
+
+
+def test_shapes_share_the_memory_that_inputs_are_copied_into() -> None:
+    _, recorded, _ = make_model()
+    assert recorded.recordings is not None
+    with torch.no_grad():
+        for height in (64, 64, 48, 48):
+            images = torch.randn(1, 3, height, 64).contiguous(memory_format=torch.channels_last)
+            replayed(recorded, images, torch.zeros(1, height, 64, dtype=torch.bool))
+    one, other = (recording.inputs for recording in recorded.recordings.made.values())
+    assert one[0].data_ptr() == other[0].data_ptr() and one[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(each.data_ptr() % 64 == 0 for each in (*one, *other))
+
+
+def test_every_library_says_in_its_own_way_that_memory_ran_out() -> None:
+    texts = ("CUDA out of memory. Tried", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED when")
+    assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    others = (RuntimeError("CUDA error: invalid argument"), ValueError("CUDA out of memory"), None)
+    assert not any(map(is_out_of_memory, others))
 
 
 def test_what_no_longer_holds_is_dropped() -> None:

@@ -171,6 +171,18 @@ def test_a_resumed_run_keeps_the_options_it_was_started_with(shapes_root: Path, 
     assert (resumed.lr, resumed.data, resumed.batch_size) == (3e-4, str(shapes_root), 8)
 
 
+def test_a_run_without_a_batch_size_is_resumed_with_its_own(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """48 images make three updates of 16 an epoch."""
+    for epochs, resume in ((1, None), (2, "auto")):
+        assert main(options(shapes_root, tmp_path, epochs=epochs, batch_size=0, resume=resume)) == 0
+        assert "16 x 1 accumulated x 1 processes = 16 images a step" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == 6
+    stored = load_checkpoint(tmp_path / "checkpoints" / "last.pt")["options"]
+    assert (stored["batch_size"], stored["accumulate"], stored["effective_batch"]) == (16, 1, 16)
+
+
 def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path, tmp_path: Path) -> None:
     """FAULTS row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
     with pytest.raises(UserError, match=r"step \d+.*--lr"):

@@ -180,7 +180,7 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
 
     def look(device: str, **changes: Any) -> Tuning | None:
         changed = replace(options, **changes)
-        return first_minute.find_or_measure(changed, train_set, config, torch.device(device), World(), say)
+        return first_minute.find_or_measure(changed, train_set, config, torch.device(device), say)
 
     for quiet in ({"tune": False}, {"kernels": "ref"}, {"kernels": "triton"}):
         assert look("cuda", **quiet) is None
@@ -189,6 +189,22 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
     (arguments,) = asked
     text = " ".join(arguments)
     assert "--model detr_tiny" in text and "--size 64x64" in text and "--batch-size 4" in text and "--minutes 1" in text
+
+
+@pytest.mark.parametrize("began_with", [None, make(precision="fp32")])
+def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that was made since would change its numbers; on another machine it is looked for anew."""
+    monkeypatch.setattr(first_minute, "find_or_measure", lambda *_: "anew")
+
+    def look(state: Any) -> Any:
+        return first_minute.tuning_of(state, TrainConfig(), None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
+
+    state = {"tuning": began_with and json.loads(json.dumps(began_with.to_dict()))}
+    assert look(state) == began_with
+    assert look(None) == "anew"
+    if began_with:
+        monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
+        assert look(state) == "anew"
 
 
 def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.coco import Category
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
+from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import CudaRecorder, Recordings
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
@@ -23,7 +24,11 @@ IMAGE_ID, X, Y, WIDTH, HEIGHT, SCORE, CATEGORY_ID = range(7)
 """Columns of the rows (N, 7) float64; boxes are in pixels of the original image."""
 NAMED_AT_MOST = 10
 MOST_RECORDINGS = 32
-"""Each keeps a copy of its input: 51 MB of eight images of 800x1333 in bf16."""
+SMALL_BATCH_PX = 4_000_000
+"""Pixels that a GPU takes as long for as the host for launching the forward pass, about 5 ms: four images of 800x1066.
+Such batches gain from a CUDA graph, larger ones little."""
+UNCAPTURED_CALLS = {"small": 1, "large": 3}
+"""Of a shape, before it is captured, which costs as much as some forward passes (0.1 s)."""
 
 
 # no_grad and not inference_mode: what a module might cache here must stay usable in training
@@ -66,14 +71,20 @@ def forward_of(model: DETR, runtime: Runtime) -> Any:
 
 
 def replayed(model: DETR, images: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-    """`pred_logits` and `pred_boxes` as the model's, from its recordings; a later call leaves them as they are."""
+    """Computes `pred_logits` and `pred_boxes` as the model does, from its graph cache.
+
+    A small batch's shape is captured at its second call, a large one's at its fourth. A later call leaves the results
+    as they are.
+    """
     assert model.recordings is not None
 
     def last_layer(given: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
         outputs = model(*given)
         return {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
 
-    return {name: value.clone() for name, value in model.recordings(last_layer, (images, mask)).items()}
+    batch, _, height, width = images.shape
+    size = "small" if batch * height * width <= SMALL_BATCH_PX else "large"
+    return model.recordings(last_layer, (images, mask), UNCAPTURED_CALLS[size])
 
 
 def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +130,9 @@ def forward_in_parts(
     try:
         outputs = forward(images, mask)
         return outputs["pred_logits"], outputs["pred_boxes"]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if len(images) == 1:
             height, width = images.shape[-2:]
             raise UserError(

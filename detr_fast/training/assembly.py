@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -11,9 +12,10 @@ from detr_fast.config import ModelConfig, TrainConfig, model_config, require
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import Buckets
+from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
+from detr_fast.training.batch_size import lr_factor
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
 from detr_fast.training.optimizer import Schedule, build_optimizer
@@ -32,6 +34,12 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     config = model_config(options.model, num_classes=train_set.num_classes, **changes)
     train_set.warn_if_queries_are_few(config.num_queries)
     return train_set, build_dataset(options, "val", config, categories=train_set.categories), config
+
+
+def continued(options: TrainConfig, state: dict[str, Any]) -> TrainConfig:
+    """Returns the options with the stored run's batches, where none are asked for."""
+    names = ("batch_size", "accumulate", "effective_batch")
+    return replace(options, **{name: getattr(options, name) or state["options"].get(name, 0) for name in names})
 
 
 def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
@@ -71,10 +79,11 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
 def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: State) -> TrainStep:
     """The step around a model that is in its place already."""
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
+    factor = lr_factor(options, world.size)
     step = TrainStep(
         model=model,
         criterion=criterion,
-        optimizer=build_optimizer(model, options.lr, options.lr_backbone, options.weight_decay),
+        optimizer=build_optimizer(model, options.lr * factor, options.lr_backbone * factor, options.weight_decay),
         runtime=runtime,
         world=world,
         clip=options.clip,
@@ -107,20 +116,50 @@ def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:
     return Schedule(options.schedule, steps(options.epochs), steps(options.lr_drop), options.warmup_steps)
 
 
-def largest_batch(options: TrainConfig, config: ModelConfig) -> Batch:
-    """The largest that training can meet: gray images, each with as many objects as there are queries."""
+class Extremes(NamedTuple):
+    """What a run's batches may be at the most."""
+
+    objects: int
+    """Of one image."""
+    mixed: bool
+    """A batch may hold wide and high images."""
+    padded: bool
+    """Images may be smaller than their batch."""
+
+
+def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
+    """Looks at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
+    rest of an epoch too, if it is so small."""
+    records = train_set.records
+    sizes = {(record.height, record.width) for record in records}
+    drawn = len(options.train_sizes) > 1 or bool(options.crop_sizes)
+    return Extremes(
+        objects=max(len(record.labels) for record in records),
+        mixed=not options.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
+        padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.plan(0, 0).size),
+    )
+
+
+LEAST_ARRANGED = 16
+"""From so many batches on, those of like shape are never larger than the largest image, in steps of 64 pixels."""
+
+
+def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
+    """Makes the largest batch that training can meet: gray images, with room for as many targets as any has."""
     sides = max(options.train_sizes), options.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
-    queries = config.num_queries
+    if extremes.mixed:
+        height = width
+    size = height - extremes.padded, width - extremes.padded
     sample = Sample(
         image=torch.full((3, 1, 1), 128, dtype=torch.uint8),
-        labels=torch.zeros(queries, dtype=torch.int64),
-        boxes_cxcywh=torch.full((queries, 4), 0.5),
+        labels=torch.zeros(extremes.objects, dtype=torch.int64),
+        boxes_cxcywh=torch.full((extremes.objects, 4), 0.5),
         image_id=0,
-        original_size=(height, width),
-        size=(height, width),
+        original_size=size,
+        size=size,
     )
-    return collate([sample] * options.batch_size)
+    return collate([sample] * options.batch_size, room=(height, width))
 
 
 SHAPE_STEP_PX = 64

@@ -1,74 +1,77 @@
-"""The optimizer step as two recordings: the gradients, one for each shape of the window's batches, and the update.
+"""The optimizer step as CUDA graphs: the gradients, one graph for each shape of a micro-batch, and the update.
 
-From the model's input to the last write of AdamW and the average, with the assignment inside. What several processes
-exchange lies between and before: a rank that meets a new shape runs while another replays, so no recording may hold a
+From the model's input to the last write of AdamW and the EMA model, with the assignment inside. What several processes
+exchange lies between and before: a rank that meets a new shape runs while another replays, so no graph may hold a
 collective. Their gradients are averaged by one call after the backward pass, where DistributedDataParallel exchanges
 the first while the last are still computed: 165 MB of float32 for a ResNet-50 detector, which nothing hides.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from detr_fast.recording import Recorder, Recordings
 from detr_fast.training.distributed import World
+from detr_fast.training.step_input import StepInput
 
 MOST_RECORDINGS = 128
-"""DETR's augmentation of COCO has about 80 shapes of batches, in steps of 64 pixels."""
-FULL = f"{MOST_RECORDINGS} shapes of batches are recorded: steps of other shapes run as they are."
+"""DETR's augmentation of COCO has about 90 shapes of batches, in steps of 64 pixels."""
+FULL = f"{MOST_RECORDINGS} shapes of batches are captured as CUDA graphs: steps of other shapes run uncaptured."
 Terms = dict[str, Tensor]
 
 
-class StepInput(NamedTuple):
-    """One batch as a step takes it, on the device."""
-
-    images: Tensor
-    """(B, 3, H, W), normalised"""
-    mask: Tensor | None
-    """(B, H, W), True where padded; None: nothing is"""
-    labels: Tensor
-    """(B, T) int64"""
-    boxes_cxcywh: Tensor
-    """(B, T, 4)"""
-    objects: Tensor
-    """(B,) int64, how many of the T are an image's"""
-
-
 class CapturedStep:
-    """`gradients`, added to the parameters' `.grad`, and `update`, each as a recording.
+    """`gradients` of one micro-batch, added to the parameters' `.grad`, and `update`, each from a graph cache.
 
     The gradients of all shapes lie in one tensor, which is in no graph's memory: it is what several processes average,
-    and what the one recording of the update reads. A parameter that no loss depends on has gradient zero.
+    and what the one graph of the update reads. A parameter that no loss depends on has gradient zero.
     """
 
     def __init__(
         self,
-        gradients: Callable[[list[StepInput], Tensor], Terms],
+        gradients: Callable[[StepInput, Tensor], Terms],
         update: Callable[[], Terms],
         parameters: Sequence[nn.Parameter],
         world: World,
         recorder: Recorder,
     ) -> None:
-        self.gradients = gradients
-        self.update = update
+        self._gradients = gradients
+        self._update = update
         self.world = world
+        self.recorder = recorder
         self.flat = flat_gradients(parameters)
-        self.windows = Recordings(recorder, MOST_RECORDINGS, FULL)
+        self.micro_batches = Recordings(recorder, MOST_RECORDINGS, FULL)
         self.updates = Recordings(recorder, 1)
 
-    def __call__(self, inputs: list[StepInput], normalizers: Tensor) -> Terms:
-        terms = self.windows(self._gradients, (inputs, normalizers))
-        self.world.sum(self.flat)
-        return terms | self.updates(lambda _: self.update(), ())
-
-    def _gradients(self, window: tuple[list[StepInput], Tensor]) -> Terms:
+    def gradients(self, inputs: Sequence[StepInput], normalizers: Tensor) -> list[Terms]:
+        """Computes those of a whole step, averaged over all processes; returns each micro-batch's terms."""
         self.flat.zero_()
-        terms = self.gradients(*window)
+        terms = [self.micro_batches(self._of_micro_batch, (given, normalizers)) for given in inputs]
         if self.world.size > 1:
-            self.flat.div_(self.world.size)
+            self.world.sum(self.flat.div_(self.world.size))
         return terms
+
+    def update(self) -> Terms:
+        return self.updates(lambda _: self._update(), ())
+
+    def replays(self, inputs: Sequence[StepInput], normalizers: Tensor) -> bool:
+        """Returns whether the gradients' graphs are all there, so that computing them takes no more memory."""
+        return all((given, normalizers) in self.micro_batches for given in inputs)
+
+    def try_out(self, given: StepInput, normalizers: Tensor) -> None:
+        """Captures one micro-batch's gradients, and takes the memory that it takes to run others beside the graph."""
+        for _ in range(2):
+            self.micro_batches(self._of_micro_batch, (given, normalizers))
+        self.recorder.run(lambda: self._gradients(given, normalizers))
+
+    def forget(self) -> None:
+        """Gives the memory of all graphs back."""
+        for cache in (self.micro_batches, self.updates):
+            cache.forget()
+
+    def _of_micro_batch(self, inputs: tuple[StepInput, Tensor]) -> Terms:
+        return self._gradients(*inputs)
 
 
 ALIGNMENT = 128

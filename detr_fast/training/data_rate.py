@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -9,16 +11,31 @@ from rich.console import Console
 from detr_fast.config import ModelConfig
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.runtime import Runtime
+from detr_fast.training.metrics_log import read_rows
 
 WARM_UP_BATCHES = 2
 SECONDS = 10.0
 """Read for this long, each way."""
 
 
+def training_rate(metrics: Path, processes: int) -> float | None:
+    """Returns the images a second that each device trains on by an earlier run's log, were there always data; None
+    where there is no such log."""
+    rows = [row for row in read_rows(metrics) if row["kind"] == "train"]
+    busy = [float(row["images_per_second"]) / max(1 - float(row["data_wait_share"]), 1e-3) for row in rows]
+    return median(busy) / processes if busy else None
+
+
 def measure_data(
-    batches: Iterator[Batch], config: ModelConfig, runtime: Runtime, workers: int | None, console: Console
+    batches: Iterator[Batch],
+    config: ModelConfig,
+    runtime: Runtime,
+    workers: int | None,
+    console: Console,
+    wanted: float | None = None,
 ) -> None:
-    """Prints images a second as read, and as read and made a model's input on the device, and the padding."""
+    """Prints images a second as read, and as read and made a model's input on the device, and the padding; and whether
+    that is enough for training at `wanted` images a second, where that is known."""
     readers = runtime.workers(workers)
     cores = f"{readers} workers" if readers else "this process alone"
 
@@ -43,3 +60,10 @@ def measure_data(
             highlight=False,
             soft_wrap=True,
         )
+    if wanted is not None:
+        found = f"{wanted:.0f} images/s on this device, by the output folder's log: {verdict(rate, wanted)}"
+        console.print(f"{'training':>18}  {found}", highlight=False, soft_wrap=True)
+
+
+def verdict(rate: float, wanted: float) -> str:
+    return "reading keeps up" if rate >= wanted else "reading is slower: raise --workers"

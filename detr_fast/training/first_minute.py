@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from rich.console import Console
 from detr_fast.config import ModelConfig, TrainConfig
 from detr_fast.data.coco import CocoDataset
 from detr_fast.training.distributed import World
-from detr_fast.tuning import Case, Tuning, find
+from detr_fast.tuning import Case, Tuning, environment, find
 
 TYPICAL_IMAGES = 256
 """Of which the mean size stands for the data set."""
@@ -30,21 +31,42 @@ def typical_size(train_set: CocoDataset) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def find_or_measure(
-    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, world: World, say: Console
+def tuning_of(
+    state: dict[str, Any] | None,
+    options: TrainConfig,
+    train_set: CocoDataset,
+    config: ModelConfig,
+    device: torch.device,
+    world: World,
+    say: Console,
 ) -> Tuning | None:
-    """The main process's entry, for all processes, which have to run alike; None where there is none, or none is
-    wanted."""
+    """What the main process finds, for all, which have to run alike.
+
+    A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
+    same to the bit; else `find_or_measure` says.
+    """
+    if not world.is_main:
+        return world.broadcast(None)
+    stored = state.get("tuning") if state else None
+    if state and (stored is None or stored["environment"] == environment(device)):
+        return world.broadcast(Tuning.from_dict(stored) if stored else None)
+    return world.broadcast(find_or_measure(options, train_set, config, device, say))
+
+
+def find_or_measure(
+    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, say: Console
+) -> Tuning | None:
+    """The entry of a run's case, made first where there is none on a GPU; None where none is wanted."""
     if not options.tune or options.kernels == "ref":
         return None
     size = typical_size(train_set)
     case = Case.of(config, "training", options.batch_size, *size)
-    found = find(device, case) if world.is_main else None
-    if world.is_main and found is None and device.type == "cuda" and options.kernels == "auto":
+    found = find(device, case)
+    if found is None and device.type == "cuda" and options.kernels == "auto":
         say.print(f"Nothing was measured here for {case.text()}: measuring, at most {MINUTES:.0f} minute (--no-tune).")
         measure(list(arguments(options, config, size)), say)
         found = find(device, case)
-    return world.broadcast(found)
+    return found
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:

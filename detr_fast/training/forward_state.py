@@ -1,16 +1,21 @@
 """What a forward pass in training changes besides gradients, so that one which failed can be as if it had not been."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def live_buffers(model: nn.Module) -> list[Tensor]:
+    """Returns the buffers that training changes: live batch norm's statistics. Those of frozen norms are constants."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 class ForwardState:
     """Live batch norm's statistics and the random numbers' state, of the CPU and of `device`, as they are now."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-        self.buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        self.buffers = [(buffer, buffer.clone()) for buffer in live_buffers(model)]
         self.device = device
         self.numbers = torch.get_rng_state()
         self.device_numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

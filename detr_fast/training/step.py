@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
@@ -14,17 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detr_fast.config import require
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
+from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import CudaRecorder, Recorder
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage
-from detr_fast.training.captured import CapturedStep, StepInput, Terms
+from detr_fast.training.captured import CapturedStep, Terms
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World
-from detr_fast.training.forward_state import ForwardState
+from detr_fast.training.forward_state import ForwardState, live_buffers
 from detr_fast.training.meter import TermSums
+from detr_fast.training.step_input import OneShape, StepInput, step_input
+
+NO_ROOM = (
+    "The memory ran out in a captured step, beside the CUDA graphs. Run without capture or with a smaller "
+    "--batch-size; --resume auto goes on from the last checkpoint."
+)
 
 
 @dataclass
@@ -45,11 +53,13 @@ class TrainStep:
     averaged: DETR | None = None
     ema_decay: float = 0.0
     parts: int = 1
-    """How many pieces each batch is computed in, one after another, to fit into the memory; the step is the same, but
-    for live batch norm."""
+    """Micro-batches that each batch is computed in, one after another, to fit into the memory; the step is the same,
+    but for live batch norm."""
 
     def __post_init__(self) -> None:
         self.captured: CapturedStep | None = None
+        self.names: tuple[str, ...] = ()
+        self.shape: OneShape | None = None
         self.sums = TermSums()
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
@@ -66,19 +76,24 @@ class TrainStep:
         """The step's terms as device scalars, of all its batches on this rank, and `grad_norm` before clipping.
 
         Where the memory runs out, `parts` is doubled and the gradients are computed again, as if that had been so from
-        the step's beginning; UserError where single images do not fit. Not so, but torch's error: of several processes,
-        as the others would wait for the gradients of one that begins again, and of a captured step.
+        the step's beginning; UserError where single images do not fit. A captured step first gives its graphs up: it
+        and all later ones run uncaptured. Not so with several processes, as the others would wait for the gradients of
+        one that begins again: then it is an error.
         """
         if self.captured is not None:
-            return self.captured(*self._window(batches))
+            terms = self._captured_gradients(self.captured, batches)
+            if terms is not None:
+                return terms | self.captured.update()
+            self._give_graphs_up()
         with stage("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         return self._gradients_that_fit(batches) | self.update()
 
     def capture(self, recorder: Recorder | None = None) -> None:
-        """From now on steps are recorded and replayed as CUDA graphs, one for each shape; the numbers stay the same.
+        """From now on steps are captured and replayed as CUDA graphs, one for each shape; the numbers stay the same.
+        `fit` comes afterwards: it captures the largest shape first, whose memory all others then use again.
 
-        `recorder`: what records them; default: CUDA graphs, for which `why_not_captured` must be None.
+        `recorder`: what captures them; default: CUDA graphs, for which `why_not_captured` must be None.
         """
         device = self.runtime.device
         if self.world.size > 1:  # DistributedDataParallel would exchange gradients within the backward pass
@@ -88,9 +103,11 @@ class TrainStep:
             # read where it lies at each replay
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
             group["capturable"] = device.type == "cuda"
-        self.captured = CapturedStep(
-            self.gradients, self.update, self.trained, self.world, recorder or CudaRecorder(device)
-        )
+        if recorder is None:
+            recorder = CudaRecorder(device, benchmark=True)
+            self.runtime.reasons["cuDNN"] = "measures each shape's algorithms before it is captured (cudnn.benchmark)"
+        self.shape = OneShape()
+        self.captured = CapturedStep(self.micro_batch, self.update, self.trained, self.world, recorder)
 
     def why_not_captured(self) -> str | None:
         """Why its steps cannot be CUDA graphs; None where they can."""
@@ -104,19 +121,62 @@ class TrainStep:
         return None
 
     def gradients(self, inputs: list[StepInput], normalizers: Tensor) -> Terms:
-        """Of a window's batches on the device, added to what `.grad` holds; returns their terms, and adds them to
-        `sums`. Nothing here or in `update` is read on the host or comes from it."""
-        terms: Terms = {}
-        for index, (images, mask, *targets) in enumerate(inputs):
+        """Adds a step's gradients, its micro-batches' on the device, to what `.grad` holds; returns their terms, and
+        adds them to `sums`. Nothing here or in `update` is read on the host or comes from it."""
+        parts = []
+        for index, given in enumerate(inputs):
             with self._gradients_later(index < len(inputs) - 1):
-                part = self._backward(images, mask, Targets(*targets), Normalizers(*normalizers.unbind()))
-            with stage("loss"):
-                for name, value in part.items():
-                    share = value / len(inputs) if "error" in name else value  # losses are shares of the joined batch's
-                    terms[name] = terms[name] + share if name in terms else share
+                parts.append(self.micro_batch(given, normalizers))
+        return self._joined(parts)
+
+    def micro_batch(self, given: StepInput, normalizers: Tensor) -> Terms:
+        """Adds one micro-batch's gradients to what `.grad` holds; returns its `losses` (N,) and `errors` (M,), whose
+        names are in `names` from then on."""
+        images, mask, *targets = given
+        terms = self._backward(images, mask, Targets(*targets), Normalizers(*normalizers.unbind()))
         with stage("loss"):
+            errors = [name for name in terms if "error" in name]
+            losses = [name for name in terms if "error" not in name]
+            self.names = (*losses, *errors)
+            return {
+                "losses": torch.stack([terms[name].float() for name in losses]),
+                "errors": torch.stack([terms[name].float() for name in errors]),
+            }
+
+    def _joined(self, parts: list[Terms]) -> Terms:
+        """The terms of a step from its micro-batches': losses add up, as each is its share of the joined batch's, and
+        errors are averaged."""
+        with stage("loss"):
+            losses, errors = (reduce(torch.add, [part[name] for part in parts]) for name in ("losses", "errors"))
+            values = torch.cat((losses, errors / len(parts)))
+            terms = dict(zip(self.names, values.unbind(), strict=True))
             self.sums.add(terms)
         return terms
+
+    def _captured_gradients(self, captured: CapturedStep, batches: list[Batch]) -> Terms | None:
+        """None, and all as before, where the memory runs out. Raises UserError where other processes wait meanwhile."""
+        inputs, normalizers = self._window(batches)
+        if captured.replays(inputs, normalizers):
+            return self._joined(captured.gradients(inputs, normalizers))
+        before = ForwardState(self.model, self.runtime.device)
+        try:
+            return self._joined(captured.gradients(inputs, normalizers))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            require(self.world.size == 1, NO_ROOM)
+        before.restore()
+        return None
+
+    def _give_graphs_up(self) -> None:
+        """Steps run uncaptured from now on, in the graphs' memory."""
+        assert self.captured is not None
+        self.captured.forget()
+        self.captured, self.shape = None, None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn("The memory ran out beside the CUDA graphs: from now on steps run uncaptured.")
 
     def update(self) -> Terms:
         """The optimizer's step and the average, from the gradients that lie in `.grad`. The scale of fp16's loss stays
@@ -141,25 +201,41 @@ class TrainStep:
         return terms
 
     def fit(self, batch: Batch) -> None:
-        """Doubles `parts` until a batch as large as `batch` fits into the memory of every rank. Nothing is trained.
+        """Doubles `parts` until `batch`, as large as any to come, fits into the memory of every rank. Nothing is
+        trained.
 
-        Raises UserError where single images do not fit.
+        Where steps are captured, this shape is captured first, and it has to fit beside its graph; later batches then
+        have its room for targets, and a mask if it has one, so that shapes are few. Raises UserError where single
+        images do not fit.
         """
+        if self.captured is not None:
+            self.shape = OneShape.of(batch)
         while self._any_rank(not self._fits(batch)):
             self._halve([batch])
+            if self.captured is not None:
+                self.captured.forget()
+        if self.runtime.device.type == "cuda":  # what is logged is to be the run's
+            torch.cuda.reset_peak_memory_stats(self.runtime.device)
 
     def _fits(self, batch: Batch) -> bool:
-        """Whether its parts' gradients can be computed here; buffers and random numbers are as before afterwards."""
+        """Whether its micro-batches' gradients can be computed here, beside the optimizer's moments; buffers and random
+        numbers are as before afterwards."""
         before = ForwardState(self.model, self.runtime.device)
-        normalizers = Normalizers(*torch.ones(2, device=self.runtime.device).unbind())
+        compute = self.micro_batch if self.captured is None else self.captured.try_out
+        moments: list[Tensor] = []
         try:
+            if not self.optimizer.state:
+                moments += [torch.empty_like(each) for each in self.trained * 2]
             with self._gradients_later(True):
                 for part in batch.split(self.parts):
-                    images, mask, *targets = self._input(part)
-                    self._backward(images, mask, Targets(*targets), normalizers)
-        except torch.OutOfMemoryError:
+                    given = step_input(part, self.model, self.runtime, self.shape)
+                    compute(given, torch.ones(2, device=self.runtime.device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
+            moments.clear()
             self._begin_again(before)
         return True
 
@@ -169,8 +245,8 @@ class TrainStep:
         while True:
             try:
                 return self.gradients(*self._window(batches))
-            except torch.OutOfMemoryError:
-                if self.world.size > 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.world.size > 1:
                     raise
             self._halve(batches)
             self._begin_again(before)  # outside of the handler, whose traceback keeps what was computed
@@ -185,7 +261,8 @@ class TrainStep:
         self.parts *= 2
 
     def _begin_again(self, before: ForwardState) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.captured is None:  # whose gradients are zeroed in place
+            self.optimizer.zero_grad(set_to_none=True)
         before.restore()
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -196,24 +273,13 @@ class TrainStep:
     def share_buffers(self) -> None:
         """Gives every rank the main one's batch norm statistics: each has gathered those of its own batches."""
         if self.world.size > 1:
-            for buffer in self.model.buffers():
+            for buffer in live_buffers(self.model):
                 dist.broadcast(buffer, 0)
 
     def _window(self, batches: list[Batch]) -> tuple[list[StepInput], Tensor]:
-        inputs = [self._input(part) for batch in batches for part in batch.split(self.parts)]
+        parts = [part for batch in batches for part in batch.split(self.parts)]
+        inputs = [step_input(part, self.model, self.runtime, self.shape) for part in parts]
         return inputs, self._normalizers(inputs)
-
-    def _input(self, batch: Batch) -> StepInput:
-        config, pixels = self.model.config, self.model.implementation.pixels
-        runtime = self.runtime
-        with stage("copy"):
-            batch = batch.to(runtime.device)
-        with stage("pixels"):
-            images, mask = model_input(
-                batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
-            )
-        targets = batch.targets if self.captured is None else batch.targets.with_room()
-        return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)
 
     def _normalizers(self, inputs: list[StepInput]) -> Tensor:
         """(2,), of all batches and ranks together, for each rank: the gradients are averaged over the ranks
@@ -244,9 +310,9 @@ class TrainStep:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Exponential moving average of the weights; buffers are copied."""
+        """Exponential moving average of the weights; batch norm's statistics are copied."""
         assert self.averaged is not None
         averaged, current = list(self.averaged.parameters()), list(self.model.parameters())
         get_ema_multi_avg_fn(self.ema_decay)(averaged, current, 0)
-        for mine, theirs in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(theirs)
+        if statistics := live_buffers(self.model):
+            torch._foreach_copy_(live_buffers(self.averaged), statistics)
