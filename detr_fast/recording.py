@@ -1,10 +1,11 @@
 """A function of tensors as CUDA graphs: recorded once for each shape of its inputs, then replayed by one call.
 
-A replay launches all kernels at once, and nothing waits for it. A shape's first call runs as it is, which is also what
-warms its kernels up; the second is recorded, which runs nothing, and replayed from there on.
+A replay launches all kernels at once, and nothing waits for it. A shape's first call, or its first few, run as they
+are, which is also what warms its kernels up; the next is recorded, which runs nothing, and replayed from there on.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -47,8 +48,10 @@ class Recordings:
     """Recordings that are made; calls with other shapes run as they are."""
     notice: str = ""
     """A warning for the first such call; "": none is given."""
+    runs_before: int = 1
+    """Calls of a shape that run as they are before the next one is recorded."""
     made: dict[Any, Recording] = field(default_factory=dict)
-    seen: set[Any] = field(default_factory=set)
+    seen: Counter[Any] = field(default_factory=Counter)
 
     def __call__(self, function: Callable[[Any], Any], inputs: Any) -> Any:
         """function(inputs), a tree of tensors and None. What a recording gives is valid until its next replay."""
@@ -56,7 +59,7 @@ class Recordings:
         if shape not in self.made:
             if not self._is_due(shape):
                 results = self.recorder.run(lambda: function(inputs))
-                self.seen.add(shape)  # only now: what has not fitted into the memory is not to be recorded
+                self.seen[shape] += 1  # only now: what has not fitted into the memory is not to be recorded
                 return results
             held = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, inputs)
             self.made[shape] = Recording(held, *self.recorder.record(lambda: function(held)))
@@ -68,7 +71,7 @@ class Recordings:
         return recording.results
 
     def _is_due(self, shape: Any) -> bool:
-        if shape not in self.seen:
+        if self.seen[shape] < self.runs_before:
             return False
         if len(self.made) < self.most:
             return True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
@@ -161,7 +162,44 @@ def test_evaluation_ranks_share_the_images(shapes_root: Path) -> None:
         for rank in range(5)
     ]
     assert sorted(itertools.chain(*seen)) == [record.id for record in dataset.records]
-    assert [len(ids) for ids in seen] == [3, 3, 2, 2, 2]
+    assert [len(ids) for ids in seen] == [4, 2, 2, 2, 2]  # six batches
+
+
+def of_sizes(folder: Path, sizes: list[tuple[int, int]]) -> CocoDataset:
+    """Images of (h, w) with one object each; evaluated with the shorter side 32, at most 64."""
+    names = [f"{number:02d}.png" for number in range(len(sizes))]
+    for name, (height, width) in zip(names, sizes, strict=True):
+        Image.new("RGB", (width, height), (90, 90, 90)).save(folder / name)
+    document = {
+        "images": [
+            {"id": number + 1, "file_name": name, "height": height, "width": width}
+            for number, (name, (height, width)) in enumerate(zip(names, sizes, strict=True))
+        ],
+        "annotations": [
+            {"id": id_, "image_id": id_, "category_id": 1, "bbox": [1, 1, 8, 8], "area": 64, "iscrowd": 0}
+            for id_ in range(1, len(sizes) + 1)
+        ],
+        "categories": [{"id": 1, "name": "box"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    return CocoDataset(folder, folder / "annotations.json", EvaluationTransform(32, 64))
+
+
+WIDE, TALL, SQUARE = (24, 36), (36, 24), (30, 30)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_by_shape(tmp_path: Path, workers: int) -> None:
+    """The shape that most batches have first, then the larger; every image once, whatever the number of ranks."""
+    dataset = of_sizes(tmp_path, [WIDE, SQUARE, TALL, WIDE, WIDE, SQUARE, WIDE, WIDE, TALL])
+    alone = list(evaluation_loader(dataset, 2, workers))
+    assert [batch.image_ids for batch in alone] == [[1, 4], [5, 7], [8, 2], [6, 3], [9]]
+    assert [batch.room for batch in alone] == [(32, 48)] * 3 + [(48, 32)] * 2
+    assert [batch.padded for batch in alone] == [False, False, True, True, False]
+    parts = [list(evaluation_loader(dataset, 2, workers, rank=rank, world=3)) for rank in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    together = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch]
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
 
 
 @dataclass
