@@ -107,6 +107,17 @@ def test_halves_that_follow_each_other_are_two_results(monkeypatch: pytest.Monke
     assert recorder.recorded == 1  # not the whole, which would take memory again and again
 
 
+def test_a_shape_is_recorded_after_as_many_runs_as_are_asked_for() -> None:
+    recorder = StandIn()
+    recordings = Recordings(recorder, 2, runs_before=3)
+    for number in range(5):
+        assert (
+            recordings(lambda inputs: {"sum": inputs + 1}, torch.full((2,), number))["sum"].tolist() == [number + 1] * 2
+        )
+        recordings(lambda inputs: {"sum": inputs}, torch.zeros(number))
+    assert (recorder.ran, recorder.recorded, recorder.replayed) == (3 + 5, 1, 2)
+
+
 def test_shapes_past_the_most_run_as_they_are() -> None:
     plain, recorded, recorder = make_model(most=1)
     for seed, size in enumerate(SIZES):
