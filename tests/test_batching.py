@@ -5,12 +5,13 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
@@ -100,6 +101,18 @@ def test_no_mask_where_nothing_is_padded() -> None:
     assert model_input(collate(same_size), MEAN, STD, channels_last=True)[1] is None
     wider = model_input(collate(same_size, (32, 64)), MEAN, STD, channels_last=True)[1]
     assert wider is not None and wider.shape == (2, 32, 64) and wider.sum() == 2 * (32 * 64 - 30 * 50)
+
+
+def test_of_a_batch_from_a_worker_the_pixels_alone_are_shared_memory() -> None:
+    """Each tensor costs a connection to the worker: 0.4 ms in the process that launches steps."""
+    for samples in ([sample(30, 50, targets=3), sample(40, 20, targets=0)], [sample(30, 50, targets=0)]):
+        batch = replace(collate(samples, (48, 64)), skipped=("a.jpg",))
+        again = pickle.loads(pickle.dumps(batch))
+        assert same(batch, again) and again.skipped == ("a.jpg",) and again.images.sizes == batch.images.sizes
+        assert all(one.dtype == other.dtype for one, other in zip(batch.tensors(), again.tensors(), strict=True))
+        assert [part for part in tree_leaves(batch.__reduce__()[1]) if isinstance(part, torch.Tensor)] == [
+            batch.images.buffer
+        ]
 
 
 def test_a_batch_moves_whole() -> None:

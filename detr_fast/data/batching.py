@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from detr_kernels import Backend, PackedImages, resize_normalize_pad
+from detr_kernels.pixels import Place
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,6 +56,13 @@ class Batch:
             original_sizes=self.original_sizes.pin_memory(),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes with the pixels as the only tensor: each is a file in shared memory, for which the
+        receiver has to connect to the worker."""
+        pixels, *small = self.tensors()
+        values = [tensor.numpy() for tensor in small]
+        return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
+
     def split(self, parts: int) -> list["Batch"]:
         """Its images in up to `parts` batches of like size, each padded as the whole."""
         share = -(-len(self.images) // parts)
@@ -84,6 +93,19 @@ class Batch:
     def padding(self) -> float:
         """Pixels that are computed, over those that are not padding."""
         return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
+
+
+def received_batch(
+    pixels: Tensor,
+    values: list[np.ndarray],
+    places: tuple[Place, ...],
+    room: tuple[int, int],
+    image_ids: list[int],
+    skipped: tuple[str, ...],
+) -> Batch:
+    """Put a batch together again, of what `Batch.__reduce__` gives."""
+    table, original_sizes, *targets = map(torch.tensor, values)
+    return Batch(PackedImages(pixels, table, places), room, Targets(*targets), image_ids, original_sizes, skipped)
 
 
 def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:

@@ -79,11 +79,13 @@ class EpochSampler(Sampler[list[Position]]):
         return self.length // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[Position]]:
-        for epoch, images, rooms in one_ahead(self._groups()):
+        for epoch, images, rooms in one_ahead(self.groups()):
             for batch, (height, width) in zip(images, rooms.tolist(), strict=True):
                 yield [Position(epoch, image, (height, width)) for image in batch.tolist()]
 
-    def _groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[Group]:
+        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end; of an epoch's last group what is
+        left, of the first what comes from `start_batch` on."""
         first = self.start_batch
         for epoch in itertools.count(self.start_epoch):
             rng = random_generator(self.seed, epoch)
