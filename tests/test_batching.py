@@ -211,6 +211,7 @@ def test_evaluation_reads_by_shape(tmp_path: Path, workers: int) -> None:
     assert [batch.padded for batch in alone] == [False, False, True, True, False]
     parts = [list(evaluation_loader(dataset, 2, workers, rank=rank, world=3)) for rank in range(3)]
     assert [len(part) for part in parts] == [2, 2, 1]
+    assert list(evaluation_loader(dataset, 2, workers, rank=5, world=6)) == []  # more ranks than batches
     together = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch]
     assert all(same(one, other) for one, other in zip(alone, together, strict=True))
 

@@ -61,8 +61,7 @@ def decode_file(path: Path, shrunk: int = 1) -> Decoded:
 
 
 def header_size(path: Path) -> tuple[int, int] | None:
-    """Return (h, w) in pixels as the file's header says, or None for what `decode_file` would refuse. No pixel is
-    read."""
+    """Return (h, w) in pixels as the file's header says, or None where none can be read. Pixels are not read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:

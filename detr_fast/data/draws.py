@@ -1,8 +1,8 @@
 """Random numbers that are known by their place: of an image in an epoch, whatever is drawn before or beside them.
 
-They are those of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 17),
-whose n-th number is a hash of its start + n * GAMMA: an array of places takes a few passes over memory. Each epoch has
-a stream of its own, that begins where NumPy's SeedSequence puts (seed, epoch).
+They are those of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators"), whose n-th
+number is a hash of its start + n * GAMMA: an array of places takes a few passes over memory. Each epoch has a stream of
+its own, that begins where NumPy's SeedSequence puts (seed, epoch).
 """
 
 from collections.abc import Sequence

@@ -60,8 +60,8 @@ def predict(
 ) -> list[Detections]:
     """The objects with at least `threshold` as score on one image or several, one Detections an image.
 
-    More than one image a batch is faster. Images of like shape then share one; the smaller ones are padded all the
-    same, which changes the numbers a little.
+    More than one image a batch is faster. Images of like shape share one, whatever their order here; those that are
+    smaller are then padded, which changes the numbers a little.
     `runtime`: where and in what precision; default: where the model is, in its own precision. The model's mode is
     restored. Raises UserError for a file that is no image, an array of another form, or outputs that are not finite.
     """
