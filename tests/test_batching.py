@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from detr_fast.data.batching import (
     model_input,
     train_loader,
 )
+from detr_fast.data.buckets import shape_batches
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
 
@@ -199,6 +201,12 @@ def of_sizes(folder: Path, sizes: list[tuple[int, int]]) -> CocoDataset:
 
 
 WIDE, TALL, SQUARE = (24, 36), (36, 24), (30, 30)
+
+
+def test_shapes_that_most_batches_have_come_first_and_then_the_larger() -> None:
+    sizes = np.array([(8, 12), *[(8, 8)] * 4, *[(12, 8)] * 2, (8, 13)])
+    assert list(itertools.chain(*shape_batches(sizes, 1))) == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert shape_batches(sizes[:0], 2) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
