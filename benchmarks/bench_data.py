@@ -1,4 +1,5 @@
-"""From JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py --benchmark-only`.
+"""From JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py --benchmark-only`; and the
+order of training, of 1, 8 and 64 processes (`-k order`).
 
 Two stages: read, which is what ours leaves to worker processes; and batch, which is all, resized by the recipe,
 normalised and padded. Ours against Pillow and torchvision as facebookresearch has them, on the embedded data set and on
@@ -6,13 +7,17 @@ photographs of 640x480 pixels. Both draw the same sizes and crops. Ours must lea
 to whole levels, the pixels of a pipeline that never rounds and, as ours, resizes once where there is a crop.
 """
 
+import itertools
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.mixed_sizes import coco_sizes
 from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -23,10 +28,14 @@ from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.pillow_pipeline import MEAN, STD, OnePass, PaddedBatch, PillowPipeline
 from detr_fast.config import RECIPES, TrainConfig
 from detr_fast.data.batching import collate, model_input
+from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sample import Sample
+from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Group, Position
 
 CPU = torch.device("cpu")
+BATCH_SIZE = 16
+SIZES_OF = partial(coco_sizes, 42)
 PRECISIONS = {"read": "uint8", "batch": "fp32"}
 FLOORS = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
 """Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
@@ -39,7 +48,8 @@ class OurPipeline:
         self.dataset = dataset
 
     def read(self) -> list[Sample]:
-        return [self.dataset[0, index] for index in range(len(self.dataset))]
+        plans = self.dataset.plans(0, range(len(self.dataset)))
+        return [self.dataset.read(index, plan) for index, plan in enumerate(plans)]
 
     def batch(self) -> PaddedBatch:
         samples = self.read()
@@ -91,6 +101,54 @@ def bench_data(benchmark: BenchmarkFixture, case: DataCase, request: Any) -> Non
         getattr(pipeline, case.stage) for pipeline in (timed, plain(dataset), plain(dataset, exact=True))
     )
     time_case(benchmark, case, judge(run(), run_exact(), run_plain(), case.precision), run, CPU)
+
+
+@dataclass(frozen=True)
+class OrderCase:
+    """The order of a group's batches, for one of `processes` that train together, each with `BATCH_SIZE` images."""
+
+    processes: int
+    precision: str = "fp64"
+    size: str = "800x1333"
+    """At most, of an image."""
+
+    @property
+    def name(self) -> str:
+        return f"order-of-{self.processes}"
+
+    @property
+    def images(self) -> int:
+        return BATCHES_A_GROUP * BATCH_SIZE * self.processes
+
+    @property
+    def group(self) -> str:
+        return f"data: order of {BATCHES_A_GROUP} batches, {self.processes} x b{BATCH_SIZE}"
+
+
+def order_cases(size: Size) -> Iterator[OrderCase]:
+    yield from map(OrderCase, (1, 8, 64))
+
+
+def bench_order(benchmark: BenchmarkFixture, order_case: OrderCase) -> None:
+    """Times what a thread beside the steps does, a whole group; and in the thread that launches them, a step's part."""
+    sampler = EpochSampler(
+        4 * order_case.images, BATCH_SIZE, 42, world=order_case.processes, buckets=Buckets(SIZES_OF, 64)
+    )
+    groups, batches = sampler.groups(), iter(sampler)
+    verdict = judge_order(next(groups), batches)
+    time_case(benchmark, order_case, verdict, lambda: next(groups), CPU)
+    began = time.thread_time()
+    for _ in itertools.islice(batches, 2 * BATCHES_A_GROUP):
+        pass
+    benchmark.extra_info["launching_thread_us_a_step"] = 1e6 * (time.thread_time() - began) / (2 * BATCHES_A_GROUP)
+
+
+def judge_order(group: Group, batches: Iterator[list[Position]]) -> Verdict:
+    """Batches are those of the group, and have room for their images, planned one by one. Raises AssertionError."""
+    for images, room, batch in zip(group.images[:20], group.rooms.tolist(), batches, strict=False):
+        assert [(position.image, list(position.room)) for position in batch] == [(image, room) for image in images]
+        assert all((SIZES_OF(group.epoch, [image])[0] <= room).all() for image in images)
+    return Verdict("rooms", 0, 0)
 
 
 def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:

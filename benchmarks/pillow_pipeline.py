@@ -1,19 +1,29 @@
 """facebookresearch's data pipeline: Pillow decodes and resizes, torchvision makes tensors (datasets/transforms.py).
 
-It draws from the same generator as ours, so that both show the same of each image. Where it crops, it resizes twice;
+It draws the same numbers as ours, so that both show the same of each image. Where it crops, it resizes twice;
 `OnePass` resizes once, as ours does.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
 from detr_fast.data.coco import CocoDataset, ImageRecord
-from detr_fast.data.sampler import random_generator
-from detr_fast.data.transforms import LONGEST_SIDE_BEFORE_CROP_PX, TrainTransform, random_region, resized_size
+from detr_fast.data.draws import Draws
+from detr_fast.data.transforms import (
+    CROP,
+    CROP_SIZE,
+    LONGEST_SIDE_BEFORE_CROP_PX,
+    MIRROR,
+    SIZE,
+    TrainTransform,
+    random_regions,
+    resized_sizes,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Picture = Image.Image | Tensor
@@ -61,14 +71,15 @@ class PillowPipeline:
 
     def sample(self, index: int) -> LabelledPicture:
         record, transform = self.dataset.records[index], self.transform
-        rng = random_generator(self.dataset.seed, 0, index)
+        draws = Draws(self.dataset.seed, 0, [index])
         item = LabelledPicture(self.decode(record), torch.from_numpy(record.boxes_xyxy_px))
-        if rng.random() < 0.5:
+        if draws.fraction(MIRROR) < 0.5:
             item = flip(item)
-        if transform.crop_sizes and rng.random() >= 0.5:
-            item = resize(item, int(rng.choice(transform.crop_sizes)), LONGEST_SIDE_BEFORE_CROP_PX)
-            item = crop(item, *random_region(size_of(item.image), transform.crop_range, rng))
-        return resize(item, int(rng.choice(transform.sizes)), transform.max_size)
+        if transform.crop_sizes and draws.fraction(CROP) < 0.5:
+            item = resize(item, draws.choice(CROP_SIZE, transform.crop_sizes).item(), LONGEST_SIDE_BEFORE_CROP_PX)
+            corner, size = random_regions(np.array([size_of(item.image)]), transform.crop_range, draws)
+            item = crop(item, *corner[0].tolist(), *size[0].tolist())
+        return resize(item, draws.choice(SIZE, transform.sizes).item(), transform.max_size)
 
     def batch(self) -> PaddedBatch:
         """All of the data set's images."""
@@ -113,7 +124,8 @@ def flip(item: LabelledPicture) -> LabelledPicture:
 
 
 def resize(item: LabelledPicture, shorter: int, longest: int) -> LabelledPicture:
-    return resize_to(item, resized_size(size_of(item.image), shorter, longest))
+    height, width = resized_sizes(np.array([size_of(item.image)]), shorter, longest)[0].tolist()
+    return resize_to(item, (height, width))
 
 
 def resize_to(item: LabelledPicture, size: tuple[int, int]) -> LabelledPicture:

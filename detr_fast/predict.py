@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from detr_fast.command import run
 from detr_fast.config import PredictConfig, UserError, require
 from detr_fast.evaluation.pictures import Picture, draw_detections
-from detr_fast.evaluation.prediction import Detections, predict_batch, read_pixels
+from detr_fast.evaluation.prediction import Detections, predict_batch, prediction_batches, read_pixels
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import load_model
 
@@ -32,18 +32,20 @@ def main(options: PredictConfig) -> int:
     model = load_model(options.weights)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
-    bad: list[str] = []
+    bad: dict[Path, str] = {}
     entries: list[dict[str, Any]] = []
-    for batch in read_batches(files, options.batch_size, bad):
+    by_shape = prediction_batches(model, files, options.batch_size)
+    for batch in read_batches([[files[index] for index in batch] for batch in by_shape], bad):
         found = predict_batch(model, [pixels for _, pixels in batch], options.threshold, runtime)
         for (file, pixels), detections in zip(batch, found, strict=True):
             entries.append(entry(file, pixels, detections))
             draw(file, pixels, detections, pictures / f"{file.name}.png", options.threshold)
+    entries.sort(key=lambda one: one["file_name"])
     write_json(entries, out / "predictions.json")
     objects = sum(len(one["detections"]) for one in entries)
     print(f"{objects} objects on {len(entries)} images: predictions.json and pictures/ are in {out}")
-    for message in bad:
-        print(f"error: {message}", file=sys.stderr)
+    for file in sorted(bad):
+        print(f"error: {bad[file]}", file=sys.stderr)
     return 2 if bad else 0
 
 
@@ -58,15 +60,16 @@ def find_images(path: Path) -> list[Path]:
     return files
 
 
-def read_batches(files: Sequence[Path], batch_size: int, bad: list[str]) -> Iterator[list[tuple[Path, Tensor]]]:
-    """Files with their pixels uint8 (3, h, w), some at a time; messages of files that cannot be read go to `bad`."""
-    for start in range(0, len(files), batch_size):
+def read_batches(batches: Iterable[list[Path]], bad: dict[Path, str]) -> Iterator[list[tuple[Path, Tensor]]]:
+    """Yield each batch's files with their pixels uint8 (3, h, w); the messages of those that cannot be read go to
+    `bad`."""
+    for files in batches:
         batch = []
-        for file in files[start : start + batch_size]:
+        for file in files:
             try:
                 batch.append((file, read_pixels(file)))
             except UserError as error:
-                bad.append(str(error))
+                bad[file] = str(error)
         if batch:
             yield batch
 

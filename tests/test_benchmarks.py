@@ -51,7 +51,7 @@ def planted(monkeypatch):
     from detr_fast.data.coco import CocoDataset
     from detr_fast.evaluation import coco_metrics
     from detr_fast.training.criterion import SetCriterion
-    read, evaluate, forward = CocoDataset.__getitem__, coco_metrics.run_hotcoco, SetCriterion.forward
+    read, evaluate, forward = CocoDataset.read, coco_metrics.run_hotcoco, SetCriterion.forward
 
     def off_in_the_last_bit(truth, detections):
         numbers, *rest = evaluate(truth, detections)
@@ -61,11 +61,11 @@ def planted(monkeypatch):
         terms = forward(self, *arguments)
         return {**terms, "loss": terms["loss"] * 1.01}
 
-    def coarse(self, place):
-        sample = read(self, place)
+    def coarse(self, index, plan):
+        sample = read(self, index, plan)
         return replace(sample, image=sample.image // 4 * 4)
 
-    monkeypatch.setattr(CocoDataset, "__getitem__", coarse)
+    monkeypatch.setattr(CocoDataset, "read", coarse)
     monkeypatch.setitem(coco_metrics.EVALUATORS, "hotcoco", off_in_the_last_bit)
     monkeypatch.setattr(SetCriterion, "forward", off_by_one_percent)
 """

@@ -193,6 +193,14 @@ def test_batches_do_not_matter(dataset: CocoDataset) -> None:
     assert len(np.unique(one[:, 0])) == 12
 
 
+def test_rows_are_in_the_order_of_ids_whatever_the_order_of_reading(dataset: CocoDataset) -> None:
+    batches = list(evaluation_loader(dataset, 4, workers=0))
+    outputs = perfect_outputs(dataset, 4)
+    inorder, backwards = (collect_detections(Scripted(outputs[::step]), batches[::step], CPU, None) for step in (1, -1))
+    np.testing.assert_array_equal(inorder, backwards)
+    assert inorder[::10, 0].tolist() == [record.id for record in dataset.records]
+
+
 def test_labels_become_the_category_ids_of_the_data(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 6))
     dataset.categories = tuple(reversed(dataset.categories or ()))

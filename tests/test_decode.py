@@ -13,7 +13,7 @@ from PIL import Image
 
 from detr_fast.config import UserError
 from detr_fast.data import decode
-from detr_fast.data.decode import decode_image
+from detr_fast.data.decode import decode_image, header_size
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.stack(np.broadcast_arrays(np.arange(60) * 4, np.arange(40)[:, None] * 6, 90), axis=-1).astype(np.uint8)
@@ -152,3 +152,20 @@ def test_fault_12_damaged_bytes_give_an_image_or_a_clear_error(
         assert "image.jpg" in str(error)
     else:
         assert image.dtype == torch.uint8 and image.shape[0] == 3
+
+
+@pytest.mark.parametrize("format", decode.PILLOW_FORMATS)
+def test_a_header_tells_the_size_that_decoding_finds(format: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned for display, which is ignored
+    options = {"exif": exif.tobytes()} if format == "JPEG" else {}
+    path = write(tmp_path, encoded(Image.fromarray(SMOOTH), format, **options))
+    assert header_size(path) == tuple(decode_image(path).shape[1:]) == (40, 60)
+
+
+def test_a_header_that_is_none_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in (b"", b"<html></html>", photograph()[:20]):
+        assert header_size(write(tmp_path, data)) is None
+    assert header_size(tmp_path / "missing.jpg") is None and header_size(tmp_path) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert header_size(write(tmp_path, photograph())) is None

@@ -1,9 +1,22 @@
 """A few batches stand for the order of training on images of many sizes: they compute as much, on images as large."""
 
-import pytest
-from detr_profiling.mixed_sizes import LARGEST_PX, BatchShape, coco_size, order_of, padding, typical_shapes
+import itertools
 
+import numpy as np
+import pytest
+from detr_profiling.mixed_sizes import (
+    LARGEST_PX,
+    PHOTOGRAPHS,
+    BatchShape,
+    coco_sizes,
+    order_of,
+    padding,
+    typical_shapes,
+)
+
+from detr_fast.data.buckets import shape_batches
 from detr_fast.data.sampler import Position
+from detr_fast.data.transforms import EvaluationTransform
 from detr_fast.training.assembly import SHAPE_STEP_PX
 
 
@@ -12,14 +25,12 @@ def image_px(shapes: list[BatchShape]) -> float:
 
 
 def test_padding_is_pixels_computed_over_pixels_of_images() -> None:
-    shape = BatchShape.of([Position(0, 0, (1, 1)), Position(0, 1, (1, 1))], lambda _, index: ((2, 3), (4, 1))[index])
+    shape = BatchShape.of([Position(0, 0), Position(0, 1)], lambda _, images: np.array([(2, 3), (4, 1)])[images])
     assert shape == ([(2, 3), (4, 1)], (4, 3))
     assert padding([shape]) == 2 * 12 / (6 + 4)
     assert padding([shape, BatchShape([(5, 5)] * 2, (5, 5))]) == (24 + 50) / (10 + 50)
-    assert shape.in_steps(4).room == (4, 4) and BatchShape.of([Position(0, 0, (8, 8))], lambda *_: (2, 3)).room == (
-        8,
-        8,
-    )
+    assert shape.in_steps(4).room == (4, 4)
+    assert BatchShape.of([Position(0, 0, (8, 8))], lambda *_: np.array([(2, 3)])).room == (8, 8)
 
 
 def test_both_orders_have_the_same_images() -> None:
@@ -42,9 +53,23 @@ def test_four_batches_compute_as_much_for_an_image_as_the_whole_order(
         assert found == pytest.approx(whole, rel=0.05)
 
 
+@pytest.mark.parametrize(("batch_size", "before"), [(2, 1.17), (8, 1.51), (16, 1.64)])
+def test_little_is_padding_in_evaluation(batch_size: int, before: float) -> None:
+    """Of 5,000 photographs of the mix, in the order of ids and by shape."""
+    sizes = EvaluationTransform(800, 1333)(PHOTOGRAPHS[np.random.default_rng(0).integers(100, size=5000)]).sizes
+
+    def padding_of(batches: list[list[int]]) -> float:
+        positions = [[Position(0, index) for index in batch] for batch in batches]
+        return padding([BatchShape.of(batch, lambda _, images: sizes[images]) for batch in positions])
+
+    by_id = [list(range(start, min(start + batch_size, 5000))) for start in range(0, 5000, batch_size)]
+    by_shape = shape_batches(sizes, batch_size)
+    assert sorted(itertools.chain(*by_shape)) == list(range(5000))
+    assert padding_of(by_id) == pytest.approx(before, abs=0.005)
+    assert padding_of(by_shape) < 1.01
+
+
 def test_sizes_are_scaled() -> None:
-    full = [coco_size(7, 0, index) for index in range(200)]
-    small = [coco_size(7, 0, index, 160) for index in range(200)]
-    assert max(map(min, full)) == 800 and max(map(min, small)) == 160
-    for one, other in zip(full, small, strict=True):
-        assert one == pytest.approx([5 * side for side in other], abs=2.5)
+    full, small = (coco_sizes(7, 0, range(200), largest_px) for largest_px in (LARGEST_PX, 160))
+    assert full.min(1).max() == 800 and small.min(1).max() == 160
+    np.testing.assert_allclose(full, 5 * small, atol=2.5)

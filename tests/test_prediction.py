@@ -127,6 +127,26 @@ def test_a_batch_gives_what_single_images_give(model: DETR, pixels: np.ndarray) 
     assert not same(singly[0], singly[1])
 
 
+def test_images_of_like_shape_share_a_batch_and_answers_keep_the_order(tmp_path: Path) -> None:
+    """Four wide and three tall ones in turns, of which batches by arrival would be padded to squares."""
+    constant, images = Constant(), []
+    for number in range(7):
+        height, width = (32, 64) if number % 2 == 0 else (64, 32)
+        images.append(np.full((height, width + number, 3), 9, dtype=np.uint8))
+    Image.fromarray(images[2]).save(tmp_path / "2.png")
+    given = [*images[:2], tmp_path / "2.png", Image.fromarray(images[3]), *images[4:]]
+    found = predict(constant, given, 0.0, batch_size=2)
+    assert [one.boxes_xyxy_px[1].tolist() for one in found] == [
+        [0, height / 2, width, height] for height, width in (image.shape[:2] for image in images)
+    ]
+    assert len(constant.shapes) == 4 and all(min(shape[2:]) < 40 for shape in constant.shapes)
+
+
+def test_a_file_that_is_none_is_named_in_a_batch_too(pixels: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"no/such/image\.jpg"):
+        predict(Constant(), [pixels, "no/such/image.jpg", pixels], batch_size=2)
+
+
 def test_prediction_is_evaluation(model: DETR, shapes_root: Path) -> None:
     """The same image gives the same scores and classes either way."""
     dataset = build_dataset(DataOptions(data=str(shapes_root)), "val", model.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from detr_profiling.limits.exchange import Links, Step, not_hidden_ms, scaled
+from detr_profiling.limits.exchange import PLANNING_US, Links, Step, not_hidden_ms, scaled
 from detr_profiling.pages.results import load_results
 from detr_profiling.pages.scaling import figures
 from detr_profiling.report import render_html, render_markdown, table_line
@@ -57,6 +57,16 @@ def test_nothing_is_hidden_of_an_exchange_after_the_backward_pass() -> None:
     row = scaled(STEP, 8, LINKS, None)
     assert row.exposed_ms == pytest.approx(row.exchange_ms)
     assert row.exchange_ms == pytest.approx(LINKS.all_reduce_ms(8, 12e6) + LINKS.all_reduce_ms(8, 8))
+
+
+def test_planning_is_beside_the_steps_until_it_takes_longer_than_they_do() -> None:
+    """For all images of all GPUs: image by image a step of 64 GPUs would wait for it even in a thread of its own."""
+    row = scaled(STEP, 64, LINKS, BUCKET)
+    assert row.planning_ms == pytest.approx(PLANNING_US * 16 * 64 / 1e3)
+    assert row.step_ms == pytest.approx(10 + row.exposed_ms)
+    slow = scaled(STEP, 64, LINKS, BUCKET, planning_us=27)
+    assert slow.step_ms == slow.planning_ms == pytest.approx(27.648)
+    assert slow.efficiency == pytest.approx(10 / 27.648)
 
 
 @pytest.mark.parametrize("bucket", [BUCKET, None])
@@ -148,6 +158,7 @@ def test_the_command_shows_what_the_report_has(tmp_path: Path, capsys: pytest.Ca
     shown, results = capsys.readouterr().out, load_results(tmp_path / "new")
     assert results.scaling and [row["gpus"] for row in results.scaling["rows"]] == [1, 8, 8, 64, 64, 256, 256]
     assert "22.9 ms on one (given)" in " ".join(shown.split())
+    assert "takes 1.23 ms a step with 256 GPUs" in " ".join(shown.split())
     page = render_markdown(results)
     for row in results.scaling["rows"]:
         assert " ".join(figures(row)) in " ".join(shown.split()) and table_line(figures(row)) in page
@@ -164,3 +175,4 @@ def test_the_readme_has_what_its_command_computes() -> None:
     step = Step(22.9, 0.6 * 22.9, 16, gradient_bytes("detr_r50"))
     for row in scaled_rows(options, step):
         assert table_line(figures(vars(row))) in readme
+    assert f"{row.gpus} GPUs\n{row.planning_ms:.3g} ms of it a step" in readme

@@ -5,16 +5,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from detr_kernels import Backend, PackedImages, resize_normalize_pad
+from detr_kernels.pixels import Place
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
+from detr_fast.data.buckets import Buckets, shape_batches
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import Buckets, EpochSampler, Position
+from detr_fast.data.sampler import EpochSampler, Position
 from detr_fast.data.targets import Targets
+from detr_fast.data.transforms import Plan
 
 WORKER_TIMEOUT_S = 600
 """Longer than any batch takes to read: past it a worker hangs."""
@@ -52,6 +56,13 @@ class Batch:
             original_sizes=self.original_sizes.pin_memory(),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes with the pixels as the only tensor: each is a file in shared memory, for which the
+        receiver has to connect to the worker."""
+        pixels, *small = self.tensors()
+        values = [tensor.numpy() for tensor in small]
+        return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
+
     def split(self, parts: int) -> list["Batch"]:
         """Its images in up to `parts` batches of like size, each padded as the whole."""
         share = -(-len(self.images) // parts)
@@ -82,6 +93,19 @@ class Batch:
     def padding(self) -> float:
         """Pixels that are computed, over those that are not padding."""
         return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
+
+
+def received_batch(
+    pixels: Tensor,
+    values: list[np.ndarray],
+    places: tuple[Place, ...],
+    room: tuple[int, int],
+    image_ids: list[int],
+    skipped: tuple[str, ...],
+) -> Batch:
+    """Put a batch together again, of what `Batch.__reduce__` gives."""
+    table, original_sizes, *targets = map(torch.tensor, values)
+    return Batch(PackedImages(pixels, table, places), room, Targets(*targets), image_ids, original_sizes, skipped)
 
 
 def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
@@ -139,16 +163,22 @@ class TrainReader(Dataset[Read]):
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, position: Position) -> Read:
+    def __getitems__(self, positions: Sequence[Position]) -> list[Read]:
+        """Read a batch, of one epoch; the DataLoader calls it by this name. All its images are planned at once."""
+        plans = self.dataset.plans(positions[0].epoch, [position.image for position in positions])
+        return [self._read(position, plan) for position, plan in zip(positions, plans, strict=True)]
+
+    def _read(self, position: Position, plan: Plan) -> Read:
         skipped: list[str] = []
         for offset in range(len(self.dataset)):
-            place = (position.image + offset) % len(self.dataset)
+            index = (position.image + offset) % len(self.dataset)
             try:
-                return Read(self.dataset[position.epoch, place], tuple(skipped), room=position.room)
+                sample = self.dataset.read(index, plan) if offset == 0 else self.dataset[position.epoch, index]
+                return Read(sample, tuple(skipped), room=position.room)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
                     return Read(None, error=error)
-                skipped.append(str(self.dataset.records[place].path))
+                skipped.append(str(self.dataset.records[index].path))
         return Read(None, error=UserError(f"None of the {len(self.dataset)} training images can be read."))
 
 
@@ -158,9 +188,13 @@ class EvaluationReader(Dataset[Read]):
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Read:
+    def __getitems__(self, indices: Sequence[int]) -> list[Read]:
+        """Read a batch; the DataLoader calls it by this name."""
+        return [self._read(index, plan) for index, plan in zip(indices, self.dataset.plans(0, indices), strict=True)]
+
+    def _read(self, index: int, plan: Plan) -> Read:
         try:
-            return Read(self.dataset[0, index])
+            return Read(self.dataset.read(index, plan))
         except UserError as error:
             if self.dataset.on_bad_image == "error":
                 return Read(None, error=error)
@@ -203,10 +237,14 @@ def train_loader(
 def evaluation_loader(
     dataset: CocoDataset, batch_size: int, workers: int, pin_memory: bool = False, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Every image once, in order; of several ranks, each takes every `world`-th. Raises as `train_loader`."""
-    indices = range(rank, len(dataset), world)
-    loader = make_loader(EvaluationReader(dataset), workers, pin_memory, batch_size=batch_size, sampler=indices)
-    return batches(loader)
+    """Yield every image once, in batches of like shape, the same for any number of ranks, of which each takes every
+    `world`-th batch. Raises as `train_loader`.
+
+    Sides are not rounded up, as they are in training: nothing is padded then where batches hold one image, or images of
+    one size, and so the numbers are those of `predict`.
+    """
+    by_shape = shape_batches(dataset.plans(0, range(len(dataset))).sizes, batch_size)
+    return batches(make_loader(EvaluationReader(dataset), workers, pin_memory, batch_sampler=by_shape[rank::world]))
 
 
 def make_loader(dataset: Dataset[Read], workers: int, pin_memory: bool, **order: Any) -> DataLoader:

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
 from detr_fast.data.decode import decode_file
+from detr_fast.data.draws import Draws
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import random_generator
 from detr_fast.data.splits import find_split, require_split
-from detr_fast.data.transforms import EvaluationTransform, Plan, TrainTransform, Transform, boxes_within
+from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -68,6 +68,8 @@ class CocoDataset(Dataset[Sample]):
         """Category id to label."""
         self.num_classes = max(self.label_of.values()) + 1 if self.categories is None else len(self.categories)
         self.records = make_records(self.annotations, images_folder, self.label_of)
+        self.sizes = np.array([(record.height, record.width) for record in self.records]).reshape(-1, 2)
+        """(N, 2), (h, w) of the files in pixels"""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,7 +77,11 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """The augmentation is drawn from (seed, epoch, index) alone. Raises UserError for an image that is missing,
         cannot be decoded, or has another size than the annotations say."""
-        record, plan = self.records[place[1]], self.plan(*place)
+        return self.read(place[1], self.plan(*place))
+
+    def read(self, index: int, plan: Plan) -> Sample:
+        """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
+        record = self.records[index]
         decoded = decode_file(record.path, plan.shrinkage())
         require(decoded.size == (record.height, record.width), size_mismatch(record, decoded.size))
         top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
@@ -88,10 +94,14 @@ class CocoDataset(Dataset[Sample]):
         image = decoded.image[:, top:bottom, left:right]
         return Sample(image, labels, boxes, record.id, decoded.size, plan.size, plan.mirrored)
 
+    def plans(self, epoch: int, images: np.ndarray | Sequence[int]) -> Plans:
+        """Return what is made of images, (N,) indices, in an epoch; nothing is read for it."""
+        return self.transform(self.sizes[images], Draws(self.seed, epoch, images))
+
     def plan(self, epoch: int, index: int) -> Plan:
-        """What is made of an image in an epoch; nothing is read for it."""
-        record = self.records[index]
-        return self.transform((record.height, record.width), random_generator(self.seed, epoch, index))
+        """Return the same of one image."""
+        (plan,) = self.plans(epoch, [index])
+        return plan
 
     def coco_document(self) -> dict[str, Any]:
         """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""

@@ -60,6 +60,17 @@ def decode_file(path: Path, shrunk: int = 1) -> Decoded:
         ) from error
 
 
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Return (h, w) in pixels as the file's header says, or None where none can be read. Pixels are not read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=PILLOW_FORMATS) as image:
+                return image.height, image.width
+        except (*BROKEN_FILE_ERRORS, Image.DecompressionBombError):
+            return None
+
+
 def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
     """As `decode_file`, of a file's content. Raises one of `BROKEN_FILE_ERRORS`."""
     if not data:

@@ -1,14 +1,17 @@
 """The order of training: endless, known from the seed alone, and to be entered at any batch of any epoch."""
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from detr_fast.config import require
+from detr_fast.data.buckets import Buckets
+
+T = TypeVar("T")
 
 
 class Position(NamedTuple):
@@ -21,30 +24,14 @@ class Position(NamedTuple):
     """(H, W) in pixels that its batch is padded to at least."""
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """Batches of images of like shape, so that little is padding."""
+class Group(NamedTuple):
+    """One rank's part of N successive batches of an epoch."""
 
-    size_of: Callable[[int, int], tuple[int, int]]
-    """(epoch, index) to the (h, w) that the image will have then."""
-    step: int = 1
-    """Sides of a batch are multiples of this many pixels, so that its shapes are few; the order does not depend on
-    it."""
-
-    def arrange(self, epoch: int, group: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, tuple[int, int]]]:
-        """`group`, whole batches of image indices, as batches (batch_size,) with the room (H, W) of each.
-
-        Sort-tile: strips of like width, each sorted by height and cut into batches (Leutenegger et al. 1997).
-        """
-        sizes = np.array([self.size_of(epoch, int(index)) for index in group])
-        batches = len(group) // batch_size
-        strip = math.ceil(math.sqrt(batches)) * batch_size
-        by_width = np.argsort(sizes[:, 1], kind="stable")
-        strips = (by_width[start : start + strip] for start in range(0, len(group), strip))
-        order = np.concatenate([strip[np.argsort(sizes[strip, 0], kind="stable")] for strip in strips])
-        largest = sizes[order].reshape(batches, batch_size, 2).max(1)
-        rooms = (-(-largest // self.step) * self.step).tolist()
-        return [(part, (room[0], room[1])) for part, room in zip(group[order].reshape(batches, -1), rooms, strict=True)]
+    epoch: int
+    images: np.ndarray
+    """(N, batch size) indices"""
+    rooms: np.ndarray
+    """(N, 2), the (H, W) in pixels to pad each batch to at least"""
 
 
 BATCHES_A_GROUP = 256
@@ -92,31 +79,51 @@ class EpochSampler(Sampler[list[Position]]):
         return self.length // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[Position]]:
-        epoch, first = self.start_epoch, self.start_batch
-        while True:
-            for indices, room in self._batches(epoch, first):
-                own = indices[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                yield [Position(epoch, int(index), room) for index in own]
-            epoch, first = epoch + 1, 0
+        for epoch, images, rooms in one_ahead(self.groups()):
+            for batch, (height, width) in zip(images, rooms.tolist(), strict=True):
+                yield [Position(epoch, image, (height, width)) for image in batch.tolist()]
 
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-        """All ranks' batches of an epoch from number `first` on, with the room of each."""
-        rng = random_generator(self.seed, epoch)
-        order = rng.permutation(self.length)[: self.batches_per_epoch * self.global_batch_size]
-        turns = rng.random(self.batches_per_epoch)
-        for start in range(first - first % BATCHES_A_GROUP, self.batches_per_epoch, BATCHES_A_GROUP):
-            end = start + BATCHES_A_GROUP
-            group = order[start * self.global_batch_size : end * self.global_batch_size]
-            yield from self._arranged(epoch, group, turns[start:end])[max(first - start, 0) :]
+    def groups(self) -> Iterator[Group]:
+        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end; of an epoch's last group what is
+        left, of the first what comes from `start_batch` on."""
+        first = self.start_batch
+        for epoch in itertools.count(self.start_epoch):
+            rng = random_generator(self.seed, epoch)
+            order = rng.permutation(self.length)[: self.batches_per_epoch * self.global_batch_size]
+            turns = rng.random(self.batches_per_epoch)
+            for start in range(first - first % BATCHES_A_GROUP, self.batches_per_epoch, BATCHES_A_GROUP):
+                end = start + BATCHES_A_GROUP
+                group = order[start * self.global_batch_size : end * self.global_batch_size]
+                images, rooms = self._arranged(epoch, group, turns[start:end])
+                own = images[:, self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+                skipped = max(first - start, 0)
+                yield Group(epoch, own[skipped:], rooms[skipped:])
+            first = 0
 
-    def _arranged(self, epoch: int, group: np.ndarray, turns: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    def _arranged(self, epoch: int, group: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' batches, image indices (N, global batch size), with the room of each (N, 2)."""
         if self.buckets is None:
-            return [(indices, (1, 1)) for indices in group.reshape(-1, self.global_batch_size)]
-        arranged = self.buckets.arrange(epoch, group, self.global_batch_size)
-        return [arranged[place] for place in np.argsort(turns)]
+            batches = group.reshape(-1, self.global_batch_size)
+            return batches, np.ones((len(batches), 2), dtype=np.int64)
+        batches, rooms = self.buckets.arrange(epoch, group, self.global_batch_size)
+        mixed = np.argsort(turns)
+        return batches[mixed], rooms[mixed]
 
 
-def random_generator(seed: int, epoch: int, index: int = -1) -> np.random.Generator:
-    """For the augmentation of image `index` in `epoch`; without `index`, for the epoch's order."""
-    # counted from 1, since a trailing 0 would not change the stream and image 0 would share the order's
-    return np.random.default_rng((seed % 2**64, epoch, index + 1))
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items of an endless iterator, which a thread makes while the one before is used.
+
+    So who takes an item finds it made. What goes wrong in the thread is raised here; the thread ends with this
+    iterator, and does not outlive the interpreter.
+    """
+    with ThreadPoolExecutor(1, "one ahead") as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, items)
+            yield item
+
+
+def random_generator(seed: int, epoch: int) -> np.random.Generator:
+    """For the order of an epoch."""
+    return np.random.default_rng((seed % 2**64, epoch))

@@ -1,10 +1,11 @@
 """Augmentation and the evaluation resize, as DETR's (REFERENCE: Recipe): which part of an image is seen, and how large.
 
-A plan is numbers alone, drawn before the image is read: the sampler forms batches of like shape from it, the decoder
-reads no more pixels than it needs, and the device resamples what is left in one pass.
+A plan is numbers alone, known before the image is read: the sampler forms batches of like shape from it, the decoder
+reads no more pixels than it needs, and the device resamples what is left in one pass. Plans are made of many images at
+once, in some passes over arrays: training on many devices arranges hundreds of thousands.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.boxes import xyxy_to_cxcywh
+from detr_fast.data.draws import NUMBERS_AN_IMAGE, Draws
 
 LONGEST_SIDE_BEFORE_CROP_PX = 16384
 """DETR does not bound the resize that precedes a crop; this does, for aspects past 27, so that memory lasts."""
@@ -47,8 +49,25 @@ class Plan:
 SPARE = 2
 """As Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
 
-Transform = Callable[[tuple[int, int], np.random.Generator], Plan]
-"""(h, w) of an image to what is made of it."""
+
+@dataclass(frozen=True, eq=False)
+class Plans:
+    """Those of N images, as arrays."""
+
+    regions: np.ndarray
+    """(N, 4) float64"""
+    sizes: np.ndarray
+    """(N, 2) int64"""
+    mirrored: np.ndarray
+    """(N,) bool"""
+
+    def __iter__(self) -> Iterator[Plan]:
+        for region, size, mirrored in zip(*(part.tolist() for part in vars(self).values()), strict=True):
+            yield Plan(tuple(region), tuple(size), mirrored)
+
+
+Transform = Callable[[np.ndarray, Draws], Plans]
+"""The (h, w) of N images, (N, 2) int64, to what is made of each; what is random is drawn from the second argument."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +77,13 @@ class EvaluationTransform:
     size: int
     max_size: int
 
-    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator | None = None) -> Plan:
-        return Plan((0, 0, *image_size), resized_size(image_size, self.size, self.max_size))
+    def __call__(self, image_sizes: np.ndarray, draws: Draws | None = None) -> Plans:
+        sizes = resized_sizes(image_sizes, self.size, self.max_size)
+        return Plans(whole(image_sizes), sizes, np.zeros(len(sizes), dtype=bool))
+
+
+MIRROR, CROP, CROP_SIZE, CROP_WIDTH, CROP_HEIGHT, CROP_LEFT, CROP_TOP, SIZE = range(NUMBERS_AN_IMAGE)
+"""Which of an image's random numbers decides what."""
 
 
 @dataclass(frozen=True)
@@ -73,54 +97,55 @@ class TrainTransform:
     crop_range: tuple[int, int]
     """Smallest and largest side of the crop."""
 
-    def __call__(self, image_size: tuple[int, int], rng: np.random.Generator) -> Plan:
-        mirrored = bool(rng.random() < 0.5)
-        region: tuple[float, float, float, float] = (0, 0, *image_size)
-        seen = image_size
-        if self.crop_sizes and rng.random() >= 0.5:
-            resized = resized_size(image_size, choice(self.crop_sizes, rng), LONGEST_SIDE_BEFORE_CROP_PX)
-            top, left, height, width = random_region(resized, self.crop_range, rng)
-            left = resized[1] - left - width if mirrored else left  # DETR crops what is mirrored already
-            down, across = image_size[0] / resized[0], image_size[1] / resized[1]
-            region = (top * down, left * across, (top + height) * down, (left + width) * across)
-            seen = height, width
-        return Plan(region, resized_size(seen, choice(self.sizes, rng), self.max_size), mirrored)
+    def __call__(self, image_sizes: np.ndarray, draws: Draws) -> Plans:
+        mirrored = draws.fraction(MIRROR) < 0.5
+        regions, seen = whole(image_sizes), image_sizes.copy()
+        if self.crop_sizes:
+            some = np.flatnonzero(draws.fraction(CROP) < 0.5)
+            regions[some], seen[some] = self._cropped(image_sizes[some], draws[some], mirrored[some])
+        return Plans(regions, resized_sizes(seen, draws.choice(SIZE, self.sizes), self.max_size), mirrored)
+
+    def _cropped(self, image_sizes: np.ndarray, draws: Draws, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Regions (N, 4) in pixels of the images, and their sizes (N, 2) in those of the resized copies they are cut
+        from."""
+        shorter = draws.choice(CROP_SIZE, self.crop_sizes)
+        resized = resized_sizes(image_sizes, shorter, LONGEST_SIDE_BEFORE_CROP_PX)
+        corner, size = random_regions(resized, self.crop_range, draws)
+        # DETR crops what is mirrored already
+        corner[:, 1] = np.where(mirrored, resized[:, 1] - corner[:, 1] - size[:, 1], corner[:, 1])
+        scale = image_sizes / resized
+        return np.hstack((corner * scale, (corner + size) * scale)), size
 
 
-def choice(values: Sequence[int], rng: np.random.Generator) -> int:
-    """One of them; five times as fast as the generator's own choice, which makes an array first."""
-    return values[int(rng.integers(len(values)))]
+def whole(image_sizes: np.ndarray) -> np.ndarray:
+    """Return the regions (N, 4) that show all of images of (h, w), (N, 2)."""
+    return np.hstack((np.zeros(image_sizes.shape), image_sizes))
 
 
-def resized_size(image_size: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
-    """(h, w) with the shorter side `size`, or less so that the longer is about `max_size`; never 0.
+def resized_sizes(image_sizes: np.ndarray, size: np.ndarray | int, max_size: int) -> np.ndarray:
+    """Return (h, w) of images (N, 2) int64 with the shorter side `size`, one for all or (N,), or less so that the
+    longer is about `max_size`; never 0.
 
     The roundings are DETR's: the longer side is cut to a whole number, and may so pass `max_size` by a little.
     """
-    height, width = image_size
-    shorter, longer = min(image_size), max(image_size)
-    if longer / shorter * size > max_size:
-        size = round(max_size * shorter / longer)
-    if size == 0:
-        return (1, max_size) if height < width else (max_size, 1)
-    if shorter == size:
-        return height, width
-    if width < height:
-        return int(size * height / width), size
-    return size, int(size * width / height)
+    shorter, longer = image_sizes.min(1), image_sizes.max(1)
+    bounded = np.where(longer / shorter * size > max_size, np.rint(max_size * shorter / longer), size)
+    new_longer = np.where(bounded == 0, max_size, np.floor(bounded * longer / shorter))
+    new_shorter = np.maximum(bounded, 1)
+    wide = image_sizes[:, 0] < image_sizes[:, 1]
+    sides = np.where(wide, new_shorter, new_longer), np.where(wide, new_longer, new_shorter)
+    return np.stack(sides, axis=1).astype(np.int64)
 
 
-def random_region(
-    image_size: tuple[int, int], side_range: tuple[int, int], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a region with sides in `side_range`, or the image's where that is smaller."""
-    smallest, largest = side_range
-    width, height = (
-        int(rng.integers(min(smallest, side), min(largest, side), endpoint=True)) for side in reversed(image_size)
-    )
-    top = int(rng.integers(image_size[0] - height, endpoint=True))
-    left = int(rng.integers(image_size[1] - width, endpoint=True))
-    return top, left, height, width
+def random_regions(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+    """Return corners (top, left) and sizes (h, w), (N, 2) int64 each, of a region of each image (N, 2), with sides in
+    `side_range`, or the image's where that is smaller."""
+    least, most = (np.minimum(side, image_sizes) for side in side_range)
+    spare = most - least + 1
+    size = least + np.stack((draws.below(CROP_HEIGHT, spare[:, 0]), draws.below(CROP_WIDTH, spare[:, 1])), axis=1)
+    places = image_sizes - size + 1
+    corner = np.stack((draws.below(CROP_TOP, places[:, 0]), draws.below(CROP_LEFT, places[:, 1])), axis=1)
+    return corner, size
 
 
 def boxes_within(

@@ -36,7 +36,8 @@ UNCAPTURED_CALLS = {"small": 1, "large": 3}
 def collect_detections(
     model: DETR, batches: Iterable[Batch], runtime: Runtime, categories: Sequence[Category] | None
 ) -> np.ndarray:
-    """All queries of all images as rows (N, 7) float64, those of every process joined, no image twice.
+    """Return all queries of all images as rows (N, 7) float64, those of every process joined, no image twice, in
+    ascending order of image ids, whatever the batches and processes.
 
     `categories` says which category id a label stands for; without them labels are ids. The device is not waited for
     between batches. Raises UserError for an output that is not finite, with the images' ids.
@@ -50,6 +51,7 @@ def collect_detections(
             parts.append(row_values(*found))
             image_ids += batch.image_ids
     rows = gather_rows(join_rows(image_ids, parts, model.config.num_queries))
+    rows = rows[np.argsort(rows[:, IMAGE_ID], kind="stable")]
     require_finite(rows)
     if categories is not None:
         rows[:, CATEGORY_ID] = category_ids(rows[:, CATEGORY_ID], categories)
@@ -65,6 +67,8 @@ def forward_of(model: DETR, runtime: Runtime) -> Any:
     """
     if runtime.compile:
         return torch.compile(model)
+    if runtime.capture is False:
+        return model
     if model.frozen and runtime.device.type == "cuda" and model.recordings is None:
         model.recordings = Recordings(CudaRecorder(runtime.device), MOST_RECORDINGS)
     return model if model.recordings is None else functools.partial(replayed, model)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from detr_fast.config import UserError, require
 from detr_fast.data.batching import Batch, collate
-from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, rgb_pixels
+from detr_fast.data.buckets import shape_batches
+from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, header_size, rgb_pixels
 from detr_fast.data.sample import Sample
-from detr_fast.data.transforms import resized_size
+from detr_fast.data.transforms import resized_sizes
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
@@ -59,17 +60,34 @@ def predict(
 ) -> list[Detections]:
     """The objects with at least `threshold` as score on one image or several, one Detections an image.
 
-    More than one image a batch is faster, but smaller ones are then padded, which changes the numbers a little.
+    More than one image a batch is faster. Images of like shape share one, whatever their order here; those that are
+    smaller are then padded, which changes the numbers a little.
     `runtime`: where and in what precision; default: where the model is, in its own precision. The model's mode is
     restored. Raises UserError for a file that is no image, an array of another form, or outputs that are not finite.
     """
     require(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}.")
     several = [images] if isinstance(images, ImageLike) else list(images)
-    found: list[Detections] = []
-    for start in range(0, len(several), batch_size):
-        pixels = [read_pixels(image) for image in several[start : start + batch_size]]
-        found += predict_batch(model, pixels, threshold, runtime)
-    return found
+    found: dict[int, Detections] = {}
+    for batch in prediction_batches(model, several, batch_size):
+        pixels = [read_pixels(several[index]) for index in batch]
+        found.update(zip(batch, predict_batch(model, pixels, threshold, runtime), strict=True))
+    return [found[index] for index in range(len(several))]
+
+
+def prediction_batches(model: DETR, images: Sequence[ImageLike], batch_size: int) -> list[list[int]]:
+    """Return the indices of `images`, each once, as batches whose shapes are alike once they are resized."""
+    if batch_size == 1:  # nothing is padded, and no header need be read
+        return [[index] for index in range(len(images))]
+    sizes = np.array([size_of(image) for image in images], dtype=np.int64).reshape(-1, 2)
+    return shape_batches(resized_sizes(sizes, model.config.image_size, model.config.max_size), batch_size)
+
+
+def size_of(image: ImageLike) -> tuple[int, int]:
+    """Return (h, w); of a file what its header says. (1, 1) for what is no image: reading it will say why."""
+    if isinstance(image, str | Path):
+        return header_size(Path(image)) or (1, 1)
+    height, width = (image.height, image.width) if isinstance(image, Image.Image) else (*np.shape(image), 1, 1)[:2]
+    return max(height, 1), max(width, 1)
 
 
 @torch.no_grad()
@@ -110,11 +128,14 @@ def read_pil(image: Image.Image) -> np.ndarray:
 def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:
     """Images uint8 (3, h, w) as at evaluation; they are numbered from 0 and have no targets."""
     no_labels, no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
-    samples = []
-    for number, image in enumerate(pixels):
-        own = image.shape[1], image.shape[2]
-        samples.append(Sample(image, no_labels, no_boxes, number, own, resized_size(own, size, max_size)))
-    return collate(samples)
+    own = [(image.shape[1], image.shape[2]) for image in pixels]
+    resized = resized_sizes(np.array(own), size, max_size).tolist()
+    return collate(
+        [
+            Sample(image, no_labels, no_boxes, number, own[number], tuple(resized[number]))
+            for number, image in enumerate(pixels)
+        ]
+    )
 
 
 def keep_best(model: DETR, threshold: float, scores: Tensor, labels: Tensor, boxes_xyxy_px: Tensor) -> Detections:

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config, require
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
+from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sample import Sample
-from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets
+from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.training.batch_size import lr_factor
@@ -177,7 +178,7 @@ def make_batches(
     """This rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
     step = shape_step_px(runtime.device.type, runtime.compile)
-    buckets = Buckets(lambda epoch, index: train_set.plan(epoch, index).size, step)
+    buckets = Buckets(lambda epoch, images: train_set.plans(epoch, images).sizes, step)
     batches = train_loader(
         train_set,
         options.batch_size,

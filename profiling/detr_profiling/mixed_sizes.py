@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
+import numpy as np
+
 from detr_fast.config import TrainConfig
-from detr_fast.data.sampler import BATCHES_A_GROUP, Buckets, EpochSampler, Position, random_generator
+from detr_fast.data.buckets import Buckets
+from detr_fast.data.draws import Draws
+from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Position
 from detr_fast.data.transforms import TrainTransform
 
 COCO_SIZES = {
@@ -18,16 +22,16 @@ COCO_SIZES = {
 RECIPE = TrainConfig()
 LARGEST_PX = max(RECIPE.train_sizes)
 TRANSFORM = TrainTransform(RECIPE.train_sizes, 1333, RECIPE.crop_sizes, RECIPE.crop_range)
-PHOTOGRAPHS = [size for size, count in COCO_SIZES.items() for _ in range(count)]
+PHOTOGRAPHS = np.repeat(list(COCO_SIZES), list(COCO_SIZES.values()), axis=0)
+"""(100, 2), (h, w) in pixels"""
 TYPICAL_BATCHES = 4
 
 
-def coco_size(seed: int, epoch: int, index: int, largest_px: int = LARGEST_PX) -> tuple[int, int]:
-    """(h, w) in pixels of photograph `index` of the mix, augmented by the paper's recipe, scaled so that the largest
-    shorter side is not the recipe's 800 but `largest_px`."""
-    size = TRANSFORM(PHOTOGRAPHS[index % len(PHOTOGRAPHS)], random_generator(seed, epoch, index)).size
-    height, width = (max(1, round(side * largest_px / LARGEST_PX)) for side in size)
-    return height, width
+def coco_sizes(seed: int, epoch: int, images: np.ndarray | Sequence[int], largest_px: int = LARGEST_PX) -> np.ndarray:
+    """Return (h, w) in pixels, (N, 2) int64, of photographs of the mix, (N,) indices, augmented by the paper's recipe,
+    scaled so that the largest shorter side is not the recipe's 800 but `largest_px`."""
+    sizes = TRANSFORM(PHOTOGRAPHS[np.asarray(images) % len(PHOTOGRAPHS)], Draws(seed, epoch, images)).sizes
+    return np.maximum(np.rint(sizes * largest_px / LARGEST_PX), 1).astype(np.int64)
 
 
 class BatchShape(NamedTuple):
@@ -39,10 +43,10 @@ class BatchShape(NamedTuple):
     """(H, W) that all are padded to."""
 
     @classmethod
-    def of(cls, batch: Sequence[Position], size_of: Callable[[int, int], tuple[int, int]]) -> "BatchShape":
-        sizes = [size_of(position.epoch, position.image) for position in batch]
+    def of(cls, batch: Sequence[Position], sizes_of: Callable[[int, np.ndarray], np.ndarray]) -> "BatchShape":
+        sizes = sizes_of(batch[0].epoch, np.array([position.image for position in batch])).tolist()
         heights, widths = zip(batch[0].room, *sizes, strict=True)
-        return cls(sizes, (max(heights), max(widths)))
+        return cls([(height, width) for height, width in sizes], (max(heights), max(widths)))
 
     def in_steps(self, step: int) -> "BatchShape":
         """With a room whose sides are multiples of `step` pixels."""
@@ -66,10 +70,10 @@ def padding(shapes: Iterable[BatchShape]) -> float:
 
 def order_of(batch_size: int, seed: int, buckets: bool, largest_px: int = LARGEST_PX) -> list[BatchShape]:
     """A whole group of the sampler's batches, the same images with and without buckets."""
-    size_of = partial(coco_size, seed, largest_px=largest_px)
-    arranged = Buckets(size_of) if buckets else None
+    sizes_of = partial(coco_sizes, seed, largest_px=largest_px)
+    arranged = Buckets(sizes_of) if buckets else None
     sampler = EpochSampler(BATCHES_A_GROUP * batch_size, batch_size, seed, buckets=arranged)
-    return [BatchShape.of(batch, size_of) for batch in itertools.islice(sampler, BATCHES_A_GROUP)]
+    return [BatchShape.of(batch, sizes_of) for batch in itertools.islice(sampler, BATCHES_A_GROUP)]
 
 
 @cache

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from detr_fast.config import RuntimeOptions, TrainConfig
-from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.batching import Batch, collate
 from detr_fast.data.coco import CocoDataset
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
@@ -62,7 +62,7 @@ def make_task(data: str, model: str, seed: int) -> Task:
     recipe = default_options(["--data", data, "--model", model])
     config = replace(recipe, data=data, model=model, seed=seed, dropout=0.0, backbone_weights="none")
     train_set, dataset, architecture = make_data(config)
-    batch = next(evaluation_loader(dataset, config.batch_size, workers=0))
+    batch = collate([dataset[0, index] for index in range(min(config.batch_size, len(dataset)))])
     return Task(config, make_model(architecture, config, train_set, None, Console(quiet=True)), dataset, batch)
 
 

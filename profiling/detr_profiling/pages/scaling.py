@@ -27,11 +27,14 @@ def about(scaling: Mapping[str, Any]) -> str:
     """What it is computed from."""
     basis, links = scaling["basis"], scaling["links"]
     step_ms, mib = (formats.number(basis[name]) for name in ("step_ms", "gradient_mib"))
+    most = max(scaling["rows"], key=lambda row: row["gpus"])
+    planning = formats.number(most["planning_ms"])
     within, between = (f"{links[f'{w}_gb_s']:g} GB/s and {links[f'{w}_us']:g} us a step" for w in ("within", "between"))
     return (
         f"{basis['model']}, {basis['batch_size']} images a step on each GPU, {step_ms} ms on one "
         f"({basis['step_from']}), {basis['backward_share']:.0%} of it the backward pass ({basis['backward_from']}); "
         f"{mib} MiB of gradients, in buckets of {links['bucket_mib']:g} or all afterwards; "
         f"{links['gpus_a_machine']} GPUs a machine, within it {within}, between machines {between}, "
-        f"{links['reached']:.0%} of the bandwidths reached."
+        f"{links['reached']:.0%} of the bandwidths reached. Planning the order of all images takes {planning} ms a "
+        f"step with {formats.count(most['gpus'])} GPUs, in a thread beside it."
     )
