@@ -15,14 +15,12 @@ from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.matcher import match
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
+from detr_profiling.measuring.timing import STEADY_AFTER
 
 Observation = dict[str, Tensor]
 """On the CPU: `logits` (L, B, Q, C+1) and `boxes` (L, B, Q, 4) cxcywh of the decoder's layers; where gradients are
 enabled also each `loss...` term, `matches` (L, B, T) int64 query of each target, -1 for none, and `gradient NAME` of
 each trained parameter under our name. Of an inference, L is 1."""
-
-CAPTURED_AFTER = 5
-"""Calls with inputs of one shape, the last of which is surely the replay of a CUDA graph."""
 
 
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
@@ -52,7 +50,7 @@ def observe_captured_step(
     step = TrainStep(model, criterion, build_optimizer(model, 0.0, 0.0, weight_decay=0.0), runtime, clip=0.0)
     step.capture(recorder)
     with evaluation_mode(model), torch.enable_grad():
-        for _ in range(CAPTURED_AFTER):
+        for _ in range(STEADY_AFTER["cuda"]):
             terms = step([batch])
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = on_host(losses(terms) | {f"gradient {name}": each for name, each in named.items() if each is not None})

@@ -23,8 +23,9 @@ from detr_fast.training.criterion import SetCriterion, build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import export_state_dict, load_state_dict
+from detr_profiling.measuring.timing import STEADY_AFTER
 from detr_profiling.mixed_sizes import BatchShape, typical_shapes
-from detr_profiling.observation import CAPTURED_AFTER, Observation, observe_captured_step, observe_model
+from detr_profiling.observation import Observation, observe_captured_step, observe_model
 from detr_profiling.reference.keyed_weights import mild_state_dict
 
 Mode = Literal["training", "inference"]
@@ -258,7 +259,7 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
     def observe() -> Observation:
         observed = observed_batch(options, model.config.num_classes).to(runtime.device)
         with torch.set_grad_enabled(options.mode == "training"):
-            for _ in range(CAPTURED_AFTER if options.capture and options.mode == "inference" else 1):
+            for _ in range(STEADY_AFTER["cuda"] if options.capture and options.mode == "inference" else 1):
                 found = observe_model(model, forward, criterion, observed, runtime)
             if options.capture and options.mode == "training":
                 found |= observe_captured_step(model, criterion, observed, runtime)

@@ -17,14 +17,11 @@ from detr_fast.runtime import keep_freed_memory
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
-from detr_profiling.measuring.timing import Timing, calls_a_run, measure
+from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.observation import CAPTURED_AFTER
 from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
-STEADY_AFTER = {"cpu": 1, "cuda": CAPTURED_AFTER}
-"""Runs after the first until nothing is compiled, captured or chosen any more."""
 ORACLE = "fp64.pt"
 """The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
 
@@ -107,7 +104,7 @@ def measure_workload(configuration: Configuration, runs: int, oracle: Path | Non
 def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measurement:
     """Measures `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
     kind, shapes = workload.device.type, workload.shapes
-    warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 1)
+    warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 2)
     calls = calls_a_run(kind, warm.median_ms)
     with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
         cpu_began = time.process_time()

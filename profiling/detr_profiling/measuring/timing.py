@@ -15,6 +15,9 @@ import numpy as np
 
 from detr_profiling.pages import formats
 
+STEADY_AFTER = {"cpu": 2, "cuda": 6}
+"""Calls with inputs of one shape, of which the last neither compiles nor chooses anything, and on a GPU is the replay
+of a graph where one is captured at all."""
 LEAST_CALLS, MOST_CALLS = 4, 50
 ENOUGH_MS = 500
 """What a run on a GPU takes at least, within the bounds above."""
