@@ -94,6 +94,8 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
     assert batch.original_sizes.tolist() == [[38, 58], [38, 50]]
     assert [place.mirrored for place in batch.images.places] == [0, 1]
     assert not any(place.mirrored for place in make_batches(INFERENCE, 91)[0].images.places)
+    embedded = make_batches(replace(OPTIONS, model="detr_tiny"), 91)[0]
+    assert [image.shape[:2] for image in embedded.images] == embedded.images.sizes
     assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
     assert not make_batches(replace(OPTIONS, batch_size=1), 91)[0].padded
 

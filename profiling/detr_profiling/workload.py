@@ -149,19 +149,16 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
 
 
 def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
-    """Random photographs and boxes on the host, pinned beside a GPU."""
+    """Random photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
+    the embedded data set that it is for."""
+    fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
     generator = torch.Generator().manual_seed(options.seed)
     batches = []
     for shape in batch_shapes(options):
-        sources = [(source_side(h), source_side(w)) for h, w in shape.sizes]
+        sources = [(max(1, round(fraction * h)), max(1, round(fraction * w))) for h, w in shape.sizes]
         mirrored = options.mode == "training"
         batches.append(draw_batch(shape, sources, mirrored, options.objects, num_classes, generator))
     return [batch.pin_memory() for batch in batches] if options.resolved().device == "cuda" else batches
-
-
-def source_side(side: int) -> int:
-    """Of a photograph that is resized to `side`, in pixels."""
-    return max(1, round(SOURCE_FRACTION * side))
 
 
 def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
