@@ -58,7 +58,7 @@ class Kernel:
     """What is called for the clock, where it draws dropout, which cannot be judged. None: `call`."""
 
     def forms(self) -> list[str]:
-        """Ours that run here."""
+        """Lists ours that run here."""
         here = [form for form, device in self.ours.items() if device == DEVICE.type]
         return [form for form in here if form != "onednn" or detr_kernels.why_not_onednn(self.dtype) is None]
 
@@ -329,6 +329,6 @@ def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
 
 
 def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
-    """`call` with the backend that `form` stands for, compiled where it says so."""
+    """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
     chosen = partial(call, backend=kernel.plain if form in ("plain", "compiled") else form)
     return torch.compile(chosen) if form == "compiled" else chosen

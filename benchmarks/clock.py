@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def choose_rounds(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """As many rounds as take `ENOUGH_S`, within bounds, and how many calls each is of; what runs before warms up."""
+    """Chooses as many rounds as take `ENOUGH_S`, within bounds, and how many calls each is of, after warm-up calls."""
     steady = measure(run, lambda: synchronize(device), rounds=1, warmup=STEADY_AFTER[device.type] - 1)
     calls = calls_a_run(device.type, steady.median_ms)
     return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(1e3 * ENOUGH_S / (calls * steady.median_ms)))), calls

@@ -160,8 +160,8 @@ def measure_rung(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console
 
 
 def is_broken(rung: Rung) -> bool:
-    """Whether its technique does not run, or computes something else; its note then says that the rest goes on
-    without."""
+    """Tells whether its technique does not run, or computes something else; the note then says that the rest goes on
+    without it."""
     if rung.added is None or not rung.added.can_be_left_out or "no time left" in rung.note:
         return False
     if rung.measured and rung.measured.close is not False:

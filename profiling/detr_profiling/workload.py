@@ -116,7 +116,8 @@ class Workload:
     """One whole step with each batch, from the photographs to the last write; does not wait for a GPU, to which batches
     are copied one ahead."""
     observe: Callable[[], Observation] | None = None
-    """The same numbers at every call: without dropout, and without an optimizer's step. None: not comparable."""
+    """The same numbers at every call: without dropout, and without an optimizer's step; losses and gradients of a
+    captured step, and the outputs of a captured inference, as a replay leaves them. None: not comparable."""
     reasons: dict[str, str] = field(default_factory=dict)
     """What runs as what, and why."""
     step: Callable[[Batch], Any] | None = None
@@ -149,7 +150,7 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
 
 
 def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
-    """Random photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
+    """Draws photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
     the embedded data set that it is for."""
     fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
     generator = torch.Generator().manual_seed(options.seed)
@@ -162,10 +163,10 @@ def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
 
 
 def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
-    """What is compared with the reference.
+    """Draws what is compared with the reference, on the host.
 
-    Sides are doubled, or kept where they are odd, and levels are such that no implementation has to round them: one
-    that rounds once and one that rounds after each axis differ by a level elsewhere, which is no error of a model.
+    Photographs' sides are doubled, or kept where the result is odd, and their levels are such that nothing has to be
+    rounded: elsewhere an implementation that rounds once and one that rounds after each axis differ by a level.
     """
     options = options.observed()
     generator = torch.Generator().manual_seed(options.seed)
@@ -175,6 +176,7 @@ def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
 
 
 def exact_source_side(side: int) -> int:
+    """Returns the side from which one of `side` pixels is resized without rounding."""
     return side if side % 2 else side // 2
 
 
@@ -204,7 +206,7 @@ def draw_batch(
 
 
 def copied_ahead(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on `device`, over and over; on a GPU one ahead beside the step, as in training."""
+    """Yields the batches on `device`, over and over; on a GPU one is copied ahead beside the step, as in training."""
     return on_device(itertools.cycle(batches), device)
 
 
@@ -268,8 +270,8 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
 def training_step(
     model: DETR, criterion: SetCriterion, options: WorkloadOptions, runtime: Runtime
 ) -> tuple[Callable[[Batch], Any], Any]:
-    """Makes a step with one batch, and what it calls in the model's place. Raises UserError where it cannot be
-    captured."""
+    """Makes a step with one batch, and returns it and what it calls in the model's place. Raises UserError where it
+    cannot be captured."""
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     step = TrainStep(model, criterion, optimizer, runtime)
     if options.capture:
@@ -280,7 +282,7 @@ def training_step(
 
 
 def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> tuple[Callable[[Batch], Any], Any]:
-    """The same of an inference."""
+    """Does the same for an inference."""
     # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
     forward = forward_of(model, runtime) if options.capture or runtime.compile else model
     if options.capture:

@@ -83,7 +83,7 @@ def measure(
 
 
 def calls_a_run(device_type: str, call_ms: float) -> int:
-    """How many calls to issue back to back: one on a CPU, where each waits for the one before anyway."""
+    """Chooses how many calls to issue back to back: one on a CPU, where each waits for the one before anyway."""
     if device_type != "cuda":
         return 1
     return min(MOST_CALLS, max(LEAST_CALLS, math.ceil(ENOUGH_MS / call_ms)))

@@ -31,7 +31,7 @@ def on_gpu(trace: Trace) -> bool:
 
 
 def lacking(trace: Trace) -> list[str]:
-    """What a trace is not to be read without: that it has nothing of the GPU's events."""
+    """Says what a trace is not to be read without: that it has none of the GPU's events."""
     return [f"NOT complete: {trace['problem']}"] if trace.get("problem") else []
 
 

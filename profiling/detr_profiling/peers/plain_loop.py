@@ -24,7 +24,7 @@ BoxTargets = list[dict[str, Tensor]]
 
 
 def box_targets(batch: Batch, dtype: torch.dtype = torch.float32) -> BoxTargets:
-    """Those of a batch on the host: how many there are is read."""
+    """Lists those of a batch on the host, whose numbers of objects are read."""
     rows = zip(batch.targets.labels, batch.targets.boxes_cxcywh, batch.targets.count.tolist(), strict=True)
     return [{"labels": labels[:count], "boxes": boxes[:count].to(dtype)} for labels, boxes, count in rows]
 
@@ -61,7 +61,8 @@ class PlainBatch:
 def plain_feed(
     batches: Sequence[Batch], config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[PlainBatch]:
-    """The batches over and over, copied one ahead as ours are; the pixels are made on the device as one is taken."""
+    """Yields the batches over and over, copied one ahead as ours are; a batch's pixels are made on the device as it is
+    taken."""
     targets = itertools.cycle([box_targets(batch, dtype) for batch in batches])
     for batch, wanted in zip(copied_ahead(batches, device), targets, strict=False):
         yield PlainBatch.of(batch, config, dtype, wanted).to(device)

@@ -92,7 +92,7 @@ class Plain:
 
 
 def missing_events(device: torch.device, timeline: Timeline) -> str | None:
-    """What the trace of a workload on `device` lacks, and how to get it; None: nothing."""
+    """Says what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
     return NO_DEVICE_EVENTS if device.type == "cuda" and not timeline.device else None
 
 
