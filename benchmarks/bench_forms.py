@@ -1,8 +1,9 @@
 """What each kernel is worth inside a whole training step: `pytest benchmarks/bench_forms.py --benchmark-only`.
 
-DETR-R50 on photographs that have to be resized, all operations in their plain form but one, eager and, with --size
-full, compiled. A form that loses here is not the default, whatever it wins alone. On a CPU, where Triton does not run,
-what can be changed there, one after another, from all that is on by default.
+DETR-R50 on photographs that have to be resized, all operations in their plain form but one, eager, on a GPU also
+captured, where the host's launches do not hide what a kernel saves, and with --size full compiled. A form that loses
+here is not the default, whatever it wins alone. On a CPU, where Triton does not run, what can be changed there, one
+after another, from all that is on by default.
 """
 
 from typing import Any
@@ -45,7 +46,9 @@ else:
 
 def cases(size: Size) -> list[WorkloadCase]:
     options = workload_options("training", size, attention="sdpa")
-    forms = {name: {"forms": form} for name, form in FORMS.items()}
+    forms: dict[str, dict[str, Any]] = {name: {"forms": form} for name, form in FORMS.items()}
+    if ON_GPU:
+        forms |= {f"{name}-captured": form | {"capture": True} for name, form in forms.items() if name != "scipy"}
     return list(own_cases(options, forms, precisions()[-1:], compiles(size) and size == "full"))
 
 

@@ -3,10 +3,10 @@
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
 float64 as plain torch is; what draws dropout in training is judged without it, and timed with it. What is timed is a
-call as eager code makes it, many issued back to back: of the smallest kernels the host's work for it takes longer than
-the device's, which a captured step does not pay, and `bench_forms.py` and the ladder decide. Images have one size here:
-with padding SDPA gets a mask, and takes longer. Without a GPU those of the CPU are timed, and of the others the plain
-forms alone, at one image: Triton's interpreter tests numbers, not speed.
+call as eager code makes it, many issued back to back, and on a GPU also its CUDA graph: of the smallest kernels the
+host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_forms.py` and the
+ladder decide. Images have one size here: with padding SDPA gets a mask, and takes longer. Without a GPU those of the
+CPU are timed, and of the others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
 """
 
 import time
@@ -65,7 +65,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel in one of its forms: ours, the plain one, or that compiled."""
+    """A kernel in one of its forms: ours, the plain one, or that compiled; each but the last also captured."""
 
     kernel_name: str
     kernel: Kernel
@@ -247,9 +247,15 @@ def cases(size: Size) -> Iterator[KernelCase]:
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
         compiled = (ON_GPU or size == "full") and kernel.plain != "scipy"
-        forms = [*kernel.forms(), "plain", *(["compiled"] if compiled else [])]
-        for form in forms:
+        forms = [*kernel.forms(), "plain"]
+        on_device = forms if ON_GPU and kernel.plain != "scipy" else kernel.forms() if ON_GPU else []
+        replayed = [f"{form}{CAPTURED}" for form in on_device]
+        for form in (*forms, *(["compiled"] if compiled else []), *replayed):
             yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain forms")
+
+
+CAPTURED = "-captured"
+"""The end of a form's name."""
 
 
 def total_cost(cost: Tensor, query_of_target: Tensor) -> Tensor:
@@ -325,10 +331,20 @@ def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
     forward_and_backward(timed, inputs, wanted)
     compile_s = time.perf_counter() - began if case.form == "compiled" else None
     verdict = judge(kernel, judged, form_of(kernel.call, kernel, "plain"), inputs)
-    time_case(benchmark, case, verdict, lambda: forward_and_backward(timed, inputs, wanted), compile_s=compile_s)
+    run = partial(forward_and_backward, timed, inputs, wanted)
+    time_case(benchmark, case, verdict, captured(run) if case.form.endswith(CAPTURED) else run, compile_s=compile_s)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Captures a call that has run before as a CUDA graph, and returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
     """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
+    form = form.removesuffix(CAPTURED)
     chosen = partial(call, backend=kernel.plain if form in ("plain", "compiled") else form)
     return torch.compile(chosen) if form == "compiled" else chosen
