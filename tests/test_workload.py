@@ -141,8 +141,11 @@ def test_what_is_compared_has_one_size() -> None:
 
 
 def test_what_is_compared_is_resized_without_rounding() -> None:
-    batch = observed_batch(replace(OPTIONS, size="30x41"), 91)
-    assert [image.shape[:2] for image in batch.images] == [(15, 41), (15, 18)] and batch.images.places[1].mirrored
+    batch = observed_batch(replace(OPTIONS, size="14x20"), 91)
+    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.places[1].mirrored
+    assert [image.shape[:2] for image in batch.images] == [(7, 10), (7, 9)]
+    odd = observed_batch(replace(OPTIONS, size="15x20", batch_size=1), 91)
+    assert [image.shape[:2] for image in odd.images] == [(15, 10)]
     images, arguments = batch.images, (*batch.room, (0.0,) * 3, (1 / 255,) * 3)
     exact = torch.zeros(2, 3, *batch.room, dtype=torch.float64)
     for row, image, place in zip(exact, images, images.places, strict=True):
