@@ -187,7 +187,7 @@ def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: py
     options = replace(OPTIONS, mode=mode, model="detr_tiny")
     monkeypatch.setattr("detr_profiling.workload.forward_of", lambda model, _: recorded(model, recorder))
     monkeypatch.setattr(TrainStep, "why_not_captured", lambda _: None)
-    monkeypatch.setattr("detr_fast.training.step.CudaRecorder", lambda _: recorder)
+    monkeypatch.setattr("detr_fast.training.step.CudaRecorder", lambda *_, **__: recorder)
     plain, captured = build_workload(options), build_workload(replace(options, capture=True))
     assert plain.observe is not None and captured.observe is not None
     before = {name: value.clone() for name, value in captured.model.state_dict().items()}
