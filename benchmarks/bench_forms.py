@@ -1,7 +1,9 @@
 """What each kernel is worth inside a whole training step: `pytest benchmarks/bench_forms.py --benchmark-only`.
 
-DETR-R50, all operations in their plain form but one, eager and, with --size full, compiled. A form that loses here is
-not the default, whatever it wins alone. On a CPU, where Triton does not run, what can be changed there.
+DETR-R50 on photographs that have to be resized, all operations in their plain form but one, eager, on a GPU also
+captured, where the host's launches do not hide what a kernel saves, and with --size full compiled. A form that loses
+here is not the default, whatever it wins alone. On a CPU, where Triton does not run, what can be changed there, one
+after another, from all that is on by default.
 """
 
 from typing import Any
@@ -31,16 +33,22 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "triton-set-loss": {"set_loss": "triton"},
     "scipy": {"assignment": "scipy"},
 }
-OURS = {"layer_norm": "triton", "pixels": "triton", "match_cost": "triton", "set_loss": "triton"}
-ALL = OURS | {"attention": "xformers", "convolution": "triton"}
+OURS = dict.fromkeys(("layer_norm", "pixels", "match_cost", "set_loss"), "triton")
+ALL = OURS | {"attention": "xformers", "convolution": "cudnn"}
+PLAIN = dict.fromkeys((*OURS, "convolution"), "ref")
+"""On a GPU, whatever `auto` has come to mean there; matching is on the device."""
 FORMS: dict[str, dict[str, Any]] = {"plain": {}, "ref-attention": {"attention": "ref"}, "unfolded": {"folded": False}}
 if ON_GPU:
-    FORMS |= ONE_BY_ONE | {"all": ALL}
+    FORMS = {name: PLAIN | form for name, form in (FORMS | ONE_BY_ONE | {"all": ALL}).items()}
+else:
+    FORMS |= {"ref-convolution": {"convolution": "ref"}}
 
 
 def cases(size: Size) -> list[WorkloadCase]:
     options = workload_options("training", size, attention="sdpa")
-    forms = {name: {"forms": form} for name, form in FORMS.items()}
+    forms: dict[str, dict[str, Any]] = {name: {"forms": form} for name, form in FORMS.items()}
+    if ON_GPU:
+        forms |= {f"{name}-captured": form | {"capture": True} for name, form in forms.items() if name != "scipy"}
     return list(own_cases(options, forms, precisions()[-1:], compiles(size) and size == "full"))
 
 

@@ -1,6 +1,8 @@
-"""Inference, from uint8 images on the host to boxes in pixels: `pytest benchmarks/bench_inference.py --benchmark-only`.
+"""Inference, from uint8 photographs on the host to boxes in pixels: `pytest benchmarks/bench_inference.py
+--benchmark-only`.
 
-Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same images.
+Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same photographs, which all of
+them resize on the device.
 """
 
 from pytest_benchmark.fixture import BenchmarkFixture

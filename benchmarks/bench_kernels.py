@@ -2,14 +2,17 @@
 --benchmark-only`.
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
-float64 as plain torch is. What is timed is a call as eager code makes it, with the host's work for it: of the smallest
-kernels that is most of it, and `bench_forms.py` is what decides. Without a GPU those of the CPU are timed, and of the
-others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
+float64 as plain torch is; what draws dropout in training is judged without it, and timed with it. What is timed is a
+call as eager code makes it, many issued back to back, and on a GPU also its CUDA graph: of the smallest kernels the
+host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_forms.py` and the
+ladder decide. Images have one size here: with padding SDPA gets a mask, and takes longer. Without a GPU those of the
+CPU are timed, and of the others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import detr_kernels
@@ -32,6 +35,8 @@ FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Of the largest magnitude: what another order of summation, or one rounding to bf16, may make."""
 SCALE_FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+P = 0.1
+"""Dropout's probability."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,20 @@ class Kernel:
     """The name of the form it is compared with."""
     differentiable: int = 99
     """How many of the first inputs get a gradient, of those that have one."""
-    ours: str = "triton"
-    """The name of our form."""
-    device: str = "cuda"
-    """Where that runs."""
+    ours: Mapping[str, str] = field(default_factory=lambda: {"triton": "cuda"})
+    """The names of our forms, and the type of device on which each runs."""
+    timed: Callable[..., Any] | None = None
+    """What is called for the clock, where it draws dropout, which cannot be judged. None: `call`."""
+
+    def forms(self) -> list[str]:
+        """Lists ours that run here."""
+        here = [form for form, device in self.ours.items() if device == DEVICE.type]
+        return [form for form in here if form != "onednn" or detr_kernels.why_not_onednn(self.dtype) is None]
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel in one of its forms: ours, the plain one, or that compiled."""
+    """A kernel in one of its forms: ours, the plain one, or that compiled; each but the last also captured."""
 
     kernel_name: str
     kernel: Kernel
@@ -97,20 +107,24 @@ def convolution(images: int, channels: int, out_channels: int, height: int, widt
         added = residual if out_channels > channels else None
         return detr_kernels.conv_bias_act(x, weight, bias, added, padding=kernel_size // 2, backend=backend)
 
-    return Kernel(call, make, f"{height}x{width}", differentiable=3)
+    ours = {"triton": "cuda", "cudnn": "cuda", "onednn": "cpu"}
+    return Kernel(call, make, f"{height}x{width}", differentiable=3, ours=ours)
 
 
-def attention(images: int, queries: int, tokens: int, form: str = "triton") -> Kernel:
+def attention(images: int, queries: int, tokens: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
         q, k, v = (noise(images * n, HEADS, DIM // HEADS, dtype=dtype) for n in (queries, tokens, tokens))
         offsets = (detr_kernels.Packing.uniform(images, n, DEVICE).offsets for n in (queries, tokens))
         return q, k, v, *offsets, queries, tokens
 
-    def call(*inputs: Any, backend: Any) -> Tensor:
-        chosen: Any = form if backend == "triton" else backend
-        return detr_kernels.packed_attention(*inputs, backend=chosen)  # type: ignore[misc]
+    def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, backend: Any, p: float = 0.0) -> Tensor:
+        if backend == "sdpa":  # as the model calls it: each image's tokens in rows of their own
+            rows = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(*rows, dropout_p=p).transpose(1, 2).flatten(0, 1)
+        return detr_kernels.packed_attention(q, k, v, *lengths, p, p > 0, backend)
 
-    return Kernel(call, make, f"{queries}x{tokens}", plain="sdpa")
+    ours = {"triton": "cuda", "xformers": "cuda"}
+    return Kernel(call, make, f"{queries}x{tokens}", plain="sdpa", ours=ours, timed=partial(call, p=P))
 
 
 def layer_norm(images: int, tokens: int) -> Kernel:
@@ -118,7 +132,8 @@ def layer_norm(images: int, tokens: int) -> Kernel:
         x, residual = (noise(images * tokens, DIM, dtype=each) for each in (dtype, torch.float32))
         return x, residual, noise(DIM), noise(DIM)
 
-    return Kernel(detr_kernels.fused_add_layer_norm, make, f"{tokens}x{DIM}")
+    timed = partial(detr_kernels.fused_add_layer_norm, dropout=P, training=True)
+    return Kernel(detr_kernels.fused_add_layer_norm, make, f"{tokens}x{DIM}", timed=timed)
 
 
 def residual_stage(images: int, channels: int, height: int, width: int) -> Kernel:
@@ -137,11 +152,7 @@ def residual_stage(images: int, channels: int, height: int, width: int) -> Kerne
         form = detr_kernels.residual_stage_ref if backend == "ref" else detr_kernels.residual_stage
         return form(x, weights, biases, 2, [1, 1])
 
-    return Kernel(call, make, f"{height}x{width}", differentiable=len(shapes) + 1, ours="onednn", device="cpu")
-
-
-P = 0.1
-"""Dropout's probability."""
+    return Kernel(call, make, f"{height}x{width}", differentiable=len(shapes) + 1, ours={"onednn": "cpu"})
 
 
 def dropout(images: int, tokens: int) -> Kernel:
@@ -151,7 +162,7 @@ def dropout(images: int, tokens: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
         return [torch.ones(images * tokens, 8 * DIM, dtype=dtype)]
 
-    return Kernel(call, make, f"{tokens}x{8 * DIM}", plain="torch", ours="ours", device="cpu")
+    return Kernel(call, make, f"{tokens}x{8 * DIM}", plain="torch", ours={"ours": "cpu"})
 
 
 def dropout_attention(images: int, tokens: int) -> Kernel:
@@ -166,7 +177,7 @@ def dropout_attention(images: int, tokens: int) -> Kernel:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=P)
         return detr_kernels.attention_with_dropout(q, k, v, None, P)
 
-    return Kernel(call, make, f"{tokens}x{tokens}", plain="torch", ours="ours", device="cpu")
+    return Kernel(call, make, f"{tokens}x{tokens}", plain="torch", ours={"ours": "cpu"})
 
 
 def cost_inputs(images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,9 +239,6 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
         kernels["residual-stage"] = residual_stage(images, 256, *at[4])
         kernels["dropout"] = dropout(images, tokens)
         kernels["dropout-attention"] = dropout_attention(images, tokens)
-    if ON_GPU:
-        kernels["self-attention-xformers"] = attention(images, tokens, tokens, "xformers")
-        kernels["cross-attention-xformers"] = attention(images, QUERIES, tokens, "xformers")
     return kernels
 
 
@@ -239,9 +247,15 @@ def cases(size: Size) -> Iterator[KernelCase]:
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
         compiled = (ON_GPU or size == "full") and kernel.plain != "scipy"
-        forms = [*([kernel.ours] if kernel.device == DEVICE.type else []), "plain", *(["compiled"] if compiled else [])]
-        for form in forms:
+        forms = [*kernel.forms(), "plain"]
+        on_device = forms if ON_GPU and kernel.plain != "scipy" else kernel.forms() if ON_GPU else []
+        replayed = [f"{form}{CAPTURED}" for form in on_device]
+        for form in (*forms, *(["compiled"] if compiled else []), *replayed):
             yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain forms")
+
+
+CAPTURED = "-captured"
+"""The end of a form's name."""
 
 
 def total_cost(cost: Tensor, query_of_target: Tensor) -> Tensor:
@@ -310,18 +324,27 @@ def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
     """Output and gradients of one call, as a training step makes them."""
     kernel = case.kernel
     inputs = kernel.make(kernel.dtype)
-
-    def plain(*values: Any) -> Any:
-        return kernel.call(*values, backend=kernel.plain)
-
-    def fused(*values: Any) -> Any:
-        return kernel.call(*values, backend=kernel.ours)
-
-    timed = {kernel.ours: fused, "plain": plain, "compiled": torch.compile(plain)}[case.form]
+    judged, timed = (form_of(call, kernel, case.form) for call in (kernel.call, kernel.timed or kernel.call))
     leaves = inputs[: kernel.differentiable]
     wanted = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     began = time.perf_counter()
     forward_and_backward(timed, inputs, wanted)
     compile_s = time.perf_counter() - began if case.form == "compiled" else None
-    verdict = judge(kernel, timed, plain, inputs)
-    time_case(benchmark, case, verdict, lambda: forward_and_backward(timed, inputs, wanted), compile_s=compile_s)
+    verdict = judge(kernel, judged, form_of(kernel.call, kernel, "plain"), inputs)
+    run = partial(forward_and_backward, timed, inputs, wanted)
+    time_case(benchmark, case, verdict, captured(run) if case.form.endswith(CAPTURED) else run, compile_s=compile_s)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Captures a call that has run before as a CUDA graph, and returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
+    """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
+    form = form.removesuffix(CAPTURED)
+    chosen = partial(call, backend=kernel.plain if form in ("plain", "compiled") else form)
+    return torch.compile(chosen) if form == "compiled" else chosen

@@ -1,8 +1,9 @@
-"""A training step, from the batch on the host to the optimizer's last write: `pytest benchmarks/bench_training.py
---benchmark-only`.
+"""A training step, from uint8 photographs on the host to the optimizer's last write: `pytest
+benchmarks/bench_training.py --benchmark-only`.
 
-Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same images, each with its own
-loss; and `tiny`, the step of `make train`: detr_tiny on 16 images of 64 pixels.
+Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same photographs, which all of
+them resize on the device, each with its own loss; and `tiny`, the step of `make train`: detr_tiny on 16 images of 64
+pixels.
 """
 
 from detr_profiling.workload import WorkloadOptions

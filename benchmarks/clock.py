@@ -1,18 +1,19 @@
 """What every benchmark is called by, how often it runs, and what is written beside its times."""
 
+import itertools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from detr_profiling.measuring.memory import peak_memory
+from detr_profiling.measuring.timing import STEADY_AFTER, calls_a_run, measure
 from pytest_benchmark.fixture import BenchmarkFixture
 
 Size = Literal["small", "full"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LEAST_ROUNDS, MOST_ROUNDS = (20, 200) if DEVICE.type == "cuda" else (5, 50)
+LEAST_ROUNDS, MOST_ROUNDS = (10, 200) if DEVICE.type == "cuda" else (5, 50)
 ENOUGH_S = 1.0
 """What takes less than this in all is run more often than `LEAST_ROUNDS`."""
 
@@ -61,21 +62,24 @@ def time_case(
     device: torch.device = DEVICE,
     compile_s: float | None = None,
 ) -> None:
-    """Times `run` from its call to the end of its work on `device`.
+    """Times `run` to the end of its work on `device`; on a GPU a round is several calls issued back to back, and its
+    time is that of one call.
 
     `compile_s`: of the run that compiled it. On a CPU `peak_mib` is the whole process's resident set, with what earlier
     benchmarks have left in it.
     """
 
-    def run_to_the_end() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    rounds, calls = choose_rounds(run, device) if benchmark.enabled else (1, 1)
+    issued = itertools.count(1)
 
-    rounds = choose_rounds(run_to_the_end) if benchmark.enabled else 1
+    def issue() -> None:
+        run()
+        if next(issued) % calls == 0:
+            synchronize(device)
+
     benchmark.group = case.group
     with peak_memory(device) as peak:
-        benchmark.pedantic(run_to_the_end, rounds=rounds)
+        benchmark.pedantic(issue, rounds=rounds, iterations=calls)
     benchmark.extra_info |= {
         "images": case.images,
         "size": case.size,
@@ -85,6 +89,7 @@ def time_case(
         "allowed": verdict.allowed,
         "peak_mib": None if math.isnan(peak.mib) else peak.mib,
         "compile_s": compile_s,
+        "calls_a_round": calls,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -93,9 +98,13 @@ def time_case(
         benchmark.extra_info["images_per_second"] = case.images / benchmark.stats.stats.median
 
 
-def choose_rounds(run: Callable[[], Any]) -> int:
-    """As many as take `ENOUGH_S`, within bounds; the first of two runs warms up."""
-    run()
-    began = time.perf_counter()
-    run()
-    return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(ENOUGH_S / (time.perf_counter() - began))))
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def choose_rounds(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Chooses as many rounds as take `ENOUGH_S`, within bounds, and how many calls each is of, after warm-up calls."""
+    steady = measure(run, lambda: synchronize(device), rounds=1, warmup=STEADY_AFTER[device.type] - 1)
+    calls = calls_a_run(device.type, steady.median_ms)
+    return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(1e3 * ENOUGH_S / (calls * steady.median_ms)))), calls

@@ -32,9 +32,10 @@ SIZES: dict[tuple[Mode, Size], tuple[str, int]] = (
 )
 """Height and width in pixels, and images."""
 FORMS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
-"""Ours as a whole: DETR's own sequence of operations, what is the default, and on a GPU every kernel of ours."""
+"""Ours as a whole: DETR's own sequence of operations, what is the default, and on a GPU every kernel of ours, and the
+default as a CUDA graph."""
 if ON_GPU:
-    FORMS["triton"] = {"kernels": "triton"}
+    FORMS |= {"triton": {"kernels": "triton"}, "captured": {"capture": True}}
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,15 @@ def own_cases(
 ) -> Iterator[WorkloadCase]:
     """Ours in each of `forms`, which are changes of the options or, under `forms`, of single operations.
 
-    With `compiled`, each but the plain `ref` also compiled, in the last of the precisions.
+    With `compiled`, each but the plain `ref` also compiled, in the last of the precisions; a compiled inference cannot
+    be captured.
     """
     for name, form in forms.items():
         changes = {key: value for key, value in form.items() if key != "forms"}
         single = form.get("forms", {})
         for precision in in_precisions:
             yield case(name, replace(options, **changes), precision, forms=single)
-        if compiled and name != "ref":
+        if compiled and name != "ref" and not (options.mode == "inference" and changes.get("capture")):
             yield case(f"{name}-compiled", replace(options, **changes, compile=True), in_precisions[-1], forms=single)
 
 

@@ -123,7 +123,7 @@ def test_a_kernel_that_is_off_by_one_percent_does_not_pass() -> None:
     torch.manual_seed(0)
     kernels = bench_kernels.make_kernels(1, 64, 96)
     names = ("conv1x1-64-256", "cross-attention", "add-layer-norm", "match-cost", "set-loss", "assignment")
-    for name in (*names, *(name for name, kernel in kernels.items() if kernel.device == "cpu")):
+    for name in (*names, "residual-stage", "dropout", "dropout-attention"):
         kernel = kernels[name]
         inputs = kernel.make(kernel.dtype)
 

@@ -13,6 +13,7 @@ import torch
 from detr_profiling import ladder
 from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
 from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ranks
 from detr_profiling.pages.results import LadderRow, load_results
@@ -31,16 +32,21 @@ class Measurer:
 
     asked: list[Configuration] = field(default_factory=list)
     broken: str = ""
+    broken_forms: dict[str, Any] = field(default_factory=dict)
+    wrong_forms: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
         self.asked.append(configuration)
         options = configuration.options
         if options.precision == self.broken:
             raise UserError("out of memory")
+        if configuration.forms.items() & self.broken_forms.items():
+            raise UserError("no such kernel")
         ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
         ms -= sum(value not in ("ref", False, "scipy") for value in configuration.forms.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
-        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": True} if oracle else {}
+        close = not configuration.forms.items() & self.wrong_forms.items()
+        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if oracle else {}
         error["padding"] = 1.04 if options.buckets else 1.5
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)  # type: ignore[arg-type]
 
@@ -55,9 +61,9 @@ def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
 
 def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
     rungs = build_rungs(OPTIONS)
-    names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "SDPA", "folded batch norm"]
-    assert [rung.technique for rung in rungs] == [*names, "compile"]
-    assert [rung.configuration.keeps_memory for rung in rungs] == [False] + [True] * 7
+    names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "attention with dropout"]
+    assert [rung.technique for rung in rungs] == [*names, "folded batch norm", "convolutions by oneDNN", "compile"]
+    assert [rung.configuration.keeps_memory for rung in rungs] == [False] + [True] * 8
     first, top = rungs[0].configuration, rungs[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
@@ -68,7 +74,54 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
     names = [rung.technique for rung in build_rungs(replace(OPTIONS, mode="inference"))]
-    assert names[-3:] == ["folded batch norm", "frozen weights", "compile"]
+    assert names[-5:] == ["SDPA", "folded batch norm", "convolutions by oneDNN", "frozen weights", "compile"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with all there is, as far as the ladder asks."""
+    names = {"choose_device": (torch.device("cuda"), ""), "choose_precision": (torch.bfloat16, "")}
+    for name, answer in (names | {"why_not_triton": None, "why_not_xformers": None}).items():
+        monkeypatch.setattr(f"detr_profiling.measuring.techniques.{name}", lambda *_, answer=answer: answer)
+
+
+def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
+    training, inference = (
+        {each.name: each for each in techniques(replace(OPTIONS, mode=mode, compile=False))}
+        for mode in ("training", "inference")
+    )
+    attention = ["packed attention by triton", "packed attention by xformers"]
+    convolutions = ["convolutions by triton", "convolutions by cuDNN"]
+    kernels = ["layer norm by triton", "pixels by triton"]
+    losses = ["match cost by triton", "set loss by triton", "assignment by triton"]
+    assert list(training)[-10:] == [*attention, *kernels, *losses, *convolutions, "captured step"]
+    assert list(inference)[-7:] == [*attention, *kernels, *convolutions, "captured inference"]
+    assert training["set loss by triton"].forms == {"set_loss": "triton"}
+    ours = [each.name for each in techniques(replace(OPTIONS, kernels="triton", compile=False))]
+    assert not {"packed attention by xformers", "convolutions by cuDNN"} & set(ours)
+
+
+def test_what_does_not_run_is_left_out_of_the_rows_after_it(
+    gpu: None, measurer: Measurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
+    options = replace(OPTIONS, compile=False)
+    rungs = build_rungs(options)
+    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"pixels": "triton"}
+    list(measure_rungs(rungs, options, QUIET))
+    found = {rung.technique: rung for rung in rungs}
+    broken, wrong = found["layer norm by triton"], found["pixels by triton"]
+    assert broken.measured is None and broken.note == "no such kernel; left out of the rows after it"
+    assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
+    top = rungs[-1]
+    assert top.configuration.forms["layer_norm"] == top.configuration.forms["pixels"] == "ref"
+    assert top.configuration.forms["set_loss"] == "triton" and top.configuration.options.capture
+    others = [rung for rung in rungs if rung not in (broken, wrong)]
+    assert all(rung.measured and rung.measured.timing.runs == 4 and not rung.note for rung in others)
+    assert top.measured_without == rungs[-2].measured and broken.without is wrong.without is None
+    assert all(rung.without.forms["pixels"] == "ref" for rung in rungs if rung.without)
+    forms = [each.forms for each in measurer.asked]
+    assert sum(each.get("layer_norm") == "triton" for each in forms) == 1, "it is not tried again"
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
@@ -143,7 +196,7 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
     monkeypatch.setattr(ladder, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
         ladder.main(replace(OPTIONS, out=str(tmp_path)))
-    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 5
+    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 6
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
@@ -153,7 +206,7 @@ def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, t
         list(measure_rungs(rungs, options, QUIET))
         ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
     rows = read_rows(path)
-    assert [row["mode"] for row in rows] == ["inference"] * 9 + ["training"] * 8
+    assert [row["mode"] for row in rows] == ["inference"] * 10 + ["training"] * 9
     last = rows[-1]
     assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
     assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from detr_profiling.measuring.measurement import (
     eager_file,
     last_words,
     measure_in_process,
+    measure_runs,
     measure_workload,
     write_oracle,
     write_oracle_in_process,
 )
-from detr_profiling.measuring.timing import Timing
+from detr_profiling.measuring.memory import Peak
+from detr_profiling.measuring.timing import STEADY_AFTER, Timing
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import WorkloadOptions, batch_shapes
+from detr_profiling.workload import Workload, WorkloadOptions, batch_shapes
+from torch import nn
 
 from detr_fast.config import UserError
 
@@ -51,6 +55,23 @@ def test_of_mixed_sizes_a_steps_time_is_the_mean_over_the_batches(monkeypatch: p
         found = measure_workload(Configuration(each), 2, None)
         assert found.timing.runs_ms == (25.0, 20.0)
         assert found.padding == padding(batch_shapes(each)) and (found.padding < 1.1) == buckets
+
+
+def test_on_a_gpu_a_run_is_many_steps_and_the_device_is_waited_for_at_its_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr("detr_profiling.workload.choose_device", lambda _: (torch.device("cuda"), "as if"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: did.append("wait"))
+    monkeypatch.setattr("detr_profiling.measuring.measurement.peak_memory", lambda _: nullcontext(Peak(7.0)))
+    workload = Workload(
+        "stand-in", replace(OPTIONS, device="cuda", batch_size=2), nn.Identity(), lambda: did.append("step")
+    )
+    found = measure_runs(workload, runs=3, first_run_s=1.0)
+    *warm, one, two, three = "".join("." if each == "wait" else "s" for each in did).replace("..", ". .").split()
+    assert warm == [".s."] * (STEADY_AFTER["cuda"] - 1), "with the first run all that is compiled or captured is there"
+    assert one == two == three == f".{'s' * found.steps_a_run}." and found.steps_a_run == 50
+    assert found.timing.runs == 3 and found.peak_mib == 7.0
 
 
 def test_an_option_that_cannot_be_is_told_in_a_line() -> None:

@@ -368,3 +368,13 @@ def test_parts_that_a_trace_may_lack(tmp_path: Path) -> None:
     unfinished = parity() | {"variants": [], "curve": None, "ap": None, "samples": {}, "error_histogram": {}}
     text = render_markdown(load_results(write_results(tmp_path, parity=unfinished)))
     assert "parity: nothing was compared" in text
+
+
+def test_a_trace_without_the_gpus_events_is_not_read_as_a_cpus(tmp_path: Path) -> None:
+    host_alone = trace(gpu=True) | {"idle_share": None, "kernels": [], "roofline": None, "problem": "no events here"}
+    folder = write_results(tmp_path / "lacking", trace=host_alone)
+    shown = render_markdown(load_results(folder))
+    assert shown.count("NOT complete: no events here") == 2, "in the summary, and beside the figures"
+    assert "operators a step read on the host; other waits are not known" in shown
+    assert "on a CPU nothing does" not in shown
+    assert "What the GPU&#39;s allocator has handed out" in render_html(load_results(folder))

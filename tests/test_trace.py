@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
-from detr_profiling.tracing.recording import profile_workload, without_nan
+from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
 from detr_profiling.tracing.tables import trace_tables
-from detr_profiling.tracing.timeline import read_timeline
+from detr_profiling.tracing.timeline import Nesting, Span, Timeline, read_timeline
 from detr_profiling.workload import Workload, build_workload
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from detr_fast.stages import stage
 BLOCK = {
     *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_share", "host_waits"),
     *("host_waits_per_step", "launches_per_step", "launch_kind", "operators", "kernels", "memory", "gpu", "process"),
-    *("forms", "roofline", "trace_file", "trace_mib", "trace_unpacked_mib"),
+    *("forms", "roofline", "problem", "trace_file", "trace_mib", "trace_unpacked_mib"),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_size_leaves_no_room_for_the_recipes_crops(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(tiny_options(tmp_path, mode="inference"))
+    assert main(tiny_options(tmp_path, mode="inference")) == 0
     stored = json.loads((tmp_path / "trace.json").read_text())
     shown = capsys.readouterr().out
     assert stored.keys() == BLOCK
@@ -174,6 +174,23 @@ def test_what_a_gpu_adds_is_shown_and_no_name_is_markup(result: dict[str, Any]) 
     for word in ("idle for 25.0 %", "wait for the device", "[bold]kernel<float>", "power cap", "mean 321, most 654"):
         assert word in text
     assert "x" * 100 not in text
+
+
+def test_a_gpus_trace_without_events_of_the_gpu_is_no_whole_trace(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host_alone = Timeline([], Nesting([]), Nesting([]), [], [])
+    kernel = Span("kernel", "kernel", (0, 7), 0, 1)
+    assert missing_events(torch.device("cpu"), host_alone) is None is result["problem"]
+    assert missing_events(torch.device("cuda"), replace(host_alone, device=[kernel])) is None
+    problem = missing_events(torch.device("cuda"), host_alone)
+    assert problem is not None and "CUPTI" in problem
+    found = result | {"problem": problem}
+    monkeypatch.setattr("detr_profiling.trace.profile_workload", lambda *_: found)
+    assert main(tiny_options(tmp_path)) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count(f"NOT complete: {problem}") == 2, "above the tables, and as the last line"
+    assert "On a GPU each would" not in shown
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """What is measured is the same for all: weights, batch, and what is computed from them."""
 
+import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from detr_kernels import resize_normalize_pad
 from detr_profiling.comparison.closeness import assert_close, relative_floor
-from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
 from detr_profiling.peers.build import PEERS, build_peer
+from detr_profiling.peers.plain_loop import plain_feed
 from detr_profiling.workload import (
     MOST_OBSERVED,
     WorkloadOptions,
@@ -19,8 +23,15 @@ from detr_profiling.workload import (
     observed_batch,
 )
 from torch import nn
+from torch.nn import functional as F
 
 from detr_fast.config import UserError
+from detr_fast.data.batching import model_input
+from detr_fast.evaluation.inference import replayed
+from detr_fast.model.detr import DETR
+from detr_fast.recording import Recordings
+from detr_fast.training.step import TrainStep
+from tests.stand_in import StandIn
 
 OPTIONS = WorkloadOptions(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3)
 INFERENCE = replace(OPTIONS, mode="inference")
@@ -79,6 +90,12 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
         batch.targets.labels, again.targets.labels
     )
     assert batch.padded and batch.room == (64, 96) and batch.images.sizes == [(64, 96), (64, 84)]
+    assert [image.shape[:2] for image in batch.images] == [(38, 58), (38, 50)], "0.6 of it: they have to be resized"
+    assert batch.original_sizes.tolist() == [[38, 58], [38, 50]]
+    assert [place.mirrored for place in batch.images.places] == [0, 1]
+    assert not any(place.mirrored for place in make_batches(INFERENCE, 91)[0].images.places)
+    embedded = make_batches(replace(OPTIONS, model="detr_tiny"), 91)[0]
+    assert [image.shape[:2] for image in embedded.images] == embedded.images.sizes
     assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
     assert not make_batches(replace(OPTIONS, batch_size=1), 91)[0].padded
 
@@ -120,7 +137,70 @@ def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
 def test_what_is_compared_has_one_size() -> None:
     mixed = replace(OPTIONS, sizes="mixed")
     for options in (mixed, replace(mixed, buckets=False)):
-        assert torch.equal(observed_batch(options, 91).images.buffer, make_batches(OPTIONS, 91)[0].images.buffer)
+        assert torch.equal(observed_batch(options, 91).images.buffer, observed_batch(OPTIONS, 91).images.buffer)
+
+
+def test_what_is_compared_is_resized_without_rounding() -> None:
+    batch = observed_batch(replace(OPTIONS, size="14x20"), 91)
+    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.places[1].mirrored
+    assert [image.shape[:2] for image in batch.images] == [(7, 10), (7, 9)]
+    odd = observed_batch(replace(OPTIONS, size="15x20", batch_size=1), 91)
+    assert [image.shape[:2] for image in odd.images] == [(15, 10)]
+    images, arguments = batch.images, (*batch.room, (0.0,) * 3, (1 / 255,) * 3)
+    exact = torch.zeros(2, 3, *batch.room, dtype=torch.float64)
+    for row, image, place in zip(exact, images, images.places, strict=True):
+        pixels = image.permute(2, 0, 1)[None].double()
+        size = (place.new_height, place.new_width)
+        resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
+        row[:, : size[0], : size[1]] = resized.flip(-1) if place.mirrored else resized
+    assert torch.equal(exact, exact.round())
+    for backend in ("ref", "triton"):
+        found = resize_normalize_pad(images, *arguments, backend=backend)  # type: ignore[arg-type]
+        assert torch.equal(found.round().double(), exact) and (found - found.round()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["detr_fast", "reference"])
+def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
+    options = replace(INFERENCE, model="detr_tiny", sizes="mixed")
+    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    rooms: list[tuple[int, ...]] = []
+    workload.model.register_forward_pre_hook(lambda _, given: rooms.append(tuple(given[0].shape[2:])))
+    assert workload.step is not None
+    for _ in range(2):
+        workload.run()
+    workload.step(observed_batch(options, workload.options.architecture().num_classes))
+    assert rooms == [shape.room for shape in workload.shapes] * 2 + [(64, 96)]
+
+
+def test_peers_get_the_same_pixels_as_ours() -> None:
+    config = OPTIONS.architecture()
+    batches = make_batches(OPTIONS, config.num_classes)
+    placed = next(plain_feed(batches, config, torch.device("cpu")))
+    expected, mask = model_input(batches[0], config.image_mean, config.image_std, channels_last=True)
+    assert torch.equal(placed.images, expected) and mask is not None and torch.equal(placed.mask, mask)
+    assert [len(each["labels"]) for each in placed.targets] == batches[0].targets.count.tolist()
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = StandIn()
+    options = replace(OPTIONS, mode=mode, model="detr_tiny")
+    monkeypatch.setattr("detr_profiling.workload.forward_of", lambda model, _: recorded(model, recorder))
+    monkeypatch.setattr(TrainStep, "why_not_captured", lambda _: None)
+    monkeypatch.setattr("detr_fast.training.step.CudaRecorder", lambda *_, **__: recorder)
+    plain, captured = build_workload(options), build_workload(replace(options, capture=True))
+    assert plain.observe is not None and captured.observe is not None
+    before = {name: value.clone() for name, value in captured.model.state_dict().items()}
+    expected, found = plain.observe(), captured.observe()
+    assert recorder.replayed > 0 and found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in captured.model.state_dict().items())
+
+
+def recorded(model: DETR, recorder: StandIn) -> Any:
+    model.recordings = Recordings(recorder, most=1)
+    return partial(replayed, model)
 
 
 def test_forms_of_single_operations() -> None:
@@ -158,6 +238,15 @@ def test_timing() -> None:
     assert timing.text() == "3.00 (2.0, 5 runs)"
     assert (timing + Timing((2.0,))).runs == 6
     assert (timing / 4).runs_ms == (0.75, 0.25, 0.5, 1.0, 2.5)
+
+
+def test_calls_of_a_run_are_issued_back_to_back() -> None:
+    calls: list[str] = []
+    timing = measure(lambda: calls.append("run"), lambda: calls.append("wait"), rounds=2, warmup=1, calls=3)
+    assert timing.runs == 2 and calls == ["wait", "run", "run", "run", "wait"] * 3
+    slept = measure(lambda: time.sleep(0.01), lambda: None, rounds=1, warmup=0, calls=4)
+    assert 10 <= slept.median_ms < 40, "of one call"
+    assert [calls_a_run("cuda", ms) for ms in (1, 20, 1e3)] == [50, 25, 4] and calls_a_run("cpu", 1) == 1
 
 
 def test_measure_waits_for_the_device_before_and_after_each_run() -> None:

@@ -2,7 +2,10 @@
 
 Each measurement is a process of its own. The rows take turns, round after round, so that a machine that becomes slower
 does so for all of them; what a technique is worth stands twice, as what it adds on its way up and as what is lost
-without it at the top.
+without it at the top. A technique that does not run, or whose numbers are wrong, is left out of the rows above it.
+
+Every row begins with the same photographs on the host, 0.6 of their size in the batch, which are resized on the device
+within the step. On a GPU a run is several steps issued back to back, batches being copied one ahead.
 """
 
 import csv
@@ -56,12 +59,14 @@ class LadderOptions(WorkloadOptions):
         require(self.runs >= 1 and self.rounds >= 1, "--runs and --rounds must be at least 1.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Rung:
     """One row: a technique added to those before it, and everything on without it."""
 
     technique: str
     configuration: Configuration
+    added: Technique | None = None
+    """What it adds to the row before; None: nothing that could be left out of the rows after it."""
     without: Configuration | None = None
     """None where the top does not exist without it, or is the same."""
     measured: Measurement | None = None
@@ -74,22 +79,33 @@ class Rung:
 def build_rungs(top: WorkloadOptions, leave_one_out: bool = True) -> list[Rung]:
     """The reference, then a row for each technique that runs on the device of `top`."""
     top = top.resolved()
-    steps = techniques(top)
     rungs = [Rung(REFERENCE, start(top))]
-    for technique in steps:
-        rungs.append(Rung(technique.name, technique.applied(rungs[-1].configuration)))
-    if leave_one_out:
-        for rung, technique in zip(rungs[1:], steps, strict=True):
-            rest = climb(start(top), [each for each in steps if each is not technique])
-            exists = rest.implementation == "detr_fast" and rest.keeps_memory
-            if exists and rest not in (rungs[-1].configuration, rungs[-2].configuration):
-                rung.without = rest
+    rungs += [Rung(technique.name, start(top), technique) for technique in techniques(top)]
+    configure(rungs, leave_one_out)
     return rungs
 
 
-def climb(configuration: Configuration, steps: Iterable[Technique]) -> Configuration:
-    for technique in steps:
-        configuration = technique.applied(configuration)
+def configure(rungs: list[Rung], leave_one_out: bool, broken: Sequence[Rung] = ()) -> None:
+    """Gives each row its configurations: the techniques up to its own, and all but its own; never those of other rows
+    that are `broken`."""
+    first, working = rungs[0].configuration, [rung for rung in rungs[1:] if rung not in broken]
+    for rung in rungs[1:]:
+        before = [each for each in rungs[1 : rungs.index(rung)] if each in working]
+        rung.configuration = climb(first, [*before, rung])
+    for rung in working if leave_one_out else ():
+        rest = climb(first, [each for each in working if each is not rung])
+        exists = rest.implementation == "detr_fast" and rest.keeps_memory
+        # the top without its last technique is the row before it, and is measured as that
+        same = [working[-1].configuration, *(each.configuration for each in working[-2:-1])]
+        rung.without = rest if exists and rest not in same else None
+    for rung in broken:
+        rung.without = None
+
+
+def climb(configuration: Configuration, steps: Iterable[Rung]) -> Configuration:
+    for rung in steps:
+        if rung.added is not None:
+            configuration = rung.added.applied(configuration)
     return configuration
 
 
@@ -115,19 +131,22 @@ class Clock:
 def measure_rungs(rungs: list[Rung], options: LadderOptions, say: Console) -> Iterator[None]:
     """Fills the rungs: round 1, what is lost without each, then the further rounds of both, while there is time. Yields
     after each measurement."""
-    clock = Clock(options.minutes)
+    clock, broken = Clock(options.minutes), list[Rung]()
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder)
         write_oracle_in_process(rungs[0].configuration.options, oracle)
         for number in range(options.rounds):
-            for rung in rungs:
+            for rung in (each for each in rungs if each not in broken):
                 measure_rung(rung, options.runs, oracle, clock, say, number)
+                if number == 0 and is_broken(rung):
+                    broken.append(rung)
+                    configure(rungs, options.leave_one_out, broken)
                 yield
             for rung in rungs:
                 measure_without(rung, options.runs, oracle, clock, say)
                 yield
-    top, before = rungs[-1], rungs[-2]
     if options.leave_one_out:
+        *_, before, top = (rung for rung in rungs if rung not in broken)
         top.measured_without = before.measured  # without the last technique is the row before
         yield
 
@@ -138,6 +157,18 @@ def measure_rung(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console
         rung.measured = rung.measured.joined(found) if rung.measured else found
         rung.round_medians_ms.append(found.timing.median_ms)
         say.print(f"round {number + 1}  {rung.technique:24} {found.timing.text()} ms")
+
+
+def is_broken(rung: Rung) -> bool:
+    """Tells whether its technique does not run, or computes something else; the note then says that the rest goes on
+    without it."""
+    if rung.added is None or not rung.added.can_be_left_out or "no time left" in rung.note:
+        return False
+    if rung.measured and rung.measured.close is not False:
+        return False
+    reason = formats.verdict(False) if rung.measured else rung.note
+    rung.note = f"{reason}; left out of the rows after it"
+    return True
 
 
 def measure_without(rung: Rung, runs: int, oracle: Path, clock: Clock, say: Console) -> None:
@@ -203,7 +234,8 @@ COLUMNS = (
     *("mode", "technique", "median_ms", "q1_ms", "q3_ms", "runs", "images_per_second", "speedup", "padding"),
     *("peak_mib", "cpu_seconds_per_image", "energy_j_per_image", "first_run_s", "error", "allowed", "quantity"),
     *("close", "without_median_ms", "without_q1_ms", "without_q3_ms", "without_runs", "round_medians_ms", "note"),
-    *("precision", "model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date"),
+    *("steps_a_run", "precision", "model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit"),
+    "date",
 )
 
 

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.evaluation.inference import evaluation_mode
 from detr_fast.model.detr import DETR
+from detr_fast.recording import Recorder
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.matcher import match
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+from detr_profiling.measuring.timing import STEADY_AFTER
 
 Observation = dict[str, Tensor]
 """On the CPU: `logits` (L, B, Q, C+1) and `boxes` (L, B, Q, 4) cxcywh of the decoder's layers; where gradients are
@@ -33,6 +37,26 @@ def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Bat
         logits, boxes = found["logits"].float(), found["boxes"].float()
         matches, _ = match(logits, boxes, batch.targets, criterion.costs, criterion.implementation)
         return on_host(found | losses(terms) | {"matches": matches} | named_gradients(model, terms["loss"]))
+
+
+def observe_captured_step(
+    model: DETR, criterion: SetCriterion, batch: Batch, runtime: Runtime, recorder: Recorder | None = None
+) -> Observation:
+    """Observes losses and gradients as the replay of a captured training step leaves them, without dropout.
+
+    Neither weights nor what lies in `.grad` change: the learning rate is 0. `recorder`: default, CUDA graphs.
+    """
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    step = TrainStep(model, criterion, build_optimizer(model, 0.0, 0.0, weight_decay=0.0), runtime, clip=0.0)
+    step.capture(recorder)
+    with evaluation_mode(model), torch.enable_grad():
+        for _ in range(STEADY_AFTER["cuda"]):
+            terms = step([batch])
+    named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = on_host(losses(terms) | {f"gradient {name}": each for name, each in named.items() if each is not None})
+    for parameter, gradient in before.items():
+        parameter.grad = gradient
+    return found
 
 
 def on_host(found: Observation) -> Observation:

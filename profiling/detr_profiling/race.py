@@ -1,7 +1,8 @@
 """`python -m detr_profiling race`: ours beside what people would otherwise take, in turns.
 
-The plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same images; each
-measurement is a process of its own, and all take turns, round after round, as the ladder's rows do.
+The plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same photographs, which
+all resize on the device within the step (why, `detr_profiling.peers.plain_loop` says). Each measurement is a process of
+its own, and all take turns, round after round, as the ladder's rows do.
 """
 
 from dataclasses import dataclass, replace

@@ -25,7 +25,7 @@ from detr_profiling.workload import WorkloadOptions
 CHECKOUT = Path(__file__).parents[2]
 KERNEL_TESTS = (
     *("packing", "batch_norm", "layer_norm", "matching_cost", "assignment", "set_loss", "pixels"),
-    *("convolution_tail", "convolution", "packed_attention", "xformers_attention"),
+    *("convolution_tail", "convolution", "convolution_library", "packed_attention", "xformers_attention"),
 )
 MOST_FILE_MIB = 10
 SECONDS_TO_END = 5

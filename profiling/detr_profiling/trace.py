@@ -105,7 +105,7 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     return Workload("detr_fast", asked, model, lambda: step([feed.take()]), reasons=runtime.reasons), feed.fetch
 
 
-def main(options: TraceOptions) -> None:
+def main(options: TraceOptions) -> int:
     require(
         not options.memory_snapshot or options.resolved().device == "cuda",
         "--memory-snapshot is of CUDA's allocator. Leave it out on a CPU: trace.json has the memory curve.",
@@ -126,6 +126,7 @@ def main(options: TraceOptions) -> None:
         console.print(part, soft_wrap=isinstance(part, Text))
     for line in how_to_look(result, out, options.memory_snapshot):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 1 if result["problem"] else 0
 
 
 def write_memory_snapshot(workload: Workload, fetch: Callable[[], None], path: Path) -> None:
@@ -149,3 +150,5 @@ def how_to_look(result: dict[str, Any], out: Path, snapshot: bool) -> Iterator[s
     yield f"{out / RESULT_FILE}: all figures above, the memory curve and the whole tables."
     if snapshot:
         yield f"{out / SNAPSHOT_FILE}: drag it into https://pytorch.org/memory_viz."
+    if problem := result.get("problem"):
+        yield f"NOT complete: {problem}"

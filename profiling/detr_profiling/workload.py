@@ -1,41 +1,47 @@
 """What is measured: training steps or inferences of a model, on batches that are the same for all."""
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from detr_kernels import PackedImages
 from torch import nn
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, model_config, require
-from detr_fast.data.batching import Batch
+from detr_fast.data.batching import Batch, on_device
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.inference import detect_batch, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
-from detr_fast.runtime import choose_device, choose_runtime
+from detr_fast.runtime import Runtime, choose_device, choose_runtime
 from detr_fast.stages import stage
 from detr_fast.training.assembly import shape_step_px
-from detr_fast.training.criterion import build_criterion
+from detr_fast.training.criterion import SetCriterion, build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import export_state_dict, load_state_dict
+from detr_profiling.measuring.timing import STEADY_AFTER
 from detr_profiling.mixed_sizes import BatchShape, typical_shapes
-from detr_profiling.observation import Observation, observe_model
+from detr_profiling.observation import Observation, observe_captured_step, observe_model
 from detr_profiling.reference.keyed_weights import mild_state_dict
 
 Mode = Literal["training", "inference"]
+Given = TypeVar("Given")
 
-
+SOURCE_FRACTION = 0.6
+"""Side of a photograph over the side that it is resized to: 480x640 becomes 800x1066, as with most of COCO."""
+EXACT_LEVELS = 16
+"""Pixels that are multiples of it stay whole numbers where a side is doubled bilinearly, at every step of the way."""
 MOST_OBSERVED = 4
 """Images whose outputs and gradients are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions(RuntimeOptions):
-    """What to run: any model, size and batch, in any form."""
+    """What to run: any model, size and batch, with any backend."""
 
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
@@ -49,7 +55,8 @@ class WorkloadOptions(RuntimeOptions):
     mode: Mode = "training"
     """A whole training step, or inference."""
     size: str = "auto"
-    """Height and width of the images in pixels, as in 800x1066; auto: that on a GPU, 320x427 on a CPU."""
+    """Height and width in pixels that the images are resized to, as in 800x1066, from 0.6 of it; auto: that on a GPU,
+    320x427 on a CPU."""
     sizes: Literal["same", "mixed"] = "same"
     """mixed: as in training on COCO, of which --size then gives the largest shorter side; four batches that stand for
     an epoch's are timed. What is compared with the reference always has one size."""
@@ -119,11 +126,15 @@ class Workload:
     options: WorkloadOptions
     model: nn.Module
     run: Callable[[], Any]
-    """One whole step with each batch, from the host to the last write; does not wait for a GPU."""
+    """One whole step with each batch, from the photographs to the last write; does not wait for a GPU, to which batches
+    are copied one ahead."""
     observe: Callable[[], Observation] | None = None
-    """The same numbers at every call: without dropout, and without an optimizer's step. None: not comparable."""
+    """The same numbers at every call: without dropout, and without an optimizer's step; losses and gradients of a
+    captured step, and the outputs of a captured inference, as a replay leaves them. None: not comparable."""
     reasons: dict[str, str] = field(default_factory=dict)
     """What runs as what, and why."""
+    step: Callable[[Batch], Any] | None = None
+    """One step with a batch that lies on the host. None: with the workload's own batches alone."""
 
     @property
     def shapes(self) -> list[BatchShape]:
@@ -152,28 +163,77 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
 
 
 def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
-    """Random pixels and boxes on the host, pinned beside a GPU."""
+    """Draws photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
+    the embedded data set that it is for."""
+    fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
     generator = torch.Generator().manual_seed(options.seed)
-    batches = [draw_batch(shape, options.objects, num_classes, generator) for shape in batch_shapes(options)]
+    batches = []
+    for shape in batch_shapes(options):
+        sources = [(max(1, round(fraction * h)), max(1, round(fraction * w))) for h, w in shape.sizes]
+        mirrored = options.mode == "training"
+        batches.append(draw_batch(shape, sources, mirrored, options.objects, num_classes, generator))
     return [batch.pin_memory() for batch in batches] if options.resolved().device == "cuda" else batches
 
 
 def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
-    """What is compared with the reference."""
-    [batch] = make_batches(options.observed(), num_classes)
-    return batch
+    """Draws what is compared with the reference, on the host.
+
+    Photographs' sides are doubled, or kept where the result is odd, and their levels are such that nothing has to be
+    rounded: elsewhere an implementation that rounds once and one that rounds after each axis differ by a level.
+    """
+    options = options.observed()
+    generator = torch.Generator().manual_seed(options.seed)
+    [shape] = batch_shapes(options)
+    sources = [(exact_source_side(h), exact_source_side(w)) for h, w in shape.sizes]
+    return draw_batch(shape, sources, True, options.objects, num_classes, generator, EXACT_LEVELS)
 
 
-def draw_batch(shape: BatchShape, objects: int, num_classes: int, generator: torch.Generator) -> Batch:
-    (height, width), images = shape.room, len(shape.sizes)
-    pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, generator=generator)
+def exact_source_side(side: int) -> int:
+    """Returns the side from which one of `side` pixels is resized without rounding."""
+    return side if side % 2 else side // 2
+
+
+def draw_batch(
+    shape: BatchShape,
+    sources: Sequence[tuple[int, int]],
+    mirrored: bool,
+    objects: int,
+    num_classes: int,
+    generator: torch.Generator,
+    level_step: int = 1,
+) -> Batch:
+    """Draws photographs of the sizes `sources` that become those of `shape`, with `mirrored` every other one mirrored;
+    levels are multiples of `level_step`, objects on each at most `objects`."""
+    images = len(shape.sizes)
+    photographs = [
+        torch.randint(256 // level_step, (*size, 3), dtype=torch.uint8, generator=generator) * level_step
+        for size in sources
+    ]
     low = torch.rand(images, objects, 2, generator=generator) * 0.6
     extent = torch.rand(images, objects, 2, generator=generator) * 0.3 + 0.05
     labels = torch.randint(num_classes, (images, objects), generator=generator)
     counts = torch.randint(1, objects + 1, (images,), generator=generator)
     targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    packed = PackedImages.of_list([image[:h, :w] for image, (h, w) in zip(pixels, shape.sizes, strict=True)])
-    return Batch(packed, shape.room, targets, list(range(images)), torch.tensor(shape.sizes))
+    packed = PackedImages.of_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
+    return Batch(packed, shape.room, targets, list(range(images)), torch.tensor(sources))
+
+
+def copied_ahead(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields the batches on `device`, over and over; on a GPU one is copied ahead beside the step, as in training."""
+    return on_device(itertools.cycle(batches), device)
+
+
+def stepping(step: Callable[[Given], Any], feed: Iterator[Given], steps: int) -> Callable[[], Any]:
+    """Makes a run of `steps` steps, each with the next of `feed`; it returns the last one's result."""
+
+    def run() -> Any:
+        for _ in range(steps):
+            with stage("copy"):
+                given = next(feed)
+            result = step(given)
+        return result
+
+    return run
 
 
 def initial_model(options: WorkloadOptions) -> DETR:
@@ -186,7 +246,7 @@ def initial_model(options: WorkloadOptions) -> DETR:
 
 
 def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = None) -> Workload:
-    """Ours; `forms`: fields of Implementation that are to be other than the options make them.
+    """Builds ours; `forms`: fields of Implementation that are to be other than the options make them.
 
     Raises UserError where something asked for by name is not there.
     """
@@ -199,38 +259,52 @@ def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = N
     if options.mode == "inference":
         model = for_inference(model, runtime.dtype)
     model.train(options.mode == "training")
-    batches = make_batches(options, model.config.num_classes)
     criterion = build_criterion(model.config.num_classes)
     model.implementation.apply_to(criterion)
     if options.mode == "training":
-        optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
-        step = TrainStep(model, criterion, optimizer, runtime)
-        if options.capture:
-            problem = step.why_not_captured()
-            require(problem is None, f"--capture cannot be done: {problem}.")
-            step.capture()
-        forward: Any = step.forward
-
-        def once(batch: Batch) -> Any:
-            return step([batch])
+        step, forward = training_step(model, criterion, options, runtime)
     else:
-        # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
-        forward = forward_of(model, runtime) if options.capture or runtime.compile else model
-        if options.capture:
-            require(model.recordings is not None, "--capture takes a frozen model on a GPU, without --compile.")
-
-        @torch.no_grad()
-        def once(batch: Batch) -> Any:
-            with stage("copy"):
-                placed = batch.to(runtime.device)
-            return detect_batch(forward, placed, model, runtime)
-
-    def run() -> Any:
-        return [once(batch) for batch in batches][-1]
+        step, forward = inference_step(model, options, runtime)
+    batches = make_batches(options, model.config.num_classes)
+    run = stepping(step, copied_ahead(batches, runtime.device), len(batches))
 
     def observe() -> Observation:
         observed = observed_batch(options, model.config.num_classes).to(runtime.device)
         with torch.set_grad_enabled(options.mode == "training"):
-            return observe_model(model, forward, criterion, observed, runtime)
+            for _ in range(STEADY_AFTER["cuda"] if options.capture and options.mode == "inference" else 1):
+                found = observe_model(model, forward, criterion, observed, runtime)
+            if options.capture and options.mode == "training":
+                found |= observe_captured_step(model, criterion, observed, runtime)
+        return found
 
-    return Workload("detr_fast", options, model, run, observe, runtime.reasons)
+    return Workload("detr_fast", options, model, run, observe, runtime.reasons, step)
+
+
+def training_step(
+    model: DETR, criterion: SetCriterion, options: WorkloadOptions, runtime: Runtime
+) -> tuple[Callable[[Batch], Any], Any]:
+    """Makes a step with one batch, and returns it and what it calls in the model's place. Raises UserError where it
+    cannot be captured."""
+    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    step = TrainStep(model, criterion, optimizer, runtime)
+    if options.capture:
+        problem = step.why_not_captured()
+        require(problem is None, f"--capture cannot be done: {problem}.")
+        step.capture()
+    return lambda batch: step([batch]), step.forward
+
+
+def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> tuple[Callable[[Batch], Any], Any]:
+    """Does the same for an inference."""
+    # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
+    forward = forward_of(model, runtime) if options.capture or runtime.compile else model
+    if options.capture:
+        require(model.recordings is not None, "--capture takes a frozen model on a GPU, without --compile.")
+
+    @torch.no_grad()
+    def step(batch: Batch) -> Any:
+        with stage("copy"):
+            placed = batch.to(runtime.device)
+        return detect_batch(forward, placed, model, runtime)
+
+    return step, forward

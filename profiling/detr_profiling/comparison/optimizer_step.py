@@ -9,7 +9,7 @@ import torch
 
 from detr_profiling.comparison.judgement import group_of
 from detr_profiling.observation import Observation
-from detr_profiling.workload import Workload
+from detr_profiling.workload import Workload, observed_batch
 
 
 def observe_step(workload: Workload, gradients: Observation) -> Observation:
@@ -18,13 +18,13 @@ def observe_step(workload: Workload, gradients: Observation) -> Observation:
     Returns `update loss...`, each loss term after the step, and for each group of parameters `update of GROUP`, the
     decrease of the loss by the step, to first order, float64. Raises ValueError for a workload that is not comparable.
     """
-    if workload.observe is None:
+    if workload.observe is None or workload.step is None:
         raise ValueError(f"{workload.name} is not comparable")
     model = workload.model
     before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     training = model.training
     model.eval()  # no dropout, and a compiled forward is not compiled once more
-    workload.run()
+    workload.step(observed_batch(workload.options, workload.options.architecture().num_classes))
     model.train(training)
     decrease: dict[str, torch.Tensor] = {}
     for name, value in model.named_parameters():

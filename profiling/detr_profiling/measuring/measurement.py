@@ -17,7 +17,7 @@ from detr_fast.runtime import keep_freed_memory
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
-from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
 from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
@@ -74,6 +74,8 @@ class Measurement:
     allowed: float | None = None
     quantity: str | None = None
     close: bool | None = None
+    steps_a_run: int = 1
+    """Issued back to back between two waits for the device; of a round's first process."""
 
     def joined(self, other: Self) -> "Measurement":
         """With a second process's runs. The larger peak and the first process's error stay."""
@@ -86,27 +88,40 @@ class Measurement:
 
 
 def measure_workload(configuration: Configuration, runs: int, oracle: Path | None) -> Measurement:
-    """In this process: first the times of `runs` runs after two others, then the error against what `oracle` holds."""
+    """Measures in this process: first the times of `runs` runs, once nothing is compiled or captured any more, then the
+    error against what `oracle` holds."""
     workload = configuration.build()
-    began = time.perf_counter()
-    workload.run()
-    workload.synchronize()
-    first_run_s = time.perf_counter() - began
-    with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
-        cpu_began = time.process_time()
-        timing = measure(workload.run, workload.synchronize, runs, warmup=1)
-        cpu_s = time.process_time() - cpu_began
-    shapes = workload.shapes
-    images = sum(len(shape.sizes) for shape in shapes) * (runs + 1)
-    summary = sampler.summary()
-    energy_j = summary.energy_joules / images if summary and summary.energy_joules is not None else None
-    measurement = Measurement(timing / len(shapes), peak.mib, cpu_s / images, energy_j, first_run_s, padding(shapes))
+    first_ms = measure(workload.run, workload.synchronize, rounds=1, warmup=0).median_ms
+    measurement = measure_runs(workload, runs, first_ms / 1e3)
     if oracle is None or workload.observe is None:
         return measurement
     workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
     found, exact = workload.observe(), torch.load(oracle / ORACLE)
     row = worst(judge(found, exact, torch.load(oracle / eager_file(configuration))))
     return replace(measurement, error=row.error, allowed=row.allowed, quantity=row.quantity, close=row.close)
+
+
+def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measurement:
+    """Measures `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
+    kind, shapes = workload.device.type, workload.shapes
+    warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 2)
+    calls = calls_a_run(kind, warm.median_ms)
+    with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
+        cpu_began = time.process_time()
+        timing = measure(workload.run, workload.synchronize, runs, warmup=0, calls=calls)
+        cpu_s = time.process_time() - cpu_began
+    images = sum(len(shape.sizes) for shape in shapes) * runs * calls
+    summary = sampler.summary()
+    energy_j = summary.energy_joules / images if summary and summary.energy_joules is not None else None
+    return Measurement(
+        timing / len(shapes),
+        peak.mib,
+        cpu_s / images,
+        energy_j,
+        first_run_s,
+        padding(shapes),
+        steps_a_run=calls * len(shapes),
+    )
 
 
 def write_oracle(options: WorkloadOptions, folder: Path) -> None:

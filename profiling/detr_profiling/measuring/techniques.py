@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from detr_kernels import why_not_xformers
+import torch
+from detr_kernels import choose_convolution, why_not_xformers
 from detr_kernels.dispatch import why_not_triton
 
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
@@ -23,7 +24,10 @@ PLAIN_FORMS = {
     "set_loss": "ref",
 }
 """Every operation as the reference does it."""
-FUSED_FORMS = dict.fromkeys(("convolution", "layer_norm", "pixels", "match_cost", "set_loss"), "triton")
+KERNELS = {"layer_norm": "layer norm", "pixels": "pixels"}
+"""Fields of Implementation whose kernel is ours, and their names, in training and in inference."""
+LOSS_KERNELS = {"match_cost": "match cost", "set_loss": "set loss", "assignment": "assignment"}
+"""The same of training alone."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Technique:
     forms: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of it."""
+
+    @property
+    def can_be_left_out(self) -> bool:
+        """Whether the techniques after it mean the same without it."""
+        return not self.settings and not {"precision", "channels_last", "buckets"} & self.options.keys()
 
     def applied(self, to: Configuration) -> Configuration:
         return replace(
@@ -75,13 +84,17 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
     if top.channels_last:
         yield Technique("channels-last", options={"channels_last": True})
     if top.attention != "ref":
-        yield Technique("SDPA", forms={"attention": "sdpa"})
+        # on a CPU the same choice is our own attention, which draws dropout's mask itself
+        dropped = not on_gpu and top.mode == "training" and top.architecture().dropout > 0
+        yield Technique("attention with dropout" if dropped else "SDPA", forms={"attention": "sdpa"})
     if top.kernels != "ref":
-        yield Technique("folded batch norm", forms={"folded": True, "convolution": "auto"})
+        yield Technique("folded batch norm", forms={"folded": True})
+        if not on_gpu and choose_convolution(3, device)[0] == "onednn":
+            yield Technique("convolutions by oneDNN", forms={"convolution": "auto"})  # whole stages of them, too
         if top.mode == "inference":
             yield Technique("frozen weights", forms={"frozen": True})
     if on_gpu:
-        yield from _gpu_techniques(top, dtype.itemsize == 2)
+        yield from _gpu_techniques(top, device, dtype.itemsize == 2)
     if top.compile and missing_for_compile() is None:
         yield Technique("compile", options={"compile": True})
     if on_gpu and top.kernels != "ref":
@@ -91,12 +104,20 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
             yield Technique("captured inference", options={"capture": True})
 
 
-def _gpu_techniques(top: WorkloadOptions, half_precision: bool) -> Iterator[Technique]:
-    device, _ = choose_device(top.device)
-    if top.attention in ("auto", "xformers") and half_precision and why_not_xformers() is None:
-        yield Technique("packed attention", forms={"attention": "xformers"})
-    if top.attention == "triton":
-        yield Technique("packed attention", forms={"attention": "triton"})
-    if top.kernels != "ref" and why_not_triton(device) is None:
-        yield Technique("fused kernels", forms=FUSED_FORMS)
-        yield Technique("matching on the device", forms={"assignment": "triton"})
+def _gpu_techniques(top: WorkloadOptions, device: torch.device, half_precision: bool) -> Iterator[Technique]:
+    """A row for each kernel, so that none hides behind another. Of two that do the same work the later one stays on:
+    the one that is expected to win."""
+    has_triton = why_not_triton(device) is None
+    if top.attention == "triton" or (top.attention == "auto" and top.kernels != "ref" and has_triton):
+        yield Technique("packed attention by triton", forms={"attention": "triton"})
+    wanted = top.attention == "xformers" or (top.attention == "auto" and top.kernels != "triton")
+    if wanted and half_precision and why_not_xformers() is None:
+        yield Technique("packed attention by xformers", forms={"attention": "xformers"})
+    if top.kernels == "ref":
+        return
+    if has_triton:
+        for name, title in (KERNELS | (LOSS_KERNELS if top.mode == "training" else {})).items():
+            yield Technique(f"{title} by triton", forms={name: "triton"})
+        yield Technique("convolutions by triton", forms={"convolution": "triton"})
+    if top.kernels == "auto":
+        yield Technique("convolutions by cuDNN", forms={"convolution": "cudnn"})

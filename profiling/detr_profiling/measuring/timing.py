@@ -1,5 +1,11 @@
-"""Times of something that is run many times, with their spread."""
+"""Times of something that is run many times, with their spread.
 
+On a GPU a run is several calls issued back to back, as training issues its steps: the host waits for the device at the
+run's two ends alone, so neither its way to the first kernel nor the copy of a batch counts where they hide behind the
+step before.
+"""
+
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +15,18 @@ import numpy as np
 
 from detr_profiling.pages import formats
 
+STEADY_AFTER = {"cpu": 2, "cuda": 6}
+"""Calls with inputs of one shape, of which the last neither compiles nor chooses anything, and on a GPU is the replay
+of a graph where one is captured at all."""
+LEAST_CALLS, MOST_CALLS = 4, 50
+ENOUGH_MS = 500
+"""What a run on a GPU takes at least, within the bounds above."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Each run's time; what is reported is the median, the quartiles' distance and the number of runs."""
+    """Each run's time, or a call's where a run is of several; reported are the median, the quartiles' distance and the
+    number of runs."""
 
     runs_ms: tuple[float, ...]
 
@@ -51,14 +65,25 @@ class Timing:
         return Timing(self.runs_ms + other.runs_ms)
 
 
-def measure(run: Callable[[], Any], synchronize: Callable[[], None], rounds: int, warmup: int = 1) -> Timing:
-    """`rounds` runs, each from an idle device to the end of its work, after `warmup` that are not counted."""
+def measure(
+    run: Callable[[], Any], synchronize: Callable[[], None], rounds: int, warmup: int = 1, calls: int = 1
+) -> Timing:
+    """Times `rounds` runs of `calls` calls, issued back to back, each from an idle device to the end of its work, after
+    `warmup` runs that are not counted. The times are of one call."""
     times_ms = []
     for index in range(warmup + rounds):
         synchronize()
         began = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         synchronize()
         if index >= warmup:
             times_ms.append((time.perf_counter() - began) * 1e3)
-    return Timing(tuple(times_ms))
+    return Timing(tuple(times_ms)) / calls
+
+
+def calls_a_run(device_type: str, call_ms: float) -> int:
+    """Chooses how many calls to issue back to back: one on a CPU, where each waits for the one before anyway."""
+    if device_type != "cuda":
+        return 1
+    return min(MOST_CALLS, max(LEAST_CALLS, math.ceil(ENOUGH_MS / call_ms)))

@@ -29,7 +29,14 @@ READING = [
     (
         "Ladder",
         "Every row adds one technique to the row above it and runs in a process of its own. What it is worth at the "
-        "top stands under “without it”: everything on but this one. The two differ where techniques do the same work.",
+        "top stands under “without it”: everything on but this one. The two differ where techniques do the same work. "
+        "A technique that does not run, or is not close, is left out of the rows after it.",
+    ),
+    (
+        "A step",
+        "From photographs on the host to the last write. They have 0.6 of their size in the batch and are resized on "
+        "the device, also for the others, whose own data workers would do it. On a GPU a run is several steps issued "
+        "back to back, a batch copied one ahead, and its time is that of one step.",
     ),
     (
         "Padding",
@@ -80,6 +87,8 @@ def findings(results: Results) -> list[tuple[str, Cell]]:
 
 def trace_findings(trace: Mapping[str, Any]) -> Iterator[tuple[str, Cell]]:
     stages, shares = trace["stages"], stage_shares(trace)
+    if problem := trace.get("problem"):
+        yield "trace", Cell(f"NOT complete: {problem}", BAD)
     largest = max(range(len(stages)), key=lambda index: stages[index]["share"] or 0.0, default=None)
     if largest is not None:
         yield "largest stage", Cell(f"{stages[largest]['name']}, {shares[largest]} % of a step")

@@ -27,7 +27,12 @@ def hue(stage: str) -> str:
 
 
 def on_gpu(trace: Trace) -> bool:
-    return trace["idle_share"] is not None
+    return trace["idle_share"] is not None or bool(trace.get("problem"))
+
+
+def lacking(trace: Trace) -> list[str]:
+    """Says what a trace is not to be read without: that it has none of the GPU's events."""
+    return [f"NOT complete: {trace['problem']}"] if trace.get("problem") else []
 
 
 def timing(block: Mapping[str, Any], unit: str | None = None) -> str:
@@ -65,9 +70,12 @@ def step_paragraph(trace: Trace) -> Paragraph:
     return Paragraph(
         sentence(
             [
+                *lacking(trace),
                 f"a step takes {timing(trace['step_ms'], 'ms')}",
                 f"in the profiler, which the split is of, {timing(profiled, 'ms')}" if profiled else "",
-                f"the device is idle for {formats.percent(trace['idle_share'])} % of it" if on_gpu(trace) else "",
+                ""
+                if trace["idle_share"] is None
+                else f"the device is idle for {formats.percent(trace['idle_share'])} % of it",
             ]
         )
     )
@@ -90,13 +98,16 @@ def waits_blocks(trace: Trace) -> list[Block]:
     if trace["kernels"]:
         blocks += usage_tables("kernel", trace["kernels"])
     else:
-        blocks.append(Paragraph("Kernels: n/a, no GPU." if not on_gpu(trace) else "No kernel ran."))
+        reason = "no GPU" if not on_gpu(trace) else "the trace lacks them" if lacking(trace) else "none ran"
+        blocks.append(Paragraph(f"Kernels: n/a, {reason}."))
     return blocks
 
 
 def waits(trace: Trace) -> str:
     """How many. On a CPU what is counted are reads by the host, which nothing has to wait for there."""
     counted = formats.count(trace["host_waits_per_step"])
+    if lacking(trace):
+        return f"{counted} operators a step read on the host; other waits are not known"
     return (
         f"{counted} a step" if on_gpu(trace) else f"{counted} reads a step would wait for a GPU; on a CPU nothing does"
     )

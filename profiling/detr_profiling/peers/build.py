@@ -7,13 +7,28 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import require, unknown_name
+from detr_fast.data.batching import Batch
 from detr_fast.model.detr import DETR
 from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
 from detr_profiling.peers.other_detectors import faster_rcnn_workload, hugging_face_workload
-from detr_profiling.peers.plain_loop import BoxTargets, PlainBatch, autocast, inference, training_step
+from detr_profiling.peers.plain_loop import (
+    BoxTargets,
+    PlainBatch,
+    autocast,
+    inference,
+    plain_feed,
+    training_step,
+)
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.weights import reference_of
-from detr_profiling.workload import Workload, WorkloadOptions, initial_model, make_batches, observed_batch
+from detr_profiling.workload import (
+    Workload,
+    WorkloadOptions,
+    initial_model,
+    make_batches,
+    observed_batch,
+    stepping,
+)
 
 PEERS = ("reference", "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
 
@@ -41,31 +56,33 @@ def build_peer(name: str, options: WorkloadOptions, dtype: torch.dtype = torch.f
 
 
 def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype) -> Workload:
-    device = torch.device(options.device)
+    device, config = torch.device(options.device), ours.config
     reference = reference_of(ours).to(device, dtype)
-    batches = [PlainBatch.of(each, ours.config, dtype) for each in make_batches(options, ours.config.num_classes)]
+    batches = make_batches(options, config.num_classes)
 
     def forward(placed: PlainBatch) -> dict[str, Any]:
         with autocast(options):
             outputs = reference(placed.images, placed.mask)
         return outputs if dtype == torch.float64 else in_float32(outputs)
 
-    def loss(batch: PlainBatch) -> Tensor:
-        placed = batch.to(device)
+    def loss(placed: PlainBatch) -> Tensor:
         return reference_criterion(forward(placed), placed.targets)["loss"]
 
+    def place(batch: Batch) -> PlainBatch:
+        return PlainBatch.of(batch, config, dtype).to(device)
+
     def observe() -> Observation:
-        observed = PlainBatch.of(observed_batch(options, ours.config.num_classes), ours.config, dtype)
+        observed = place(observed_batch(options, config.num_classes))
         training = reference.training
         reference.eval()
         with torch.set_grad_enabled(options.mode == "training"):
-            found = observe_reference(reference, forward, observed.to(device), options.objects)
+            found = observe_reference(reference, forward, observed, options.objects)
         reference.train(training)
         return found
 
-    if options.mode == "training":
-        return Workload("reference", options, reference, training_step(reference, batches, loss), observe)
-    return Workload("reference", options, reference, inference(reference, batches, device, forward), observe)
+    step = training_step(reference, loss) if options.mode == "training" else inference(reference, forward)
+    run = stepping(step, plain_feed(batches, config, device, dtype), len(batches))
+    return Workload("reference", options, reference, run, observe, step=lambda batch: step(place(batch)))
 
 
 def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch, most: int) -> Observation:

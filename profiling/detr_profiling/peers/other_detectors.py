@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig, UserError, require
+from detr_fast.data.batching import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
 from detr_profiling.observation import Observation, on_host, stacked_layers
-from detr_profiling.peers.plain_loop import PlainBatch, autocast, inference, training_step
-from detr_profiling.workload import Workload, WorkloadOptions, make_batches, observed_batch
+from detr_profiling.peers.plain_loop import PlainBatch, autocast, box_targets, inference, plain_feed, training_step
+from detr_profiling.workload import Workload, WorkloadOptions, copied_ahead, make_batches, observed_batch, stepping
 
 
 def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
@@ -22,10 +23,9 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
     training, device = options.mode == "training", torch.device(options.device)
     model = hugging_face_model(ours, "eager" if name == "hf-eager" else "sdpa", auxiliary_loss=training).to(device)
     compiled: Any = torch.compile(model) if options.compile else model
-    batches = [PlainBatch.of(each, ours.config) for each in make_batches(options, ours.config.num_classes)]
+    batches = make_batches(options, ours.config.num_classes)
 
-    def loss(batch: PlainBatch) -> Tensor:
-        placed = batch.to(device)
+    def loss(placed: PlainBatch) -> Tensor:
         labels = [{"class_labels": each["labels"], "boxes": each["boxes"]} for each in placed.targets]
         with autocast(options):
             return compiled(pixel_values=placed.images, pixel_mask=(~placed.mask).long(), labels=labels).loss
@@ -40,9 +40,9 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
         observed = PlainBatch.of(observed_batch(options, ours.config.num_classes), ours.config)
         return on_host(stacked_layers([forward(observed.to(device))]))
 
-    if training:
-        return Workload(name, options, model, training_step(model, batches, loss))
-    return Workload(name, options, model, inference(model, batches, device, forward), observe)
+    step = training_step(model, loss) if training else inference(model, forward)
+    run = stepping(step, plain_feed(batches, ours.config, device), len(batches))
+    return Workload(name, options, model, run, None if training else observe)
 
 
 def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.Module:
@@ -65,8 +65,8 @@ def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.M
 
 
 def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workload:
-    """With a ResNet-50 and a feature pyramid, from random weights, on the same pixels, resized to the same size. Raises
-    UserError for mixed sizes, which it would make one."""
+    """With a ResNet-50 and a feature pyramid, from random weights, on the same photographs, which its own first module
+    resizes on the device. Raises UserError for mixed sizes, which it would make one."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
     require(options.sizes == "same", "fasterrcnn resizes all images to one size: leave out --sizes mixed.")
@@ -79,25 +79,30 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
         max_size=max(height, width),
     ).to(device)
     [batch] = make_batches(options, config.num_classes)
-    images = [image.permute(2, 0, 1).float() / 255 for image in batch.images]
-    plain = PlainBatch.of(batch, config).targets
     targets = [
         {"labels": each["labels"].clamp(min=1), "boxes": boxes_px(each["boxes"], image)}
-        for each, image in zip(plain, images, strict=True)
+        for each, image in zip(box_targets(batch), photographs(batch), strict=True)
     ]
 
-    def loss(_: Any) -> Tensor:
-        placed = [{name: value.to(device) for name, value in each.items()} for each in targets]
-        return torch.stack(list(model([image.to(device) for image in images], placed).values())).sum()
+    def loss(placed: Batch) -> Tensor:
+        wanted = [{name: value.to(device) for name, value in each.items()} for each in targets]
+        return torch.stack(list(model(photographs(placed), wanted).values())).sum()
 
     @torch.no_grad()
-    def run() -> Any:
-        return model([image.to(device) for image in images])
+    def infer(placed: Batch) -> Any:
+        return model(photographs(placed))
 
-    if options.mode == "training":
-        return Workload("fasterrcnn", options, model, training_step(model, [batch], loss))
-    model.eval()
-    return Workload("fasterrcnn", options, model, run)
+    step = training_step(model, loss) if options.mode == "training" else infer
+    model.train(options.mode == "training")
+    return Workload("fasterrcnn", options, model, stepping(step, copied_ahead([batch], device), 1))
+
+
+def photographs(batch: Batch) -> list[Tensor]:
+    """Lists the images as they were read, (3, h, w) in [0, 1], mirrored where they are to be."""
+    images = (image.permute(2, 0, 1) / 255 for image in batch.images)
+    return [
+        image.flip(-1) if place.mirrored else image for image, place in zip(images, batch.images.places, strict=True)
+    ]
 
 
 def boxes_px(boxes_cxcywh: Tensor, image: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from detr_profiling.limits.roofline import count_work, roofline
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.measuring.memory import resident_peak_mib, restart_resident_peak
 from detr_profiling.measuring.nvml import Sampler
-from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.tracing.allocations import living_tensors_mib, memory_use
 from detr_profiling.tracing.breakdown import (
     StageTime,
@@ -37,6 +37,11 @@ from detr_profiling.workload import Workload
 TRACE_FILE = "trace.pt.json.gz"
 RESULT_FILE = "trace.json"
 LEAST_TIMED_STEPS = 5
+NO_DEVICE_EVENTS = (
+    "The trace has nothing of what ran on the GPU: the driver has not let CUPTI record it. Times, shares and waits are "
+    "the host's alone. Run as root (in a container with --cap-add=SYS_ADMIN), or have the driver's module loaded with "
+    "NVreg_RestrictProfilingToAdminUsers=0."
+)
 
 
 def nothing_to_fetch() -> None:
@@ -86,22 +91,29 @@ class Plain:
     gpu: dict[str, Any] | None
 
 
-def measure_plain(workload: Workload, steps: int, warmup: int, fetch: Callable[[], None]) -> Plain:
-    """`steps` steps after `warmup` others, in which things compile."""
+def missing_events(device: torch.device, timeline: Timeline) -> str | None:
+    """Says what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
+    return NO_DEVICE_EVENTS if device.type == "cuda" and not timeline.device else None
+
+
+def measure_plain(workload: Workload, runs: int, warmup: int, fetch: Callable[[], None]) -> Plain:
+    """Measures `runs` runs, on a GPU of several steps each, after at least `warmup` others, in which things compile."""
 
     def step() -> None:
         with stage("data wait"):
             fetch()
         workload.run()
 
-    measure(step, workload.synchronize, rounds=0, warmup=warmup)
+    kind = workload.device.type
+    warmup = max(warmup, STEADY_AFTER[kind] - 1) if kind == "cuda" else warmup - 1
+    calls = calls_a_run(kind, measure(step, workload.synchronize, rounds=1, warmup=warmup).median_ms)
     restart_resident_peak()
     with Sampler(workload.device) as sampler:
         cpu_began = time.process_time()
-        timing = measure(step, workload.synchronize, rounds=steps, warmup=0)
+        timing = measure(step, workload.synchronize, rounds=runs, warmup=0, calls=calls)
         cpu_s = time.process_time() - cpu_began
     summary = sampler.summary()
-    return Plain(timing, cpu_s / steps, resident_peak_mib(), summary.to_dict() if summary else None)
+    return Plain(timing, cpu_s / (runs * calls), resident_peak_mib(), summary.to_dict() if summary else None)
 
 
 def profile_workload(
@@ -114,14 +126,18 @@ def profile_workload(
 ) -> dict[str, Any]:
     """Writes OUT/trace.pt.json.gz and OUT/trace.json, and returns what the latter holds.
 
-    `step_ms` and `process` are of steps without the profiler, which costs time in every operator; what is split by
-    stage or operator is of the `steps` profiled ones. Lists hold numbers of one step; None: does not apply, or unknown.
+    `step_ms` and `process` are of steps without the profiler, which costs time in every operator; on a GPU these are
+    issued back to back. What is split by stage or operator is of the `steps` profiled ones, each of which waits for the
+    device at its end. Lists hold numbers of one step; None: does not apply, or unknown. `problem`: what the trace
+    lacks, or None.
     """
     plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup, fetch)
     trace = out / TRACE_FILE
     timeline, before_mib = record(workload, trace, steps, warmup, fetch)
     stages = stage_times(timeline)
     memory = memory_use(timeline, before_mib)
+    problem = missing_events(workload.device, timeline)
+    with_roofline &= problem is None  # a stage's share of the host's time is not its share of the device's
     result = {
         "machine": describe_machine(workload.device).to_dict(),
         "workload": {"name": workload.name, **workload.options.to_dict()},
@@ -138,6 +154,7 @@ def profile_workload(
         "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
         "forms": workload.reasons,
         "roofline": roofline_of(workload, fetch, stages, plain.timing) if with_roofline else None,
+        "problem": problem,
         "trace_file": TRACE_FILE,
         "trace_mib": trace.stat().st_size / 2**20,
         "trace_unpacked_mib": unpacked_bytes(trace) / 2**20,

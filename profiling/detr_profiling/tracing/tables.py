@@ -19,6 +19,8 @@ MOST_CHARACTERS = 46
 def trace_tables(result: dict[str, Any]) -> Iterator[RenderableType]:
     """Of the block that `profile_workload` returns, in the order in which one asks."""
     yield heading(result)
+    if problem := result.get("problem"):
+        yield Text(f"\nNOT complete: {problem}\n", style="bold")
     yield stage_table(result)
     yield wait_table(result)
     on_gpu = result["idle_share"] is not None
@@ -85,7 +87,7 @@ def wait_table(result: dict[str, Any]) -> RenderableType:
     table = plain_table("operation", ["stage", "a step"], title)
     for row in result["host_waits"]:
         table.add_row(shortened(row["operation"]), row["stage"], formats.count(row["per_step"]))
-    if not on_gpu:
+    if not on_gpu and not result.get("problem"):
         table.caption = "On a GPU each would make the host wait"
     return table
 
