@@ -39,6 +39,8 @@ from detr_profiling.workload import Mode, WorkloadOptions
 TURN_MS = 400
 """A turn takes about this long, but has at least `LEAST_RUNS` runs."""
 LEAST_RUNS, MOST_RUNS = 2, 40
+RUNS_ON_A_GPU = 4
+"""Of as many steps back to back as the turn holds."""
 HOPELESS = 1.15
 """A candidate that takes this many times as long after a turn gets no other."""
 START_S, COMPILE_S = 120, 900
@@ -88,7 +90,7 @@ class Tuner:
         """Whether the device's memory holds no two at once."""
         self.longest_s = 0.0
         """That a candidate took so far, those that were compiled left out."""
-        self.runs = LEAST_RUNS
+        self.runs, self.calls = LEAST_RUNS, 1
         self.turns = self.options.turns
         self.spare: Candidate | None = None
         """A process that has begun while others were timed."""
@@ -99,7 +101,10 @@ class Tuner:
         guess = self.best.configuration
         try:
             timing = self.best.time(LEAST_RUNS, COMPILE_S)
-            self.runs = min(MOST_RUNS, max(LEAST_RUNS, round(TURN_MS / timing.median_ms)))
+            steps = round(TURN_MS / timing.median_ms)
+            self.runs, self.calls = min(MOST_RUNS, max(LEAST_RUNS, steps)), 1
+            if guess.options.device == "cuda":
+                self.runs, self.calls = RUNS_ON_A_GPU, max(1, steps // RUNS_ON_A_GPU)
             if fills_the_device(self.best):
                 self.alone, self.turns = True, 2
             for switch in among:
@@ -118,7 +123,7 @@ class Tuner:
     def _last_turns(self, guess: Configuration) -> Turns:
         """Of the first guess and the best; where that is the first guess, of nothing else."""
         if self.best.configuration == guess:
-            alone = [self.best.time(self.runs, self._limit_s(self.best))]
+            alone = [self.best.time(self.runs, self._limit_s(self.best), self.calls)]
             return Turns(alone, alone)
         turns, first = Turns(), self._begun(guess)
         try:
@@ -179,7 +184,7 @@ class Tuner:
             for side, other, timings in sides:
                 if self.alone:
                     other.park()
-                timings.append(side.time(self.runs, self._limit_s(side)))
+                timings.append(side.time(self.runs, self._limit_s(side), self.calls))
             sides.reverse()
             slower, faster = turns.joined()
             if faster.median_ms > HOPELESS * slower.median_ms:

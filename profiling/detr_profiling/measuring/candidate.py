@@ -23,7 +23,7 @@ import torch
 from detr_profiling.comparison.judgement import judge, worst
 from detr_profiling.measuring.measurement import ORACLE, Configuration, eager_file, last_words
 from detr_profiling.measuring.memory import peak_memory
-from detr_profiling.measuring.timing import Timing, measure
+from detr_profiling.measuring.timing import STEADY_AFTER, Timing, measure
 from detr_profiling.suite import SECONDS_TO_END, stop
 from detr_profiling.workload import Workload, WorkloadOptions
 
@@ -55,9 +55,9 @@ class Candidate:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the candidate
         self.peak_mib = 0.0
 
-    def time(self, runs: int, limit_s: float) -> Timing:
-        """Time `runs` runs, after a warm-up where the process is new. Raises CandidateError."""
-        answer = self._ask({"time": runs, "configuration": self.configuration.to_dict()}, limit_s)
+    def time(self, runs: int, limit_s: float, calls: int = 1) -> Timing:
+        """Time a step in `runs` runs of `calls` steps each, after a warm-up. Raises CandidateError."""
+        answer = self._ask({"time": [runs, calls], "configuration": self.configuration.to_dict()}, limit_s)
         self.peak_mib = max(self.peak_mib, answer["peak_mib"])
         return Timing(tuple(answer["runs_ms"]))
 
@@ -145,15 +145,14 @@ class Server:
         configuration = Configuration.from_dict(order["configuration"])
         if folder := order.get("judge"):
             return self.judge(configuration, Path(folder))
-        return self.time(configuration, order["time"])
+        return self.time(configuration, *order["time"])
 
-    def time(self, configuration: Configuration, runs: int) -> dict[str, Any]:
-        warmup = 1
+    def time(self, configuration: Configuration, runs: int, calls: int) -> dict[str, Any]:
         if self.workload is None:
             self.workload = configuration.build()
-            warmup = 3  # the first compiles and chooses algorithms; of a captured step the second records
+            measure(self.workload.run, self.workload.synchronize, 1, STEADY_AFTER[self.workload.device.type])
         with peak_memory(self.workload.device) as peak:
-            timing = measure(self.workload.run, self.workload.synchronize, runs, warmup)
+            timing = measure(self.workload.run, self.workload.synchronize, runs, warmup=1, calls=calls)
         return {"runs_ms": timing.runs_ms, "peak_mib": peak.mib}
 
     def judge(self, configuration: Configuration, oracle: Path) -> dict[str, Any]:
