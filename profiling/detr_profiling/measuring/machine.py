@@ -5,11 +5,12 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from detr_fast.tuning import driver_version, installed_version, processor_name
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy")
 
@@ -60,44 +61,24 @@ def describe_machine(device: torch.device) -> Machine:
         driver=driver,
         cuda=torch.version.cuda if gpu else None,
         python=platform.python_version(),
-        versions={name: package_version(name) for name in PACKAGES},
+        versions={name: installed_version(name) for name in PACKAGES},
         commit=commit(),
         date=datetime.date.today().isoformat(),
     )
 
 
-def processor_name() -> str:
-    """As Linux names it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def gpu_facts(device: torch.device) -> tuple[str | None, float | None]:
     """Driver version and power limit in watts, as the driver tells them."""
-    if device.type != "cuda":
+    driver = driver_version() if device.type == "cuda" else None
+    if driver is None:
         return None, None
+    import pynvml
+
     try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None, None
-    try:
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return driver, pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
     except pynvml.NVMLError:
-        return None, None
+        return driver, None
 
 
 def commit() -> str | None:
