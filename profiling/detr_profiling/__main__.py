@@ -12,6 +12,7 @@ COMMANDS = {
     "ladder": "LadderOptions",
     "race": "RaceOptions",
     "scaling": "ScalingOptions",
+    "launches": "LaunchesOptions",
     "suite": "SuiteOptions",
     "report": "ReportOptions",
 }
@@ -24,6 +25,7 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   ladder   from the plain reference to everything on, one technique a row
   race     ours beside what people would otherwise take, in turns
   scaling  training on many GPUs, on paper, from one GPU's step
+  launches what a GPU would be told to do in a step, counted without one
   suite    all of these that fit the time, and the report
   report   one HTML page and its Markdown twin from what the others left"""
 
