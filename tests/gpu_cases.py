@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from detr_profiling.absent_gpu import absent_gpu, moved
-from detr_profiling.launches import Graphs, compile_at, inputs_of, loss_of, make_batch, make_step
+from detr_profiling.launches import Graphs, compile_at, count_step, inputs_of, loss_of, make_batch, make_step
 from torch._dynamo.utils import counters
 
 from detr_fast.config import MODELS, Attention, Kernels
@@ -43,6 +43,58 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
     with nullcontext(torch.device("cuda", 0)) if HAS_GPU else absent_gpu() as device:
         yield device
+
+
+BY_TRITON = {
+    *("conv1x1_bias_act", "conv1x1_input_gradient", "conv1x1_weight_gradient", "bias_act", "resize_normalize_pad"),
+    *("packed_attention", "packed_attention_backward", "add_layer_norm", "add_layer_norm_backward"),
+    *("match_cost", "assignment", "set_loss", "set_loss_backward"),
+}
+BY_XFORMERS = {"assignment", "xformers_attention", "xformers_attention_backward"}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "attention", "expected", "most"),
+    [
+        ("auto", "auto", {"assignment"}, 1001),  # torch's attention in pieces: which of its kernels runs, no fake tells
+        ("auto", "xformers", BY_XFORMERS, 874),
+        ("triton", "triton", BY_TRITON, 637),
+    ],
+    ids=["auto", "xformers", "triton"],
+)
+@ragged_or_not
+def check_that_a_step_waits_for_nothing_and_launches_little(
+    kernels: Kernels, attention: Attention, expected: set[str], most: int, padded: bool, gpu: torch.device
+) -> None:
+    """Pixels, forward and backward pass, loss, AdamW and the average, in bf16."""
+    launches = count_step(make_step(CONFIG, gpu, kernels, attention), make_batch(gpu, 2, ROOM, padded))
+    assert not launches.synchronisations and launches.ours == expected
+    assert sum(launches.totals().values()) <= most, launches.totals()
+
+
+def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DETR-R50, two ragged images; attention by xformers, as the fake device shows torch's attention in pieces."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (3, 4, 6, 3))
+    launches = count_step(make_step(MODELS["detr_r50"], gpu, "auto", "xformers"), make_batch(gpu, 2, ROOM, True))
+    assert not launches.synchronisations
+    assert launches.totals() == {
+        **{"pixels": 36, "forward": 28, "backbone": 182, "encoder": 182, "decoder": 267, "heads": 19},
+        **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},
+    }
+
+
+@pytest.mark.parametrize("name", ["detr_r50", "detr_r50_dc5"])
+def check_every_convolution_by_cudnn(name: str, gpu: torch.device) -> None:
+    """With a ReLU in one call, which is two launches less; without one as before. In training, and as one graph."""
+    config = replace(MODELS[name], encoder_layers=1, decoder_layers=2)
+    step, batch = make_step(config, gpu), make_batch(gpu, 2, ROOM, True)
+    before = count_step(step, batch).totals()["backbone"]
+    replace(step.model.implementation, convolution="cudnn").apply_to(step.model)
+    launches = count_step(step, batch)
+    with_relu, joined = 1 + 4 * 3, 4
+    assert launches.totals()["backbone"] == before - 2 * with_relu - joined
+    assert launches.by_stage["backbone"]["detr_kernels::conv_bias_act_library"] == with_relu
+    assert compile_at(step, [batch], "eager") == {"graphs": 1, "breaks": 0}
 
 
 @per_form

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from detr_kernels import may_be_kept
+from detr_kernels.kept import may_be_kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,7 +106,7 @@ class DETR(nn.Module):
         """Tokens that are padding (B, N), by nearest neighbour, and positions (B, N, D); without a mask, (1, N, D)."""
         (height, width), dim = features.shape[-2:], self.config.hidden_dim
         if mask is None:
-            encode = kept_position_encoding if self.frozen and may_be_kept(features) else unpadded_position_encoding
+            encode = kept_position_encoding if may_be_kept(features) else unpadded_position_encoding
             return None, encode(height, width, dim, features.dtype, features.device)
         small_mask = F.interpolate(mask[None].float(), size=(height, width))[0].bool()
         return small_mask.flatten(1), sine_position_encoding(small_mask, dim).flatten(1, 2).to(features.dtype)
