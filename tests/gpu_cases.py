@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from detr_profiling.absent_gpu import absent_gpu, moved
-from detr_profiling.launches import Graphs, compile_at, count_step, inputs_of, loss_of, make_batch, make_step
+from detr_profiling.launches import Graphs, compile_at, count_step, inputs_of, make_batch, make_step
 from torch._dynamo.utils import counters
 
 from detr_fast.config import MODELS, Attention, Kernels
@@ -77,10 +77,12 @@ def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.Monk
     monkeypatch.setitem(backbone.DEPTHS, "resnet50", (3, 4, 6, 3))
     launches = count_step(make_step(MODELS["detr_r50"], gpu, "auto", "xformers"), make_batch(gpu, 2, ROOM, True))
     assert not launches.synchronisations
-    assert launches.totals() == {
+    most = {
         **{"pixels": 36, "forward": 28, "backbone": 182, "encoder": 182, "decoder": 267, "heads": 19},
         **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},
     }
+    counted = launches.totals()
+    assert counted.keys() == most.keys() and all(counted[stage] <= most[stage] for stage in most), counted
 
 
 @pytest.mark.parametrize("name", ["detr_r50", "detr_r50_dc5"])
@@ -117,8 +119,7 @@ def check_that_ten_shapes_are_two_graphs(kernels: Kernels, padded: bool, gpu: to
 @pytest.mark.parametrize(("kernels", "padded"), [("auto", True), ("triton", False)])
 def check_that_the_backward_pass_is_traced_too(kernels: Kernels, padded: bool, gpu: torch.device) -> None:
     step, batch, graphs = make_step(CONFIG, gpu, kernels), make_batch(gpu, 2, ROOM, padded), Graphs()
-    torch._dynamo.reset()
-    torch.compile(loss_of(step), fullgraph=True, backend=graphs.backend)(*inputs_of(step, batch)).backward()
+    assert compile_at(step, [batch], graphs.backend, backward=True) == {"graphs": 1, "breaks": 0}
     assert len(graphs.forward) == len(graphs.backward) == 1
     assert all(each.grad is not None and each.grad.device == gpu for each in step.trained)
 

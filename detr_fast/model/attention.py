@@ -140,7 +140,7 @@ class MultiheadAttention(nn.Module):
         Under autocast they are cast whole: each slice would be by itself, and in every call.
         """
         weight, bias, device = self.in_proj_weight, self.in_proj_bias, self.in_proj_weight.device.type
-        if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+        if device != "meta" and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             weight, bias = (each.to(torch.get_autocast_dtype(device)) for each in (weight, bias))
         dim = weight.shape[1]
         sizes = [parts * dim, (3 - parts) * dim]

@@ -202,7 +202,9 @@ def loss_of(step: TrainStep) -> Callable[..., Tensor]:
     return loss
 
 
-def compile_at(step: TrainStep, batches: Sequence[Batch], backend: Any, fullgraph: bool = True) -> dict[str, int]:
+def compile_at(
+    step: TrainStep, batches: Sequence[Batch], backend: Any, fullgraph: bool = True, backward: bool = False
+) -> dict[str, int]:
     """Compile model and loss by `backend`, call them with each batch, and count graphs and graph breaks.
 
     With `fullgraph` torch raises at the first break.
@@ -211,7 +213,9 @@ def compile_at(step: TrainStep, batches: Sequence[Batch], backend: Any, fullgrap
     counters.clear()
     compiled = torch.compile(loss_of(step), fullgraph=fullgraph, backend=backend)
     for batch in batches:
-        compiled(*inputs_of(step, batch))
+        loss = compiled(*inputs_of(step, batch))
+        if backward:  # AOTAutograd compiles it when it first runs
+            loss.backward()
     return {"graphs": counters["stats"]["unique_graphs"], "breaks": counters["graph_break"].total()}
 
 
@@ -242,7 +246,7 @@ def main(options: LaunchesOptions) -> int:
             sizes = [(height - 32 * (index % 4), width - 32 * (index % 5)) for index in range(SHAPES)]
             batches = [make_batch(device, images, size, True) for size in sizes]
             graphs = Graphs()
-            first = compile_at(step, batches[:1], graphs.backend, fullgraph=False)
+            first = compile_at(step, batches[:1], graphs.backend, fullgraph=False, backward=True)
             console.print(f"compiled, one shape: {first}; launching nodes {graphs.forward}, backward {graphs.backward}")
             console.print(f"compiled, {SHAPES} shapes: {compile_at(step, batches, 'eager', fullgraph=False)}")
     return 0
