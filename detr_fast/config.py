@@ -156,8 +156,8 @@ class RuntimeOptions(Checked):
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: xformers on a GPU, sdpa on a CPU; sdpa: torch's scaled_dot_product_attention; triton: our own; ref: with
-    materialised weights."""
+    """auto: what was measured to win on this GPU, else sdpa; sdpa: torch's scaled_dot_product_attention; triton: our
+    own; ref: with materialised weights."""
     seed: int = 42
     """Of weights, data order, augmentation and dropout."""
 

@@ -11,24 +11,30 @@ from torch.nn import functional as F
 from detr_fast.model.implementation import Implementation
 
 
+class Packed(NamedTuple):
+    """Where image b's queries and keys begin, counted over both dimensions, and which rows get zeros."""
+
+    q_offsets: Tensor
+    """(B + 1,) int32"""
+    k_offsets: Tensor
+    blank: Blank
+
+
 class Layout(NamedTuple):
     """Where the queries (B, Nq, D) and keys (B, Nk, D) of B images lie.
 
     Either image b has row b, and the keys where `padding` is True are not attended to; or all images' tokens lie one
-    after another, image b's from its offset on, counted over both dimensions, and the rest belongs to no image.
+    after another, and the rest belongs to no image.
     """
 
     padding: Tensor | None = None
     """(B, Nk) bool; None: no key is padding."""
-    q_offsets: Tensor | None = None
-    """(B + 1,) int32; None: not packed."""
-    k_offsets: Tensor | None = None
-    blank: Blank | None = None
-    """Packed rows that get zeros."""
+    packed: Packed | None = None
+    """None: each image has its row."""
 
     @classmethod
-    def packed(cls, queries: Packing, keys: Packing) -> "Layout":
-        return cls(None, queries.offsets, keys.offsets, queries.blank(keys))
+    def of(cls, queries: Packing, keys: Packing) -> "Layout":
+        return cls(None, Packed(queries.offsets, keys.offsets, queries.blank(keys)))
 
 
 UNPADDED = Layout()
@@ -117,20 +123,21 @@ class MultiheadAttention(nn.Module):
         """The same of packed tokens."""
         if layout.padding is not None:
             raise ValueError(f"attention by {self.form} takes packed or unpadded tokens: see detr_kernels.Packing")
-        if layout.q_offsets is None or layout.k_offsets is None:
-            layout = Layout.packed(*(Packing.uniform(*x.shape[:2], x.device) for x in (q, k)))
+        if layout.packed is None:
+            layout = Layout.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
+        assert layout.packed is not None
         mixed = packed_attention(
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
-            layout.q_offsets,
-            layout.k_offsets,
+            layout.packed.q_offsets,
+            layout.packed.k_offsets,
             longest_q=q.shape[1],
             longest_k=k.shape[1],
             dropout=self.dropout,
             training=self.training,
             backend=self.form,
-            blank=layout.blank,
+            blank=layout.packed.blank,
         )
         return mixed.view(q.shape)
 
@@ -139,7 +146,9 @@ class MultiheadAttention(nn.Module):
 
         Under autocast they are cast whole: each slice would be by itself, and in every call.
         """
-        weight, bias, device = self.in_proj_weight, self.in_proj_bias, self.in_proj_weight.device.type
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor = self.in_proj_bias
+        device = weight.device.type
         if device != "meta" and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             weight, bias = (each.to(torch.get_autocast_dtype(device)) for each in (weight, bias))
         dim = weight.shape[1]

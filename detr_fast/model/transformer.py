@@ -158,11 +158,12 @@ class Transformer(nn.Module):
         within, among, across = Layout(padding), Layout(), Layout(padding)
         with stage("encoder"):
             if self.packed:
-                tokens = Packing.uniform(*source.shape[:2], source.device) if padding is None else Packing.of(padding)
-                queries = Packing.uniform(len(source), len(query_position), source.device)
+                images, count = source.shape[:2]
+                tokens = Packing.uniform(images, count, source.device) if padding is None else Packing.of(padding)
+                queries = Packing.uniform(images, len(query_position), source.device)
                 if padding is not None:
                     source, position = (tokens.pack(x).view(x.shape) for x in (source, position))
-                within, among, across = map(Layout.packed, (tokens, queries, queries), (tokens, queries, tokens))
+                within, among, across = map(Layout.of, (tokens, queries, queries), (tokens, queries, tokens))
             for layer in self.encoder.layers:
                 source = self._run(layer, source, position, within)
         with stage("decoder"):

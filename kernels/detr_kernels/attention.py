@@ -124,9 +124,9 @@ def choose_attention(
     if asked == "auto" and device.type == "cpu":
         return "sdpa", "the others need a GPU"
     if asked == "auto":
-        form, reason = measurement("packed_attention", device) or ("sdpa", FIRST_GUESS)
-        problem = _why_not(form, device, dtype, head_dim, training)
-        return ("sdpa", problem) if problem else (form, reason)
+        chosen: tuple[AttentionForm, str] = measurement("packed_attention", device) or ("sdpa", FIRST_GUESS)
+        problem = _why_not(chosen[0], device, dtype, head_dim, training)
+        return ("sdpa", problem) if problem else chosen
     if problem := _why_not(asked, device, dtype, head_dim, training):
         raise RuntimeError(f"attention by {asked}: {problem}. Or ask for backend='sdpa'.")
     return asked, "asked for"
