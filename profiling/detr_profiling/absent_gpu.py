@@ -51,14 +51,14 @@ def absent_gpu(launch: dispatch.Launch = _no_launch) -> Iterator[torch.device]:
     state = torch.zeros(16, dtype=torch.uint8)  # the generator's, as the host sees it
     answers: dict[str, Any] = {
         "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: False,
+        "_initialized": True,
         "is_bf16_supported": lambda *_: True,
         "device_count": lambda: 1,
         "current_device": lambda: DEVICE.index,
         "get_device_properties": lambda *_: PROPERTIES,
-        "get_device_name": lambda *_: NAME,
-        "get_device_capability": lambda *_: CAPABILITY,
+        # disabled: Dynamo cannot look into the real ones either, and could into these
+        "get_device_name": torch.compiler.disable(lambda *_: NAME),
+        "get_device_capability": torch.compiler.disable(lambda *_: CAPABILITY),
         "get_rng_state": lambda *_: state,
         "set_rng_state": lambda *_: None,
     }
