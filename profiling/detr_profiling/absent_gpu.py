@@ -32,6 +32,7 @@ PROPERTIES = SimpleNamespace(
 HAS_PRIMARY_CONTEXT = 2 + 4
 """Its place in the table of torch 2.11's `at::CUDAHooksInterface`: offset and type come first, then two destructors,
 isBuilt, isAvailable, and this one."""
+KNOWN = "2.11."
 TABLE = 2 + 80
 """More entries than the table has."""
 
@@ -44,10 +45,12 @@ def _no_launch(*_: Any, **__: Any) -> None:
 def absent_gpu(launch: dispatch.Launch = _no_launch) -> Iterator[torch.device]:
     """Yields `cuda:0`, on which fake tensors can be made, trained with and compiled for; nothing runs.
 
-    `launch` is called with each launch of Triton. Where there is a GPU, use that: RuntimeError.
+    `launch` is called with each launch of Triton. Raises RuntimeError where there is a GPU, or another torch.
     """
     if torch.cuda.is_available():
         raise RuntimeError("There is a GPU: run on it.")
+    if not torch.__version__.startswith(KNOWN):
+        raise RuntimeError(f"Where CUDA's hooks have what is replaced is known of torch {KNOWN}: this is another.")
     state = torch.zeros(16, dtype=torch.uint8)  # the generator's, as the host sees it
     answers: dict[str, Any] = {
         "is_available": lambda: True,
