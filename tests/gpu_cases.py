@@ -3,17 +3,26 @@
 `test_absent_gpu.py` runs this file in a process of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from detr_profiling.absent_gpu import absent_gpu, moved
-from detr_profiling.launches import Graphs, compile_at, count_step, inputs_of, make_batch, make_step
+from detr_profiling.absent_gpu import absent_gpu, made_on
+from detr_profiling.launches import (
+    Graphs,
+    LaunchesOptions,
+    compile_at,
+    count_step,
+    inputs_of,
+    main,
+    make_batch,
+    make_step,
+)
 from torch._dynamo.utils import counters
 
-from detr_fast.config import MODELS, Attention, Kernels
+from detr_fast.config import MODELS, Attention, Kernels, UserError
 from detr_fast.model import backbone
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import frozen
@@ -84,6 +93,14 @@ def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.Monk
     assert counted.keys() == most.keys() and all(counted[stage] <= most[stage] for stage in most), counted
 
 
+def check_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    options = LaunchesOptions(model="detr_tiny", batch_size=2, size=(64, 64), compile=False)
+    with pytest.raises(UserError, match="trace") if HAS_GPU else nullcontext():
+        assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert HAS_GPU or ("attention: sdpa (fewest calls" in printed and printed.count("0 device synchronisations") == 2)
+
+
 @pytest.mark.parametrize("name", ["detr_r50", "detr_r50_dc5"])
 def check_every_convolution_by_cudnn(name: str, gpu: torch.device) -> None:
     """With a ReLU in one call, which is two launches less; without one as before. In training, and as one graph."""
@@ -129,7 +146,7 @@ def check_that_optimized_inference_is_one_graph(
     kernels: Kernels, attention: Attention, padded: bool, gpu: torch.device
 ) -> None:
     step = make_step(CONFIG, gpu, kernels, attention)
-    model = made_there(lambda: frozen(DETR(CONFIG), torch.bfloat16), gpu)
+    model = made_on(gpu, lambda: frozen(DETR(CONFIG), torch.bfloat16))
     step.model.implementation.apply_to(model)
     images, mask, _ = inputs_of(step, make_batch(gpu, 2, ROOM, padded))
     torch._dynamo.reset()
@@ -138,7 +155,3 @@ def check_that_optimized_inference_is_one_graph(
         outputs = torch.compile(model, fullgraph=True, backend="eager")(images, mask)
     assert outputs["pred_logits"].device == gpu
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-def made_there(make: Callable[[], DETR], gpu: torch.device) -> DETR:
-    return make().to(gpu) if HAS_GPU else moved(make)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from detr_kernels import dispatch
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -81,15 +82,19 @@ def absent_gpu(launch: dispatch.Launch = _no_launch) -> Iterator[torch.device]:
         yield DEVICE
 
 
-def moved(make: Callable[[], Module]) -> Module:
-    """Make a module of real tensors, and give it fake ones of the same shapes on the absent GPU in their place."""
-    with unset_fake_temporarily():
+def made_on(device: torch.device, make: Callable[[], Module]) -> Module:
+    """Make a module on `device`. On the absent one its tensors are fake, and what it starts with is nothing: they take
+    the places of others of the same shapes without memory, since not every module can be made of fake ones."""
+    if detect_fake_mode() is None:
+        with device:
+            return make()
+    with unset_fake_temporarily(), torch.device("meta"):
         module = make()
     for each in module.modules():
         for tensors in (each._parameters, each._buffers):
             for name, real in tensors.items():
                 if real is not None:
-                    fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=DEVICE)
+                    fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
                     like = nn.Parameter(fake, real.requires_grad) if isinstance(real, nn.Parameter) else fake
                     tensors[name] = like  # type: ignore[assignment]
     return module

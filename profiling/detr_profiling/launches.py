@@ -34,7 +34,7 @@ from detr_fast.stages import STAGES, current_stage
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
-from detr_profiling.absent_gpu import absent_gpu
+from detr_profiling.absent_gpu import absent_gpu, made_on
 from detr_profiling.limits.counting import UNWRITTEN
 from detr_profiling.tracing.breakdown import OTHER
 
@@ -63,6 +63,7 @@ class LaunchesOptions:
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1.")
         require(min(self.size) >= 64, f"--size {self.size}: sides of at least 64 pixels.")
+        require(self.kernels != "ref", "--kernels ref: SciPy's assignment reads values, and nothing here has any.")
 
 
 class Launches(TorchDispatchMode):
@@ -168,8 +169,8 @@ def make_step(
 ) -> TrainStep:
     """A step of a model of random weights in bf16, with the average, all made on the device."""
     runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
-    with device:  # a module of fake tensors cannot be moved
-        model, averaged = DETR(config).train(), DETR(config).requires_grad_(False)
+    model, averaged = (made_on(device, lambda: DETR(config)) for _ in range(2))
+    averaged.requires_grad_(False)
     select_implementation(model, kernels, attention, runtime.dtype)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
     return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
@@ -220,6 +221,7 @@ def compile_at(
 
 
 def main(options: LaunchesOptions) -> int:
+    require(not torch.cuda.is_available(), "There is a GPU: python -m detr_profiling trace shows what it really does.")
     console = Console(markup=False, highlight=False)
     (height, width), images = options.size, options.batch_size
     config = model_config(options.model)
