@@ -162,8 +162,8 @@ class RuntimeOptions(Checked):
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: what was measured to be fastest here, else xformers on a GPU and sdpa on a CPU; sdpa: torch's
-    scaled_dot_product_attention; triton: our own; ref: with materialised weights."""
+    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; triton: our
+    own; ref: with materialised weights."""
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""

@@ -110,11 +110,15 @@ def check_package(name: str, serves: str, without: str) -> Finding:
 
 
 def check_xformers() -> Finding:
-    """Whether its CUDA part loads, which it may not though the package imports."""
+    """Whether its FlashAttention, which calls torch's kernels, is there. Its own extension need not load."""
     problem = why_not_xformers()
     if problem:
-        return Finding("xformers", problem, f"attention runs in torch: {INSTALL}", missing=True)
-    return Finding("xformers", f"{version('xformers')}, CUDA part loads", "--attention auto on a GPU in bf16 or fp16")
+        return Finding("xformers", problem, f"--attention xformers cannot run: {INSTALL}", missing=True)
+    return Finding(
+        "xformers",
+        f"{version('xformers')}, FlashAttention is there",
+        "--attention xformers can run on a GPU in bf16 or fp16",
+    )
 
 
 def check_disk(folder: Path) -> Finding:

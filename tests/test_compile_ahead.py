@@ -56,6 +56,26 @@ def test_every_kernel_has_a_specimen() -> None:
     assert set(SPECIMENS) <= set(detr_kernels.__all__)
 
 
+def test_a_slice_of_a_batchs_targets_compiles_nothing_anew() -> None:
+    """A part of a batch may begin at any multiple of 8 bytes, and its copy begins at one of 16."""
+    code = """if True:
+        import torch
+        from detr_kernels import assignment
+        from detr_kernels.compile_ahead import AbsentGpu, recorded_launches
+        from detr_kernels.language import triton
+        triton.runtime.driver.set_active(AbsentGpu(90))
+        cost, counts = torch.zeros(6, 100, 8), torch.zeros(7, dtype=torch.int64)
+        for part in (counts[:6], counts[1:]):
+            ((kernel, arguments, options),) = recorded_launches(lambda: assignment._solve(cost, part))
+            kernel.warmup(*arguments, grid=(1,), **options)
+        print(len(kernel.device_caches[90][0]))
+    """
+    command = [sys.executable, "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == "1\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["nonsense"], "Known: "), (["--sm", "ninety"], "invalid int value")]
 )

@@ -1,12 +1,15 @@
 """Who runs where: a kernel's form and its reason, and the one way to a launch."""
 
+import pkgutil
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
+import detr_kernels
 import pytest
 import torch
 from detr_kernels import dispatch
-from detr_kernels.dispatch import cdiv, choose_backend, launch, launches_to, next_power_of_2, why_no_launcher
+from detr_kernels.dispatch import cdiv, choose_backend, launch, launches_to, next_power_of_2
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -17,9 +20,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    why_no_launcher.cache_clear()
+    dispatch._no_launcher.cache_clear()
     yield
-    why_no_launcher.cache_clear()
+    dispatch._no_launcher.cache_clear()
 
 
 def test_on_a_cpu_auto_is_plain_torch_also_under_the_interpreter() -> None:
@@ -66,6 +69,13 @@ def test_the_interpreter_is_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     with pytest.raises(RuntimeError, match="unset it"):
         choose_backend("set_loss", CUDA, "triton")
+
+
+def test_no_mark_for_the_compiler_lies_on_a_cache() -> None:
+    """Dynamo traces what a cache wraps, and never sees a mark on the wrapper."""
+    modules = [import_module(f"detr_kernels.{each.name}") for each in pkgutil.iter_modules(detr_kernels.__path__)]
+    marked = [each for module in modules for each in vars(module).values() if hasattr(each, "_dynamo_marked_constant")]
+    assert len(marked) >= 5 and not [each for each in marked if hasattr(each, "cache_info")]
 
 
 def test_a_misspelt_backend_is_refused() -> None:

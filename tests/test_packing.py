@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_kernels.packing import Packing, images_of_rows
+from detr_kernels.packing import Blank, Packing, images_of_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -117,3 +117,23 @@ def test_a_packing_goes_in_and_out_of_a_compiled_function() -> None:
     x = torch.randn(2, 4, 3, device=DEVICE)
     packing = make(mask("scattered"))
     assert torch.equal(pack(packing, x), Packing.of(mask("scattered")).pack(x))
+
+
+@pytest.mark.parametrize("ends", [([3, 0, 4], [3, 0, 4]), ([3, 0, 4], [5, 1, 0]), ([5, 5, 5], [3, 0, 4])])
+def test_blank_rows_are_those_that_any_offsets_give(ends: tuple[list[int], list[int]]) -> None:
+    """Also of images that have no token on one side, or on both."""
+    queries, keys = (
+        Packing.of(torch.arange(5, device=DEVICE) >= torch.tensor(each, device=DEVICE)[:, None]) for each in ends
+    )
+    for left, right in ((queries, keys), (keys, queries), (queries, queries)):
+        expected = Blank.of_offsets(left.offsets, right.offsets, 15, 15)
+        for found, rows in zip(left.blank(right), expected, strict=True):
+            assert found is not None and torch.equal(found, rows)
+
+
+def test_without_padding_only_an_image_without_keys_leaves_rows_blank() -> None:
+    uniform, keys = Packing.uniform(3, 4, DEVICE), Packing.of(mask("an image without tokens"))
+    assert uniform.blank(Packing.uniform(3, 9, DEVICE)) == (None, None)
+    blank, tail = uniform.blank(keys)
+    assert blank is not None and torch.equal(blank, mask("an image without tokens").all(1).repeat_interleave(4))
+    assert tail is keys.tail

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime, select_implementation
@@ -165,25 +165,6 @@ def check_that_a_whole_step_waits_for_nothing(
     assert all(value.device == device for value in terms.values())
     assert all(parameter.grad is not None and parameter.grad.device == device for parameter in step.trained)
     assert reads.operators == expected
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/test_cuda.py runs the step on it")
-def test_what_a_gpu_gets_by_default_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, cost, assignment and loss on `cuda` under autocast, attention by xformers. Not backward: autograd would
-    look for the device."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
-    device = torch.device("cuda", 0)
-    with FakeTensorMode(), launches_to(lambda *_, **__: None), RefuseHostReads() as reads:
-        step, batch = make_step(device), make_batch(device, True)
-        select_implementation(step.model, dtype=torch.bfloat16)
-        images, mask = model_input(batch, CONFIG.image_mean, CONFIG.image_std, True, torch.bfloat16)
-        with torch.autocast("cuda", torch.bfloat16):
-            outputs = step.model(images, mask)
-        terms = step.criterion(outputs, batch.targets)
-    assert terms["loss"].device == device and terms["loss"].dtype == torch.float32
-    assert reads.operators == {"xformers_attention", "assignment"}
 
 
 def check_that_scipys_assignment_is_seen_to_wait(device: torch.device, reads: RefuseHostReads) -> None:

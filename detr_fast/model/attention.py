@@ -4,24 +4,37 @@ import math
 from typing import NamedTuple
 
 import torch
-from detr_kernels import AttentionBackend, Packing, attention_with_dropout, packed_attention
+from detr_kernels import AttentionBackend, Blank, Packing, attention_with_dropout, packed_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr_fast.model.implementation import Implementation
 
 
-class Layout(NamedTuple):
-    """Where the tokens of B images lie in a tensor (B, N, D).
+class Packed(NamedTuple):
+    """Where image b's queries and keys begin, counted over both dimensions, and which rows get zeros."""
 
-    Either image b has row b, of which the tokens where `padding` is True are not attended to; or all images' tokens lie
-    one after another, image b's from `offsets[b]` on, counted over both dimensions, and the rest belongs to no image.
+    q_offsets: Tensor
+    """(B + 1,) int32"""
+    k_offsets: Tensor
+    blank: Blank
+
+
+class Layout(NamedTuple):
+    """Where the queries (B, Nq, D) and keys (B, Nk, D) of B images lie.
+
+    Either image b has row b, and the keys where `padding` is True are not attended to; or all images' tokens lie one
+    after another, and the rest belongs to no image.
     """
 
     padding: Tensor | None = None
-    """(B, N) bool; None: no token is padding."""
-    offsets: Tensor | None = None
-    """(B + 1,) int32; None: not packed."""
+    """(B, Nk) bool; None: no key is padding."""
+    packed: Packed | None = None
+    """None: each image has its row."""
+
+    @classmethod
+    def of(cls, queries: Packing, keys: Packing) -> "Layout":
+        return cls(None, Packed(queries.offsets, keys.offsets, queries.blank(keys)))
 
 
 UNPADDED = Layout()
@@ -58,10 +71,8 @@ class MultiheadAttention(nn.Module):
     def use(self, implementation: Implementation) -> None:
         self.form = implementation.attention
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, queries: Layout = UNPADDED, keys: Layout = UNPADDED
-    ) -> Tensor:
-        """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D); `queries` and `keys` say where the tokens lie.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
+        """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D); `layout` says where the tokens lie.
 
         An image whose keys are all padding gets zeros before the output projection, where `nn.MultiheadAttention` gives
         NaN. Packed forms take packed or unpadded tokens alone.
@@ -73,25 +84,26 @@ class MultiheadAttention(nn.Module):
             (wq, wkv), (bq, bkv) = self._split(1)
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
-        return self._mix(q, k, F.linear(value, wv, bv), queries, keys)
+        return self._mix(q, k, F.linear(value, wv, bv), layout)
 
     def project_queries(self, query: Tensor) -> Tensor:
         """(..., D) -> (..., D), what `attend` takes."""
         (wq, _), (bq, _) = self._split(1)
         return F.linear(query, wq, bq)
 
-    def attend(self, q: Tensor, key: Tensor, value: Tensor, keys: Layout = UNPADDED) -> Tensor:
+    def attend(self, q: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
         """As `forward`, of queries (B, Nq, D) that are projected already."""
-        (_, wk, wv), (_, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        return self._mix(q, F.linear(key, wk, bk), F.linear(value, wv, bv), UNPADDED, keys)
+        (_, wkv), (_, bkv) = self._split(1)
+        (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
+        return self._mix(q, F.linear(key, wk, bk), F.linear(value, wv, bv), layout)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """What follows the projections of the input."""
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
         if self.form in ("sdpa", "ref"):
-            mixed = self._attend_in_rows(q, k, v, keys.padding)
+            mixed = self._attend_in_rows(q, k, v, layout.padding)
         else:
-            mixed = self._attend_packed(q, k, v, queries, keys)
+            mixed = self._attend_packed(q, k, v, layout)
         return self.out_proj(mixed.flatten(2))
 
     def _attend_in_rows(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
@@ -107,30 +119,38 @@ class MultiheadAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attended, dropout)
         return mixed.transpose(1, 2)
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout) -> Tensor:
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """The same of packed tokens."""
-        if queries.padding is not None or keys.padding is not None:
+        if layout.padding is not None:
             raise ValueError(f"attention by {self.form} takes packed or unpadded tokens: see detr_kernels.Packing")
-        q_offsets, k_offsets = (
-            Packing.uniform(x.shape[0], x.shape[1], x.device).offsets if layout.offsets is None else layout.offsets
-            for x, layout in ((q, queries), (k, keys))
-        )
+        if layout.packed is None:
+            layout = Layout.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
+        assert layout.packed is not None
         mixed = packed_attention(
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
-            q_offsets,
-            k_offsets,
+            layout.packed.q_offsets,
+            layout.packed.k_offsets,
             longest_q=q.shape[1],
             longest_k=k.shape[1],
             dropout=self.dropout,
             training=self.training,
             backend=self.form,
+            blank=layout.packed.blank,
         )
         return mixed.view(q.shape)
 
     def _split(self, parts: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The input projection's weight and bias, cut after `parts` of its three thirds."""
-        dim = self.in_proj_weight.shape[1]
+        """The input projection's weight and bias, cut after `parts` of its three thirds.
+
+        Under autocast they are cast whole: each slice would be by itself, and in every call.
+        """
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor = self.in_proj_bias
+        device = weight.device.type
+        if device != "meta" and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            weight, bias = (each.to(torch.get_autocast_dtype(device)) for each in (weight, bias))
+        dim = weight.shape[1]
         sizes = [parts * dim, (3 - parts) * dim]
-        return self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+        return weight.split(sizes), bias.split(sizes)

@@ -3,12 +3,15 @@
 ResNet: He et al. 2016, with torchvision's parameter names. DC5: DETR (Carion et al. 2020), section 4.1.
 """
 
+from collections.abc import Sequence
+
 import torch
 from detr_kernels import residual_stage
+from detr_kernels.resnet_stage import blocks_of
 from torch import Tensor, nn
 
 from detr_fast.config import require
-from detr_fast.model.normalization import FrozenBatchNorm2d, computed_in, conv_norm_act, folded
+from detr_fast.model.normalization import Fold, FrozenBatchNorm2d, computed_in, conv_norm_act, folded_together
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -42,13 +45,14 @@ class Bottleneck(nn.Module):
         shortcut = [] if self.downsample is None else [tuple(self.downsample)]
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), *shortcut]  # type: ignore[list-item]
 
-    def forward(self, x: Tensor) -> Tensor:
-        identity = (
-            x if self.downsample is None else conv_norm_act(x, *self.downsample, relu=False)  # type: ignore[misc]
-        )
-        x = conv_norm_act(x, self.conv1, self.bn1)
-        x = conv_norm_act(x, self.conv2, self.bn2)
-        return conv_norm_act(x, self.conv3, self.bn3, identity)
+    def forward(self, x: Tensor, folds: Sequence[Fold | None] = (None,) * 4) -> Tensor:
+        """`folds`: of its convolutions, where they were computed before."""
+        identity = x
+        if self.downsample is not None:
+            identity = conv_norm_act(x, *self.downsample, relu=False, fold=folds[3])  # type: ignore[misc]
+        x = conv_norm_act(x, self.conv1, self.bn1, fold=folds[0])
+        x = conv_norm_act(x, self.conv2, self.bn2, fold=folds[1])
+        return conv_norm_act(x, self.conv3, self.bn3, identity, fold=folds[2])
 
 
 class Stage(nn.Sequential):
@@ -57,13 +61,17 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         blocks: list[Bottleneck] = list(self)  # type: ignore[arg-type]
         first = blocks[0]
-        dtype = computed_in(x, first.conv1.weight)
-        if not (isinstance(first.bn1, FrozenBatchNorm2d) and first.bn1.joins_blocks(x.device, dtype)):
+        if not (isinstance(first.bn1, FrozenBatchNorm2d) and first.bn1.folded):
             return super().forward(x)
-        folds = [folded(*pair, dtype) for block in blocks for pair in block.convolutions()]
-        weights, biases = zip(*folds, strict=True)
-        dilations = [block.conv2.dilation[0] for block in blocks]
-        return residual_stage(x.to(dtype), weights, biases, first.conv2.stride[0], dilations)
+        dtype = computed_in(x, first.conv1.weight)
+        folds = folded_together([pair for block in blocks for pair in block.convolutions()], dtype)  # type: ignore[misc]
+        if first.bn1.joins_blocks(x.device, dtype):
+            weights, biases = zip(*folds, strict=True)
+            dilations = [block.conv2.dilation[0] for block in blocks]
+            return residual_stage(x.to(dtype), weights, biases, first.conv2.stride[0], dilations)
+        for block, its_folds in zip(blocks, blocks_of(folds), strict=True):
+            x = block(x, its_folds)
+        return x
 
 
 class ResNet(nn.Module):

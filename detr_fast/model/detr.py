@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+from detr_kernels.kept import may_be_kept
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,11 +106,7 @@ class DETR(nn.Module):
         """Tokens that are padding (B, N), by nearest neighbour, and positions (B, N, D); without a mask, (1, N, D)."""
         (height, width), dim = features.shape[-2:], self.config.hidden_dim
         if mask is None:
-            # Dynamo cannot look into a cache; a CUDA graph's memory and a fake tensor are not to be kept for others
-            recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-            real = type(features) is Tensor and not recording and not torch.compiler.is_compiling()
-            kept = self.frozen and real
-            encode = kept_position_encoding if kept else unpadded_position_encoding
+            encode = kept_position_encoding if may_be_kept(features) else unpadded_position_encoding
             return None, encode(height, width, dim, features.dtype, features.device)
         small_mask = F.interpolate(mask[None].float(), size=(height, width))[0].bool()
         return small_mask.flatten(1), sine_position_encoding(small_mask, dim).flatten(1, 2).to(features.dtype)

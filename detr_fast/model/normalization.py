@@ -1,5 +1,7 @@
 """Convolution with batch norm: the one place where the backbone normalises, so that a faster form can replace it."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from detr_kernels import (
     fold_frozen_bn,
     why_not_onednn,
 )
+from detr_kernels.batch_norm import frozen_bn_scale_and_shift, scale_weight, scale_weights
+from detr_kernels.kept import Kept
 from torch import Tensor, nn
 
 from detr_fast.model.implementation import Implementation
@@ -33,7 +37,10 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         self.folded = True
+        self.kept: dict[tuple[str, torch.dtype], Kept] = defaultdict(Kept)
+        """What follows from the four tensors, and from a convolution's weight that does not learn, in each dtype."""
         self.convolution_form: ConvolutionBackend = "auto"
+        self.register_load_state_dict_post_hook(_refresh)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -45,26 +52,93 @@ class FrozenBatchNorm2d(nn.Module):
 
     def use(self, implementation: Implementation) -> None:
         self.folded, self.convolution_form = implementation.folded, implementation.convolution
+        self.kept.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FrozenBatchNorm2d":
+        """What `to` and its like do: tensors come to lie elsewhere, in another dtype or order."""
+        self.kept.clear()
+        return super()._apply(*args, **kwargs)
 
     def joins_blocks(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a whole stage is computed by oneDNN (`detr_kernels.residual_stage`)."""
         form = self.folded and choose_convolution(1, device, self.convolution_form)[0]
         return form == "onednn" and why_not_onednn(dtype) is None
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(C,) float32 each, so that norm(x) = x * scale + shift."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    def scale_and_shift(self, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Give scale and shift (C,) in `dtype`, so that norm(x) = x * scale + shift."""
+        given = self.tensors()
+        return self.kept["norm", dtype](given, lambda: frozen_bn_scale_and_shift(*given, self.eps, dtype))
+
+    def shift(self, dtype: torch.dtype, rounded_to: torch.dtype) -> Tensor:
+        """Give the shift (C,) computed in `dtype` and rounded."""
+        shift = self.scale_and_shift(dtype)[1]
+        return self.kept["shift", rounded_to](self.tensors(), lambda: [shift.to(rounded_to)])[0]
+
+    def scale_like(self, weight: Tensor) -> Tensor:
+        """Give the scale in the shape, dtype and memory order of a convolution's weight (C, ., ., .)."""
+        scale = self.scale_and_shift(weight.dtype)[0]
+        expanded = lambda: [torch.empty_like(weight).copy_(scale[:, None, None, None])]  # noqa: E731
+        return self.kept["scale", weight.dtype](self.tensors(), expanded)[0]
+
+    def scaled(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Give the weight of a convolution before the norm times the scale, rounded to `dtype`."""
+        scale = self.scale_and_shift(torch.promote_types(weight.dtype, torch.float32))[0]
+        if weight.requires_grad:
+            return scale_weight(weight, scale, dtype)
+        return self.kept["weight", dtype]((*self.tensors(), weight), lambda: [scale_weight(weight, scale, dtype)])[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self.scale_and_shift()
+        scale, shift = self.scale_and_shift(self.weight.dtype)
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
-def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that is norm(conv(x)), the weight rounded to `dtype`; `norm`:
-    FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode."""
-    return fold_frozen_bn(conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, dtype)
+def _refresh(norm: FrozenBatchNorm2d, _: Any) -> None:
+    """What is kept is written anew at once: the replay of a captured graph asks nobody."""
+    for kept in norm.kept.values():
+        kept.refresh()
+
+
+Fold = tuple[Tensor, Tensor]
+"""Weight and bias of a convolution with its norm in it."""
+
+
+def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> Fold:
+    """Fold `norm`, FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode, into the convolution before it.
+
+    Both are computed in float32 at least. The weight is rounded to `dtype`, and the bias is, but for our kernels.
+    """
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm.scaled(conv.weight, dtype), norm.shift(wide(conv.weight), bias_dtype(conv, norm, dtype))
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias = fold_frozen_bn(conv.weight, *tensors, norm.eps, dtype)
+    return weight, bias.to(bias_dtype(conv, norm, dtype))
+
+
+def wide(weight: Tensor) -> torch.dtype:
+    """The dtype in which a norm is folded into `weight`: float32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def bias_dtype(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> torch.dtype:
+    """What the bias is added in: by our kernels in float32, by the libraries in the dtype of their inputs."""
+    learns = conv.weight.requires_grad and torch.is_grad_enabled()
+    asked: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
+    form, _ = choose_convolution(conv.kernel_size[0], conv.weight.device, asked, learns)
+    return wide(conv.weight) if form == "triton" else dtype
+
+
+def folded_together(pairs: Sequence[tuple[nn.Conv2d, FrozenBatchNorm2d]], dtype: torch.dtype) -> list[Fold]:
+    """Fold several norms into the convolutions before them; on a GPU the weights that learn in a few launches."""
+    weights = [conv.weight for conv, _ in pairs]
+    learn = all(weight.requires_grad and weight.dtype == wide(weight) for weight in weights)
+    if not learn or weights[0].device.type != "cuda" or torch.compiler.is_compiling():
+        return [folded(*pair, dtype) for pair in pairs]
+    scales = [norm.scale_like(conv.weight) for conv, norm in pairs]
+    biases = [norm.shift(wide(conv.weight), bias_dtype(conv, norm, dtype)) for conv, norm in pairs]
+    return list(zip(scale_weights(weights, scales, dtype), biases, strict=True))
 
 
 class FoldedConvolution(nn.Module):
@@ -75,7 +149,7 @@ class FoldedConvolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        weight, bias = folded(conv, norm)
+        weight, bias = folded(conv, norm, dtype)
         self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         self.form: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
@@ -102,17 +176,23 @@ def computed_in(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def conv_norm_act(
-    x: Tensor, conv: nn.Conv2d | FoldedConvolution, norm: nn.Module, residual: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    conv: nn.Conv2d | FoldedConvolution,
+    norm: nn.Module,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    fold: Fold | None = None,
 ) -> Tensor:
     """relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); without a residual or ReLU where so asked.
 
     A folded norm becomes part of the convolution's weight and bias: the same function with the same gradients, one pass
-    over memory instead of two. Folded in float32 at least; a half-precision weight is rounded once, afterwards.
+    over memory instead of two. Folded in float32 at least; a half-precision weight is rounded once, afterwards. `fold`:
+    what `folded` gives, where it was computed before.
     """
     if isinstance(conv, FoldedConvolution):
         return conv(x, residual, relu)
     if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
-        weight, bias = folded(conv, norm, computed_in(x, conv.weight))
+        weight, bias = fold or folded(conv, norm, computed_in(x, conv.weight))
         stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
     y = norm(conv(x))

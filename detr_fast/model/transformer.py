@@ -44,7 +44,7 @@ class EncoderLayer(PostNormLayer):
     def forward(self, source: Tensor, position: Tensor, layout: Layout) -> Tensor:
         """(B, N, D) with positions (B, N, D), both laid out as `layout` says -> (B, N, D)."""
         placed = source + position
-        source = self.add_norm(self.self_attn(placed, placed, source, layout, layout), source, self.norm1)
+        source = self.add_norm(self.self_attn(placed, placed, source, layout), source, self.norm1)
         return self.add_norm(self.feedforward(source), source, self.norm2)
 
 
@@ -57,13 +57,21 @@ class DecoderLayer(PostNormLayer):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(
-        self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, layout: Layout
+        self,
+        state: Tensor,
+        query_position: Tensor,
+        memory: Tensor,
+        placed_memory: Tensor,
+        among: Layout,
+        across: Layout,
     ) -> Tensor:
-        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions, laid out as `layout`
-        says -> (B, Q, D)."""
+        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions -> (B, Q, D).
+
+        `among` says how the queries lie, `across` how queries and memory do.
+        """
         placed = state + query_position
-        state = self.add_norm(self.self_attn(placed, placed, state), state, self.norm1)
-        return self.finish(state, self.multihead_attn(state + query_position, placed_memory, memory, keys=layout))
+        state = self.add_norm(self.self_attn(placed, placed, state, among), state, self.norm1)
+        return self.finish(state, self.multihead_attn(state + query_position, placed_memory, memory, across))
 
     def finish(self, state: Tensor, attended: Tensor) -> Tensor:
         """What follows both attentions: the state (B, Q, D) before the second one, and what that one gave."""
@@ -94,10 +102,16 @@ class FirstDecoderLayer(nn.Module):
         self.rest = layer
 
     def forward(
-        self, state: Tensor, query_position: Tensor, memory: Tensor, placed_memory: Tensor, layout: Layout
+        self,
+        state: Tensor,
+        query_position: Tensor,
+        memory: Tensor,
+        placed_memory: Tensor,
+        among: Layout,
+        across: Layout,
     ) -> Tensor:
         """As `DecoderLayer`, of a state (B, Q, D) of zeros."""
-        attended = self.rest.multihead_attn.attend(self.q.expand_as(state), placed_memory, memory, layout)
+        attended = self.rest.multihead_attn.attend(self.q.expand_as(state), placed_memory, memory, across)
         return self.rest.finish(self.state.expand_as(state), attended)
 
 
@@ -141,20 +155,23 @@ class Transformer(nn.Module):
         Each layer's state is normed for the heads; the unnormed one goes on to the next layer. Where attention takes
         packed tokens, the images' tokens are brought together once, here; nothing after the encoder needs their places.
         """
-        layout = Layout(padding)
+        within, among, across = Layout(padding), Layout(), Layout(padding)
         with stage("encoder"):
-            if self.packed and padding is not None:
-                packing = Packing.of(padding)
-                source, position = (packing.pack(x).view(x.shape) for x in (source, position))
-                layout = Layout(offsets=packing.offsets)
+            if self.packed:
+                images, count = source.shape[:2]
+                tokens = Packing.uniform(images, count, source.device) if padding is None else Packing.of(padding)
+                queries = Packing.uniform(images, len(query_position), source.device)
+                if padding is not None:
+                    source, position = (tokens.pack(x).view(x.shape) for x in (source, position))
+                within, among, across = map(Layout.of, (tokens, queries, queries), (tokens, queries, tokens))
             for layer in self.encoder.layers:
-                source = self._run(layer, source, position, layout)
+                source = self._run(layer, source, position, within)
         with stage("decoder"):
             placed = source + position
             state = source.new_zeros(source.shape[0], *query_position.shape)
             states = []
             for layer in self.decoder.layers:
-                state = self._run(layer, state, query_position, source, placed, layout)
+                state = self._run(layer, state, query_position, source, placed, among, across)
                 states.append(self.decoder.norm(state))
             return torch.stack(states)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from detr_kernels.dispatch import DTYPES, launch, next_power_of_2, why_not_triton
-from detr_kernels.language import tl, triton
+from detr_kernels.language import PARTS, tl, triton
 
 AssignmentBackend = Literal["auto", "triton", "scipy"]
 """triton: our kernel, which never waits; scipy: SciPy on the host; auto: SciPy for CPU tensors, Triton for a GPU's."""
@@ -140,8 +140,11 @@ def _augment(row, rows, sink, path, keys, COLUMNS: tl.constexpr):
     return keys
 
 
+SIZES = ["queries", "targets", "stride_p", "stride_q", "stride_t"]
+
+
 # one compilation for any number of targets: otherwise a batch with 1, 16 or 32 of them would compile anew in training
-@triton.jit(do_not_specialize=["queries", "targets", "stride_p", "stride_q", "stride_t"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARTS)
 def _solve_kernel(
     cost,  # (problems, queries, targets), by its strides
     num_targets,  # (problems,) any integer

@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.attention_tiles import WIDTHS
-from detr_kernels.dispatch import DTYPES, why_not_triton
-from detr_kernels.packing import gather_rows, images_of_rows
+from detr_kernels.dispatch import DTYPES, measurement, why_not_triton
+from detr_kernels.packing import Blank, gather_rows, images_of_rows
 from detr_kernels.triton_attention import triton_attention
 from detr_kernels.xformers_attention import why_not_flash, xformers_attention
 
 AttentionBackend = Literal["auto", "xformers", "sdpa", "triton", "ref"]
-"""xformers: FlashAttention; sdpa: torch's own, padded; triton: our kernels; ref: plain torch; auto: what fits best."""
+"""xformers: FlashAttention; sdpa: torch's own, padded; triton: our kernels; ref: plain torch; auto: what was measured
+to be faster in a whole step on that GPU, else sdpa."""
 AttentionForm = Literal["xformers", "sdpa", "triton", "ref"]
+FIRST_GUESS = "fewest calls by the host; no other form was measured to be faster on this GPU"
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,21 @@ def choose_attention(
         raise ValueError(f"backend must be one of auto, {', '.join(IMPLEMENTATIONS)}, not {asked!r}")
     if asked == "sdpa" or asked == "ref":
         return asked, "asked for"
-    if asked == "triton":
-        problem = why_not_triton(device) or _why_not_these_heads(dtype, head_dim)
-    else:
-        problem = why_not_flash(device, dtype, head_dim, training)
+    if asked == "auto" and device.type == "cpu":
+        return "sdpa", "the others need a GPU"
     if asked == "auto":
-        return ("sdpa", problem) if problem else ("xformers", "FlashAttention on tokens without padding")
-    if problem:
+        chosen: tuple[AttentionForm, str] = measurement("packed_attention", device) or ("sdpa", FIRST_GUESS)
+        problem = _why_not(chosen[0], device, dtype, head_dim, training)
+        return ("sdpa", problem) if problem else chosen
+    if problem := _why_not(asked, device, dtype, head_dim, training):
         raise RuntimeError(f"attention by {asked}: {problem}. Or ask for backend='sdpa'.")
     return asked, "asked for"
+
+
+def _why_not(form: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
+    if form == "triton":
+        return why_not_triton(device) or _why_not_these_heads(dtype, head_dim)
+    return why_not_flash(device, dtype, head_dim, training) if form == "xformers" else None
 
 
 def _why_not_these_heads(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -147,20 +155,24 @@ def packed_attention(
     dropout: float = 0.0,
     training: bool = False,
     backend: AttentionBackend = "auto",
+    blank: Blank | None = None,
 ) -> Tensor:
     """Softmax attention of every image's queries over its own keys: q (Mq, H, d), k, v (Mk, H, d) -> (Mq, H, d).
 
     `q_offsets`, `k_offsets` (B+1,) int32 on the tensors' device: rows offsets[b] to offsets[b+1] are image b's. No
     image has more than `longest_q` queries or `longest_k` keys; these are plain numbers, so that shapes are static.
-    Rows of the tail and queries of an image without keys give zeros. Dropout, in training, is on the weights; its mask
-    depends on the backend. Raises ValueError for shapes, dtypes or numbers that do not fit and RuntimeError where a
-    backend that is asked for by name cannot run.
+    Rows of the tail and queries of an image without keys give zeros. `blank`: which rows these are, from
+    `Packing.blank`; xformers would look for them in every call, the others need not be told. Dropout, in training, is
+    on the weights; its mask depends on the backend. Raises ValueError for shapes, dtypes or numbers that do not fit and
+    RuntimeError where a backend that is asked for by name cannot run.
     """
     _check(q, k, v, q_offsets, k_offsets, dropout)
     implementation, _ = choose_attention(q.device, q.dtype, q.shape[-1], training, backend)
     if 0 in (*q.shape, *k.shape, q_offsets.shape[0] - 1, longest_q, longest_k):  # nothing attends to anything
         return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0)
     p = dropout if training else 0.0
+    if implementation == "xformers":
+        return xformers_attention(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p, blank)
     return IMPLEMENTATIONS[implementation](q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
 
 

@@ -8,6 +8,7 @@ Plain torch, on purpose: the weights of a whole ResNet-50 are 23 million numbers
 a few microseconds a layer, and a compiler makes one kernel of it. (Ioffe and Szegedy 2015, section 3.1, at inference.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,51 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy * ctx.saved_tensors[0], None, None  # in the wider of the two dtypes
+
+
+class _ScaledTogether(torch.autograd.Function):
+    """The same of several weights, all in one launch or two, with scales in the weights' own shape and memory order."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, scales: Sequence[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*scales)
+        return _rounded(torch._foreach_mul(list(weights), list(scales)), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        scales = ctx.saved_tensors
+        return None, None, *torch._foreach_mul(_rounded(dys, scales[0].dtype), list(scales))
+
+
+def _rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    if tensors[0].dtype == dtype:
+        return tuple(tensors)
+    rounded = [torch.empty_like(each, dtype=dtype) for each in tensors]
+    torch._foreach_copy_(rounded, list(tensors))
+    return tuple(rounded)
+
+
+def frozen_bn_scale_and_shift(
+    bn_weight: Tensor, bn_bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute scale and shift (N,) of norm(y) = y * scale + shift in `dtype`, without gradient."""
+    gamma, beta, mean, var = (each.detach().to(dtype) for each in (bn_weight, bn_bias, running_mean, running_var))
+    scale = gamma * (var + eps).rsqrt()
+    return scale, beta - mean * scale
+
+
+def scale_weight(weight: Tensor, scale: Tensor, rounded_to: torch.dtype) -> Tensor:
+    """Multiply each output's weight (N, C, h, w) by its scale (N,), in the wider of both dtypes, and round."""
+    scale = scale[:, None, None, None]
+    if weight.dtype != scale.dtype or rounded_to == scale.dtype or torch.compiler.is_compiling():  # which fuses itself
+        return (weight.to(scale.dtype) * scale).to(rounded_to)
+    return _Scaled.apply(weight, scale, rounded_to)
+
+
+def scale_weights(weights: Sequence[Tensor], scales: Sequence[Tensor], rounded_to: torch.dtype) -> tuple[Tensor, ...]:
+    """Do the same to several weights at once, each with scales of its own shape, dtype and memory order, on a GPU in
+    few launches."""
+    return _ScaledTogether.apply(rounded_to, scales, *weights)
 
 
 def fold_frozen_bn(
@@ -47,10 +93,5 @@ def fold_frozen_bn(
         shapes = [tuple(each.shape) for each in (weight, *norm)]
         raise ValueError(f"weight must be (N, C, h, w), and the norm's tensors (N,); got {shapes}")
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    gamma, beta, mean, var = (each.detach().to(dtype) for each in norm)
-    scale = gamma * (var + eps).rsqrt()
-    scale, shift = scale[:, None, None, None], beta - mean * scale
-    rounded_to = rounded_to or dtype
-    if weight.dtype != dtype or rounded_to == dtype or torch.compiler.is_compiling():  # a compiler fuses by itself
-        return (weight.to(dtype) * scale).to(rounded_to), shift
-    return _Scaled.apply(weight, scale, rounded_to), shift
+    scale, shift = frozen_bn_scale_and_shift(*norm, eps, dtype)
+    return scale_weight(weight, scale, rounded_to or dtype), shift

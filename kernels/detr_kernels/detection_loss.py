@@ -23,7 +23,7 @@ from detr_kernels.boxes import (
     load_box,
 )
 from detr_kernels.dispatch import Backend, cdiv, choose_backend, launch, next_power_of_2
-from detr_kernels.language import tl, triton
+from detr_kernels.language import PARTS, tl, triton
 
 FORWARD_TILE = 8192
 """Logits that a program holds at a time: 32 a thread with 8 warps. One program a problem, so that the sums over its
@@ -122,7 +122,7 @@ def _log_softmax(logit):
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "targets"])
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
 def _forward_kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)
@@ -173,7 +173,7 @@ def _forward_kernel(
     tl.store(terms + 5 * problems, tl.abs(tl.sum(detected) - count) / tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["queries", "targets"])
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
 def _backward_kernel(
     d_terms,  # (6, L) float32
     logits,  # (L, B, Q, COLUMNS)

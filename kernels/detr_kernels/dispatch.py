@@ -55,9 +55,13 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_no_launcher() -> str | None:
-    """What is missing of what Triton builds its launchers with, once for each kernel: a C compiler and Python.h."""
+    """Say what is missing of what Triton builds its launchers with, once for each kernel: a C compiler and Python.h."""
+    return _no_launcher()
+
+
+@functools.cache  # not below the mark: Dynamo traces what a cache wraps, and would not see the mark
+def _no_launcher() -> str | None:
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
         return "Triton needs a C compiler: sudo apt install gcc"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():

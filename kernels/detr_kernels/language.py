@@ -1,8 +1,9 @@
 """Triton and its language, or, where Triton is not installed, stand-ins that let the kernels' files be imported.
 
 Kernels are not specialised (`do_not_specialize`) on numbers that differ from batch to batch: each new one would be
-compiled anew in the middle of training. INTERPRETED says whether kernels were made to run on the CPU, by
-TRITON_INTERPRET=1 at import.
+compiled anew in the middle of training. Nor on the alignment of PARTS: a slice of a batch's may lie anywhere, and
+while a CUDA graph is captured no new variant can be loaded. INTERPRETED says whether kernels were made to run on the
+CPU, by TRITON_INTERPRET=1 at import.
 """
 
 from types import SimpleNamespace
@@ -31,6 +32,10 @@ else:
         INSTALLED = INTERPRETED = False
 
 
+PARTS = ["num_targets", "labels"]
+"""Arguments that may be slices of a batch's, and begin at any multiple of 8 bytes."""
+
+
 @triton.jit
 def product(a, b, total, INTERPRETED: tl.constexpr):
     """total + a @ b, or a @ b with None, in float32; exact products, also of float32. The interpreter cannot multiply
@@ -41,4 +46,4 @@ def product(a, b, total, INTERPRETED: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-__all__ = ["INSTALLED", "INTERPRETED", "product", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "PARTS", "product", "tl", "triton"]

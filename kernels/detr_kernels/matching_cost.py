@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detr_kernels.boxes import at_least_float32, generalized_iou, generalized_iou_ref, l1_distance, load_box
 from detr_kernels.dispatch import Backend, cdiv, choose_backend, launch, next_power_of_2
-from detr_kernels.language import tl, triton
+from detr_kernels.language import PARTS, tl, triton
 
 TILE = 2048
 """Logits that a program holds: 16 a thread with 4 warps. Of 100 queries and 92 classes that is 7 programs a problem,
@@ -43,7 +43,7 @@ def match_cost_ref(
     return cost.flatten(0, 1)
 
 
-@triton.jit(do_not_specialize=["queries", "targets"])
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
 def _kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)

@@ -7,7 +7,7 @@ tail; attention skips it. (The usual unpadding before FlashAttention keeps no ta
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,26 @@ def images_of_rows(offsets: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offsets[1:], torch.arange(rows, dtype=offsets.dtype, device=offsets.device), right=True)
 
 
+class Blank(NamedTuple):
+    """Which packed rows get zeros in attention: those of the tail, and those of an image that has no rows on the other
+    side."""
+
+    queries: Tensor | None
+    """(Mq,) bool; None: no row."""
+    keys: Tensor | None
+    """(Mk,) bool; None: no row."""
+
+    @classmethod
+    def of_offsets(cls, q_offsets: Tensor, k_offsets: Tensor, queries: int, keys: int) -> "Blank":
+        """Find them for any offsets (B+1,), of `queries` and `keys` rows."""
+        return cls(_alone(q_offsets, k_offsets, queries), _alone(k_offsets, q_offsets, keys))
+
+
+def _alone(offsets: Tensor, other_offsets: Tensor, rows: int) -> Tensor:
+    none = F.pad(other_offsets.diff() <= 0, (0, 1), value=True)  # True for the tail
+    return none[images_of_rows(offsets, rows)]
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where each token of a batch lies when the tokens of all images lie one after another."""
@@ -50,6 +70,10 @@ class Packing:
     """(B*N,) int64: token i of the flattened batch is row inverse[i]."""
     longest: int
     """N: no image has more tokens."""
+    tail: Tensor | None = None
+    """(B*N,) bool: rows that belong to no image. None where nothing is padded."""
+    empty: Tensor | None = None
+    """(B,) bool: images without a token. None where nothing is padded."""
 
     @property
     def images(self) -> int:
@@ -66,13 +90,27 @@ class Packing:
         rows = torch.arange(images * longest, device=padding.device)
         inverse = torch.where(real, before - 1, offsets[-1] + rows - before)
         order = torch.empty_like(rows).scatter_(0, inverse, rows)
-        return cls(offsets.int(), order, inverse, longest)
+        return cls(offsets.int(), order, inverse, longest, rows >= offsets[-1], padding.all(1))
 
     @classmethod
     def uniform(cls, images: int, longest: int, device: torch.device | str) -> "Packing":
         """For images of `longest` tokens each, none padded: packing and unpacking are views."""
         offsets = torch.arange(images + 1, dtype=torch.int32, device=device) * longest
         return cls(offsets, None, None, longest)
+
+    def blank(self, keys: "Packing") -> Blank:
+        """Which rows of these as queries, and of `keys`, get zeros: made once for all layers that attend so."""
+        if keys is self:
+            return Blank(self.tail, self.tail)
+        return Blank(self._blank_rows(keys), keys._blank_rows(self))
+
+    def _blank_rows(self, other: "Packing") -> Tensor | None:
+        if other.empty is None:
+            return self.tail
+        of_images = other.empty[:, None].expand(-1, self.longest).flatten()
+        if self.tail is None:
+            return of_images
+        return _alone(self.offsets, other.offsets, len(self.tail))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, ...) -> (B*N, ...)."""

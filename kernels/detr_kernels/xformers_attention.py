@@ -4,20 +4,20 @@
 and its backward pass. Each half is an operator of our own: torch.compile sees two opaque calls instead of xformers'
 Python, and the state of dropout's generator goes from one to the other as a tensor. The mask carries the offsets that
 already lie on the device and a fixed bound on the lengths, where `from_seqlens` would copy a list from the host. So
-nothing here waits, and a captured graph serves every length.
+nothing here waits, and a captured graph serves every length. The kernels are torch's own: xformers' extension need not
+load.
 """
 
-import ctypes
 import functools
-import importlib.util
-from pathlib import Path
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from detr_kernels.packing import images_of_rows
+from detr_kernels.packing import Blank
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_TRAINED, WIDEST = 192, 256
@@ -26,31 +26,31 @@ WIDEST_TRAINED, WIDEST = 192, 256
 
 @torch.compiler.assume_constant_result
 def why_not_xformers() -> str | None:
-    """Why xformers' FlashAttention cannot be loaded, in the words of what failed; None where it can."""
+    """Say why xformers cannot be used, in the words of what failed; None where it can."""
     return _failure()
 
 
 @functools.cache
 def _failure() -> str | None:
     try:
-        _load_cuda_12_runtime()
-        from xformers import _cpp_lib
-        from xformers.ops import fmha
+        with _quiet():
+            from xformers.ops import fmha
     except (ImportError, OSError) as error:
         return f"xformers cannot be imported ({type(error).__name__}: {error})"
-    if problem := _cpp_lib._cpp_library_load_exception:
-        cause = problem.__cause__ or problem
-        return f"xformers' extension cannot be loaded ({cause}); pip install nvidia-cuda-runtime-cu12 may help"
     return None if fmha.flash.FwOp.is_available() else "this xformers comes without FlashAttention"
 
 
-def _load_cuda_12_runtime() -> None:
-    """Makes libcudart.so.12 known to the process: xformers is built for CUDA 12, and a torch for 13 brings another."""
-    package = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        library = Path(folder) / "lib" / "libcudart.so.12"
-        if library.exists():
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without xformers' warning that its own extension, built for another CUDA, does not load: its FlashAttention calls
+    torch's kernels, and nothing here needs the rest."""
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
@@ -127,12 +127,58 @@ def _backward(
     return gradients.dq[0].contiguous(), gradients.dk[0].contiguous(), gradients.dv[0].contiguous()
 
 
-forward_op = torch.library.custom_op("detr_kernels::xformers_attention", _forward, mutates_args=())
-backward_op = torch.library.custom_op("detr_kernels::xformers_attention_backward", _backward, mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+    blank_q: Tensor | None = None,
+    blank_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_forward`, with zeros in the blank rows of the output. `blank_k` is for the backward pass."""
+    out, lse, state = _forward(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
+    _fill(out, blank_q)
+    return out, lse, state
+
+
+def _backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+    blank_q: Tensor | None = None,
+    blank_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_backward`, with zeros in the blank rows."""
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, state, q_offsets, k_offsets, longest_q, longest_k, p)
+    for gradient, blank in ((dq, blank_q), (dk, blank_k), (dv, blank_k)):
+        _fill(gradient, blank)
+    return dq, dk, dv
+
+
+def _fill(x: Tensor, blank: Tensor | None) -> None:
+    if blank is not None:
+        x.masked_fill_(blank[:, None, None], 0)
+
+
+forward_op = torch.library.custom_op("detr_kernels::xformers_attention", _forward_op, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::xformers_attention_backward", _backward_op, mutates_args=())
 
 
 @forward_op.register_fake
-def _(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p):
+def _(q, k, v, *rest):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse, q.new_empty(2, dtype=torch.int64)
 
@@ -143,37 +189,38 @@ def _(dout, q, k, v, *rest):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, q_offsets, k_offsets, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets)
+    q, k, v, q_offsets, k_offsets, *ctx.numbers, blank_q, blank_k = inputs
+    ctx.save_for_backward(blank_q, blank_k, q, k, v, *output, q_offsets, k_offsets)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be memory written for nothing
 
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *_, q_offsets, k_offsets = ctx.saved_tensors
-    dq, dk, dv = backward_op(dout, *ctx.saved_tensors, *ctx.numbers)
-    queries = _answered(q_offsets, k_offsets, dq.shape[0])
-    keys = _answered(k_offsets, q_offsets, dk.shape[0])
-    gradients = (torch.where(rows, each, 0) for rows, each in ((queries, dq), (keys, dk), (keys, dv)))
-    return *gradients, None, None, None, None, None
+    blank_q, blank_k, *saved = ctx.saved_tensors
+    gradients = backward_op(dout, *saved, *ctx.numbers, blank_q, blank_k)
+    return *gradients, *[None] * 7
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _answered(offsets: Tensor, other_offsets: Tensor, rows: int) -> Tensor:
-    """Which packed rows (rows, 1, 1) belong to an image that also has rows by `other_offsets`."""
-    some = F.pad(other_offsets.diff() > 0, (0, 1))  # False for the tail
-    return some[images_of_rows(offsets, rows)][:, None, None]
-
-
 def xformers_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest_q: int, longest_k: int, p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    longest_q: int,
+    longest_k: int,
+    p: float,
+    blank: Blank | None = None,
 ) -> Tensor:
     """`packed_attention` by xformers: (Mq, H, d), (Mk, H, d), (Mk, H, d) -> (Mq, H, d), dropout with probability `p`.
 
     The caller asks `why_not_flash` first. FlashAttention leaves the tail undefined, and here it is zeros, as are the
-    rows of an image without keys; so are their gradients.
+    rows of an image without keys; so are their gradients. `blank`: these rows, where they are known.
     """
-    out, *_ = forward_op(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
-    return torch.where(_answered(q_offsets, k_offsets, q.shape[0]), out, 0)
+    if blank is None:
+        blank = Blank.of_offsets(q_offsets, k_offsets, q.shape[0], k.shape[0])
+    out, *_ = forward_op(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p, *blank)
+    return out

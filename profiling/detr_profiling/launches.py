@@ -1,0 +1,254 @@
+"""`python -m detr_profiling launches`: what a GPU would be told to do in a training step, counted without one.
+
+The step runs on fake tensors: every operator that launches is counted where it is called, in the forward and the
+backward pass and the optimizer. An operator is one launch, a convolution with a bias two (cuDNN's and the addition);
+some are more in truth (a sum in two stages, FlashAttention's gradient), so what is counted is a lower bound.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detr_kernels import PackedImages
+from detr_kernels.dispatch import launches_to
+from detr_kernels.pixels import Place
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from detr_fast.config import Attention, Kernels, ModelConfig, model_config, require
+from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.targets import Targets
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import Runtime, select_implementation
+from detr_fast.stages import STAGES, current_stage
+from detr_fast.training.criterion import build_criterion
+from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.step import TrainStep
+from detr_profiling.absent_gpu import absent_gpu, made_on
+from detr_profiling.limits.counting import UNWRITTEN
+from detr_profiling.tracing.breakdown import OTHER
+
+aten = torch.ops.aten
+NOTHING_RUNS = UNWRITTEN | {aten._unsafe_view, aten.detach, aten.lift_fresh}
+"""Operators that are no views by their schema, and yet launch nothing."""
+SHAPES = 10
+ONE_CALL = {"detr_kernels::conv_bias_act_library"}
+"""Our operators that are one call of a library, which knows no fake tensors."""
+COPIES = {aten._to_copy, aten.copy_}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchesOptions:
+    """Launches, device synchronisations and compiled graphs of a training step, counted on a GPU that is not there."""
+
+    model: str = "detr_r50"
+    batch_size: int = 16
+    size: tuple[int, int] = (800, 1066)
+    """Height and width of the batch in pixels."""
+    kernels: Kernels = "auto"
+    attention: Attention = "auto"
+    compile: bool = False
+    """Compile model and loss too, as far as AOTAutograd, at ten shapes: takes a minute or two."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1.")
+        require(min(self.size) >= 64, f"--size {self.size}: sides of at least 64 pixels.")
+        require(self.kernels != "ref", "--kernels ref: SciPy's assignment reads values, and nothing here has any.")
+
+
+class Launches(TorchDispatchMode):
+    """Counts, by the innermost stage that is open, operators that launch on `cuda`, and the launches of our kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_stage: dict[str, Counter[str]] = {}
+        """Stage to operator or kernel to how often."""
+        self.synchronisations: list[str] = []
+        """Operators that took something from the device to the host, or brought it from memory that is not pinned."""
+        self.ours: set[str] = set()
+        """Our operators that ran."""
+
+    def note(self, name: str) -> None:
+        self.by_stage.setdefault(current_stage() or OTHER, Counter())[name] += 1
+
+    def note_triton(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        self.note(kernel.fn.__name__)
+        if not isinstance(arguments[0], FakeTensor):
+            kernel[grid](*arguments, **options)
+
+    def totals(self) -> dict[str, int]:
+        """Launches by stage, in the stages' order."""
+        return {stage: self.by_stage[stage].total() for stage in (*STAGES, OTHER) if stage in self.by_stage}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "detr_kernels" and func.name() not in ONE_CALL:
+            self.ours.add(func.name().removeprefix("detr_kernels::"))
+            with self:
+                return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func.namespace in ("prim", "profiler"):
+            return result
+        taken, given = ({x.device.type for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in (args, result))
+        if ("cuda" in taken and "cpu" in given) or (
+            "cpu" in taken and "cuda" in given and func.overloadpacket in COPIES
+        ):
+            self.synchronisations.append(str(func))
+        if "cuda" in taken | given and not func.is_view and func.overloadpacket not in NOTHING_RUNS:
+            self.note(func.name())
+            if func.overloadpacket is aten.convolution and args[2] is not None:
+                self.note("bias of a convolution")
+        return result
+
+
+@dataclass
+class Graphs:
+    """A backend of torch.compile that runs what AOTAutograd traced, and remembers how many launching nodes that is."""
+
+    forward: list[int] = field(default_factory=list)
+    backward: list[int] = field(default_factory=list)
+
+    def backend(self, graph: Any, inputs: Any) -> Any:
+        return aot_autograd(fw_compiler=self._counted(self.forward), bw_compiler=self._counted(self.backward))(
+            graph, inputs
+        )
+
+    @staticmethod
+    def _counted(into: list[int]) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+            operators = (node.target for node in graph.graph.nodes if node.op == "call_function")
+            into.append(sum(_launches(operator) for operator in operators))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+
+def _launches(operator: Any) -> bool:
+    if not isinstance(operator, torch._ops.OpOverload):
+        return False  # arithmetic on sizes, or an element of a tuple
+    return not operator.is_view and operator.overloadpacket not in NOTHING_RUNS
+
+
+def make_batch(
+    device: torch.device, images: int, room: tuple[int, int], padded: bool, targets: int = 16, mirrored: bool = True
+) -> Batch:
+    """Random images of 3/5 the room's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
+    height, width = (3 * side // 5 for side in room)
+    places = tuple(
+        Place(
+            index * height * width * 3,
+            *(height, width),
+            *(room[0], room[1] - (room[1] // 16 if padded and index % 2 else 0)),
+            int(mirrored),
+        )
+        for index in range(images)
+    )
+    buffer = torch.randint(0, 256, (images * height * width * 3,), dtype=torch.uint8, device=device)
+    packed = PackedImages(buffer, torch.tensor(places).to(device), places)
+    objects = Targets(
+        torch.zeros(images, targets, dtype=torch.int64, device=device),
+        torch.rand(images, targets, 4, device=device) * 0.3 + 0.2,
+        torch.full((images,), targets // 2, device=device),
+    )
+    sizes = torch.full((images, 2), 480, device=device)
+    return Batch(packed, room, objects, list(range(images)), sizes)
+
+
+def make_step(
+    config: ModelConfig, device: torch.device, kernels: Kernels = "auto", attention: Attention = "auto"
+) -> TrainStep:
+    """A step of a model of random weights in bf16, with the average, all made on the device."""
+    runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
+    model, averaged = (made_on(device, lambda: DETR(config)) for _ in range(2))
+    averaged.requires_grad_(False)
+    select_implementation(model, kernels, attention, runtime.dtype)
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
+
+
+def count_step(step: TrainStep, batch: Batch) -> Launches:
+    """Count a second step: the first makes the optimizer's state, and whatever is kept."""
+    launches = Launches()
+    step([batch])
+    with launches_to(launches.note_triton), launches:
+        step([batch])
+    return launches
+
+
+def inputs_of(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | None, Targets]:
+    """Images, mask and targets, as `loss_of` takes them."""
+    config = step.model.config
+    images, mask = model_input(batch, config.image_mean, config.image_std, True, step.runtime.dtype)
+    return images, mask, batch.targets
+
+
+def loss_of(step: TrainStep) -> Callable[..., Tensor]:
+    """Give the function from images, mask and targets to the loss, to be compiled as one."""
+
+    def loss(images: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
+        with step.runtime.autocast():
+            outputs = step.model(images, mask)
+        return step.criterion(outputs, targets)["loss"]
+
+    return loss
+
+
+def compile_at(
+    step: TrainStep, batches: Sequence[Batch], backend: Any, fullgraph: bool = True, backward: bool = False
+) -> dict[str, int]:
+    """Compile model and loss by `backend`, call them with each batch, and count graphs and graph breaks.
+
+    With `fullgraph` torch raises at the first break.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(loss_of(step), fullgraph=fullgraph, backend=backend)
+    for batch in batches:
+        loss = compiled(*inputs_of(step, batch))
+        if backward:  # AOTAutograd compiles it when it first runs
+            loss.backward()
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": counters["graph_break"].total()}
+
+
+def main(options: LaunchesOptions) -> int:
+    require(not torch.cuda.is_available(), "There is a GPU: python -m detr_profiling trace shows what it really does.")
+    console = Console(markup=False, highlight=False)
+    (height, width), images = options.size, options.batch_size
+    config = model_config(options.model)
+    with absent_gpu() as device:
+        step = make_step(config, device, options.kernels, options.attention)
+        for name, reason in select_implementation(
+            step.model, options.kernels, options.attention, torch.bfloat16
+        ).items():
+            console.print(f"{name}: {reason}")
+        for padded in (True, False):
+            launches = count_step(step, make_batch(device, images, options.size, padded))
+            totals = launches.totals()
+            table = Table(
+                "stage", "launches", "most of them", title="padded" if padded else "one size", title_justify="left"
+            )
+            for stage, count in totals.items():
+                most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
+                table.add_row(stage, str(count), most)
+            table.add_row(
+                "together", str(sum(totals.values())), f"{len(launches.synchronisations)} device synchronisations"
+            )
+            console.print(table)
+        if options.compile:
+            sizes = [(height - 32 * (index % 4), width - 32 * (index % 5)) for index in range(SHAPES)]
+            batches = [make_batch(device, images, size, True) for size in sizes]
+            graphs = Graphs()
+            first = compile_at(step, batches[:1], graphs.backend, fullgraph=False, backward=True)
+            console.print(f"compiled, one shape: {first}; launching nodes {graphs.forward}, backward {graphs.backward}")
+            console.print(f"compiled, {SHAPES} shapes: {compile_at(step, batches, 'eager', fullgraph=False)}")
+    return 0

@@ -1,0 +1,157 @@
+"""What has to hold on a GPU, for the real one where it is there, and else for one that is not (`absent_gpu`).
+
+`test_absent_gpu.py` runs this file in a process of its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from detr_profiling.absent_gpu import absent_gpu, made_on
+from detr_profiling.launches import (
+    Graphs,
+    LaunchesOptions,
+    compile_at,
+    count_step,
+    inputs_of,
+    main,
+    make_batch,
+    make_step,
+)
+from torch._dynamo.utils import counters
+
+from detr_fast.config import MODELS, Attention, Kernels, UserError
+from detr_fast.model import backbone
+from detr_fast.model.detr import DETR
+from detr_fast.model.freezing import frozen
+
+HAS_GPU = torch.cuda.is_available()
+CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=2)
+FORMS: list[tuple[Kernels, Attention]] = [
+    ("auto", "auto"),  # sdpa
+    ("auto", "xformers"),
+    ("triton", "triton"),
+    ("ref", "ref"),
+]
+NAMES = ["-".join(forms) for forms in FORMS]
+FAST = FORMS[0], FORMS[2]
+ROOM = (96, 128)
+ROOMS = [(96 + 32 * (index % 5), 128 + 32 * (index % 4)) for index in range(10)]
+"""Ten rooms, both sides of which change at once."""
+
+per_form = pytest.mark.parametrize(("kernels", "attention"), FORMS, ids=NAMES)
+ragged_or_not = pytest.mark.parametrize("padded", [True, False], ids=["ragged", "one size"])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device; a ResNet has one block a stage."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
+    with nullcontext(torch.device("cuda", 0)) if HAS_GPU else absent_gpu() as device:
+        yield device
+
+
+BY_TRITON = {
+    *("conv1x1_bias_act", "conv1x1_input_gradient", "conv1x1_weight_gradient", "bias_act", "resize_normalize_pad"),
+    *("packed_attention", "packed_attention_backward", "add_layer_norm", "add_layer_norm_backward"),
+    *("match_cost", "assignment", "set_loss", "set_loss_backward"),
+}
+BY_XFORMERS = {"assignment", "xformers_attention", "xformers_attention_backward"}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "attention", "expected", "most"),
+    [
+        ("auto", "auto", {"assignment"}, 1001),  # torch's attention in pieces: which of its kernels runs, no fake tells
+        ("auto", "xformers", BY_XFORMERS, 874),
+        ("triton", "triton", BY_TRITON, 637),
+    ],
+    ids=["auto", "xformers", "triton"],
+)
+@ragged_or_not
+def check_that_a_step_waits_for_nothing_and_launches_little(
+    kernels: Kernels, attention: Attention, expected: set[str], most: int, padded: bool, gpu: torch.device
+) -> None:
+    """Pixels, forward and backward pass, loss, AdamW and the average, in bf16."""
+    launches = count_step(make_step(CONFIG, gpu, kernels, attention), make_batch(gpu, 2, ROOM, padded))
+    assert not launches.synchronisations and launches.ours == expected
+    assert sum(launches.totals().values()) <= most, launches.totals()
+
+
+def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DETR-R50, two ragged images; attention by xformers, as the fake device shows torch's attention in pieces."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (3, 4, 6, 3))
+    launches = count_step(make_step(MODELS["detr_r50"], gpu, "auto", "xformers"), make_batch(gpu, 2, ROOM, True))
+    assert not launches.synchronisations
+    most = {
+        **{"pixels": 36, "forward": 28, "backbone": 182, "encoder": 182, "decoder": 267, "heads": 19},
+        **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},
+    }
+    counted = launches.totals()
+    assert counted.keys() == most.keys() and all(counted[stage] <= most[stage] for stage in most), counted
+
+
+def check_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    options = LaunchesOptions(model="detr_tiny", batch_size=2, size=(64, 64), compile=False)
+    with pytest.raises(UserError, match="trace") if HAS_GPU else nullcontext():
+        assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert HAS_GPU or ("attention: sdpa (fewest calls" in printed and printed.count("0 device synchronisations") == 2)
+
+
+@pytest.mark.parametrize("name", ["detr_r50", "detr_r50_dc5"])
+def check_every_convolution_by_cudnn(name: str, gpu: torch.device) -> None:
+    """With a ReLU in one call, which is two launches less; without one as before. In training, and as one graph."""
+    config = replace(MODELS[name], encoder_layers=1, decoder_layers=2)
+    step, batch = make_step(config, gpu), make_batch(gpu, 2, ROOM, True)
+    before = count_step(step, batch).totals()["backbone"]
+    replace(step.model.implementation, convolution="cudnn").apply_to(step.model)
+    launches = count_step(step, batch)
+    with_relu, joined = 1 + 4 * 3, 4
+    assert launches.totals()["backbone"] == before - 2 * with_relu - joined
+    assert launches.by_stage["backbone"]["detr_kernels::conv_bias_act_library"] == with_relu
+    if config.dilation:  # which has all that the other has
+        assert compile_at(step, [batch], "eager") == {"graphs": 1, "breaks": 0}
+
+
+@per_form
+@ragged_or_not
+def check_that_model_and_loss_are_one_graph(
+    kernels: Kernels, attention: Attention, padded: bool, gpu: torch.device
+) -> None:
+    batch = make_batch(gpu, 2, ROOM, padded)
+    assert compile_at(make_step(CONFIG, gpu, kernels, attention), [batch], "eager") == {"graphs": 1, "breaks": 0}
+
+
+@pytest.mark.parametrize(("kernels", "padded"), [("auto", True), ("triton", False)])
+def check_that_ten_shapes_are_two_graphs(kernels: Kernels, padded: bool, gpu: torch.device) -> None:
+    """The first shape's own, and one for all others."""
+    step = make_step(CONFIG, gpu, kernels)
+    batches = [make_batch(gpu, 2, room, padded) for room in ROOMS]
+    assert compile_at(step, batches, "eager") == {"graphs": 2, "breaks": 0}
+
+
+def check_that_the_backward_pass_is_traced_too(gpu: torch.device) -> None:
+    step, batch, graphs = make_step(CONFIG, gpu), make_batch(gpu, 2, ROOM, True), Graphs()
+    assert compile_at(step, [batch], graphs.backend, backward=True) == {"graphs": 1, "breaks": 0}
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    assert all(each.grad is not None and each.grad.device == gpu for each in step.trained)
+
+
+@pytest.mark.parametrize(("kernels", "attention"), FAST)
+@ragged_or_not
+def check_that_optimized_inference_is_one_graph(
+    kernels: Kernels, attention: Attention, padded: bool, gpu: torch.device
+) -> None:
+    step = make_step(CONFIG, gpu, kernels, attention)
+    model = made_on(gpu, lambda: frozen(DETR(CONFIG), torch.bfloat16))
+    step.model.implementation.apply_to(model)
+    images, mask, _ = inputs_of(step, make_batch(gpu, 2, ROOM, padded))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        outputs = torch.compile(model, fullgraph=True, backend="eager")(images, mask)
+    assert outputs["pred_logits"].device == gpu
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
