@@ -1,17 +1,24 @@
 """The suite runs its parts in order, each in its time, and what has finished stays whatever happens to the rest."""
 
+import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 from detr_profiling import suite
+from detr_profiling.ladder import LadderOptions
 from detr_profiling.suite import PARTS, Part, SuiteOptions, run_part, workload_arguments
+from detr_profiling.tune import TuneOptions
 from detr_profiling.workload import WorkloadOptions
 
-from detr_fast.config import UserError
+from detr_fast.command import spelled_out
+from detr_fast.config import TrainConfig, UserError
 
 
 def python(name: str, code: str, share: float = 1.0, output: str | None = None) -> Part:
@@ -88,3 +95,25 @@ def test_a_part_without_time_is_left_out(
 def test_no_time_at_all_is_refused() -> None:
     with pytest.raises(UserError, match="--minutes"):
         SuiteOptions(minutes=0)
+
+
+@pytest.mark.parametrize("call", ["correctness", "speed", "training"])
+def test_the_calls_for_a_gpu_can_be_typed(call: str, tmp_path: Path) -> None:
+    """Their files exist, their options are known, and their time is four minutes."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+    environment = os.environ | {"PYTHON": "echo", "OUT": str(tmp_path)}
+    done = subprocess.run([script, call], env=environment, capture_output=True, text=True)
+    lines = [path.read_text().split() for path in tmp_path.glob("*.txt")]
+    assert done.stdout.count("exit code 0") == len(lines) >= 2
+    for module, *words in (words[1:] for words in lines):
+        if module == "pytest":
+            files = [word for word in words if word.startswith("tests/")]
+            assert files and all((script.parents[1] / file).exists() for file in files)
+        elif module == "detr_profiling":
+            options: Any = {"tune": TuneOptions, "ladder": LadderOptions}[words[0]]
+            tyro.cli(options, args=words[1:])
+        else:
+            tyro.cli(TrainConfig, args=list(spelled_out(words, TrainConfig)))
+    lines_of_call = script.read_text().split(f"\n{call})")[1].split(";;")[0]
+    seconds = re.findall(r"^    (?:line|tests|profile) \w+ (\d+)", lines_of_call, re.MULTILINE)
+    assert len(seconds) == len(lines) and sum(map(int, seconds)) <= 240
