@@ -24,6 +24,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options
 from detr_fast.training.assembly import make_data, make_model, make_step
+from detr_fast.training.batch_size import with_batches
 from detr_fast.training.distributed import World
 from detr_fast.weights import load_state_dict
 from detr_profiling.comparison.closeness import FACTOR, closeness
@@ -62,6 +63,7 @@ def make_task(data: str, model: str, seed: int) -> Task:
     recipe = default_options(["--data", data, "--model", model])
     config = replace(recipe, data=data, model=model, seed=seed, dropout=0.0, backbone_weights="none")
     train_set, dataset, architecture = make_data(config)
+    config = with_batches(config, architecture, "cpu", processes=1, images=len(train_set))
     batch = collate([dataset[0, index] for index in range(min(config.batch_size, len(dataset)))])
     return Task(config, make_model(architecture, config, train_set, None, Console(quiet=True)), dataset, batch)
 
