@@ -17,7 +17,7 @@ from rich.table import Table
 from detr_fast.command import run
 from detr_fast.data.shapes import cache_folder
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
-from detr_fast.tuning import Case, entries_of
+from detr_fast.tuning import Case, cores, entries_of
 
 INSTALL = "make setup, or pip install -c constraints.txt -e ."
 FREE_GIB = 5
@@ -79,8 +79,7 @@ def why_no_gpu() -> str:
 
 
 def check_cpu() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("CPU", f"{cores} cores, {torch.get_num_threads()} threads", bf16_follows(torch.device("cpu")))
+    return Finding("CPU", f"{cores()} cores, {torch.get_num_threads()} threads", bf16_follows(torch.device("cpu")))
 
 
 def bf16_follows(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 import torch
 
 FAILED_ALLOCATIONS = (
+    "OutOfMemoryError",
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -67,6 +67,9 @@ class Recordings:
     memory: Tensor | None = None
     """What inputs are copied into, those of all shapes into the same."""
 
+    def __post_init__(self) -> None:
+        self._begins_with = self.most, self.notice
+
     def __call__(self, function: Callable[[Any], Any], inputs: Any, uncaptured: int = 1) -> Any:
         """Returns function(inputs), a tree of tensors, for a tree of tensors and None; replays do not change it later.
 
@@ -92,10 +95,11 @@ class Recordings:
         return shape_of(inputs) in self.made
 
     def forget(self) -> None:
-        """Gives the memory of all graphs back."""
+        """Gives the memory of all graphs back, and begins anew."""
         self.made.clear()
         self.seen.clear()
         self.memory = None
+        self.most, self.notice = self._begins_with
         self.recorder.forget()
 
     def _is_due(self, shape: Any, uncaptured: int) -> bool:

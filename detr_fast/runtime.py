@@ -7,11 +7,13 @@ import os
 import platform
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from detr_kernels import choose_assignment, choose_attention, choose_backend, choose_convolution
@@ -22,7 +24,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FrozenBatchNorm2d
-from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, cores, find
 
 MOST_WORKERS = 16
 """Processes that read images where none are asked for: they read more than a GPU trains on."""
@@ -52,8 +54,8 @@ class Runtime:
             return asked
         if self.device.type != "cuda":
             return 0
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
-        return min(max(cores - 1, 1), MOST_WORKERS)
+        own_cores = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+        return min(max(own_cores - 1, 1), MOST_WORKERS)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -207,8 +209,22 @@ def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Itera
         yield name, f"{form} ({reason})"
 
 
-def not_asked_for(options: RuntimeOptions, tuning: Tuning | None) -> Measured:
-    """What `tuning` says of the switches that `options` leave open; nothing with --no-tune and --kernels ref."""
+def why_not_measured(switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `value` of a switch of `detr_fast.tuning.Choices` cannot run here, as far as that is known before it is
+    tried; None where nothing is known."""
+    if switch == "attention":
+        try:
+            choose_attention(device, dtype, head_dim, True, value)
+        except RuntimeError as error:
+            return str(error)
+    if value == "triton":
+        return why_not_triton(device)
+    return missing_for_compile() if (switch, value) == ("compile", True) else None
+
+
+def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.device) -> Measured:
+    """What `tuning` says of the switches that `options` leave open, and that can run on `device`; nothing with
+    --no-tune and --kernels ref."""
     if tuning is None or not options.tune or options.kernels == "ref":
         return {}
     left_open = {
@@ -219,8 +235,18 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None) -> Measured:
         "threads": "OMP_NUM_THREADS" not in os.environ,
         "attention": options.attention == options.kernels == "auto",
     }
-    backends = options.kernels == "auto"
-    return {name: found for name, found in tuning.measured().items() if left_open.get(name, backends)}
+    found = {name: each for name, each in tuning.measured().items() if left_open.get(name, options.kernels == "auto")}
+    precision = found["precision"][0] if "precision" in found else options.precision
+    about = device, choose_precision(precision, device)[0], LEAST_HEAD_DIM
+    problems = {name: why_not_measured(name, value, *about) for name, (value, _) in found.items()}
+    for name, problem in problems.items():
+        if problem:
+            warnings.warn(f"{name.replace('_', ' ')} {found[name][0]} was measured to be fastest, but: {problem}")
+    return {name: each for name, each in found.items() if not problems[name]}
+
+
+LEAST_HEAD_DIM = 32
+"""DETR's, for which attention was measured."""
 
 
 def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Runtime:
@@ -231,7 +257,7 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     device, device_reason = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    measured = not_asked_for(options, tuning)
+    measured = not_asked_for(options, tuning, device)
     value = {name: found for name, (found, _) in measured.items()}
     dtype, precision_reason = choose_precision(value.get("precision", options.precision), device)
     if "threads" in value and device.type == "cpu":
@@ -265,4 +291,4 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
 def runtime_for_inference(options: RuntimeOptions, model: DETR, batch_size: int) -> Runtime:
     """As `choose_runtime`, with what was measured here for `model` on `batch_size` photographs at once."""
     device, _ = choose_device(options.device)
-    return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size)))
+    return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size, options)))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from detr_fast.command import run
 from detr_fast.config import RECIPES, TrainConfig, require
-from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
 from detr_fast.data.shapes import is_shapes, parse_shapes
@@ -108,19 +108,13 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
         return 0
-    tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
-    runtime = choose_runtime(options, tuning)
-    model = runtime.place(make_model(config, options, train_set, state, console))
-    step = make_step(model, options, runtime, world, state)
-    if runtime.capture:
-        problem = step.why_not_captured()
-        require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
-        if problem is None:
-            step.capture()
-    if runtime.device.type == "cuda":  # a CPU's memory gives no warning
-        step.fit(largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
+    model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
+        tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
+        runtime = choose_runtime(options, tuning)
+        step = make_step(runtime.place(model), options, runtime, world, state)
+        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
         log = MetricsLog(folder.metrics, folder.tensorboard, METRICS, progress.step) if world.is_main else None
         loop = TrainingLoop(
@@ -144,6 +138,18 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             write_results(folder, loop.evaluation, val_set)
             console.print(f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt")
     return code
+
+
+def make_room(step: TrainStep, options: TrainConfig, largest: Batch) -> None:
+    """Captures steps as CUDA graphs where that is asked for or was measured to be faster, and on a GPU finds how
+    `largest` fits into its memory; a CPU's gives no warning."""
+    if step.runtime.capture:
+        problem = step.why_not_captured()
+        require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
+        if problem is None:
+            step.capture()
+    if step.runtime.device.type == "cuda":
+        step.fit(largest)
 
 
 def is_last_of(path: Path | None, output: str) -> bool:

@@ -12,21 +12,22 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import detr_kernels
 import torch
 from detr_kernels import AssignmentBackend, AttentionBackend, Backend, ConvolutionBackend
 
-from detr_fast.config import Checked, ModelConfig, Precision, UserError, require
+from detr_fast.config import Checked, ModelConfig, Precision, RuntimeOptions, UserError, require
 from detr_fast.data.shapes import cache_folder
 
 Mode = Literal["training", "inference"]
 FORMAT = 1
 """Of the file; another one is void."""
-COMPUTING = ("detr-fast", "torch", "torchvision", "triton", "xformers")
+COMPUTING = ("torch", "torchvision", "triton", "xformers")
 """Packages whose version an entry depends on."""
 
 
@@ -63,18 +64,31 @@ Measured = dict[str, tuple[Any, str]]
 """Switch -> its value, and what was measured that made it so."""
 
 
+NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads")
+"""Options that a measurement depends on where they are asked for by name."""
+
+
+def named(options: RuntimeOptions) -> str:
+    """What `options` ask for by name, as in "compile True, precision fp32"."""
+    asked = {name: getattr(options, name, None) for name in NAMED}
+    return ", ".join(f"{name} {value}" for name, value in asked.items() if value not in (None, "auto"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case(Checked):
-    """What an entry is about: an architecture, what is done with it, and the class of its batches."""
+    """What an entry is about: an architecture, what is done with it, its batches, and what was asked for by name."""
 
     architecture: str
     mode: Mode
     batch_size: int
-    pixels_log2: int
-    """The nearest power of two to the pixels of an image, so that 800x1066 and 768x1024 are one class."""
+    pixels: int
+    """Of an image, on average."""
+    named: str = ""
 
     @classmethod
-    def of(cls, config: ModelConfig, mode: Mode, batch_size: int, height: int, width: int) -> Self:
+    def of(
+        cls, config: ModelConfig, mode: Mode, batch_size: int, height: int, width: int, options: RuntimeOptions
+    ) -> Self:
         """Build from a model's configuration and the size of its images in pixels; the number of classes, which next to
         nothing depends on, is left out."""
         return cls(
@@ -85,18 +99,30 @@ class Case(Checked):
             ),
             mode=mode,
             batch_size=batch_size,
-            pixels_log2=round(math.log2(height * width)),
+            pixels=height * width,
+            named=named(options),
         )
 
     @classmethod
-    def of_inference(cls, config: ModelConfig, batch_size: int) -> Self:
+    def of_inference(cls, config: ModelConfig, batch_size: int, options: RuntimeOptions) -> Self:
         """Build for photographs of 4:3, at the size that the model sees them."""
         width = min(config.max_size, round(config.image_size * 4 / 3))
-        return cls.of(config, "inference", batch_size, config.image_size, width)
+        return cls.of(config, "inference", batch_size, config.image_size, width, options)
+
+    def distance(self, other: Self) -> float:
+        """How far the sizes of images are apart, as a factor of 1 or more; infinite where anything else differs."""
+        if replace(self, pixels=other.pixels) != other:
+            return math.inf
+        return max(self.pixels, other.pixels) / min(self.pixels, other.pixels)
 
     def text(self) -> str:
         images = "an image" if self.batch_size == 1 else f"{self.batch_size} images"
-        return f"{self.mode}, {images} of about 2^{self.pixels_log2} pixels, {self.architecture}"
+        asked = f", {self.named}" if self.named else ""
+        return f"{self.mode}, {images} of {self.pixels:,} pixels{asked}, {self.architecture}"
+
+
+FARTHEST = 2.0
+"""Factor between the pixels of two cases of which one's entry serves the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +162,10 @@ class Tuning(Checked):
     case: dict[str, Any]
     choices: dict[str, Any]
     trials: tuple[dict[str, Any], ...]
-    first_guess_ms: float
-    chosen_ms: float
-    spread_ms: float
+    first_guess_ms: float | None = None
+    """None, as the next two: it could not be measured."""
+    chosen_ms: float | None = None
+    spread_ms: float | None = None
     """Mean of both interquartile ranges, in the turns that ended the measurement."""
     date: str
     format: int = FORMAT
@@ -176,6 +203,8 @@ class Tuning(Checked):
     def summary(self) -> str:
         """One line: the gain over the first guess, when and among how many it was measured."""
         tried = sum(trial.verdict != "not tried" for trial in self.parsed_trials())
+        if self.first_guess_ms is None or self.chosen_ms is None:
+            return f"not measured, on {self.date}: the first guess"
         return (
             f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
             f"{self.spread_ms:.2g}), best of {tried + 1} measured on {self.date}"
@@ -184,7 +213,7 @@ class Tuning(Checked):
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What times on `device` depend on besides the model: its name, driver, libraries, and of a CPU the cores."""
-    installed = {name: installed_version(name) for name in COMPUTING}
+    installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -197,8 +226,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         }
     capabilities = torch.cpu.get_capabilities().items()
     instructions = sorted(name for name, there in capabilities if there is True and name.startswith(("avx", "amx")))
-    cores = len(os.sched_getaffinity(0))
-    return {"device": processor_name(), "cores": cores, "instructions": " ".join(instructions), **installed}
+    return {"device": processor_name(), "cores": cores(), "instructions": " ".join(instructions), **installed}
+
+
+def code_version() -> str:
+    """Of the files that compute: an entry does not outlive them."""
+    folders = (Path(detr_kernels.__file__).parent, Path(__file__).parent / "model", Path(__file__).parent / "training")
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed_version(package: str) -> str | None:
@@ -249,8 +289,10 @@ def read_entry(path: Path) -> Tuning | None:
 
 
 def find(device: torch.device, case: Case) -> Tuning | None:
-    """The entry of `case` on `device`, if there is one."""
-    return read_entry(entry_path(device, case))
+    """The entry on `device` whose images are nearest in size to those of `case`; None where none is near."""
+    near = [(Case.from_dict(entry.case).distance(case), entry) for entry in entries_of(device)]
+    distance, entry = min(near, key=lambda pair: pair[0], default=(math.inf, None))
+    return entry if distance <= FARTHEST else None
 
 
 def entries_of(device: torch.device) -> Iterator[Tuning]:

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,15 @@ from detr_profiling.measuring.measurement import Configuration, write_oracle
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.measuring.turns import Turns
-from detr_profiling.tune import TuneOptions, Tuner, main
+from detr_profiling.tune import TuneOptions, Tuner, main, tune
+from detr_profiling.workload import WorkloadOptions
 
-from detr_fast.config import UserError
-from detr_fast.tuning import Choices, Tuning, find
+from detr_fast.config import RECIPES, UserError
+from detr_fast.data.shapes import write_split
+from detr_fast.training.assembly import make_data
+from detr_fast.training.batch_size import with_batches
+from detr_fast.training.first_minute import typical_size
+from detr_fast.tuning import Case, Choices, Tuning, find
 
 OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)
 KINDS = {2: "slow", 3: "wrong", 4: "crashing", 5: "raising", 6: "hanging", 7: "same", 8: "fast"}
@@ -69,12 +76,12 @@ def test_planted_candidates_are_refused_with_their_reason(oracle: Path) -> None:
 
 def test_a_first_guess_that_fails_is_said() -> None:
     tuner = Tuner(replace(OPTIONS, threads=4), Path(), new=Planted)
-    with pytest.raises(UserError, match="first guess cannot be measured: crashed: SIGSEGV"):
+    with pytest.raises(UserError, match="cannot be measured: crashed: SIGSEGV"):
         tuner.search([])
 
 
 def test_no_time_left() -> None:
-    tuner = Tuner(replace(OPTIONS, minutes=1e-6), Path(), new=Planted)
+    tuner = Tuner(OPTIONS, Path(), new=Planted, ends=time.perf_counter())
     tuner.search([Switch("threads", (8,)), Switch("compile", (True,))])
     assert [(trial.verdict, trial.reason) for trial in tuner.trials] == [("not tried", "no time left")] * 2
 
@@ -109,6 +116,7 @@ def test_who_has_won(best: list[list[float]], candidate: list[list[float]], reas
 
 
 def test_only_what_is_left_open_is_tried() -> None:
+    assert not switches(replace(OPTIONS, kernels="triton", precision="fp32", compile=True, channels_last=True))
     open_ = {switch.name for switch in switches(replace(OPTIONS, threads=None))}
     assert {"precision", "frozen", "compile", "channels_last"} <= open_
     assert "threads" not in {switch.name for switch in switches(OPTIONS)}
@@ -134,3 +142,62 @@ def test_the_command_writes_what_auto_reads(
     (file,) = (tmp_path / "tuned").iterdir()
     assert str(file) in capsys.readouterr().out.replace("\n", "")
     assert json.loads(file.read_text())["first_guess_ms"] > 0
+
+
+def test_what_is_compiled_or_not_optimised_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detr_profiling.measuring.switches.choose_precision", lambda *_: (torch.bfloat16, ""))
+    on_gpu: Any = {"device": "cuda", "capture": None}
+    monkeypatch.setattr(TuneOptions, "resolved", lambda self: WorkloadOptions(mode=self.mode, **on_gpu))
+    inference, training = (first_guess(TuneOptions(mode=mode)) for mode in ("inference", "training"))  # type: ignore[arg-type]
+    assert inference.options.capture and not training.options.capture
+    for switch, value in (("compile", True), ("frozen", False)):
+        assert not with_value(inference, switch, value).options.capture
+    assert with_value(with_value(training, "capture", True), "compile", True).options.capture
+
+
+class Dying(Planted):
+    """The first guess dies at its third turn, as for memory."""
+
+    turns = 0
+
+    def time(self, runs: int, limit_s: float, calls: int = 1) -> Timing:
+        if self.kind == "first":
+            Dying.turns += 1
+            if Dying.turns == 3:
+                self.close()
+                raise CandidateError("crashed: SIGKILL")
+        return super().time(runs, limit_s, calls)
+
+
+def test_a_best_that_dies_beside_a_candidate_begins_again(oracle: Path) -> None:
+    tuner = Tuner(OPTIONS, oracle, new=Dying)
+    turns = tuner.search([Switch("threads", (7, 8))])
+    assert [trial.verdict for trial in tuner.trials] == ["failed", "won"]
+    assert "does not run beside it: crashed: SIGKILL" in tuner.trials[0].reason
+    assert tuner.choices(turns) == Choices(threads=8)
+
+
+def test_a_batch_that_does_not_fit_is_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def search(self: Tuner, among: list[Switch]) -> Turns:
+        asked.append(self.options.batch_size)
+        if self.options.batch_size != 4:
+            raise UserError("What runs here by default cannot be measured: torch.OutOfMemoryError: CUDA out of memory.")
+        return Turns([Timing((2.0, 2.0))], [Timing((2.0, 2.0))])
+
+    monkeypatch.setattr(Tuner, "search", search)
+    entry = tune(replace(OPTIONS, batch_size=16), lambda line: None)
+    assert asked == [16, 8, 4] and entry.case["batch_size"] == 16 and entry.first_guess_ms == 2
+
+
+def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", 0, 64, 20)
+    write_split(tmp_path, "val", 1, 64, 5)
+    options = TuneOptions(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
+    config = replace(RECIPES["detr_tiny"], data=str(tmp_path), device="cpu")
+    train_set, _, model = make_data(config)
+    run = with_batches(config, model, "cpu", 1, len(train_set))
+    assert options.case() == Case.of(model, "training", run.batch_size, *typical_size(train_set), options=run)
+    with pytest.raises(UserError, match="--data is for training"):
+        TuneOptions(data="shapes:64", mode="inference")

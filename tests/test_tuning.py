@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
+from detr_profiling.tune import TuneOptions
 from rich.console import Console
 
 from detr_fast import tuning
@@ -23,7 +25,8 @@ from detr_fast.tuning import Case, Choices, Trial, Tuning, entry_path, find, kee
 
 CPU = torch.device("cpu")
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1)
-CASE = Case.of(CONFIG, "training", 2, 320, 427)
+OPTIONS = TrainConfig()
+CASE = Case.of(CONFIG, "training", 2, 320, 427, OPTIONS)
 TRIALS = (
     Trial(
         switch="precision",
@@ -63,11 +66,11 @@ def test_an_entry_comes_back_as_it_was_kept() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        Case.of(CONFIG, "inference", 2, 320, 427),
-        Case.of(CONFIG, "training", 4, 320, 427),
-        Case.of(CONFIG, "training", 2, 800, 1066),
-        Case.of(replace(CONFIG, dilation=True), "training", 2, 320, 427),
-        Case.of(replace(CONFIG, num_queries=300), "training", 2, 320, 427),
+        Case.of(CONFIG, "inference", 2, 320, 427, OPTIONS),
+        Case.of(CONFIG, "training", 4, 320, 427, OPTIONS),
+        Case.of(CONFIG, "training", 2, 800, 1066, OPTIONS),
+        Case.of(replace(CONFIG, dilation=True), "training", 2, 320, 427, OPTIONS),
+        Case.of(replace(CONFIG, num_queries=300), "training", 2, 320, 427, OPTIONS),
     ],
 )
 def test_another_case_has_no_entry(other: Case) -> None:
@@ -76,25 +79,51 @@ def test_another_case_has_no_entry(other: Case) -> None:
 
 
 def test_images_of_nearly_one_size_are_one_case() -> None:
-    assert Case.of(replace(CONFIG, num_classes=3), "training", 2, 333, 400) == CASE
+    keep(CPU, make())
+    keep(CPU, make(Case.of(CONFIG, "training", 2, 200, 400, OPTIONS), precision="fp32"))
+    few_classes = replace(CONFIG, num_classes=3)
+    assert find(CPU, Case.of(few_classes, "training", 2, 400, 500, OPTIONS)) == make()
+    nearer = find(CPU, Case.of(few_classes, "training", 2, 200, 300, OPTIONS))
+    assert nearer is not None and nearer.choices == {"precision": "fp32"}
+    assert find(CPU, Case.of(few_classes, "training", 2, 100, 300, OPTIONS)) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"precision": "fp32"}, {"compile": True}, {"channels_last": False}, {"capture": False}, {"attention": "ref"}],
+)
+def test_what_was_measured_without_an_option_says_nothing_of_runs_with_it(asked: dict[str, Any]) -> None:
+    keep(CPU, make())
+    case = Case.of(CONFIG, "training", 2, 320, 427, replace(OPTIONS, **asked))
+    assert find(CPU, case) is None
+    keep(CPU, make(case))
+    assert find(CPU, case) is not None
+    passed = list(first_minute.arguments(replace(OPTIONS, batch_size=2, **asked), CONFIG, (320, 427)))
+    assert tyro.cli(TuneOptions, args=list(spelled_out(passed, TuneOptions))).case() == case
 
 
 def test_the_doctor_names_the_entries_that_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "tune" in check_measured().follows
     keep(CPU, make())
-    keep(CPU, make(Case.of_inference(CONFIG, 1)))
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS)))
     finding = check_measured()
     assert finding.found == "2 cases" and "8 ms a step against 10" in finding.follows
     monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
     assert check_measured().found == "nothing"
 
 
-@pytest.mark.parametrize("name", ["torch", "triton", "detr-fast"])
+@pytest.mark.parametrize("name", ["torch", "triton", "xformers"])
 def test_a_changed_version_voids_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(CPU, make())
     before = tuning.installed_version
     monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9" if package == name else before(package))
+    assert find(CPU, CASE) is None
+
+
+def test_so_do_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(CPU, make())
+    monkeypatch.setattr(tuning, "code_version", lambda: "another")
     assert find(CPU, CASE) is None
 
 
@@ -152,9 +181,22 @@ def test_nothing_measured_is_used_where_it_is_not_wanted(options: dict[str, Any]
     assert "measured" not in runtime.reasons
 
 
+def test_what_cannot_run_any_more_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detr_fast.runtime.missing_for_compile", lambda: "there is no compiler g++")
+    monkeypatch.setattr("detr_fast.runtime.why_not_triton", lambda device: "Triton needs a C compiler")
+    entry = make(attention="xformers", layer_norm="triton", compile=True, folded=False)
+    with pytest.warns(UserWarning, match="measured to be fastest, but") as warned:
+        runtime = choose_runtime(TrainConfig(device="cpu"), entry)
+    assert {str(warning.message).split(" was ")[0] for warning in warned} == {
+        *("attention xformers", "layer norm triton", "compile True")
+    }
+    assert not runtime.compile and set(runtime.measured) == {"folded"}
+    runtime.place(DETR(CONFIG))
+
+
 def test_inference_reads_its_own_entry() -> None:
     model = DETR(CONFIG)
-    keep(CPU, make(Case.of_inference(CONFIG, 1), precision="fp32", frozen=False))
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", frozen=False))
     options = RuntimeOptions(device="cpu")
     assert runtime_for_inference(options, model, 1).dtype == torch.float32
     assert not runtime_for_inference(options, model, 1).place_for_inference(model).frozen
@@ -174,7 +216,7 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
     options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     train_set, config = build_dataset(options, "train"), MODELS["detr_tiny"]
     asked: list[list[str]] = []
-    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: asked.append(arguments))
+    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: asked.append(arguments) or True)
     monkeypatch.setattr(first_minute, "find", lambda device, case: make(case) if asked else None)
     say = Console(quiet=True)
 
@@ -185,10 +227,24 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
     for quiet in ({"tune": False}, {"kernels": "ref"}, {"kernels": "triton"}):
         assert look("cuda", **quiet) is None
     assert look("cpu") is None and not asked
-    assert look("cuda") == make(Case.of(config, "training", 4, 64, 64))
+    assert look("cuda") == make(Case.of(config, "training", 4, 64, 64, OPTIONS))
     (arguments,) = asked
     text = " ".join(arguments)
     assert "--model detr_tiny" in text and "--size 64x64" in text and "--batch-size 4" in text and "--minutes 1" in text
+
+
+def test_measuring_that_failed_is_not_paid_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_split(tmp_path, "train", 0, 64, 20)
+    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    times: list[int] = []
+    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: bool(times.append(1)))
+    monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU"})
+    for _ in range(2):
+        found = first_minute.find_or_measure(
+            options, build_dataset(options, "train"), MODELS["detr_tiny"], torch.device("cuda"), Console(quiet=True)
+        )
+        assert found is not None and not found.choices and "not measured" in found.summary()
+    assert len(times) == 1
 
 
 @pytest.mark.parametrize("began_with", [None, make(precision="fp32")])
@@ -208,7 +264,7 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
 
 
 def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    first_minute.measure(["--size", "nonsense"], Console(soft_wrap=True))
+    assert not first_minute.measure(["--size", "nonsense"], Console(soft_wrap=True))
     assert "Not measured (exit code 2): the first guess is taken" in capfd.readouterr().out
 
 
@@ -218,7 +274,7 @@ def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: 
     monkeypatch.setattr(first_minute, "MINUTES", 0.01)
     config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
     options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
-    first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))
-    entry = find(CPU, Case.of(config, "training", 2, 40, 56))
+    assert first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))
+    entry = find(CPU, Case.of(config, "training", 2, 40, 56, options))
     assert entry is not None and entry.first_guess_ms > 0 and not entry.choices
     assert (cache / "run" / "profile" / "tune.json").exists()

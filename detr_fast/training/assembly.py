@@ -46,7 +46,8 @@ def continued(options: TrainConfig, state: dict[str, Any]) -> TrainConfig:
 def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
     """Raises UserError where the options would not continue the checkpoint's run but start another one."""
     stored, asked = {**state["model_config"], **state["options"]}, {**config.to_dict(), **options.to_dict()}
-    fixed = ("data", "model", "seed", "batch_size", "accumulate", "ema", "buckets", *ModelConfig.__dataclass_fields__)
+    own = ("data", "model", "seed", "batch_size", "accumulate", "scale_lr", "ema", "buckets")
+    fixed = (*own, *ModelConfig.__dataclass_fields__)
     for name in fixed:
         before, now = (tuple(v) if isinstance(v, list) else v for v in (stored[name], asked[name]))
         option = f"--{name.replace('_', '-')}" if name in asked.keys() & options.to_dict().keys() else name

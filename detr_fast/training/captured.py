@@ -9,6 +9,7 @@ the first while the last are still computed: 165 MB of float32 for a ResNet-50 d
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 
 from detr_fast.recording import Recorder, Recordings
@@ -60,9 +61,12 @@ class CapturedStep:
         return all((given, normalizers) in self.micro_batches for given in inputs)
 
     def try_out(self, given: StepInput, normalizers: Tensor) -> None:
-        """Captures one micro-batch's gradients, and takes the memory that it takes to run others beside the graph."""
+        """Captures one micro-batch's gradients, and takes the memory that it takes to run others beside the graph.
+        Raises torch.OutOfMemoryError where either does not fit."""
         for _ in range(2):
             self.micro_batches(self._of_micro_batch, (given, normalizers))
+        if not self.replays([given], normalizers):
+            raise torch.OutOfMemoryError("the memory has no room for the CUDA graph of the largest batch")
         self.recorder.run(lambda: self._gradients(given, normalizers))
 
     def forget(self) -> None:

@@ -1,6 +1,8 @@
 """What is fastest for a run, from the entries of this machine; on a GPU without one, measured before the first step."""
 
+import datetime
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +16,13 @@ from rich.console import Console
 from detr_fast.config import ModelConfig, TrainConfig
 from detr_fast.data.coco import CocoDataset
 from detr_fast.training.distributed import World
-from detr_fast.tuning import Case, Tuning, environment, find
+from detr_fast.tuning import NAMED, Case, Choices, Tuning, environment, find, keep
 
 TYPICAL_IMAGES = 256
 """Of which the mean size stands for the data set."""
 MINUTES = 1.0
-"""Most that is measured before training."""
-GRACE_S = 60
+"""That are measured before training."""
+GRACE_S = 45
 """Until the measuring process is ended where it does not end by itself."""
 
 
@@ -60,11 +62,12 @@ def find_or_measure(
     if not options.tune or options.kernels == "ref":
         return None
     size = typical_size(train_set)
-    case = Case.of(config, "training", options.batch_size, *size)
+    case = Case.of(config, "training", options.batch_size, *size, options=options)
     found = find(device, case)
     if found is None and device.type == "cuda" and options.kernels == "auto":
-        say.print(f"Nothing was measured here for {case.text()}: measuring, at most {MINUTES:.0f} minute (--no-tune).")
-        measure(list(arguments(options, config, size)), say)
+        say.print(f"Nothing was measured here for {case.text()}: measuring, about {MINUTES:.0f} minute (--no-tune).")
+        if not measure(list(arguments(options, config, size)), say):  # so that the next run does not pay again
+            keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
         found = find(device, case)
     return found
 
@@ -76,31 +79,35 @@ def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) 
         "model": options.model,
         **{name: getattr(config, name) for name in ("num_classes", "num_queries", "encoder_layers", "decoder_layers")},
         "dropout": config.dropout,
+        "source_position": config.source_position,
         "size": f"{height}x{width}",
         "batch_size": options.batch_size,
-        "precision": options.precision,
-        "attention": options.attention,
+        "device": options.device,
+        **{name: getattr(options, name, None) for name in NAMED},
         "minutes": MINUTES,
         "out": str(Path(options.output, "profile")),
     }
     for name, value in values.items():
-        yield from (f"--{name.replace('_', '-')}", str(value))
-    if config.source_position:
-        yield "--source-position"
+        if value is not None:
+            yield from (f"--{name.replace('_', '-')}", str(value))
 
 
-def measure(arguments: list[str], say: Console) -> None:
-    """Run `tune` in a process of its own, which prints as it goes. A failure costs the entry, not the run."""
+def measure(arguments: list[str], say: Console) -> bool:
+    """Run `tune` in a process of its own, which prints as it goes; returns whether it ended well. A failure costs the
+    entry, not the run."""
     command = [sys.executable, "-m", "detr_profiling", "tune", *arguments]
     process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C, the process is ended
     try:
         code = process.wait(60 * MINUTES + GRACE_S)
         problem = f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
         problem = "it did not end"
     finally:
+        signal.signal(signal.SIGTERM, before)
         process.terminate()  # not killed: it has processes of its own to end
         process.wait()
     if problem:
         again = shlex.join(command)
         say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}", markup=False)
+    return problem is None

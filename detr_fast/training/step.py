@@ -61,6 +61,8 @@ class TrainStep:
         self.names: tuple[str, ...] = ()
         self.shape: OneShape | None = None
         self.sums = TermSums()
+        self.shortage = ""
+        """What said last that the memory ran out."""
         self.model.implementation.apply_to(self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -155,17 +157,18 @@ class TrainStep:
 
     def _captured_gradients(self, captured: CapturedStep, batches: list[Batch]) -> Terms | None:
         """None, and all as before, where the memory runs out. Raises UserError where other processes wait meanwhile."""
-        inputs, normalizers = self._window(batches)
-        if captured.replays(inputs, normalizers):
-            return self._joined(captured.gradients(inputs, normalizers))
-        before = ForwardState(self.model, self.runtime.device)
+        before: ForwardState | None = None
         try:
+            inputs, normalizers = self._window(batches)
+            if not captured.replays(inputs, normalizers):
+                before = ForwardState(self.model, self.runtime.device)
             return self._joined(captured.gradients(inputs, normalizers))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             require(self.world.size == 1, NO_ROOM)
-        before.restore()
+        if before is not None:
+            before.restore()
         return None
 
     def _give_graphs_up(self) -> None:
@@ -211,6 +214,10 @@ class TrainStep:
         if self.captured is not None:
             self.shape = OneShape.of(batch)
         while self._any_rank(not self._fits(batch)):
+            if self.captured is not None and self.parts >= len(batch.images) and self.world.size == 1:
+                self._give_graphs_up()  # an image may still fit without
+                self.parts = 1
+                continue
             self._halve([batch])
             if self.captured is not None:
                 self.captured.forget()
@@ -233,6 +240,7 @@ class TrainStep:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            self.shortage = str(error)
             return False
         finally:
             moments.clear()
@@ -248,6 +256,7 @@ class TrainStep:
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.world.size > 1:
                     raise
+                self.shortage = str(error)
             self._halve(batches)
             self._begin_again(before)  # outside of the handler, whose traceback keeps what was computed
 
@@ -256,7 +265,8 @@ class TrainStep:
         require(
             self.parts < max(len(batch.images) for batch in batches),
             f"A single image of {width}x{height} pixels does not fit into the memory in training. "
-            "Give smaller --train-sizes and --max-size, or --checkpoint-activations.",
+            "Give smaller --train-sizes and --max-size, or --checkpoint-activations. "
+            f"({self.shortage.partition('.')[0] or 'The memory ran out on another device'})",
         )
         self.parts *= 2
 

@@ -75,7 +75,7 @@ class Feed:
         return batch
 
 
-def training_options(options: TraceOptions, data: str) -> TrainConfig:
+def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
     """The recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
     from detr_fast.train import default_options
 

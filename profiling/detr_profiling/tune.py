@@ -8,13 +8,14 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 
 import datetime
 import json
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from detr_fast.config import UserError, require
+from detr_fast.out_of_memory import is_out_of_memory
+from detr_fast.runtime import choose_precision, why_not_measured
+from detr_fast.training.assembly import make_data
+from detr_fast.training.batch_size import with_batches
+from detr_fast.training.first_minute import typical_size
 from detr_fast.training.run_folder import writing
 from detr_fast.tuning import Case, Choices, Trial, Tuning, keep
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
-from detr_profiling.measuring.measurement import Configuration, write_oracle_in_process
-from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, why_not_tried, with_value
+from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
+from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.results import TUNE_FILE, read_object
 from detr_profiling.report import HTML_FILE, write_report
+from detr_profiling.trace import training_options
 from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import Mode, WorkloadOptions
 
@@ -54,6 +61,13 @@ COMPILE_NEEDS_S = 120
 class TuneOptions(WorkloadOptions):
     """Find the fastest backends and switches for a model on this machine, and keep them for every `auto`."""
 
+    data: str | None = None
+    """A data set to train on: sizes, classes and batch are then as `train` takes them from it."""
+    compile: bool | None = None  # type: ignore[assignment]
+    """Given by name, as the next two, it is not tried but taken as it is; the entry then serves runs that ask for the
+    same."""
+    channels_last: bool | None = None  # type: ignore[assignment]
+    capture: bool | None = None  # type: ignore[assignment]
     minutes: float = 15
     """Time for everything; candidates that do not fit are not tried, and the table says so."""
     turns: int = 4
@@ -65,10 +79,25 @@ class TuneOptions(WorkloadOptions):
         super().__post_init__()
         require(self.minutes > 0, f"--minutes must be positive, got {self.minutes}.")
         require(self.turns >= 2, f"--turns must be at least 2, got {self.turns}.")
+        require(self.data is None or self.mode == "training", "--data is for training: give --size for inference.")
 
     def case(self) -> Case:
         options = self.resolved()
-        return Case.of(options.architecture(), options.mode, options.batch_size or 1, *options.height_width)
+        images = options.batch_size or 1
+        return Case.of(options.architecture(), options.mode, images, *options.height_width, options=self)
+
+    def on_its_data(self) -> "TuneOptions":
+        """As `train` would run on --data: sizes, batch and architecture. Raises UserError where it cannot be read."""
+        if self.data is None:
+            return self
+        config = training_options(replace(self, size="auto"), self.data)
+        train_set, _, model = make_data(replace(config, batch_size=0))
+        device = self.resolved().device
+        batches = with_batches(replace(config, batch_size=self.batch_size or 0), model, device, 1, len(train_set))
+        height, width = typical_size(train_set)
+        names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
+        found = {name: getattr(model, name) for name in names}
+        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.batch_size, **found)
 
 
 @dataclass
@@ -83,8 +112,10 @@ class Tuner:
     """What makes a candidate of a configuration."""
     trials: list[Trial] = field(default_factory=list)
 
+    ends: float = math.inf
+    """When all has to be done, in seconds of `time.perf_counter`."""
+
     def __post_init__(self) -> None:
-        self.ends = time.perf_counter() + 60 * self.options.minutes
         self.best = self.new(first_guess(self.options))
         self.alone = False
         """Whether the device's memory holds no two at once."""
@@ -100,22 +131,23 @@ class Tuner:
         UserError where the first guess itself cannot be measured."""
         guess = self.best.configuration
         try:
-            timing = self.best.time(LEAST_RUNS, COMPILE_S)
+            timing = self.best.time(LEAST_RUNS, self._limit_s(self.best))
             steps = round(TURN_MS / timing.median_ms)
             self.runs, self.calls = min(MOST_RUNS, max(LEAST_RUNS, steps)), 1
             if guess.options.device == "cuda":
                 self.runs, self.calls = RUNS_ON_A_GPU, max(1, steps // RUNS_ON_A_GPU)
-            if fills_the_device(self.best):
-                self.alone, self.turns = True, 2
             for switch in among:
                 for value in switch.values:
-                    if value == value_of(self.best.configuration, switch.name):
+                    beaten = self._has_won(switch.name) and value == value_of(guess, switch.name)
+                    if beaten or value == value_of(self.best.configuration, switch.name):
                         continue
+                    if fills_the_device(self.best):
+                        self.alone, self.turns = True, 2
                     self.trials.append(self._tried(switch.name, value))
                     self.say(f"{switch.name.replace('_', ' ')} {value}: {self.trials[-1].text()}")
             return self._last_turns(guess)
         except CandidateError as error:
-            raise UserError(f"The first guess cannot be measured: {error}.") from error
+            raise UserError(f"What runs here by default cannot be measured: {error}.") from error
         finally:
             for each in filter(None, (self.best, self.spare)):
                 each.close()
@@ -132,6 +164,9 @@ class Tuner:
             first.close()
         return turns
 
+    def _has_won(self, switch: str) -> bool:
+        return any(trial.switch == switch and trial.verdict == "won" for trial in self.trials)
+
     def choices(self, turns: Turns) -> Choices:
         """What won, where it has won the last turns too; else nothing."""
         won = {trial.switch for trial in self.trials if trial.verdict == "won"}
@@ -140,33 +175,48 @@ class Tuner:
 
     def _tried(self, switch: str, value: Any) -> Trial:
         trial = partial(Trial, switch=switch, value=value)
-        compiled = with_value(self.best.configuration, switch, value).options.compile
-        needs_s = COMPILE_NEEDS_S if compiled else self.longest_s
-        problem = why_not_tried(switch, value, torch.device(self.best.configuration.options.device))
-        if problem or self.ends - time.perf_counter() < needs_s:
-            return trial(verdict="not tried", reason=problem or "no time left")
+        configuration = with_value(self.best.configuration, switch, value)
+        compiled = configuration.options.compile
+        if problem := self._why_not_tried(switch, value, COMPILE_NEEDS_S if compiled else self.longest_s):
+            return trial(verdict="not tried", reason=problem)
         began = time.perf_counter()
-        candidate, turns = self._begun(with_value(self.best.configuration, switch, value)), Turns()
+        candidate, turns = self._begun(configuration), Turns()
         try:
             self._take_turns(self.best, candidate, turns)
             best, found = turns.joined()
             trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, spread_ms=turns.spread_ms)
             if problem := turns.why_no_gain():
                 return trial(verdict="no faster", reason=problem)
-            judged = candidate.judge(self.oracle, self._limit_s(candidate))
+            judged = candidate.judge(self._oracle(), self._limit_s(candidate))
             trial = partial(trial, error=judged["error"], allowed=judged["allowed"])
             if not judged["close"]:
                 return trial(verdict="not close", reason=f"{judged['quantity']} errs by {number(judged['error'])}")
             self.best, candidate = candidate, self.best
             return trial(verdict="won")
         except CandidateError as error:
-            if self.best.process is None:  # it is the best so far that failed
-                raise
+            if self.best.process is None:  # it begins again when it is asked next
+                self.alone = self.best.configuration.options.device == "cuda"
+                return trial(verdict="failed", reason=f"the best so far does not run beside it: {error}")
             return trial(verdict="failed", reason=str(error))
         finally:
             candidate.close()
             if not compiled:
                 self.longest_s = max(self.longest_s, time.perf_counter() - began)
+
+    def _why_not_tried(self, switch: str, value: Any, needs_s: float) -> str | None:
+        """The last turns take about as long as a candidate's."""
+        options = self.best.configuration.options
+        config, device = options.architecture(), torch.device(options.device)
+        dtype, _ = choose_precision(options.precision, device)
+        problem = why_not_measured(switch, value, device, dtype, config.hidden_dim // config.num_heads)
+        short = self.ends - time.perf_counter() < needs_s + self.longest_s
+        return problem or ("no time left" if short else None)
+
+    def _oracle(self) -> Path:
+        """Filled when a candidate is compared with it first: in float64 that takes its time."""
+        if not (self.oracle / ORACLE).exists():
+            write_oracle_in_process(compared(first_guess(self.options).options), self.oracle)
+        return self.oracle
 
     def _begun(self, configuration: Configuration) -> Candidate:
         """A candidate of it. Beside a GPU, where there are cores to spare, the next one's process begins already."""
@@ -215,16 +265,26 @@ def table(trials: Sequence[Trial]) -> Table:
     return shown
 
 
-def tune(options: TuneOptions, say: Callable[[str], None]) -> tuple[Tuning, Tuner]:
-    """Search, and make the entry of what was found."""
+def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
+    """Search, and make the entry of what was found. Where a batch does not fit into the memory, of a smaller one, as
+    training computes it then."""
+    ends, case = time.perf_counter() + 60 * options.minutes, options.case()
     with tempfile.TemporaryDirectory() as folder:
-        write_oracle_in_process(compared(first_guess(options).options), Path(folder))
-        tuner = Tuner(options, Path(folder), say)
-        turns = tuner.search(switches(options))
+        while True:
+            tuner = Tuner(options, Path(folder), say, ends=ends)
+            try:
+                turns = tuner.search(switches(options))
+                break
+            except UserError as error:
+                images = options.resolved().batch_size or 1
+                if images == 1 or not is_out_of_memory(RuntimeError(error)):
+                    raise
+                options = replace(options, batch_size=images // 2)
+                say(f"{images} images do not fit into the memory at once: measured with {images // 2}")
     choices, (first, found) = tuner.choices(turns), turns.joined()
-    entry = Tuning.of(
+    return Tuning.of(
         torch.device(options.resolved().device),
-        options.case(),
+        case,
         choices,
         tuner.trials,
         first_guess_ms=first.median_ms,
@@ -232,7 +292,6 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> tuple[Tuning, Tune
         spread_ms=turns.spread_ms,
         date=datetime.date.today().isoformat(),
     )
-    return entry, tuner
 
 
 def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
@@ -248,18 +307,19 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
 def main(options: TuneOptions) -> int:
     console = Console(markup=False, highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no candidate outlives this
+    require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    options = options.on_its_data()
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
-    entry, tuner = tune(options, console.print)
+    entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
     write_result(entry, options.mode, Path(options.out))
-    Console().print(table(tuner.trials))
+    Console().print(table(entry.parsed_trials()))
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
     if entry.choices:
-        console.print(
-            f"{entry.first_guess_ms / entry.chosen_ms:.3g} times the speed of the first guess: {entry.summary()}"
-        )
+        gain = (entry.first_guess_ms or 0) / (entry.chosen_ms or 1)
+        console.print(f"{number(gain)} times the speed of the first guess: {entry.summary()}")
     else:
         console.print("The first guess stays.")
     console.print(f"Kept in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")

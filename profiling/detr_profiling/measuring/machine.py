@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from detr_fast.tuning import driver_version, installed_version, processor_name
+from detr_fast.tuning import cores, driver_version, installed_version, processor_name
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy")
 
@@ -52,7 +52,7 @@ def describe_machine(device: torch.device) -> Machine:
     return Machine(
         device=gpu.name if gpu else processor_name(),
         processor=processor_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         threads=torch.get_num_threads(),
         memory_gib=round(pages * page_bytes / 2**30, 1),
         capabilities=f"sm_{gpu.major}{gpu.minor}" if gpu else torch.backends.cpu.get_cpu_capability(),

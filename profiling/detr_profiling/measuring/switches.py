@@ -4,10 +4,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from detr_kernels.dispatch import why_not_triton
 
 from detr_fast.model.backbone import DEPTHS
-from detr_fast.runtime import choose_precision, missing_for_compile
+from detr_fast.runtime import choose_precision
 from detr_fast.tuning import RUNTIME_SWITCHES
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.workload import WorkloadOptions
@@ -49,17 +48,18 @@ TRAINING_ONLY, INFERENCE_ONLY = ("match_cost", "set_loss", "folded"), ("frozen",
 
 def switches(options: WorkloadOptions) -> list[Switch]:
     """Those of the device and mode of `options` that it does not decide by name and that its model has."""
-    cores = torch.get_num_threads()
+    threads = torch.get_num_threads()
     own_convolutions = options.architecture().backbone in DEPTHS
+    named_kernels = options.kernels != "auto"
     without = {
-        "attention": options.attention != "auto",
-        "precision": options.precision != "auto",
-        "threads": options.threads is not None,
-        "convolution": not own_convolutions,
-        "folded": not own_convolutions,
+        **dict.fromkeys(("pixels", "layer_norm", "match_cost", "set_loss", "frozen"), named_kernels),
+        **dict.fromkeys(("convolution", "folded"), named_kernels or not own_convolutions),
         **dict.fromkeys(INFERENCE_ONLY if options.mode == "training" else TRAINING_ONLY, True),
+        "attention": named_kernels or options.attention != "auto",
+        "precision": options.precision != "auto",
+        **{name: getattr(options, name) is not None for name in ("threads", "compile", "channels_last", "capture")},
     }
-    fewer = Switch("threads", tuple(sorted({count for count in (cores // 2, 1) if 0 < count < cores})))
+    fewer = Switch("threads", tuple(sorted({count for count in (threads // 2, 1) if 0 < count < threads})))
     there = ON_GPU if options.resolved().device == "cuda" else (fewer, *ON_CPU)
     return [switch for switch in there if not without.get(switch.name, False)]
 
@@ -69,11 +69,21 @@ def first_guess(options: WorkloadOptions) -> Configuration:
     resolved = options.resolved()
     dtype, _ = choose_precision(resolved.precision, torch.device(resolved.device))
     names: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    replayed = resolved.device == "cuda" and resolved.mode == "inference"
-    return Configuration(replace(resolved, precision=names[dtype], capture=resolved.capture or replayed))
+    replayed = resolved.device == "cuda" and resolved.mode == "inference" and not resolved.compile
+    workload = replace(
+        resolved,
+        precision=names[dtype],
+        compile=bool(resolved.compile),
+        channels_last=resolved.channels_last is not False,
+        capture=replayed if resolved.capture is None else resolved.capture,
+    )
+    return Configuration(workload)
 
 
 def with_value(configuration: Configuration, switch: str, value: Any) -> Configuration:
+    options = configuration.options
+    if options.mode == "inference" and (switch, value) in (("compile", True), ("frozen", False)):
+        configuration = replace(configuration, options=replace(options, capture=False))  # such a model is not captured
     if switch in RUNTIME_SWITCHES:
         return replace(configuration, options=replace(configuration.options, **{switch: value}))
     return replace(configuration, forms={**configuration.forms, switch: value})
@@ -84,10 +94,3 @@ def value_of(configuration: Configuration, switch: str) -> Any:
     if switch in RUNTIME_SWITCHES:
         return getattr(configuration.options, switch)
     return configuration.forms.get(switch)
-
-
-def why_not_tried(switch: str, value: Any, device: torch.device) -> str | None:
-    """Why a candidate cannot run, as far as that is known before it is started; None where nothing is known."""
-    if value == "triton":
-        return why_not_triton(device)
-    return missing_for_compile() if (switch, value) == ("compile", True) else None
