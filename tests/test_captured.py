@@ -314,6 +314,29 @@ def test_what_does_not_fit_beside_its_graph_is_halved() -> None:
     assert step.captured is not None and len(step.captured.micro_batches.made) == 1
 
 
+def test_a_graph_that_does_not_fit_when_it_is_tried_out_is_of_half_the_batch() -> None:
+    step, recorder = make_step(), Full(record=1)
+    step.capture(recorder)
+    with pytest.warns(UserWarning, match="no room"):
+        step.fit(batch(1, WIDE, 3, room=False))
+    assert step.parts == 2 and step.captured is not None
+    assert len(step.captured.micro_batches.made) == 1 and step.captured.micro_batches.most == MOST_RECORDINGS
+
+
+class NoRoom(StandIn):
+    def record(self, call: Call) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_where_no_graph_fits_single_images_may_without() -> None:
+    step = make_step()
+    step.capture(NoRoom())
+    with pytest.warns(UserWarning, match="from now on steps run uncaptured"):
+        step.fit(batch(1, WIDE, 3, room=False))
+    assert step.captured is None and step.parts == 1
+    assert step([batch(1, WIDE, 3)])["loss"].isfinite()
+
+
 def test_a_shape_of_many_sizes_stays_below_what_is_captured() -> None:
     """Two groups of DETR's augmentation of COCO; benchmarks/NOTES.md has whole epochs."""
     for batch_size in (4, 16):
