@@ -5,7 +5,7 @@
 .PHONY: train test bench trace report setup clean
 
 train: setup
-	.venv/bin/python -m detr_fast.train --compile --resume auto $(ARGS)
+	.venv/bin/python -m detr_fast.train --resume auto $(ARGS)
 
 test: setup
 	.venv/bin/ruff check

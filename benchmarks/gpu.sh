@@ -32,9 +32,9 @@ correctness)
     tests model 50 -n 8 --dist loadfile tests/test_{compile,golden,reference,step,captured,kept}.py
     ;;
 speed)
-    profile tune_training 80 tune --model detr_r50 --minutes 1.2
-    profile tune_inference 50 tune --model detr_r50 --mode inference --minutes 0.7
-    profile ladder 110 ladder --no-compile --rounds 1 --runs 3 --no-leave-one-out --minutes 1.7
+    profile tune_training 110 tune --model detr_r50 --minutes 1.3
+    profile tune_inference 70 tune --model detr_r50 --mode inference --minutes 0.7
+    profile ladder 60 ladder --no-compile --rounds 1 --runs 3 --no-leave-one-out --minutes 0.8
     ;;
 training)
     line main_job 100 "$PYTHON" -m detr_fast.train --output runs/gpu_default

@@ -45,7 +45,8 @@ def tuning_of(
     """What the main process finds, for all, which have to run alike.
 
     A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
-    same to the bit; else `find_or_measure` says.
+    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else
+    `find_or_measure` says.
     """
     if not world.is_main:
         return world.broadcast(None)

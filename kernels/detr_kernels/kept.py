@@ -28,7 +28,8 @@ def _kind(tensor: Tensor) -> type[Tensor]:
 class Kept:
     """Results of a function of tensors that seldom change, computed again only where one of them has changed.
 
-    A change is seen by the tensor's version, which what is written through `.data` does not raise. New results of the
+    A change is seen by the tensor's version, which neither what is written through `.data` nor the replay of a CUDA
+    graph raises: sources are to be what such a graph does not write. New results of the
     same shapes are written over the old ones, so that a captured CUDA graph, which reads the old ones' memory, reads
     them. Copies and files of what holds this get an empty one.
     """

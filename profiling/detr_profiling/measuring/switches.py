@@ -38,6 +38,7 @@ ON_GPU = (
 ON_CPU = (
     Switch("precision", ("fp32",)),
     Switch("convolution", ("ref",)),
+    Switch("attention", ("ref",)),
     Switch("folded", (False,)),
     Switch("frozen", (False,)),
     Switch("channels_last", (True, False)),
