@@ -168,6 +168,8 @@ class Tuning(Checked):
     spread_ms: float | None = None
     """Mean of both interquartile ranges, in the turns that ended the measurement."""
     date: str
+    commit: str | None = None
+    """Of the checkout that measured, where it was one."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ some are more in truth (a sum in two stages, FlashAttention's gradient), so what
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +220,11 @@ def compile_at(
     return {"graphs": counters["stats"]["unique_graphs"], "breaks": counters["graph_break"].total()}
 
 
+def counted(found: Mapping[str, int]) -> str:
+    """As in "2 graphs, 0 breaks"."""
+    return ", ".join(f"{count} {name}" for name, count in found.items())
+
+
 def main(options: LaunchesOptions) -> int:
     require(not torch.cuda.is_available(), "There is a GPU: python -m detr_profiling trace shows what it really does.")
     console = Console(markup=False, highlight=False)
@@ -249,6 +254,8 @@ def main(options: LaunchesOptions) -> int:
             batches = [make_batch(device, images, size, True) for size in sizes]
             graphs = Graphs()
             first = compile_at(step, batches[:1], graphs.backend, fullgraph=False, backward=True)
-            console.print(f"compiled, one shape: {first}; launching nodes {graphs.forward}, backward {graphs.backward}")
-            console.print(f"compiled, {SHAPES} shapes: {compile_at(step, batches, 'eager', fullgraph=False)}")
+            nodes = f"{sum(graphs.forward):,} launching nodes forward, {sum(graphs.backward):,} backward"
+            console.print(f"compiled, one shape: {counted(first)}; {nodes}, before any fusion")
+            several = compile_at(step, batches, "eager", fullgraph=False)
+            console.print(f"compiled, {SHAPES} shapes: {counted(several)}")
     return 0

@@ -33,6 +33,7 @@ from detr_fast.training.first_minute import typical_size
 from detr_fast.training.run_folder import writing
 from detr_fast.tuning import Case, Choices, Trial, Tuning, keep
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
+from detr_profiling.measuring.machine import commit
 from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
@@ -291,6 +292,7 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
         chosen_ms=found.median_ms if choices.made() else first.median_ms,
         spread_ms=turns.spread_ms,
         date=datetime.date.today().isoformat(),
+        commit=commit(),
     )
 
 

@@ -18,7 +18,8 @@ def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
         columns = [*words("switch", "value"), *figures("ms", "best so far, ms", "spread, ms", "error", "allowed")]
         rows = [trial_cells(trial) for trial in entry.parsed_trials()]
         yield Table(f"Candidates in {case.mode}, in turns", [*columns, *words("outcome")], rows)
-        known = {name: value for name, value in entry.environment.items() if value is not None}
+        facts = entry.environment | {"commit": entry.commit, "date": entry.date}
+        known = {name: value for name, value in facts.items() if value is not None}
         yield Facts("Measured on", [(name, str(value)) for name, value in known.items()])
 
 
