@@ -69,7 +69,9 @@ class ReportOptions:
 
 def sections(results: Results) -> Iterator[Section]:
     """In the order of the page; what is not there says how to get it."""
-    yield Section("Machine and versions", machine_blocks(results))
+    machine = machine_blocks(results)
+    if machine or not results.tune:  # which says itself where it was
+        yield Section("Machine and versions", machine)
     if results.race:
         with complete(results.folder / RACE_FILE, "race"):
             yield Section("Beside others", list(race_blocks(results.race)))

@@ -5,13 +5,14 @@ from typing import Any
 
 from detr_fast.tuning import Case, Trial, Tuning
 from detr_profiling.pages import formats
-from detr_profiling.pages.page import BAD, GOOD, Block, Cell, Facts, Paragraph, Table, cells, figures, sentence, words
+from detr_profiling.pages.page import BAD, GOOD, Block, Cell, Paragraph, Table, cells, figures, sentence, words
 
 TONES = {"won": GOOD, "not close": BAD, "failed": BAD}
 
 
 def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
-    """Of each mode that was measured, what won and every candidate beside the best before it."""
+    """Of each mode that was measured, what won and every candidate beside the best before it; then on what machine."""
+    machines: list[dict[str, str]] = []
     for entry in map(Tuning.from_dict, entries.values()):
         case = Case.from_dict(entry.case)
         yield Paragraph(sentence([case.text(), outcome(entry)]))
@@ -19,8 +20,10 @@ def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
         rows = [trial_cells(trial) for trial in entry.parsed_trials()]
         yield Table(f"Candidates in {case.mode}, in turns", [*columns, *words("outcome")], rows)
         facts = entry.environment | {"commit": entry.commit, "date": entry.date}
-        known = {name: value for name, value in facts.items() if value is not None}
-        yield Facts("Measured on", [(name, str(value)) for name, value in known.items()])
+        machines.append({name: str(value) for name, value in facts.items() if value is not None})
+    for number, machine in enumerate(machines):
+        if machine not in machines[:number]:
+            yield Paragraph(f"Measured on: {', '.join(f'{name} {value}' for name, value in machine.items())}.")
 
 
 def outcome(entry: Tuning) -> str:
@@ -32,6 +35,6 @@ def outcome(entry: Tuning) -> str:
 
 def trial_cells(trial: Trial) -> list[Cell]:
     times = (formats.number(each) for each in (trial.ms, trial.against_ms, trial.spread_ms))
-    errors = (formats.error(each) for each in (trial.error, trial.allowed))
+    errors = ("" if each is None else formats.error(each) for each in (trial.error, trial.allowed))
     name, judged = trial.switch.replace("_", " "), Cell(trial.outcome(), TONES.get(trial.verdict, ""))
     return cells(name, str(trial.value), *times, *errors, judged)
