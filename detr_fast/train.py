@@ -199,8 +199,9 @@ def describe(
         "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
         "batch": batch_line(options, processes, step.parts),
         "length": f"{options.epochs} epochs, {total_steps} steps",
-        **runtime.reasons,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
+        "capture": "CUDA graphs, one for each shape" if step.captured else "no",
+        **runtime.reasons,  # where something was measured, with that
         "output": options.output,
     }
     for name, value in lines.items():
