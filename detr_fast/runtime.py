@@ -237,7 +237,7 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.
     }
     found = {name: each for name, each in tuning.measured().items() if left_open.get(name, options.kernels == "auto")}
     precision = found["precision"][0] if "precision" in found else options.precision
-    about = device, choose_precision(precision, device)[0], LEAST_HEAD_DIM
+    about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM
     problems = {name: why_not_measured(name, value, *about) for name, (value, _) in found.items()}
     for name, problem in problems.items():
         if problem:
@@ -245,8 +245,8 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.
     return {name: each for name, each in found.items() if not problems[name]}
 
 
-LEAST_HEAD_DIM = 32
-"""DETR's, for which attention was measured."""
+USUAL_HEAD_DIM = 32
+"""DETR's. What was measured ran with the model's own; asked is whether it runs on this device in this precision."""
 
 
 def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Runtime:

@@ -1,8 +1,9 @@
 """What was measured to be fastest on this machine: written by `python -m detr_profiling tune`, read by every `auto`.
 
 An entry is one JSON file in the cache folder. It belongs to a device with its driver and the versions of what computes
-there, to an architecture, and to a class of shapes; it says which switches are to differ from the first guess, and what
-every candidate took. Where any of that has changed there is no entry.
+there, to an architecture, a batch, the options given by name, and images of up to twice or half the size; it says which
+switches are to differ from the first guess, and what every candidate took. Where any of that is another there is no
+entry.
 """
 
 import hashlib
@@ -173,8 +174,9 @@ class Tuning(Checked):
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        """Raises UserError for another format, and for choices or trials that this version does not know."""
+        """Raises UserError for another format, and for a case, choices or trials that this version does not know."""
         require(self.format == FORMAT, f"format {self.format}, known is {FORMAT}")
+        require(Case.from_dict(self.case).pixels > 0, "images without pixels")
         self.parsed_choices()
         self.parsed_trials()
 

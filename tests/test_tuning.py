@@ -15,7 +15,7 @@ from detr_fast import tuning
 from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
-from detr_fast.data.shapes import write_split
+from detr_fast.data.shapes import cache_folder, write_split
 from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime, runtime_for_inference
@@ -137,6 +137,8 @@ def test_so_do_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda entry: json.dumps(entry | {"trials": [{"switch": "x"}]}),
         lambda entry: json.dumps({key: value for key, value in entry.items() if key != "date"}),
         lambda entry: json.dumps(entry | {"format": 0}),
+        lambda entry: json.dumps(entry | {"case": {}}),
+        lambda entry: json.dumps(entry | {"case": entry["case"] | {"pixels": 0}}),
     ],
 )
 def test_a_damaged_entry_is_ignored_and_named(damage: Any) -> None:
@@ -261,6 +263,29 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
     if began_with:
         monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
         assert look(state) == "anew"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path, "train", 0, 64, 20)
+    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    train_set = build_dataset(options, "train")
+    monkeypatch.setenv("DETR_FAST_CACHE", "/dev/null/nowhere")
+    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: False)
+    monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU"})
+    say = Console(soft_wrap=True)
+    found = first_minute.find_or_measure(options, train_set, MODELS["detr_tiny"], torch.device("cuda"), say)
+    assert found is None and "DETR_FAST_CACHE" in capsys.readouterr().out
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DETR_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert find(CPU, CASE) is None and cache_folder().parent.is_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_folder() == Path("/elsewhere/detr_fast")
 
 
 def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -189,9 +189,16 @@ def cache_error(folder: Path, error: OSError) -> UserError:
 
 
 def cache_folder() -> Path:
-    """Where generated data is kept: DETR_FAST_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "detr_fast"
-    return Path(os.environ.get("DETR_FAST_CACHE", default))
+    """Find where generated data is kept: DETR_FAST_CACHE, else the user's cache folder, else, of a user without a home,
+    one among temporary files."""
+    if named := os.environ.get("DETR_FAST_CACHE"):
+        return Path(named)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "detr_fast"
+    try:
+        return Path.home() / ".cache" / "detr_fast"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "detr_fast"
 
 
 def is_shapes(data: str) -> bool:

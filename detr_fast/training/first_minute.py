@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from detr_fast.config import ModelConfig, TrainConfig
+from detr_fast.config import ModelConfig, TrainConfig, UserError
 from detr_fast.data.coco import CocoDataset
 from detr_fast.training.distributed import World
 from detr_fast.tuning import NAMED, Case, Choices, Tuning, environment, find, keep
@@ -67,10 +67,18 @@ def find_or_measure(
     found = find(device, case)
     if found is None and device.type == "cuda" and options.kernels == "auto":
         say.print(f"Nothing was measured here for {case.text()}: measuring, about {MINUTES:.0f} minute (--no-tune).")
-        if not measure(list(arguments(options, config, size)), say):  # so that the next run does not pay again
-            keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
+        if not measure(list(arguments(options, config, size)), say):
+            remember_failure(device, case, say)
         found = find(device, case)
     return found
+
+
+def remember_failure(device: torch.device, case: Case, say: Console) -> None:
+    """Keep an entry without choices, so that the next run does not pay again; where that cannot be, it does."""
+    try:
+        keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
+    except UserError as error:
+        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.", markup=False)
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:

@@ -69,7 +69,8 @@ class Candidate:
     def start(self) -> None:
         """Begin, if that has not been done yet; nothing is built before `time` or `judge` ask for it."""
         if self.process is None:
-            self.errors.truncate(0)
+            self.errors.seek(0)  # the process writes from there on
+            self.errors.truncate()
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
