@@ -20,11 +20,12 @@ from detr_kernels import choose_assignment, choose_attention, choose_backend, ch
 from detr_kernels.dispatch import why_not_triton
 
 from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, UserError, require
+from detr_fast.machine import cores
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.model.implementation import Implementation
 from detr_fast.model.normalization import FrozenBatchNorm2d
-from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, cores, find
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
 
 MOST_WORKERS = 16
 """Processes that read images where none are asked for: they read more than a GPU trains on."""

@@ -10,26 +10,22 @@ import hashlib
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import detr_kernels
 import torch
 from detr_kernels import AssignmentBackend, AttentionBackend, Backend, ConvolutionBackend
 
 from detr_fast.config import Checked, ModelConfig, Precision, RuntimeOptions, UserError, require
 from detr_fast.data.shapes import cache_folder
+from detr_fast.machine import environment
 
 Mode = Literal["training", "inference"]
 FORMAT = 1
 """Of the file; another one is void."""
-COMPUTING = ("torch", "torchvision", "triton", "xformers")
-"""Packages whose version an entry depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,66 +209,6 @@ class Tuning(Checked):
             f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
             f"{self.spread_ms:.2g}), best of {tried + 1} measured on {self.date}"
         )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What times on `device` depend on besides the model: its name, driver, libraries, and of a CPU the cores."""
-    installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {
-            "device": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30),
-            "driver": driver_version(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            **installed,
-        }
-    capabilities = torch.cpu.get_capabilities().items()
-    instructions = sorted(name for name, there in capabilities if there is True and name.startswith(("avx", "amx")))
-    return {"device": processor_name(), "cores": cores(), "instructions": " ".join(instructions), **installed}
-
-
-def code_version() -> str:
-    """Of the files that compute: an entry does not outlive them."""
-    folders = (Path(detr_kernels.__file__).parent, Path(__file__).parent / "model", Path(__file__).parent / "training")
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
-def cores() -> int:
-    """Processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def driver_version() -> str | None:
-    """Of the NVIDIA driver; None where NVML does not say it."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
-
-
-def processor_name() -> str:
-    """As Linux names it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def entry_path(device: torch.device, case: Case) -> Path:

@@ -11,7 +11,7 @@ import tyro
 from detr_profiling.tune import TuneOptions
 from rich.console import Console
 
-from detr_fast import tuning
+from detr_fast import machine, tuning
 from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
@@ -109,21 +109,21 @@ def test_the_doctor_names_the_entries_that_hold(monkeypatch: pytest.MonkeyPatch)
     keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS)))
     finding = check_measured()
     assert finding.found == "2 cases" and "8 ms a step against 10" in finding.follows
-    monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
+    monkeypatch.setattr(machine, "installed_version", lambda package: "9.9")
     assert check_measured().found == "nothing"
 
 
 @pytest.mark.parametrize("name", ["torch", "triton", "xformers"])
 def test_a_changed_version_voids_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keep(CPU, make())
-    before = tuning.installed_version
-    monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9" if package == name else before(package))
+    before = machine.installed_version
+    monkeypatch.setattr(machine, "installed_version", lambda package: "9.9" if package == name else before(package))
     assert find(CPU, CASE) is None
 
 
 def test_so_do_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     keep(CPU, make())
-    monkeypatch.setattr(tuning, "code_version", lambda: "another")
+    monkeypatch.setattr(machine, "code_version", lambda: "another")
     assert find(CPU, CASE) is None
 
 
@@ -261,7 +261,7 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
     assert look(state) == began_with
     assert look(None) == "anew"
     if began_with:
-        monkeypatch.setattr(tuning, "installed_version", lambda package: "9.9")
+        monkeypatch.setattr(machine, "installed_version", lambda package: "9.9")
         assert look(state) == "anew"
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, UserError
 from detr_fast.data.coco import CocoDataset
+from detr_fast.machine import environment
 from detr_fast.training.distributed import World
-from detr_fast.tuning import NAMED, Case, Choices, Tuning, environment, find, keep
+from detr_fast.tuning import NAMED, Case, Choices, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
 """Of which the mean size stands for the data set."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from detr_fast.tuning import cores, driver_version, installed_version, processor_name
+from detr_fast.machine import cores, driver_version, installed_version, processor_name
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy")
 

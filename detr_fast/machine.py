@@ -1,0 +1,75 @@
+"""What this machine is, as far as times depend on it: device, driver, versions, and the code that computes."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import detr_kernels
+import torch
+
+COMPUTING = ("torch", "torchvision", "triton", "xformers")
+"""Packages whose version an entry depends on."""
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """List what times on `device` depend on besides the model: its name, driver and libraries; of a CPU the cores."""
+    installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "device": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **installed,
+        }
+    capabilities = torch.cpu.get_capabilities().items()
+    instructions = sorted(name for name, there in capabilities if there is True and name.startswith(("avx", "amx")))
+    return {"device": processor_name(), "cores": cores(), "instructions": " ".join(instructions), **installed}
+
+
+def code_version() -> str:
+    """Hash the files that compute: what was measured does not outlive them."""
+    folders = (Path(detr_kernels.__file__).parent, Path(__file__).parent / "model", Path(__file__).parent / "training")
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def cores() -> int:
+    """Count the processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed_version(package: str) -> str | None:
+    """Return a package's version; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """Ask NVML for the driver's version; None where it does not say."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
+def processor_name() -> str:
+    """Read the processor's name as Linux has it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
