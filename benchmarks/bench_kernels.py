@@ -166,7 +166,7 @@ def dropout(images: int, tokens: int) -> Kernel:
 
 
 def dropout_attention(images: int, tokens: int) -> Kernel:
-    """Of values that are one, so that what comes out is dropout's mean."""
+    """Take values that are one, so that what comes out is dropout's mean."""
 
     def make(dtype: torch.dtype) -> Sequence[Any]:
         q, k = (noise(images, HEADS, tokens, DIM // HEADS, dtype=dtype) for _ in range(2))

@@ -139,7 +139,7 @@ def check_cache(folder: Path) -> Finding:
 
 
 def check_measured() -> Finding:
-    """What `tune` has measured on this machine with what is installed now."""
+    """List what `tune` has measured on this machine with what is installed now."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries = list(entries_of(device))
     if not entries:

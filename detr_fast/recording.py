@@ -91,7 +91,7 @@ class Recordings:
         return tree_map(torch.clone, recording.results)
 
     def __contains__(self, inputs: Any) -> bool:
-        """Whether a call with `inputs` is a replay."""
+        """Tell whether a call with `inputs` is a replay."""
         return shape_of(inputs) in self.made
 
     def forget(self) -> None:
@@ -113,7 +113,7 @@ class Recordings:
         return False
 
     def _captured(self, shape: Any, function: Callable[[Any], Any], held: Any) -> Recording | None:
-        """None where it does not fit into the memory; then no more shapes are captured."""
+        """Capture a call; None where that does not fit into the memory, and then no more shapes are captured."""
         try:
             recording = Recording(held, *self.recorder.record(lambda: function(held)))
         except RuntimeError as error:

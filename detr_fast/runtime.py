@@ -49,8 +49,8 @@ class Runtime:
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
 
     def workers(self, asked: int | None) -> int:
-        """How many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of the
-        cores that it may use, but for one to launch kernels, up to 16."""
+        """Return how many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of
+        the cores that it may use, but for one to launch kernels, up to 16."""
         if asked is not None:
             return asked
         if self.device.type != "cuda":
@@ -185,7 +185,7 @@ def select_implementation(
 
 
 def with_reasons(measured: Measured) -> dict[str, str]:
-    """As they are printed: "layer norm" -> "triton (measured here: ...)"."""
+    """Word the choices as they are printed: "layer norm" -> "triton (measured here: ...)"."""
     words = {True: "yes", False: "no"}
     return {
         name.replace("_", " "): f"{words[value] if isinstance(value, bool) else value} ({reason})"
@@ -211,7 +211,7 @@ def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Itera
 
 
 def why_not_measured(switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `value` of a switch of `detr_fast.tuning.Choices` cannot run here, as far as that is known before it is
+    """Say why `value` of a switch of `detr_fast.tuning.Choices` cannot run here, as far as that is known before it is
     tried; None where nothing is known."""
     if switch == "attention":
         try:
@@ -224,7 +224,7 @@ def why_not_measured(switch: str, value: Any, device: torch.device, dtype: torch
 
 
 def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.device) -> Measured:
-    """What `tuning` says of the switches that `options` leave open, and that can run on `device`; nothing with
+    """Take what `tuning` says of the switches that `options` leave open, and that can run on `device`; nothing with
     --no-tune and --kernels ref."""
     if tuning is None or not options.tune or options.kernels == "ref":
         return {}
@@ -251,7 +251,7 @@ USUAL_HEAD_DIM = 32
 
 
 def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Runtime:
-    """What `options` ask for by name; else what `tuning` says was measured on this machine; else the first guess.
+    """Choose what `options` ask for by name; else what `tuning` says was measured here; else the first guess.
 
     Raises UserError where something asked for by name is not there.
     """
@@ -290,6 +290,6 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
 
 
 def runtime_for_inference(options: RuntimeOptions, model: DETR, batch_size: int) -> Runtime:
-    """As `choose_runtime`, with what was measured here for `model` on `batch_size` photographs at once."""
+    """Choose as `choose_runtime` does, with what was measured here for `model` on `batch_size` photographs at once."""
     device, _ = choose_device(options.device)
     return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size, options)))

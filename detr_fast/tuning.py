@@ -51,7 +51,7 @@ class Choices(Checked):
     """Of torch's operators on a CPU."""
 
     def made(self) -> dict[str, Any]:
-        """Switch -> value, of those that are not left to the first guess."""
+        """List switch -> value of those that are not left to the first guess."""
         return {name: value for name, value in self.to_dict().items() if value is not None}
 
 
@@ -66,7 +66,7 @@ NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "captu
 
 
 def named(options: RuntimeOptions) -> str:
-    """What `options` ask for by name, as in "compile True, precision fp32"."""
+    """List what `options` ask for by name, as in "compile True, precision fp32"."""
     asked = {name: getattr(options, name, None) for name in NAMED}
     return ", ".join(f"{name} {value}" for name, value in asked.items() if value not in (None, "auto"))
 
@@ -107,7 +107,7 @@ class Case(Checked):
         return cls.of(config, "inference", batch_size, config.image_size, width, options)
 
     def distance(self, other: Self) -> float:
-        """How far the sizes of images are apart, as a factor of 1 or more; infinite where anything else differs."""
+        """Tell how far images are apart in size, as a factor of 1 or more; infinite where anything else differs."""
         if replace(self, pixels=other.pixels) != other:
             return math.inf
         return max(self.pixels, other.pixels) / min(self.pixels, other.pixels)
@@ -144,7 +144,7 @@ class Trial(Checked):
         return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
 
     def text(self) -> str:
-        """With the times, in one line."""
+        """Tell the outcome with the times, in one line."""
         times = (
             "" if self.ms is None or self.against_ms is None else f", {self.ms:.4g} against {self.against_ms:.4g} ms"
         )
@@ -193,7 +193,7 @@ class Tuning(Checked):
         return [Trial.from_dict(trial) for trial in self.trials]
 
     def measured(self) -> Measured:
-        """The switches that do not keep the first guess."""
+        """List the switches that do not keep the first guess."""
         won = {trial.switch: trial.text() for trial in self.parsed_trials() if trial.verdict == "won"}
         return {
             name: (value, f"measured here: {won.get(name, 'won')}")
@@ -201,7 +201,7 @@ class Tuning(Checked):
         }
 
     def summary(self) -> str:
-        """One line: the gain over the first guess, when and among how many it was measured."""
+        """Tell in one line the gain over the first guess, when and among how many it was measured."""
         tried = sum(trial.verdict != "not tried" for trial in self.parsed_trials())
         if self.first_guess_ms is None or self.chosen_ms is None:
             return f"not measured, on {self.date}: the first guess"
@@ -212,13 +212,13 @@ class Tuning(Checked):
 
 
 def entry_path(device: torch.device, case: Case) -> Path:
-    """Where the entry of `case` on `device` lies, whether or not there is one."""
+    """Name the file of the entry of `case` on `device`, whether or not there is one."""
     key = json.dumps([environment(device), case.to_dict()], sort_keys=True)
     return cache_folder() / "tuned" / f"{case.mode}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def read_entry(path: Path) -> Tuning | None:
-    """The entry in a file; None where there is none, and with a warning where it cannot be used."""
+    """Read the entry in a file; None where there is none, and with a warning where it cannot be used."""
     try:
         return Tuning.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -229,14 +229,14 @@ def read_entry(path: Path) -> Tuning | None:
 
 
 def find(device: torch.device, case: Case) -> Tuning | None:
-    """The entry on `device` whose images are nearest in size to those of `case`; None where none is near."""
+    """Find the entry on `device` whose images are nearest in size to those of `case`; None where none is near."""
     near = [(Case.from_dict(entry.case).distance(case), entry) for entry in entries_of(device)]
     distance, entry = min(near, key=lambda pair: pair[0], default=(math.inf, None))
     return entry if distance <= FARTHEST else None
 
 
 def entries_of(device: torch.device) -> Iterator[Tuning]:
-    """All entries that hold on `device` now."""
+    """Yield all entries that hold on `device` now."""
     here = environment(device)
     for path in sorted((cache_folder() / "tuned").glob("*.json")):
         entry = read_entry(path)

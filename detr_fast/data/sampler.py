@@ -101,7 +101,7 @@ class EpochSampler(Sampler[list[Position]]):
             first = 0
 
     def _arranged(self, epoch: int, group: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All ranks' batches, image indices (N, global batch size), with the room of each (N, 2)."""
+        """Arrange all ranks' batches: image indices (N, global batch size), and the room of each (N, 2)."""
         if self.buckets is None:
             batches = group.reshape(-1, self.global_batch_size)
             return batches, np.ones((len(batches), 2), dtype=np.int64)
@@ -125,5 +125,5 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def random_generator(seed: int, epoch: int) -> np.random.Generator:
-    """For the order of an epoch."""
+    """Make the generator for the order of an epoch."""
     return np.random.default_rng((seed % 2**64, epoch))

@@ -52,7 +52,7 @@ SPARE = 2
 
 @dataclass(frozen=True, eq=False)
 class Plans:
-    """Those of N images, as arrays."""
+    """The plans of N images, as arrays."""
 
     regions: np.ndarray
     """(N, 4) float64"""

@@ -38,7 +38,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.eps = eps
         self.folded = True
         self.kept: dict[tuple[str, torch.dtype], Kept] = defaultdict(Kept)
-        """What follows from the four tensors, and from a convolution's weight that does not learn, in each dtype."""
+        """Keep what follows from the four tensors, and of a convolution's weight that does not learn, in each dtype."""
         self.convolution_form: ConvolutionBackend = "auto"
         self.register_load_state_dict_post_hook(_refresh)
         self.register_buffer("weight", torch.ones(num_features))
@@ -55,7 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.kept.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FrozenBatchNorm2d":
-        """What `to` and its like do: tensors come to lie elsewhere, in another dtype or order."""
+        """Do what `to` and its like ask: tensors come to lie elsewhere, in another dtype or order."""
         self.kept.clear()
         return super()._apply(*args, **kwargs)
 
@@ -96,7 +96,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def _refresh(norm: FrozenBatchNorm2d, _: Any) -> None:
-    """What is kept is written anew at once: the replay of a captured graph asks nobody."""
+    """Write what is kept anew at once: the replay of a captured graph asks nobody."""
     for kept in norm.kept.values():
         kept.refresh()
 
@@ -118,12 +118,12 @@ def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> Fold:
 
 
 def wide(weight: Tensor) -> torch.dtype:
-    """The dtype in which a norm is folded into `weight`: float32 at least."""
+    """Give the dtype in which a norm is folded into `weight`: float32 at least."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def bias_dtype(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> torch.dtype:
-    """What the bias is added in: by our kernels in float32, by the libraries in the dtype of their inputs."""
+    """Give the dtype in which the bias is added: float32 in our kernels, that of their inputs in libraries."""
     learns = conv.weight.requires_grad and torch.is_grad_enabled()
     asked: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
     form, _ = choose_convolution(conv.kernel_size[0], conv.weight.device, asked, learns)

@@ -37,7 +37,7 @@ class World:
         return value
 
     def broadcast(self, value: Value) -> Value:
-        """The main process's `value`, on all."""
+        """Return the main process's `value`, on all."""
         if self.size == 1:
             return value
         values = [value]

@@ -20,15 +20,15 @@ from detr_fast.training.distributed import World
 from detr_fast.tuning import NAMED, Case, Choices, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
-"""Of which the mean size stands for the data set."""
+"""Images whose mean size stands for the data set's."""
 MINUTES = 1.0
-"""That are measured before training."""
+"""Time for measuring before the first step."""
 GRACE_S = 45
-"""Until the measuring process is ended where it does not end by itself."""
+"""After that, until a measuring process that does not end by itself is ended."""
 
 
 def typical_size(train_set: CocoDataset) -> tuple[int, int]:
-    """Mean (h, w) in pixels that training images get."""
+    """Return the mean (h, w) in pixels that training images get."""
     some = np.linspace(0, len(train_set) - 1, min(len(train_set), TYPICAL_IMAGES)).astype(int)
     height, width = np.mean([train_set.plan(0, int(index)).size for index in some], axis=0).round().astype(int)
     return int(height), int(width)
@@ -43,7 +43,7 @@ def tuning_of(
     world: World,
     say: Console,
 ) -> Tuning | None:
-    """What the main process finds, for all, which have to run alike.
+    """Give all processes, which have to run alike, what the main one finds.
 
     A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
     same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else
@@ -60,7 +60,7 @@ def tuning_of(
 def find_or_measure(
     options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, say: Console
 ) -> Tuning | None:
-    """The entry of a run's case, made first where there is none on a GPU; None where none is wanted."""
+    """Look up the entry of a run's case, made first where there is none on a GPU; None where none is wanted."""
     if not options.tune or options.kernels == "ref":
         return None
     size = typical_size(train_set)
@@ -83,7 +83,7 @@ def remember_failure(device: torch.device, case: Case, say: Console) -> None:
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
-    """Of `tune`, for the same step."""
+    """Yield the words with which `tune` measures the same step."""
     height, width = size
     values = {
         "model": options.model,

@@ -146,7 +146,7 @@ class TrainStep:
             }
 
     def _joined(self, parts: list[Terms]) -> Terms:
-        """The terms of a step from its micro-batches': losses add up, as each is its share of the joined batch's, and
+        """Join the terms of a step's micro-batches: losses add up, as each is its share of the joined batch's, and
         errors are averaged."""
         with stage("loss"):
             losses, errors = (reduce(torch.add, [part[name] for part in parts]) for name in ("losses", "errors"))

@@ -99,7 +99,7 @@ class Packing:
         return cls(offsets, None, None, longest)
 
     def blank(self, keys: "Packing") -> Blank:
-        """Which rows of these as queries, and of `keys`, get zeros: made once for all layers that attend so."""
+        """Find which rows of these as queries, and of `keys`, get zeros: made once for all layers that attend so."""
         if keys is self:
             return Blank(self.tail, self.tail)
         return Blank(self._blank_rows(keys), keys._blank_rows(self))

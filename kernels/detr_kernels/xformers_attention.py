@@ -139,7 +139,7 @@ def _forward_op(
     blank_q: Tensor | None = None,
     blank_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_forward`, with zeros in the blank rows of the output. `blank_k` is for the backward pass."""
+    """Do as `_forward`, with zeros in the blank rows of the output. `blank_k` is for the backward pass."""
     out, lse, state = _forward(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p)
     _fill(out, blank_q)
     return out, lse, state
@@ -161,7 +161,7 @@ def _backward_op(
     blank_q: Tensor | None = None,
     blank_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_backward`, with zeros in the blank rows."""
+    """Do as `_backward`, with zeros in the blank rows."""
     dq, dk, dv = _backward(dout, q, k, v, out, lse, state, q_offsets, k_offsets, longest_q, longest_k, p)
     for gradient, blank in ((dq, blank_q), (dk, blank_k), (dv, blank_k)):
         _fill(gradient, blank)

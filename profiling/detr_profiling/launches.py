@@ -167,7 +167,7 @@ def make_batch(
 def make_step(
     config: ModelConfig, device: torch.device, kernels: Kernels = "auto", attention: Attention = "auto"
 ) -> TrainStep:
-    """A step of a model of random weights in bf16, with the average, all made on the device."""
+    """Make a step of a model of random weights in bf16, with the EMA model, all on the device."""
     runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
     model, averaged = (made_on(device, lambda: DETR(config)) for _ in range(2))
     averaged.requires_grad_(False)
@@ -221,7 +221,7 @@ def compile_at(
 
 
 def counted(found: Mapping[str, int]) -> str:
-    """As in "2 graphs, 0 breaks"."""
+    """Word counts as in "2 graphs, 0 breaks"."""
     return ", ".join(f"{count} {name}" for name, count in found.items())
 
 

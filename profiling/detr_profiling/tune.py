@@ -88,7 +88,7 @@ class TuneOptions(WorkloadOptions):
         return Case.of(options.architecture(), options.mode, images, *options.height_width, options=self)
 
     def on_its_data(self) -> "TuneOptions":
-        """As `train` would run on --data: sizes, batch and architecture. Raises UserError where it cannot be read."""
+        """Return the options of what `train` runs on --data. Raises UserError where that cannot be read."""
         if self.data is None:
             return self
         config = training_options(replace(self, size="auto"), self.data)
@@ -154,7 +154,7 @@ class Tuner:
                 each.close()
 
     def _last_turns(self, guess: Configuration) -> Turns:
-        """Of the first guess and the best; where that is the first guess, of nothing else."""
+        """Take turns of the first guess and the best; where that is the first guess, time it alone."""
         if self.best.configuration == guess:
             alone = [self.best.time(self.runs, self._limit_s(self.best), self.calls)]
             return Turns(alone, alone)
@@ -169,7 +169,7 @@ class Tuner:
         return any(trial.switch == switch and trial.verdict == "won" for trial in self.trials)
 
     def choices(self, turns: Turns) -> Choices:
-        """What won, where it has won the last turns too; else nothing."""
+        """Return what won, where it has won the last turns too; else nothing."""
         won = {trial.switch for trial in self.trials if trial.verdict == "won"}
         kept = won if turns.why_no_gain() is None else set()
         return Choices(**{name: value_of(self.best.configuration, name) for name in kept})
@@ -205,7 +205,7 @@ class Tuner:
                 self.longest_s = max(self.longest_s, time.perf_counter() - began)
 
     def _why_not_tried(self, switch: str, value: Any, needs_s: float) -> str | None:
-        """The last turns take about as long as a candidate's."""
+        """Say why a candidate is left out. Time is kept for the last turns, which take about as long as one."""
         options = self.best.configuration.options
         config, device = options.architecture(), torch.device(options.device)
         dtype, _ = choose_precision(options.precision, device)
@@ -220,7 +220,7 @@ class Tuner:
         return self.oracle
 
     def _begun(self, configuration: Configuration) -> Candidate:
-        """A candidate of it. Beside a GPU, where there are cores to spare, the next one's process begins already."""
+        """Begin a candidate of it. Beside a GPU, where there are cores to spare, the next process begins already."""
         candidate, self.spare = self.spare or self.new(configuration), None
         candidate.configuration = configuration
         if configuration.options.device == "cuda" and (os.cpu_count() or 1) >= SPARE_CORES:
@@ -229,7 +229,7 @@ class Tuner:
         return candidate
 
     def _take_turns(self, best: Candidate, candidate: Candidate, turns: Turns) -> None:
-        """Until all are taken, or the candidate is without hope. Raises CandidateError where one cannot be timed."""
+        """Take all turns, or until the candidate is without hope. Raises CandidateError where one cannot be timed."""
         sides = [(best, candidate, turns.best), (candidate, best, turns.candidate)]
         for _ in range(self.turns):
             for side, other, timings in sides:
@@ -249,7 +249,7 @@ class Tuner:
 
 
 def fills_the_device(candidate: Candidate) -> bool:
-    """Whether a GPU's memory holds no second one."""
+    """Tell whether a GPU's memory holds no second one."""
     device = torch.device(candidate.configuration.options.device)
     if device.type != "cuda":
         return False

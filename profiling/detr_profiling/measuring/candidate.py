@@ -37,7 +37,7 @@ class CandidateError(Exception):
 
 
 def compared(options: WorkloadOptions) -> WorkloadOptions:
-    """The workload of `options` at the size at which it is compared with the reference."""
+    """Return the workload of `options` at the size at which it is compared with the reference."""
     options = options.resolved()
     height, width = options.height_width
     scale = min(1.0, (MOST_OBSERVED_PX / (height * width)) ** 0.5)
@@ -102,8 +102,7 @@ class Candidate:
         return json.loads(self._line(limit_s))
 
     def _line(self, limit_s: float) -> bytes:
-        """What the process answers. Raises CandidateError where it ends or takes more than `limit_s`; then it is no
-        more."""
+        """Read what the process answers. Raises CandidateError where it ends or takes more than `limit_s`, and ends it."""
         assert self.process is not None and self.process.stdout is not None
         ends, line = time.perf_counter() + limit_s, b""
         while not line.endswith(b"\n"):

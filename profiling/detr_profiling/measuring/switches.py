@@ -48,7 +48,7 @@ TRAINING_ONLY, INFERENCE_ONLY = ("match_cost", "set_loss", "folded"), ("frozen",
 
 
 def switches(options: WorkloadOptions) -> list[Switch]:
-    """Those of the device and mode of `options` that it does not decide by name and that its model has."""
+    """List those of the device and mode of `options` that it does not decide by name and that its model has."""
     threads = torch.get_num_threads()
     own_convolutions = options.architecture().backbone in DEPTHS
     named_kernels = options.kernels != "auto"
@@ -66,7 +66,7 @@ def switches(options: WorkloadOptions) -> list[Switch]:
 
 
 def first_guess(options: WorkloadOptions) -> Configuration:
-    """What runs where nothing was measured: training as it comes, optimised inference on a GPU as CUDA graphs."""
+    """Return what runs where nothing was measured: training as it comes, inference on a GPU as CUDA graphs."""
     resolved = options.resolved()
     dtype, _ = choose_precision(resolved.precision, torch.device(resolved.device))
     names: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

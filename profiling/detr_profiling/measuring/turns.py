@@ -17,7 +17,7 @@ class Turns:
     candidate: list[Timing] = field(default_factory=list)
 
     def joined(self) -> tuple[Timing, Timing]:
-        """All runs of the best so far, and all of the candidate."""
+        """Join all runs of the best so far, and all of the candidate."""
         best, candidate = (
             Timing(tuple(chain.from_iterable(turn.runs_ms for turn in side))) for side in (self.best, self.candidate)
         )
@@ -25,11 +25,11 @@ class Turns:
 
     @property
     def spread_ms(self) -> float:
-        """The mean of both interquartile ranges."""
+        """Return the mean of both interquartile ranges."""
         return sum(side.q3_ms - side.q1_ms for side in self.joined()) / 2
 
     def why_no_gain(self) -> str | None:
-        """Why the candidate has not won; None where it was faster in every turn and by more than the spread."""
+        """Say why the candidate has not won; None where it was faster in every turn and by more than the spread."""
         best, candidate = self.joined()
         gain_ms = best.median_ms - candidate.median_ms
         if gain_ms <= 0:

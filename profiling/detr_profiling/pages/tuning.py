@@ -11,7 +11,7 @@ TONES = {"won": GOOD, "not close": BAD, "failed": BAD}
 
 
 def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
-    """Of each mode that was measured, what won and every candidate beside the best before it; then on what machine."""
+    """Yield, for each mode, what won and every candidate beside the best before it; then on what machine."""
     machines: list[dict[str, str]] = []
     for entry in map(Tuning.from_dict, entries.values()):
         case = Case.from_dict(entry.case)
