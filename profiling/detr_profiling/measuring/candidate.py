@@ -102,7 +102,7 @@ class Candidate:
         return json.loads(self._line(limit_s))
 
     def _line(self, limit_s: float) -> bytes:
-        """Read what the process answers. Raises CandidateError where it ends or takes more than `limit_s`, and ends it."""
+        """Read what the process answers. Raises CandidateError where it ends or takes longer than `limit_s`."""
         assert self.process is not None and self.process.stdout is not None
         ends, line = time.perf_counter() + limit_s, b""
         while not line.endswith(b"\n"):
