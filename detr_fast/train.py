@@ -2,11 +2,11 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -23,8 +23,6 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
-    check_resumed,
-    continued,
     extremes_of,
     largest_batch,
     make_batches,
@@ -35,7 +33,6 @@ from detr_fast.training.assembly import (
     stored_metadata,
 )
 from detr_fast.training.batch_size import batch_line, with_batches
-from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.data_rate import measure_data, training_rate
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.first_minute import tuning_of
@@ -43,6 +40,17 @@ from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.progress import TrainingDisplay
+from detr_fast.training.resuming import (
+    changes,
+    check_resumed,
+    contents,
+    continued,
+    evaluates_otherwise,
+    load_resumed,
+    located,
+    resumed_path,
+    stored_defaults,
+)
 from detr_fast.training.run_folder import RunFolder, held_run_folder, writing
 from detr_fast.training.step import TrainStep
 
@@ -53,9 +61,10 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
     for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
-    state = load_resumed(resumed_path(asked.resume, asked.output or TrainConfig.output))
-    if state:
-        return TrainConfig.from_dict(state["options"])
+    path = resumed_path(asked.resume, asked.output or TrainConfig.output)
+    state = load_resumed(path)
+    if path and state:
+        return stored_defaults(state, path, data_asked=asked.data is not None)
     data = asked.data or TrainConfig.data
     if asked.train_images or not is_shapes(data):
         return RECIPES.get(asked.model, TrainConfig(model=asked.model or TrainConfig.model))
@@ -64,32 +73,16 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
     return replace(recipe, train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
 
 
-def resumed_path(resume: str | None, output: str) -> Path | None:
-    """The checkpoint to continue; None where none is asked for, or `auto` finds none."""
-    if resume != "auto":
-        return Path(resume) if resume else None
-    last = RunFolder(Path(output)).last
-    return last if last.exists() else None
-
-
-def load_resumed(path: Path | None) -> dict[str, Any] | None:
-    """What `path` holds, if there is one. Raises UserError where a run cannot be continued from it."""
-    if path is None:
-        return None
-    state = load_checkpoint(path)
-    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
-    return state
-
-
 def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     """One process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
+    options = located(options)
     resumed = resumed_path(options.resume, options.output)
     state = load_resumed(resumed)
     train_set, val_set, config = make_data(options)
     if state:
-        options = continued(options, state)
-        check_resumed(state, options, config)
+        check_resumed(state, options, config, train_set, val_set)
+        options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
     batches_per_epoch = EpochSampler(
         len(train_set), options.batch_size, options.seed, world.rank, world.size
@@ -105,9 +98,18 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         schedule.total_steps > 0,
         "One update takes more batches than all epochs have: lower --accumulate or --effective-batch.",
     )
-    if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
-        console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
+    require(
+        progress.step <= schedule.total_steps,
+        f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
+        f"{schedule.total_steps}. Give more --epochs.",
+    )
+    if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
+        console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
         return 0
+    if state:
+        console.print(changes(state, options), highlight=False, markup=False, soft_wrap=True)
+        if evaluates_otherwise(state, config):
+            progress.best_ap = -math.inf
     model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
@@ -128,7 +130,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
             progress=progress,
-            metadata=stored_metadata(model) | {"tuning": tuning and tuning.to_dict()},
+            metadata=stored_metadata(model)
+            | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
         with deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)

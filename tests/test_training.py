@@ -148,29 +148,6 @@ def test_a_finished_run_has_nothing_to_do(
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "option"),
-    [
-        ({"batch_size": 4}, "--batch-size 8"),
-        ({"model": "detr_r50"}, "--model detr_tiny"),
-        ({"data": "shapes:64"}, "--data .*another --output"),
-    ],
-)
-def test_resuming_with_other_options_names_the_one_that_would_agree(
-    shapes_root: Path, tmp_path: Path, changes: dict[str, Any], option: str
-) -> None:
-    """FAULTS row 11."""
-    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
-    with pytest.raises(UserError, match=option):
-        main(options(shapes_root, tmp_path, resume="auto", **changes))
-
-
-def test_a_resumed_run_keeps_the_options_it_was_started_with(shapes_root: Path, tmp_path: Path) -> None:
-    assert main(options(shapes_root, tmp_path, epochs=1, lr=3e-4)) == 0
-    resumed = default_options(["--output", str(tmp_path), "--resume", "auto"])
-    assert (resumed.lr, resumed.data, resumed.batch_size) == (3e-4, str(shapes_root), 8)
-
-
 def test_a_run_without_a_batch_size_is_resumed_with_its_own(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,12 +254,14 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
     """An entry that was made since would change its numbers; on another machine it is looked for anew."""
     monkeypatch.setattr(first_minute, "find_or_measure", lambda *_: "anew")
 
-    def look(state: Any) -> Any:
-        return first_minute.tuning_of(state, TrainConfig(), None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
+    def look(state: Any, **asked: Any) -> Any:
+        options = TrainConfig(**asked)
+        return first_minute.tuning_of(state, options, None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
 
-    state = {"tuning": began_with and json.loads(json.dumps(began_with.to_dict()))}
+    stored = began_with and json.loads(json.dumps(began_with.to_dict()))
+    state = {"tuning": stored, "options": TrainConfig().to_dict()}
     assert look(state) == began_with
-    assert look(None) == "anew"
+    assert look(None) == look(state, tune=False) == look(state, kernels="ref") == "anew"
     if began_with:
         monkeypatch.setattr(machine, "installed_version", lambda package: "9.9")
         assert look(state) == "anew"

@@ -46,13 +46,14 @@ def tuning_of(
     """Give all processes, which have to run alike, what the main one finds.
 
     A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
-    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else
-    `find_or_measure` says.
+    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else, and where
+    --tune or --kernels are other than they were, `find_or_measure` says.
     """
     if not world.is_main:
         return world.broadcast(None)
     stored = state.get("tuning") if state else None
-    if state and (stored is None or stored["environment"] == environment(device)):
+    as_before = state and all(state["options"][name] == getattr(options, name) for name in ("tune", "kernels"))
+    if as_before and (stored is None or stored["environment"] == environment(device)):
         return world.broadcast(Tuning.from_dict(stored) if stored else None)
     return world.broadcast(find_or_measure(options, train_set, config, device, say))
 
