@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from detr_fast.command import run
-from detr_fast.config import RECIPES, TrainConfig, require
+from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
 from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
@@ -23,6 +23,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
+    State,
     extremes_of,
     largest_batch,
     make_batches,
@@ -93,23 +94,12 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         batches = make_batches(options, train_set, runtime, world, (0, 0))
         measure_data(batches, config, runtime, options.workers, console, rate)
         return 0
-    progress = Progress(**state["progress"]) if state else Progress()
-    require(
-        schedule.total_steps > 0,
-        "One update takes more batches than all epochs have: lower --accumulate or --effective-batch.",
-    )
-    require(
-        progress.step <= schedule.total_steps,
-        f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
-        f"{schedule.total_steps}. Give more --epochs.",
-    )
+    progress = progress_of(state, options, config, schedule.total_steps)
     if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
         return 0
     if state:
         console.print(changes(state, options), highlight=False, markup=False, soft_wrap=True)
-        if evaluates_otherwise(state, config):
-            progress.best_ap = -math.inf
     model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
@@ -118,6 +108,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         step = make_step(runtime.place(model), options, runtime, world, state)
         make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
+        metadata = stored_metadata(model)
+        if world.is_main:  # nothing can be refused any more: these are the options that run
+            with writing(folder.config):
+                folder.config.write_text(json.dumps({"options": options.to_dict(), **metadata}, indent=2))
         log = MetricsLog(folder.metrics, folder.tensorboard, METRICS, progress.step) if world.is_main else None
         loop = TrainingLoop(
             options=options,
@@ -130,7 +124,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
             progress=progress,
-            metadata=stored_metadata(model)
+            metadata=metadata
             | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
         with deferred_interruption() as interruption, loop.display:
@@ -141,6 +135,22 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             write_results(folder, loop.evaluation, val_set)
             console.print(f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt")
     return code
+
+
+def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
+    """Where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
+    progress = Progress(**state["progress"]) if state else Progress()
+    require(
+        total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
+    )
+    require(
+        progress.step <= total_steps,
+        f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
+        f"{total_steps}. Give more --epochs.",
+    )
+    if state and evaluates_otherwise(state, config):
+        progress.best_ap = -math.inf
+    return progress
 
 
 def make_room(step: TrainStep, options: TrainConfig, largest: Batch) -> None:
@@ -184,9 +194,6 @@ def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool)
     copies = 4 if options.ema else 3  # weights, the optimizer's two moments, the average
     checkpoint_bytes = copies * sum(parameter.numel() * 4 for parameter in model.parameters())
     with held_run_folder(root, resuming, checkpoint_bytes) as folder:
-        text = json.dumps({"options": options.to_dict(), **stored_metadata(model)}, indent=2)
-        with writing(folder.config):
-            folder.config.write_text(text)
         yield folder
 
 

@@ -292,3 +292,7 @@ def test_a_run_goes_on_as_asked_from_another_folder(
     assert load_checkpoint(run / "checkpoints" / "best.pt")["step"] == 12 > best
     with pytest.raises(UserError, match=r"--epochs 1: .* has done 12 steps, .* have 6\. Give more --epochs"):
         main(replace(resumed, epochs=1))
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match="--capture"):
+        main(replace(resumed, epochs=3, capture=True))
+    assert (run / "config.json").read_bytes() == before

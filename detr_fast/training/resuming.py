@@ -175,8 +175,8 @@ def check_resumed(
     """Raises UserError where the options would not continue the checkpoint's run but start another one."""
     for before, now in differing(state, options, config):
         raise UserError(
-            f"{now} cannot be had on resuming: the run to resume has {before}. Give that, or for a new run another "
-            "--output."
+            f"{now} cannot be had on resuming: the run to resume has {before}. Keep to that, or for a new run give "
+            "another --output."
         )
     anew = (
         f"Give the run's data, wherever it lies now; or start a new run from its weights, which keeps what the classes "
