@@ -249,7 +249,9 @@ def test_a_frozen_backbone_is_not_trained(shapes_root: Path, tmp_path: Path) -> 
     assert len(load_checkpoint(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
 
 
-def test_two_processes_train_evaluate_and_leave_one_run(shapes_root: Path, tmp_path: Path) -> None:
+def test_two_processes_leave_one_run_that_one_continues(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny", "--device", "cpu"]
     command += ["--epochs", "1", "--batch-size", "4", "--log-every", "2", "--output", str(tmp_path)]
@@ -259,3 +261,7 @@ def test_two_processes_train_evaluate_and_leave_one_run(shapes_root: Path, tmp_p
     assert "8 images a step" in done.stdout
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6"]
     assert "AP" in json.loads((tmp_path / "evaluation.json").read_text())
+    resumed = default_options(["--resume", str(tmp_path)])
+    assert main(replace(resumed, resume="auto", epochs=2)) == 0
+    assert "8 x 1 accumulated x 1 processes = 8 images a step" in capsys.readouterr().out
+    assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6", "8", "10", "12"]
