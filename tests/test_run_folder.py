@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from detr_fast.config import UserError
+from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.run_folder import held_run_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.run_folder import held_run_folder
 with held_run_folder(Path(sys.argv[1]), resuming=False, checkpoint_bytes=0):
     print("held", flush=True)
@@ -63,3 +65,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), held_run_folder(tmp_path / "file" / "run", False, 0):
         pass
+
+
+@pytest.mark.parametrize("content", [b"kind;epoch;step;seconds\ntrain;1;2;3\n", b"\xff\xfek\0i\0", b"a,b\n1,2\n"])
+def test_metrics_that_another_program_has_rewritten_are_named_and_kept(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.csv .*move it away"):
+        MetricsLog(file, tmp_path / "tensorboard", ("AP",), resumed_step=2)
+    assert file.read_bytes() == content
