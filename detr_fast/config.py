@@ -94,7 +94,8 @@ class ModelConfig(Checked):
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
         require(
             1 <= self.image_size <= self.max_size,
-            f"image_size {self.image_size} must be between 1 and max_size {self.max_size}.",
+            f"image_size {self.image_size} must be between 1 and max_size {self.max_size}. "
+            "Give a smaller --image-size, or a larger --max-size too.",
         )
 
 
@@ -189,6 +190,8 @@ class DataOptions(Checked):
     workers: int | None = None
     """Processes that read images; default: beside a GPU a core each, one left to it; none on a CPU, whose cores the
     model needs itself."""
+    follow_links: bool = False
+    """Read images that are symbolic links out of their folder (DVC, git-annex): of a data set that you trust."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with an image that cannot be decoded."""
 
