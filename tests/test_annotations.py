@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from detr_fast.config import UserError
 from detr_fast.data.annotations import LARGEST_NUMBER, Annotations, read_annotations
+from detr_fast.evaluation.coco_metrics import evaluate_detections
 
 PLACES = [
     *(("images", "id"), ("images", "width"), ("images", "height"), ("categories", "id")),
@@ -59,10 +61,20 @@ def test_what_is_no_id_is_refused_once(tmp_path: Path, part: str, key: str, valu
     assert "So it is with 2 of 2" in str(raised.value) and str(raised.value).count("a.json") == 1
 
 
-def test_the_largest_and_negative_image_ids_are_kept(tmp_path: Path) -> None:
-    most = LARGEST_NUMBER - 2
-    assert [image.id for image in read_with(tmp_path, "images", "id", lambda id_: id_ - 1 + most).images] == [
-        most,
-        most + 1,
-    ]
-    assert [image.id for image in read_with(tmp_path, "images", "id", lambda id_: -id_).images] == [-2, -1]
+def test_the_largest_ids_are_evaluated(tmp_path: Path) -> None:
+    largest = LARGEST_NUMBER - 1
+    document = read_with(tmp_path, "images", "id", int).document()
+    for part, keys in {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}.items():
+        for row in document[part]:
+            row.update({key: row[key] - 2 + largest for key in keys})
+    (tmp_path / "largest.json").write_text(json.dumps(document))
+    found = read_annotations(tmp_path / "largest.json")
+    assert [image.id for image in found.images] == [largest - 1, largest]
+    rows = np.array([[largest - 1, 1, 1, 9, 9, 0.9, largest - 1], [largest, 1, 1, 9, 9, 0.9, largest]], dtype=float)
+    assert evaluate_detections(found.document(), rows).metrics["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("images", "image"), ("categories", "category")])
+def test_negative_ids_are_refused(tmp_path: Path, part: str, kind: str) -> None:
+    with pytest.raises(UserError, match=f"{kind} -1, -2: ids must not be negative"):
+        read_with(tmp_path, part, "id", lambda id_: -id_)

@@ -252,9 +252,15 @@ def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
     require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
 
 
+def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:
+    negative = [str(id_) for id_ in ids if id_ < 0]
+    require(not negative, f"{file}: {kind} {shortened(negative, 5)}: ids must not be negative.")
+
+
 def read_images(file: Path, rows: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
     columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
     refuse_double(file, "image", columns[0])
+    refuse_negative(file, "image", columns[0])
     images = []
     for row, id_, width, height in zip(rows, *columns, strict=True):
         name = row.get("file_name")
@@ -269,7 +275,7 @@ def read_categories(file: Path, rows: list[dict[str, Any]]) -> tuple[Category, .
     ids = whole_numbers(file, rows, "category", "id").tolist()
     refuse_double(file, "category", ids)
     require(len(ids) > 0, f"{file}: lists no categories.")
-    require(min(ids) >= 0, f"{file}: category {min(ids)}: ids must not be negative.")
+    refuse_negative(file, "category", ids)
     categories = (Category(id_, str(row.get("name", id_))) for id_, row in zip(ids, rows, strict=True))
     return tuple(sorted(categories, key=lambda category: category.id))
 
