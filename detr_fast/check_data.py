@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from detr_fast.command import run
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import DataLocation, UserError
 from detr_fast.data.annotations import Category
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.splits import Location, find_split, require_split
@@ -20,7 +20,7 @@ from detr_fast.data.transforms import EvaluationTransform
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataOptions):
+class CheckDataConfig(DataLocation):
     """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
 
     num_queries: int = 100
