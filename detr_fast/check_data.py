@@ -12,16 +12,15 @@ from rich.progress import track
 from rich.table import Table
 
 from detr_fast.command import run
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import DataLocation, UserError
 from detr_fast.data.annotations import Category
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
-from detr_fast.data.decode import decode_image
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataOptions):
+class CheckDataConfig(DataLocation):
     """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
 
     num_queries: int = 100
@@ -38,7 +37,7 @@ def check_annotations(dataset: CocoDataset, num_queries: int) -> Iterator[str]:
 def check_image(record: ImageRecord) -> str | None:
     """What is wrong with the image's file, if anything."""
     try:
-        image = decode_image(record.path)
+        image = record.decode().image
     except UserError as error:
         return str(error)
     size = (image.shape[1], image.shape[2])
@@ -52,7 +51,10 @@ def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Ite
             yield f"category {category.id} {category.name!r} is not among those of the training split"
 
 
-def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[str]:
+def check_images(split: str, dataset: CocoDataset, workers: int, console: Console) -> list[str]:
+    records = dataset.records
+    if all(record.absent for record in records):
+        return [str(dataset.absent_images())]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         problems = pool.map(check_image, records)
         shown = track(problems, f"{split}: reading images", len(records), console=console, transient=True)
@@ -65,12 +67,20 @@ def summary(dataset: CocoDataset) -> str:
     return counts + f"{int(dataset.annotations.crowd.sum())} crowds, {len(dataset.annotations.categories)} categories"
 
 
+def respelled(dataset: CocoDataset) -> Iterator[str]:
+    """File names that are not spelled as the files are, which are found all the same."""
+    if names := list(dataset.respelled):
+        kinds = "back-slashes, another Unicode form or percent signs"
+        yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
+
+
 def check_split(split: str, dataset: CocoDataset, options: CheckDataConfig, console: Console) -> list[str]:
     """What is wrong with it, one line a problem; what it holds is printed."""
-    console.print("\n  ".join([f"{split}: {summary(dataset)}", *dataset.annotations.corrections.defaults()]))
+    harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
+    console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]), markup=False)
     return [
         *check_annotations(dataset, options.num_queries),
-        *check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console),
+        *check_images(split, dataset, options.workers or os.cpu_count() or 1, console),
     ]
 
 
@@ -84,7 +94,9 @@ def main(options: CheckDataConfig) -> int:
             location = find_split(options, split)
             if location is None or location in datasets:
                 continue
-            dataset = datasets[location] = CocoDataset(*location, EvaluationTransform(size=1, max_size=1))
+            dataset = datasets[location] = CocoDataset(
+                *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links
+            )
         except UserError as error:
             problems.setdefault(str(error), split)
             continue

@@ -7,7 +7,7 @@ from typing import NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
 
 Options = TypeVar("Options")
 
@@ -27,11 +27,20 @@ def run(
     try:
         values = {} if default is None else {"default": default(argv)}
         options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
+        refuse_idle(options, argv)
         code = main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def refuse_idle(options: object, argv: Sequence[str]) -> None:
+    """Raises UserError for an option that `argv` gives and that has no effect beside the others (`Idle`)."""
+    given = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for one in getattr(options, "idle", ()):
+        named = {f"__{one.option}", f"__no_{one.option}"}
+        require(not given & named or not one.when(options), one.message())
 
 
 def spelled_out(argv: Sequence[str], options_type: type) -> Iterator[str]:

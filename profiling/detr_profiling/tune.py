@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from detr_fast.config import UserError, require
+from detr_fast.config import Idle, UserError, require
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
@@ -62,6 +62,10 @@ COMPILE_NEEDS_S = 120
 class TuneOptions(WorkloadOptions):
     """Find the fastest backends and switches for a model on this machine, and keep them for every `auto`."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *WorkloadOptions.idle,
+        Idle("size", lambda o: o.data is not None, "beside --data, which gives its images' size: give one of them"),
+    )
     data: str | None = None
     """A data set to train on: sizes, classes and batch are then as `train` takes them from it."""
     compile: bool | None = None  # type: ignore[assignment]
