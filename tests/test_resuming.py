@@ -44,7 +44,14 @@ OTHERWISE: dict[str, Any] = {
     **{"warmup_steps": 1, "scale_lr": True, "ema": 0.5, "dropout": 0.2, "no_object_weight": 0.3, "train_sizes": (48,)},
     **{"crop_sizes": (32,), "crop_range": (16, 24), "image_size": 48, "max_size": 128, "device": "cuda"},
     **{"precision": "bf16", "compile": True, "channels_last": False, "kernels": "ref", "attention": "ref"},
-    **{"tune": False, "capture": True, "checkpoint_activations": True, "workers": 3, "on_bad_image": "skip"},
+    **{
+        "tune": False,
+        "capture": True,
+        "checkpoint_activations": True,
+        "workers": 3,
+        "on_bad_image": "skip",
+        "follow_links": True,
+    },
     **{"data_only": True, "eval_every": 7, "log_every": 7, "save_every": 7},
 }
 """For every option whose value matters on resuming, one that the run below does not have."""
