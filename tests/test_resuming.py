@@ -210,7 +210,7 @@ def fewer_images(document: dict[str, Any], split: str) -> None:
 
 def other_names_of_files(document: dict[str, Any], split: str) -> None:
     for number, row in enumerate(document["images"]):
-        row["file_name"] = f"elsewhere/{number}.jpg"
+        row["file_name"] = f"../{split}/{row['file_name']}" if number % 2 else f"./{row['file_name']}"
     for row in document["annotations"]:
         row["id"] += 100
 
