@@ -14,7 +14,7 @@ from rich.table import Table
 from detr_fast.command import run
 from detr_fast.config import DataOptions, UserError
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
+from detr_fast.data.coco import SKIPPING, CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.decode import decode_image
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
@@ -40,9 +40,9 @@ def check_image(record: ImageRecord) -> str | None:
     try:
         image = decode_image(record.path)
     except UserError as error:
-        return str(error)
+        return f"{error} {SKIPPING}"
     size = (image.shape[1], image.shape[2])
-    return None if size == (record.height, record.width) else size_mismatch(record, size)
+    return None if size == (record.height, record.width) else f"{size_mismatch(record, size)} {SKIPPING}"
 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
