@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from detr_fast.command import run
 from detr_fast.config import DataOptions, UserError
+from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.coco import SKIPPING, CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.decode import decode_image
@@ -101,7 +100,7 @@ def main(options: CheckDataConfig) -> int:
 def print_problems(problems: dict[str, str], console: Console) -> None:
     table = Table("split", "what is wrong", title=f"problems: {len(problems)}")
     for problem, split in problems.items():
-        table.add_row(split, escape(problem))
+        table.add_row(split, problem)
     console.print(table if problems else "Nothing is wrong.")
 
 

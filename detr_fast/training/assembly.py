@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset

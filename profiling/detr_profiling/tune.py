@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from detr_fast.config import UserError, require
+from detr_fast.console import Console
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
@@ -307,7 +307,7 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
 
 
 def main(options: TuneOptions) -> int:
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no candidate outlives this
     require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
@@ -316,7 +316,7 @@ def main(options: TuneOptions) -> int:
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
     write_result(entry, options.mode, Path(options.out))
-    Console().print(table(entry.parsed_trials()))
+    console.print(table(entry.parsed_trials()))
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
     if entry.choices:
