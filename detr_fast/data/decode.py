@@ -121,8 +121,9 @@ def decode_with_pillow(data: bytes) -> Decoded:
     try:
         image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
     except Image.UnidentifiedImageError as error:
-        jpeg = data.startswith(JPEG_START)
-        raise ValueError("a JPEG of a rare form, or broken" if jpeg else described(data[:START_BYTES])) from error
+        jpeg = "a JPEG of a rare form, or broken" if data.startswith(JPEG_START) else None
+        unknown = f"not a {', '.join(READ_FORMATS)} image"
+        raise ValueError(jpeg or described(data[:START_BYTES]) or unknown) from error
     refuse_bomb(image.height, image.width)
     if getattr(image, "tag_v2", {}).get(REDUCED_COPY[0]) == REDUCED_COPY[1]:
         raise ValueError(

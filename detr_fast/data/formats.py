@@ -28,8 +28,8 @@ BOXES = {
 """Brands of an ISO media file, whose first box says them; all others are videos."""
 
 
-def described(start: bytes) -> str:
-    """Say what a file of no `READ_FORMATS` is, by its first `START_BYTES`, and what to do about it."""
+def described(start: bytes) -> str | None:
+    """Say what a file is by its first `START_BYTES`, and what to do about it; None for what is not known."""
     if not start:
         return "empty"
     if start[4:8] == b"ftyp":
@@ -43,4 +43,4 @@ def described(start: bytes) -> str:
             return description
     if b"<svg" in start:
         return f"an SVG drawing: {CONVERT}"
-    return f"not a {', '.join(READ_FORMATS)} image"
+    return None
