@@ -2,6 +2,7 @@
 
 import ast
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from detr_fast.check_data import print_problems
+from detr_fast.command import run
+from detr_fast.config import UserError
 from detr_fast.console import Console
+from detr_fast.doctor import DoctorConfig
 
 CHECKOUT = Path(__file__).parents[1]
 AWKWARD = ("try [v2]", "x[/old]", "[red]", "[/]", "a:smile:.jpg", "[link=x]y[/link]", "x" * 300)
@@ -59,3 +63,19 @@ def test_nothing_prints_in_another_way() -> None:
                 assert not (module == "rich" and "print" in names), path
                 assert getattr(node, "attr", "") != "from_markup", path
                 assert getattr(node, "arg", "") not in ("markup", "highlight"), path
+
+
+def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def main(options: DoctorConfig) -> None:
+        Console().print("\u7ec4\udce9")
+        raise UserError("\u7ec4\udce9")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main, DoctorConfig, argv=[])
+    out, err = (stream.detach() for stream in streams)
+    assert stopped.value.code == 2
+    assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\n")

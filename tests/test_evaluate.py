@@ -206,7 +206,9 @@ def test_a_folder_without_images_says_what_is_in_it(
 
 
 def test_names_of_any_bytes_are_done(weights: Path, photographs: Path, tmp_path: Path) -> None:
-    names = sorted((os.fsdecode(b"caf\xe9.jpg"), "a\nb\t.jpg", "\u7ec4[bold].jpg", "\u0634\u0643.jpg", "\U0001f600.jpg"))
+    names = sorted(
+        (os.fsdecode(b"caf\xe9.jpg"), "a\nb\t.jpg", "\u7ec4[bold].jpg", "\u0634\u0643.jpg", "\U0001f600.jpg")
+    )
     for name in names:
         (photographs / name).hardlink_to(photographs / "a.jpg")
     out = tmp_path / os.fsdecode(b"out\xe9 [/x]")

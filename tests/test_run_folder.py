@@ -1,5 +1,6 @@
 """An output folder belongs to one run, and is checked before the first step (FAULTS rows 2 and 9)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), held_run_folder(tmp_path / "file" / "run", False, 0):
         pass
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match="caf.*not UTF-8"), held_run_folder(root, False, 0):
+        pass
+    assert not root.exists()

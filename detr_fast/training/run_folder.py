@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from detr_fast.config import UserError, require
 from detr_fast.training.checkpoint import sweep_partial
+
+BYTES = re.compile("[\ud800-\udfff]")
+"""What Python has in a name for bytes that are no UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
     earlier run that is not being resumed.
     """
     folder = RunFolder(root)
+    require(not BYTES.search(str(root)), f"--output {root}: the name is not UTF-8, as TensorBoard needs. Give another.")
     try:
         for made in (folder.last.parent, folder.plots, folder.tensorboard):
             made.mkdir(parents=True, exist_ok=True)
