@@ -68,6 +68,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     root = tmp_path / os.fsdecode(b"caf\xe9")
-    with pytest.raises(UserError, match="caf.*not UTF-8"), held_run_folder(root, False, 0):
+    with pytest.raises(UserError, match=r"caf.*not UTF-8"), held_run_folder(root, False, 0):
         pass
     assert not root.exists()
