@@ -13,14 +13,17 @@ from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
+from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 
 def main(options: EvaluateConfig) -> None:
+    output = Path(options.output)
     model = load_model(options.weights)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     dataset = evaluation_dataset(model, options)
+    require_writable("--output", output)
     console = Console()
     console.print(f"{options.weights} on {len(dataset)} images")
     for name, reason in runtime.reasons.items():
@@ -28,9 +31,9 @@ def main(options: EvaluateConfig) -> None:
     workers = runtime.workers(options.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)
-    write_evaluation(evaluation, dataset, Path(options.output))
     for table in metric_tables(evaluation):
         console.print(table)
+    write_evaluation(evaluation, dataset, output)
     console.print(f"evaluation.json and plots/ are in {options.output}")
 
 

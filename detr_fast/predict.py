@@ -17,6 +17,7 @@ from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.prediction import Detections, predict_batch, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.runtime import runtime_for_inference
+from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 
@@ -33,6 +34,7 @@ def main(options: PredictConfig) -> int:
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
     model = load_model(options.weights)
+    require_writable("--out", out)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     names, note = drawn_names(model.categories or ()), f"score at least {options.threshold}"

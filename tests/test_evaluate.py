@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from PIL import Image
 
 from detr_fast import evaluate, predict
 from detr_fast.command import run
-from detr_fast.config import EvaluateConfig, PredictConfig, UserError
-from detr_fast.data.coco import Category
+from detr_fast.config import MODELS, EvaluateConfig, PredictConfig, UserError
+from detr_fast.data.coco import Category, build_dataset
 from detr_fast.data.shapes import CLASSES
-from detr_fast.evaluation.coco_metrics import METRICS
+from detr_fast.evaluation.coco_metrics import METRICS, category_names, evaluate_detections
 from detr_fast.evaluation.pictures import Picture
 from detr_fast.evaluation.predictions_file import PredictionsFile
+from detr_fast.evaluation.report import pictures
 from detr_fast.export import write_weights
 from detr_fast.weights import build_model
 
@@ -267,3 +269,23 @@ def test_a_full_disk_leaves_what_was_written_before(tmp_path: Path, monkeypatch:
         file.finish()
     assert [one["file_name"] for one in json.loads(file.path.read_text())] == ["a", "b"]
     real.close()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(
+    weights: Path, shapes_root: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((evaluate, "evaluate_model"), (predict, "predict_batch")):
+        monkeypatch.setattr(module, name, None)  # which would raise
+    out = weights / "out"
+    assert run_evaluate("--weights", weights, "--data", shapes_root, "--output", out) == 2
+    assert run_predict(photographs, "--weights", weights, "--out", out) == 2
+
+
+def test_evaluation_pictures_are_without_an_image_that_was_taken_away(shapes_root: Path) -> None:
+    data = build_dataset(EvaluateConfig(weights="", data=str(shapes_root)), "val", MODELS["detr_tiny"])
+    data.records = [replace(data.records[0], path=shapes_root / "gone.jpg"), data.records[1]]
+    names = category_names(data.coco_document()["categories"])
+    rows = np.array([[record.id, 1, 1, 9, 9, 0.9, 1] for record in data.records])
+    with pytest.warns(UserWarning, match=r"gone\.jpg"):
+        shown = pictures(evaluate_detections(data.coco_document(), rows), data, names)
+    assert [each.title for each in shown] == [data.records[1].path.name]

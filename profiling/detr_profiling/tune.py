@@ -30,8 +30,8 @@ from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size
-from detr_fast.training.run_folder import writing
-from detr_fast.tuning import Case, Choices, Trial, Tuning, keep
+from detr_fast.training.run_folder import require_writable, writing
+from detr_fast.tuning import Case, Choices, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
 from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
@@ -312,6 +312,8 @@ def main(options: TuneOptions) -> int:
     require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options = options.on_its_data()
+    require_writable("--out", Path(options.out))
+    require_keeping(torch.device(options.resolved().device), options.case())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
