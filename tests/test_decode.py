@@ -152,6 +152,7 @@ threads = [threading.Thread(target=lambda path=path: (header_size(path), decode_
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.filterwarnings("error")
 def test_alpha_of_a_palette_is_dropped_and_the_image_that_was_given_is_left_alone() -> None:
     palette = Image.fromarray(SMOOTH).convert("P", palette=Image.Palette.ADAPTIVE)
     opaque = np.asarray(palette.convert("RGB"))

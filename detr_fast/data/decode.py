@@ -101,8 +101,8 @@ def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
     """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except (KeyError, ValueError):
-        return decode_with_pillow(data)
+    except (KeyError, ValueError) as error:
+        return decode_rare_jpeg(data, error)
     refuse_bomb(height, width)
     cmyk = colorspace in ("CMYK", "YCCK")
     least = {} if cmyk else {"min_height": -(-height // shrunk), "min_width": -(-width // shrunk)}
@@ -111,10 +111,18 @@ def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
     except ValueError as error:
         if "Unsupported" not in str(error):
             raise
-        return decode_with_pillow(data)
+        return decode_rare_jpeg(data, error)
     if cmyk:  # decoded for its errors alone: Pillow accepts a corrupt scan
         return decode_with_pillow(data)
     return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), shrunk)
+
+
+def decode_rare_jpeg(data: bytes, problem: Exception) -> Decoded:
+    """Decode what the usual decoder has a `problem` with, which is told where Pillow cannot read it either."""
+    try:
+        return decode_with_pillow(data)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{problem}; {error}") from error
 
 
 def decode_with_pillow(data: bytes) -> Decoded:

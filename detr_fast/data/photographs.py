@@ -59,4 +59,4 @@ def why_passed_over(file: Path) -> str | None:
         return f"cannot be read ({error.strerror})"
     if start.startswith(JPEG_START) or header_size(file):
         return None
-    return described(start) or "not an image"
+    return described(start) or "not an image of a known format"
