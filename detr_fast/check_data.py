@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from detr_fast.command import run
 from detr_fast.config import DataLocation, UserError
+from detr_fast.console import Console
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
+from detr_fast.data.coco import SKIPPING, CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
@@ -39,9 +38,9 @@ def check_image(record: ImageRecord) -> str | None:
     try:
         image = record.decode().image
     except UserError as error:
-        return str(error)
+        return f"{error} {SKIPPING}"
     size = (image.shape[1], image.shape[2])
-    return None if size == (record.height, record.width) else size_mismatch(record, size)
+    return None if size == (record.height, record.width) else f"{size_mismatch(record, size)} {SKIPPING}"
 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
@@ -113,7 +112,7 @@ def main(options: CheckDataConfig) -> int:
 def print_problems(problems: dict[str, str], console: Console) -> None:
     table = Table("split", "what is wrong", title=f"problems: {len(problems)}")
     for problem, split in problems.items():
-        table.add_row(split, escape(problem))
+        table.add_row(split, problem)
     console.print(table if problems else "Nothing is wrong.")
 
 

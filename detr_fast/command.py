@@ -1,5 +1,6 @@
 """What every command shares: options parsed from a dataclass, a user's error as one message and exit code 2."""
 
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,9 @@ def run(
     `default` gives, from the same arguments, the values of options that are not given.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have letters, or bytes, that no terminal here can show
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         values = {} if default is None else {"default": default(argv)}

@@ -2,37 +2,39 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from detr_fast.command import run
 from detr_fast.config import EvaluateConfig, require
+from detr_fast.console import Console
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
+from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 
 def main(options: EvaluateConfig) -> None:
+    output = Path(options.output)
     model = load_model(options.weights)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     dataset = evaluation_dataset(model, options)
+    require_writable("--output", output)
     console = Console()
-    console.print(f"{options.weights} on {len(dataset)} images", markup=False)
+    console.print(f"{options.weights} on {len(dataset)} images")
     for name, reason in runtime.reasons.items():
-        console.print(f"{name:>18}  {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>18}  {reason}")
     workers = runtime.workers(options.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)
-    write_evaluation(evaluation, dataset, Path(options.output))
     for table in metric_tables(evaluation):
         console.print(table)
-    console.print(f"evaluation.json and plots/ are in {options.output}", markup=False)
+    write_evaluation(evaluation, dataset, output)
+    console.print(f"evaluation.json and plots/ are in {options.output}")
 
 
 def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
@@ -60,7 +62,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     figures = (Column(name, justify="right") for name in ("AP", "AP50"))
     classes = Table("class", *figures, title="Average precision by class")
     for name, values in evaluation.per_class.items():
-        classes.add_row(Text(name), show(values["AP"]), show(values["AP50"]))  # Text: a name is no markup
+        classes.add_row(name, show(values["AP"]), show(values["AP50"]))
     return [numbers, classes]
 
 

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from detr_fast.command import run
 from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
@@ -215,10 +214,10 @@ def describe(
         "output": options.output,
     }
     for name, value in lines.items():
-        console.print(f"{name:>18}  {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>18}  {value}")
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
-            console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
+            console.print(f"{dataset.annotation_file}: {line}")
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

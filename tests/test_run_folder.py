@@ -1,5 +1,6 @@
 """An output folder belongs to one run, and is checked before the first step (FAULTS rows 2 and 9)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from detr_fast.training.run_folder import held_run_folder
 HOLD = """
 import sys, time
 from pathlib import Path
-from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.run_folder import held_run_folder
 with held_run_folder(Path(sys.argv[1]), resuming=False, checkpoint_bytes=0):
     print("held", flush=True)
@@ -74,3 +74,10 @@ def test_metrics_that_another_program_has_rewritten_are_named_and_kept(tmp_path:
     with pytest.raises(UserError, match=r"metrics\.csv .*move it away"):
         MetricsLog(file, tmp_path / "tensorboard", ("AP",), resumed_step=2)
     assert file.read_bytes() == content
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match=r"caf.*not UTF-8"), held_run_folder(root, False, 0):
+        pass
+    assert not root.exists()

@@ -142,6 +142,8 @@ class CocoDataset(Dataset[Sample]):
             )
 
 
+SKIPPING = "Or go on without it: --on-bad-image skip."
+"""What commands that have the option add to the fault of an image."""
 UNUSED = "N/A"
 """The name of a label that no category of the data has."""
 
@@ -150,7 +152,7 @@ def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     height, width = file_size
     return (
         f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
-        "(EXIF rotation is not applied). Correct one of them, or go on without it: --on-bad-image skip."
+        "(EXIF rotation is not applied). Correct one of them."
     )
 
 

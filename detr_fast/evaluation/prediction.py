@@ -17,7 +17,7 @@ from torch import Tensor
 from detr_fast.config import UserError, require
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.buckets import shape_batches
-from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, header_size, rgb_pixels
+from detr_fast.data.decode import decode_image, faults_named, header_size, rgb_pixels
 from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import resized_sizes
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode, forward_of
@@ -119,10 +119,8 @@ def read_pixels(image: ImageLike) -> Tensor:
 
 def read_pil(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8; a PIL image may not have been read from its file yet."""
-    try:
+    with faults_named(f"The PIL image {getattr(image, 'filename', '')}"):
         return rgb_pixels(image)
-    except BROKEN_FILE_ERRORS as error:
-        raise UserError(f"The PIL image {getattr(image, 'filename', '')} cannot be decoded ({error}).") from error
 
 
 def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:

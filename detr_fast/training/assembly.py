@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, UserError
+from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
 from detr_fast.training.distributed import World
@@ -80,7 +80,7 @@ def remember_failure(device: torch.device, case: Case, say: Console) -> None:
     try:
         keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
     except UserError as error:
-        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.", markup=False)
+        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
@@ -120,5 +120,5 @@ def measure(arguments: list[str], say: Console) -> bool:
         process.wait()
     if problem:
         again = shlex.join(command)
-        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}", markup=False)
+        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}")
     return problem is None

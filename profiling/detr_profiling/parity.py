@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.console import Console
 
 from detr_fast.config import Idle, Precision, UserError, require
+from detr_fast.console import Console
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.curve import TrainingCurve, make_task
@@ -182,5 +182,5 @@ def main(options: ParityOptions) -> int:
     record.write()
     for part in parity_tables(record.to_dict()):
         console.print(part)
-    console.print(f"{record.path} holds all of it.", markup=False, highlight=False)
+    console.print(f"{record.path} holds all of it.")
     return 0 if record.close else 1

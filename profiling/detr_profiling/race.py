@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from detr_fast.config import Idle, require
+from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_fast.training.run_folder import writing
 from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, figures, measure_rungs, rows_of, rung_verdict

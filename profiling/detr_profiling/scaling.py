@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 
 from detr_fast.config import Idle, UserError, model_config, require
+from detr_fast.console import Console
 from detr_fast.model.detr import DETR
 from detr_fast.training.run_folder import writing
 from detr_profiling.limits.exchange import Links, Scaled, Step, scaled
@@ -165,5 +165,5 @@ def main(options: ScalingOptions) -> None:
     for row in result["rows"]:
         table.add_row(*figures(row))
     console.print(table)
-    console.print(about(result), markup=False, highlight=False)
-    console.print(f"{out / SCALING_FILE}, and in {out / MARKDOWN_FILE}", markup=False, highlight=False)
+    console.print(about(result))
+    console.print(f"{out / SCALING_FILE}, and in {out / MARKDOWN_FILE}")

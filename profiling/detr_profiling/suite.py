@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 
 from detr_fast.config import require
+from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
 from detr_profiling.report import write_report
 from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
@@ -157,7 +158,7 @@ def main(options: SuiteOptions) -> int:
         left_s = options.minutes * 60 - (time.perf_counter() - began)
         ended = run_part(part, options, left_s * part.share) if left_s > 20 else "left out: no time"
         failed |= "exit code" in ended
-        console.print(f"[bold]{part.name}[/bold]: {ended}")
+        console.print(Text.assemble((part.name, "bold"), f": {ended}"))
         write_report(Path(options.out))
     for path in Path(options.out).iterdir():
         if path.stat().st_size > MOST_FILE_MIB << 20:

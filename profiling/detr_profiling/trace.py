@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
-from rich.text import Text
 
 from detr_fast.config import Idle, TrainConfig, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
@@ -131,9 +130,9 @@ def main(options: TraceOptions) -> int:
         if options.memory_snapshot:
             write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)
     for part in trace_tables(result):
-        console.print(part, soft_wrap=isinstance(part, Text))
+        console.print(part)
     for line in how_to_look(result, out, options.memory_snapshot):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
     return 1 if result["problem"] else 0
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from detr_fast.config import RuntimeOptions, TrainConfig
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.coco import CocoDataset
 from detr_fast.model.detr import DETR

@@ -1,0 +1,37 @@
+"""Lets torch be imported by a user whom the machine does not know, or who may not write where torch keeps its cache.
+
+`docker run --user 12345` is such a user: torch names its cache after the user, and makes it when it is imported.
+"""
+
+import getpass
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def prepare_account() -> None:
+    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, and torch's cache to
+    a new temporary folder where the usual one cannot be written."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # the second from Python 3.13 on
+        name = os.environ["LOGNAME"] = str(os.getuid())
+    folder = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir(), f"torchinductor_{name}"))
+    if not can_be_written(folder):
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
+        warnings.warn(f"{folder} cannot be written: compiled code is kept in {os.environ[CACHE]} ({CACHE}).")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether `folder` is a folder to write in, made where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+prepare_account()
