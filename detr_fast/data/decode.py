@@ -2,8 +2,8 @@
 
 The content decides how a file is read, never its ending. Gray and palette images become RGB, alpha is dropped without
 blending, CMYK goes through Pillow's conversion, 16-bit gray keeps its upper 8 bits, an animation gives its first frame.
-EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. Decoders
-are others' code: whatever they raise is the image's fault, one UserError that names it.
+EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. Decoders are
+others' code: whatever they raise is the image's fault, one UserError that names it.
 """
 
 import io
@@ -27,10 +27,8 @@ MOST_PIXELS = 178_956_970
 JPEG_START = b"\xff\xd8\xff"
 REDUCED_COPY = 254, 1
 """Number and value of the TIFF tag of a reduced copy, with which cameras' raw files begin."""
-for kind in (
-    UserWarning,
-    RuntimeWarning,
-):  # of tags, EXIF and profiles, which are not read; large images are refused below
+for kind in (UserWarning, RuntimeWarning):
+    # of tags, EXIF and profiles, which are not read; large images are refused below
     warnings.filterwarnings("ignore", category=kind, module=r"PIL\.")
 
 
@@ -67,8 +65,6 @@ def faults_named(image: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{image}: the image file is missing.") from error
-    except MemoryError:
-        raise
     except Exception as error:  # no list of what decoders raise for a broken or rare file has ever been complete
         told = isinstance(error, OSError | ValueError | SyntaxError) and str(error)
         raise UserError(
