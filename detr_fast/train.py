@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,7 +87,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     console = Console(quiet=not world.is_main)
     resumed = resumed_path(options.resume, options.output)
     state = load_resumed(resumed)
-    train_set, val_set, config = make_data(options)
+    with warnings.catch_warnings():
+        if not world.is_main:
+            warnings.simplefilter("ignore")  # the main process warns of the same
+        train_set, val_set, config = make_data(options)
     if state:
         options = continued(options, state)
         check_resumed(state, options, config)
@@ -136,8 +140,15 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log.close()
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)
-            console.print(f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt")
+            console.print(last_line(folder, loop.progress), markup=False, soft_wrap=True)
     return code
+
+
+def last_line(folder: RunFolder, progress: Progress) -> str:
+    """Where everything is, and which weights to take."""
+    if progress.best_ap >= 0:
+        return f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt"
+    return f"Everything is in {folder.root}. No AP was measured: checkpoints/best.pt has the latest weights."
 
 
 def make_room(step: TrainStep, options: TrainConfig, largest: Batch) -> None:

@@ -24,6 +24,7 @@ def write_split(root: Path, split: str, *annotations: dict[str, Any], images: in
     for i in range(1, images + 1):
         Image.new("RGB", (60, 40), (9, 99, 9)).save(root / split / f"{i}.jpg")
     rows = [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 40} for i in range(1, images + 1)]
+    annotations = annotations or (annotation(1, 1, [1, 1, 9, 9]),)
     document = {"images": rows, "annotations": list(annotations), "categories": [{"id": 1, "name": name}]}
     (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
 
@@ -99,7 +100,7 @@ def test_where_val_is_test_it_is_checked_once(tmp_path: Path, capsys: pytest.Cap
     write_split(tmp_path, "test")
     with pytest.warns(UserWarning, match="test split"):
         code, text = check(tmp_path, capsys)
-    assert code == 0 and text.count("2 images") == 2
+    assert code == 0 and text.count(": 2 images") == 2
 
 
 def test_no_data_set_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

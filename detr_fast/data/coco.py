@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,12 @@ import torch
 from torch.utils.data import Dataset
 
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
-from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
+from detr_fast.data.annotations import Annotations, Category, read_annotations
+from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import decode_file
+from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
+from detr_fast.data.headers import UPRIGHT, read_header
 from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
@@ -107,6 +110,12 @@ class CocoDataset(Dataset[Sample]):
         """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""
         return self.annotations.document()
 
+    def silent_faults(self) -> Iterator[str]:
+        """Yield a line for each kind of fault that neither reading nor training would notice."""
+        yield from self.annotations.corrections.doubtful_forms()
+        yield from find_doubles(self.annotations).problems()
+        yield from files_listed_twice((record.id, record.path) for record in self.records)
+
     def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
         return [record for record in self.records if len(record.labels) > limit]
 
@@ -127,9 +136,14 @@ UNUSED = "N/A"
 
 def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     height, width = file_size
+    header = read_header(record.path)
+    orientation = header.orientation if header else UPRIGHT
+    exif = "EXIF rotation is not applied"
+    if orientation != UPRIGHT:
+        exif = f"the file's EXIF orientation {orientation}, which other programs apply, is not"
     return (
         f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
-        "(EXIF rotation is not applied). Correct one of them, or go on without it: --on-bad-image skip."
+        f"({exif}). Correct one of them, or go on without it: --on-bad-image skip."
     )
 
 
@@ -169,13 +183,26 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
     if unknown:
         raise UserError(
             f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names."
+            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}"
         )
     return {category.id: label for label, category in enumerate(categories)}
 
 
 def names(categories: Sequence[Category]) -> str:
     return shortened([f"{category.id} {category.name!r}" for category in categories], 10)
+
+
+def spelling_hint(unknown: Sequence[Category], known: Sequence[Category]) -> str:
+    """A sentence on names that differ in case and spaces alone; empty where there are none."""
+    name_of = {spelling(category.name): category for category in known}
+    pairs = [(one, name_of[spelling(one.name)]) for one in unknown if spelling(one.name) in name_of]
+    alike = [f"{one.name!r} and {other.name!r}" for one, other in pairs if one.name != other.name]
+    return f" These differ in case or spaces alone: {shortened(alike, 5)}." if alike else ""
+
+
+def spelling(name: str) -> str:
+    """The name without case, and with single spaces."""
+    return " ".join(name.split()).casefold()
 
 
 def make_records(annotations: Annotations, folder: Path, label_of: dict[int, int]) -> list[ImageRecord]:
@@ -246,6 +273,6 @@ def build_dataset(
         num_classes=training.num_classes if training else None,
         on_bad_image=options.on_bad_image,
     )
-    if dataset.annotations.corrections.likely_xyxy:
-        warnings.warn(f"{file}: boxes look like x0, y0, x1, y1, but COCO's are x, y, width, height: check a few.")
+    for fault in dataset.silent_faults():
+        warnings.warn(f"{file}: {fault}.")
     return dataset

@@ -1,0 +1,110 @@
+"""Annotations and images that are there twice, as when the exports of two annotators are joined."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from detr_fast.data.annotations import Annotations
+from detr_fast.data.box_forms import ROUNDING_PX
+from detr_fast.data.corrections import shortened
+
+NEARLY_EQUAL_IOU = 0.95
+MOST_NEIGHBOURS = 200
+"""Boxes of an image that a box is compared with: those that begin right of it, by a twentieth of its width at most."""
+NAMED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Doubles:
+    """Ids of annotations whose box an earlier annotation of the same image has."""
+
+    equal: np.ndarray
+    """Of the same class, and but for rounding the same box"""
+    nearly_equal: np.ndarray
+    """Of the same class, with an IoU above NEARLY_EQUAL_IOU"""
+    two_classes: np.ndarray
+    """The same box, of another class"""
+
+    def problems(self) -> Iterator[str]:
+        if len(self.equal):
+            yield (
+                f"{len(self.equal)} annotations repeat an earlier one, its image, class and box "
+                f"(annotations {shortened(self.equal.tolist(), NAMED)}): keep one of each"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """Yield what may be meant."""
+        if len(self.nearly_equal):
+            yield (
+                f"{len(self.nearly_equal)} annotations are nearly an earlier one of their class "
+                f"(IoU above {NEARLY_EQUAL_IOU}; annotations {shortened(self.nearly_equal.tolist(), NAMED)}): "
+                "where they mean one object, keep one of each"
+            )
+        if len(self.two_classes):
+            yield (
+                f"{len(self.two_classes)} annotations have the box of an earlier one, but another class "
+                f"(annotations {shortened(self.two_classes.tolist(), NAMED)}): where they mean one object, keep one"
+            )
+
+
+def find_doubles(annotations: Annotations) -> Doubles:
+    """Compare each box with those of its image that begin near it: one pass over all, 0.2 s for COCO's 860,000."""
+    boxes = annotations.boxes_xywh_px
+    images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
+    order = np.argsort(images * (np.ptp(boxes[:, 0]) + 1.0) + boxes[:, 0]) if len(boxes) else np.zeros(0, np.int64)
+    images, boxes = images[order], boxes[order]
+    first = np.arange(len(order))
+    pairs = [np.zeros((0, 2), np.int64)]
+    for distance in range(1, MOST_NEIGHBOURS + 1):
+        first = first[first + distance < len(order)]
+        second = first + distance
+        begins_near = boxes[second, 0] - boxes[first, 0] <= (1 - NEARLY_EQUAL_IOU) * boxes[first, 2]
+        first = first[begins_near & (images[second] == images[first])]  # of those alone others can begin near, too
+        if not len(first):
+            break
+        pairs.append(np.column_stack((first, first + distance)))
+    pairs_sorted = np.concatenate(pairs)
+    near = pairs_sorted[iou(*boxes[pairs_sorted.T]) > NEARLY_EQUAL_IOU]
+    return classify(annotations, np.sort(order[near], axis=1))
+
+
+def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
+    """Tell apart what `pairs` (P, 2) of annotations with nearly equal boxes are; each is named by its later one."""
+    one, other = annotations.boxes_xywh_px[pairs.T]
+    smallest = np.minimum(one, other)[:, 2:].min(axis=1)
+    rounding = np.where(smallest >= 1, ROUNDING_PX, 1e-9)  # boxes of less than a pixel may be relative
+    equal = (np.abs(one - other) <= rounding[:, None]).all(axis=1)
+    one_class, both_crowds = (
+        column[pairs[:, 0]] == column[pairs[:, 1]] for column in (annotations.category_ids, annotations.crowd)
+    )
+    later = annotations.ids[pairs[:, 1]]
+    doubles = np.unique(later[equal & one_class & both_crowds])
+    return Doubles(
+        equal=doubles,
+        nearly_equal=np.setdiff1d(later[~equal & one_class & both_crowds], doubles),
+        two_classes=np.setdiff1d(later[equal & ~one_class & both_crowds], doubles),
+    )
+
+
+def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
+    """(N,) of boxes (N, 4) with positive extents."""
+    low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
+    high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
+    shared = np.maximum(high - low, 0).prod(axis=1)
+    return shared / (one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - shared)
+
+
+def files_listed_twice(files: Iterable[tuple[int, Path]]) -> Iterator[str]:
+    """Of (image id, file) pairs, a line where a file has several ids: its objects are then missing from each other."""
+    ids_of: dict[str, list[int]] = defaultdict(list)
+    for id_, path in files:
+        ids_of[str(path)].append(id_)
+    doubled = [f"{path}: ids {', '.join(map(str, ids))}" for path, ids in ids_of.items() if len(ids) > 1]
+    if doubled:
+        yield (
+            f"{len(doubled)} image files are listed more than once ({shortened(doubled, NAMED)}): "
+            "list each once, with all of its annotations"
+        )
