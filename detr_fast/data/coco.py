@@ -114,7 +114,8 @@ class CocoDataset(Dataset[Sample]):
         """Yield a line for each kind of fault that neither reading nor training would notice."""
         yield from self.annotations.corrections.doubtful_forms()
         yield from find_doubles(self.annotations).problems()
-        yield from files_listed_twice((record.id, record.path) for record in self.records)
+        ids, files = [record.id for record in self.records], [record.path for record in self.records]
+        yield from files_listed_twice(ids, files)
 
     def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
         return [record for record in self.records if len(record.labels) > limit]

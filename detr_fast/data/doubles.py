@@ -1,7 +1,7 @@
 """Annotations and images that are there twice, as when the exports of two annotators are joined."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,21 +54,20 @@ def find_doubles(annotations: Annotations) -> Doubles:
     """Compare each box with those of its image that begin near it: one pass over all, 0.2 s for COCO's 860,000."""
     boxes = annotations.boxes_xywh_px
     images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
-    order = np.argsort(images * (np.ptp(boxes[:, 0]) + 1.0) + boxes[:, 0]) if len(boxes) else np.zeros(0, np.int64)
-    images, boxes = images[order], boxes[order]
+    order = np.argsort(images * (np.ptp(boxes[:, 0]) + 1) + boxes[:, 0]) if len(boxes) else np.arange(0)
+    images, left, width = images[order], boxes[order, 0], boxes[order, 2]
     first = np.arange(len(order))
     pairs = [np.zeros((0, 2), np.int64)]
     for distance in range(1, MOST_NEIGHBOURS + 1):
-        first = first[first + distance < len(order)]
+        first = first[: np.searchsorted(first, len(order) - distance)]
         second = first + distance
-        begins_near = boxes[second, 0] - boxes[first, 0] <= (1 - NEARLY_EQUAL_IOU) * boxes[first, 2]
-        first = first[begins_near & (images[second] == images[first])]  # of those alone others can begin near, too
+        begins_near = left[second] - left[first] <= (1 - NEARLY_EQUAL_IOU) * width[first]
+        first = first[begins_near & (images[second] == images[first])]  # of those alone the next may begin near, too
         if not len(first):
             break
-        pairs.append(np.column_stack((first, first + distance)))
-    pairs_sorted = np.concatenate(pairs)
-    near = pairs_sorted[iou(*boxes[pairs_sorted.T]) > NEARLY_EQUAL_IOU]
-    return classify(annotations, np.sort(order[near], axis=1))
+        pairs.append(order[np.column_stack((first, first + distance))])
+    candidates = np.sort(np.concatenate(pairs), axis=1)  # the earlier in the file first
+    return classify(annotations, candidates[iou(*boxes[candidates.T]) > NEARLY_EQUAL_IOU])
 
 
 def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
@@ -97,11 +96,13 @@ def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
     return shared / (one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - shared)
 
 
-def files_listed_twice(files: Iterable[tuple[int, Path]]) -> Iterator[str]:
-    """Of (image id, file) pairs, a line where a file has several ids: its objects are then missing from each other."""
-    ids_of: dict[str, list[int]] = defaultdict(list)
-    for id_, path in files:
-        ids_of[str(path)].append(id_)
+def files_listed_twice(ids: Sequence[int], files: Sequence[Path]) -> Iterator[str]:
+    """Yield a line where a file has several image `ids`: each then misses the others' objects."""
+    if len(set(files)) == len(files):
+        return
+    ids_of: dict[Path, list[int]] = defaultdict(list)
+    for id_, path in zip(ids, files, strict=True):
+        ids_of[path].append(id_)
     doubled = [f"{path}: ids {', '.join(map(str, ids))}" for path, ids in ids_of.items() if len(ids) > 1]
     if doubled:
         yield (
