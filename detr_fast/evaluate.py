@@ -11,7 +11,7 @@ from detr_fast.config import EvaluateConfig, require
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.checks import warn_before_evaluation
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
+from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
@@ -61,7 +61,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
         f"At IoU 0.50 and scores of at least {point.threshold:.3f}: precision {point.precision:.3f}, "
         f"recall {point.recall:.3f}, mean over the classes (best F1)."
         if evaluation.measured
-        else "The data has no object to find: nothing is measured."
+        else NOTHING_MEASURED
     )
     figures = (Column(name, justify="right") for name in ("AP", "AP50"))
     classes = Table("class", *figures, title="Average precision by class")

@@ -93,23 +93,23 @@ def check_files(dataset: CocoDataset) -> None:
 
     Raises UserError where there is no going on; else warns.
     """
-    records, skip = dataset.records, dataset.on_bad_image == "skip"
+    file, records, skip = dataset.annotation_file, dataset.records, dataset.on_bad_image == "skip"
     missing = [str(record.path) for record in records if not os.path.isfile(record.path)]
     if missing:
-        text = f"{dataset.annotation_file}: {len(missing)} of {len(records)} image files are missing: "
-        text += shortened(missing, NAMED)
+        text = f"{file}: {len(missing)} of {len(records)} image files are missing: {shortened(missing, NAMED)}"
         require(len(missing) < len(records), f"{text}. Put them there, or name the right folder.")
         require(skip, f"{text}. Put them there, or go on without them: --on-bad-image skip.")
-        warnings.warn(f"{text}: they are left out.")
-    some = records[:: -(-len(records) // MOST_HEADERS)]
-    headers = [read_header(record.path) for record in some]
+        warnings.warn(f"{text}. They are left out.")
+    some = [(record, read_header(record.path)) for record in records[:: -(-len(records) // MOST_HEADERS)]]
     if not skip:
-        for record, header in zip(some, headers, strict=True):
+        for record, header in some:
             require_usable(record, header)
-    turned = [record.path.name for record, header in zip(some, headers, strict=True) if header and header.turned]
+    usable = [one for one, header in some if header and header.size == (one.height, one.width)]
+    require(len(usable) > 0 or len(some) < len(records), f"{file}: no image can be used: check_data says why.")
+    turned = [record.path.name for record, header in some if header and header.turned]
     if turned:
         warnings.warn(
-            f"{dataset.annotation_file}: of {len(some)} images looked at, {len(turned)} have an EXIF orientation "
+            f"{file}: of {len(some)} images looked at, {len(turned)} have an EXIF orientation "
             f"({shortened(turned, NAMED)}), which is not applied: boxes must refer to the pixels as they are stored. "
             "check_data lists all."
         )

@@ -17,7 +17,7 @@ from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import decode_file
 from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
-from detr_fast.data.headers import UPRIGHT, read_header
+from detr_fast.data.headers import read_header
 from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
@@ -138,10 +138,9 @@ UNUSED = "N/A"
 def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     height, width = file_size
     header = read_header(record.path)
-    orientation = header.orientation if header else UPRIGHT
     exif = "EXIF rotation is not applied"
-    if orientation != UPRIGHT:
-        exif = f"the file's EXIF orientation {orientation}, which other programs apply, is not"
+    if header and header.turned:
+        exif += f", and the file has orientation {header.orientation}: other programs show it in another way"
     return (
         f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
         f"({exif}). Correct one of them, or go on without it: --on-bad-image skip."
@@ -194,11 +193,11 @@ def names(categories: Sequence[Category]) -> str:
 
 
 def spelling_hint(unknown: Sequence[Category], known: Sequence[Category]) -> str:
-    """A sentence on names that differ in case and spaces alone; empty where there are none."""
+    """A sentence on categories that differ in id, case or spaces alone; empty where there are none."""
     name_of = {spelling(category.name): category for category in known}
     pairs = [(one, name_of[spelling(one.name)]) for one in unknown if spelling(one.name) in name_of]
-    alike = [f"{one.name!r} and {other.name!r}" for one, other in pairs if one.name != other.name]
-    return f" These differ in case or spaces alone: {shortened(alike, 5)}." if alike else ""
+    alike = [f"{one.id} {one.name!r} and {other.id} {other.name!r}" for one, other in pairs]
+    return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""
 
 
 def spelling(name: str) -> str:

@@ -32,6 +32,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 large (above 96² px) objects; average recall with 1, 10 and 100 detections an image; again by size."""
 ABSENT = -1.0
 """COCO's value of a number that no object of the data bears on, such as APs without small objects."""
+NOTHING_MEASURED = "no AP: the data has no object to find"
 UNLIMITED = ("AP_all_detections", "AP50_all_detections", "AR_all_detections")
 """AP, AP50 and average recall without COCO's limit of 100 detections of a class on an image."""
 ALL_AREAS, MOST_DETECTIONS = 0, -1
@@ -64,15 +65,15 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """What evaluation.json holds: None for what the data has no object for."""
-        found = {**self.metrics, **self.unlimited, "per_class": self.per_class}
-        point = self.operating_point.to_dict() if self.curves.names else None
-        return {**without_absent(found), "at_best_f1": point}
+        point = self.operating_point.to_dict() if self.measured else None
+        note = {} if self.measured else {"note": NOTHING_MEASURED}
+        found = {**self.metrics, **self.unlimited, "at_best_f1": point, "per_class": self.per_class}
+        return {**note, **without_absent(found)}
 
     def line(self) -> str:
-        """The numbers that matter most, in words."""
-        values = {**{name: self.measured.get(name) for name in ("AP", "AP50")}, **self.unlimited}
-        shown = [f"{name} {value:.3f}" for name, value in values.items() if value is not None]
-        return "  ".join(shown) or "no AP, since there is no object to find"
+        """The numbers that matter most."""
+        shown = {name: value for name, value in self.measured.items() if name in ("AP", "AP50")} | self.unlimited
+        return "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) or NOTHING_MEASURED
 
 
 def without_absent(values: dict[str, Any]) -> dict[str, Any]:
