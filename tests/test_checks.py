@@ -75,7 +75,10 @@ def test_nothing_is_said_of_right_boxes(count: int) -> None:
         ([[0, 0, 1, 2]], (2, 2)),
         ([[0, 0, 0.4, 0.7], *boxes_xywh(30).tolist()], (WIDTH, HEIGHT)),  # a sliver, cut off by the corner
         ([[x, y, 9, 9] for x in range(0, 90, 9) for y in range(0, 90, 9)], (110, 110)),  # no pixel beyond 100
-        (boxes_xywh(300) + [0, 0, 40, 40], (WIDTH, HEIGHT)),  # past the edge, as careless annotators leave them
+        (
+            boxes_xywh(300) + np.array([0, 0, 40, 40]),
+            (WIDTH, HEIGHT),
+        ),  # past the edge
     ],
     ids=["one pixel", "two pixels", "a sliver", "a small image", "past the edge"],
 )

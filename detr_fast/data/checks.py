@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from detr_fast.config import require
+from detr_fast.config import UserError, require
 from detr_fast.data.annotations import Annotations, Category
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling
 from detr_fast.data.corrections import shortened
@@ -119,8 +119,8 @@ def require_usable(record: ImageRecord, header: Header | None) -> None:
     """Raises UserError as reading the image would."""
     if header is None:
         decode_file(record.path)
-    else:
-        require(header.size == (record.height, record.width), size_mismatch(record, header.size))
+    elif header.size != (record.height, record.width):
+        raise UserError(size_mismatch(record, header.size))
 
 
 def warn_before_training(train_set: CocoDataset, val_set: CocoDataset) -> None:

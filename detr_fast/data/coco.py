@@ -86,7 +86,8 @@ class CocoDataset(Dataset[Sample]):
         """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
         record = self.records[index]
         decoded = decode_file(record.path, plan.shrinkage())
-        require(decoded.size == (record.height, record.width), size_mismatch(record, decoded.size))
+        if decoded.size != (record.height, record.width):
+            raise UserError(size_mismatch(record, decoded.size))
         top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
         boxes, labels = boxes_within(
             torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
