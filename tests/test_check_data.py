@@ -111,7 +111,7 @@ def test_what_may_be_meant_is_told_but_no_problem(tmp_path: Path, capsys: pytest
     exif = Image.Exif()
     exif[0x112] = 3
     for name, pixel in (("train/1.jpg", 1), ("train/2.jpg", 2), ("val/1.jpg", 2), ("val/2.jpg", 3)):
-        Image.new("RGB", (60, 40), (90 * pixel, 0, 0)).save(tmp_path / name, exif=exif if pixel == 3 else None)
+        Image.new("RGB", (60, 40), (90 * pixel, 0, 0)).save(tmp_path / name, exif=exif if pixel == 3 else b"")
     code, text = check(tmp_path, capsys, num_queries=200)
     assert code == 0 and "Nothing is wrong" in text and "to look at, where it is not meant: 4" in text
     for line in (
