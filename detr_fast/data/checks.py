@@ -106,6 +106,8 @@ def check_files(dataset: CocoDataset) -> None:
             require_usable(record, header)
     usable = [one for one, header in some if header and header.size == (one.height, one.width)]
     require(len(usable) > 0 or len(some) < len(records), f"{file}: no image can be used: check_data says why.")
+    if not usable:
+        warnings.warn(f"{file}: none of the {len(some)} images looked at can be used: check_data says why.")
     turned = [record.path.name for record, header in some if header and header.turned]
     if turned:
         warnings.warn(

@@ -140,7 +140,8 @@ def evaluate_detections(
 
 def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Evaluator) -> dict[str, float]:
     """The UNLIMITED numbers: AP, AP50 and recall where all detections count."""
-    _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, max(len(detections), COCO_DETECTIONS))
+    _, counts = np.unique(detections[:, IMAGE_ID], return_counts=True)
+    _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
     found = precision[..., ALL_AREAS, MOST_DETECTIONS]
     values = (found, found[0], recall[..., ALL_AREAS, MOST_DETECTIONS])
     return dict(zip(UNLIMITED, map(mean_present, values), strict=True))
