@@ -126,6 +126,9 @@ def test_doubles_are_told_from_near_ones_and_from_two_classes(tmp_path: Path) ->
     assert doubles.equal.tolist() == [2, 3]
     assert doubles.nearly_equal.tolist() == [4] and doubles.two_classes.tolist() == [5]
     assert "2 annotations repeat" in next(doubles.problems()) and len(list(doubles.notes())) == 2
+    assert "(annotations 2, 3)" in next(doubles.problems())
+    rows[7]["id"] = 1  # as where two exports are joined: ids name nothing then
+    assert "(annotations number 1, number 2)" in next(find_doubles(read(tmp_path, *rows)).problems())
 
 
 def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> None:

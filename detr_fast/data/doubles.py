@@ -19,7 +19,7 @@ NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class Doubles:
-    """Ids of annotations whose box an earlier annotation of the same image has."""
+    """Ids of annotations whose box an earlier annotation of the same image has, as `Annotations` numbers them."""
 
     equal: np.ndarray
     """Of the same class, and but for rounding the same box"""
@@ -27,12 +27,14 @@ class Doubles:
     """Of the same class, with an IoU above NEARLY_EQUAL_IOU"""
     two_classes: np.ndarray
     """The same box, of another class"""
+    renumbered: bool
+    """The ids are places in the file, counted from 1"""
 
     def problems(self) -> Iterator[str]:
         if len(self.equal):
             yield (
                 f"{len(self.equal)} annotations repeat an earlier one, its image, class and box "
-                f"(annotations {shortened(self.equal.tolist(), NAMED)}): keep one of each"
+                f"({self.named(self.equal)}): keep one of each"
             )
 
     def notes(self) -> Iterator[str]:
@@ -40,14 +42,19 @@ class Doubles:
         if len(self.nearly_equal):
             yield (
                 f"{len(self.nearly_equal)} annotations are nearly an earlier one of their class "
-                f"(IoU above {NEARLY_EQUAL_IOU}; annotations {shortened(self.nearly_equal.tolist(), NAMED)}): "
+                f"(IoU above {NEARLY_EQUAL_IOU}; {self.named(self.nearly_equal)}): "
                 "where they mean one object, keep one of each"
             )
         if len(self.two_classes):
             yield (
                 f"{len(self.two_classes)} annotations have the box of an earlier one, but another class "
-                f"(annotations {shortened(self.two_classes.tolist(), NAMED)}): where they mean one object, keep one"
+                f"({self.named(self.two_classes)}): where they mean one object, keep one"
             )
+
+    def named(self, ids: np.ndarray) -> str:
+        """The first ids; as other messages do, the place in the file counted from 0 where its ids are no use."""
+        names = [f"number {id_ - 1}" for id_ in ids.tolist()] if self.renumbered else ids.tolist()
+        return f"annotations {shortened(names, NAMED)}"
 
 
 def find_doubles(annotations: Annotations) -> Doubles:
@@ -85,6 +92,7 @@ def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
         equal=doubles,
         nearly_equal=np.setdiff1d(later[~equal & one_class & both_crowds], doubles),
         two_classes=np.setdiff1d(later[equal & ~one_class & both_crowds], doubles),
+        renumbered=annotations.corrections.renumbered,
     )
 
 

@@ -76,12 +76,13 @@ class Evaluation:
         return "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) or NOTHING_MEASURED
 
 
-def without_absent(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy, of dicts in it as well, in which None stands for ABSENT."""
-    return {
-        name: without_absent(value) if isinstance(value, dict) else None if value == ABSENT else value
-        for name, value in values.items()
-    }
+def without_absent(value: Any) -> Any:
+    """Return a copy of what is to be json, in which None stands for ABSENT."""
+    if isinstance(value, dict):
+        return {name: without_absent(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_absent(one) for one in value]
+    return None if value == ABSENT else value
 
 
 def evaluate_model(
