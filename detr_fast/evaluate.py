@@ -8,8 +8,9 @@ from detr_fast.command import run
 from detr_fast.config import EvaluateConfig, require
 from detr_fast.console import Console
 from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.checks import warn_before_evaluation
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
+from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
@@ -26,6 +27,8 @@ def main(options: EvaluateConfig) -> None:
     require_writable("--output", output)
     console = Console()
     console.print(f"{options.weights} on {len(dataset)} images")
+    for line in dataset.annotations.corrections.lines():
+        console.print(f"{dataset.annotation_file}: {line}")
     for name, reason in runtime.reasons.items():
         console.print(f"{name:>18}  {reason}")
     workers = runtime.workers(options.workers)
@@ -46,6 +49,7 @@ def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
         f"{dataset.annotation_file} has category ids up to {dataset.num_classes - 1}, but {options.weights} has "
         f"{model.config.num_classes} classes and does not say which. Evaluate it on the data it was trained on.",
     )
+    warn_before_evaluation(dataset)
     return dataset
 
 
@@ -53,11 +57,13 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     """The twelve numbers with the best operating point, and AP by class."""
     point = evaluation.operating_point
     numbers = Table("metric", Column("value", justify="right"), title="COCO metrics")
-    for name, value in evaluation.metrics.items():
+    for name, value in (evaluation.metrics | evaluation.unlimited).items():
         numbers.add_row(name, show(value))
     numbers.caption = (
         f"At IoU 0.50 and scores of at least {point.threshold:.3f}: precision {point.precision:.3f}, "
         f"recall {point.recall:.3f}, mean over the classes (best F1)."
+        if evaluation.measured
+        else NOTHING_MEASURED
     )
     figures = (Column(name, justify="right") for name in ("AP", "AP50"))
     classes = Table("class", *figures, title="Average precision by class")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -79,7 +80,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     options = located(options)
     resumed = resumed_path(options.resume, options.output)
     state = load_resumed(resumed)
-    train_set, val_set, config = make_data(options)
+    with warnings.catch_warnings():
+        if not world.is_main:
+            warnings.simplefilter("ignore")  # the main process warns of the same
+        train_set, val_set, config = make_data(options)
     if state:
         check_resumed(state, options, config, train_set, val_set)
         options = continued(options, state, world.size)
@@ -98,7 +102,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
         return 0
     if state:
-        console.print(changes(state, options), highlight=False, markup=False, soft_wrap=True)
+        console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
@@ -132,7 +136,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log.close()
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)
-            console.print(f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt")
+            console.print(last_line(folder, loop.progress))
     return code
 
 
@@ -150,6 +154,13 @@ def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_s
     if state and evaluates_otherwise(state, config):
         progress.best_ap = -math.inf
     return progress
+
+
+def last_line(folder: RunFolder, progress: Progress) -> str:
+    """Where everything is, and which weights to take."""
+    if progress.best_ap >= 0:
+        return f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt"
+    return f"Everything is in {folder.root}. No AP was measured: checkpoints/best.pt has the latest weights."
 
 
 def make_room(step: TrainStep, options: TrainConfig, largest: Batch) -> None:

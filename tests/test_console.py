@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from detr_fast.check_data import print_problems
+from detr_fast.check_data import print_lines
 from detr_fast.command import run
 from detr_fast.config import UserError
 from detr_fast.console import Console
@@ -33,7 +33,7 @@ def test_text_is_printed_as_it_is(text: str) -> None:
     table.add_row(text)
     assert printed(table).count(text) == 4
     file = io.StringIO()
-    print_problems({f"{text} is wrong": text}, Console(file=file, width=1000))
+    print_lines("problems", [(text, f"{text} is wrong")], Console(file=file, width=1000))
     assert file.getvalue().count(text) == 2
 
 

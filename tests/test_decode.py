@@ -15,8 +15,9 @@ from PIL import Image
 
 from detr_fast.config import UserError
 from detr_fast.data import decode
-from detr_fast.data.decode import decode_image, faults_named, header_size, rgb_pixels
+from detr_fast.data.decode import decode_image, faults_named, rgb_pixels
 from detr_fast.data.formats import READ_FORMATS
+from detr_fast.data.headers import read_header
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.stack(np.broadcast_arrays(np.arange(60) * 4, np.arange(40)[:, None] * 6, 90), axis=-1).astype(np.uint8)
@@ -127,10 +128,11 @@ def test_whatever_a_decoder_raises_is_the_images_fault(
         decode_image(path)
 
 
-@pytest.mark.parametrize("raised", [MemoryError(), KeyboardInterrupt()])
-def test_what_is_not_the_images_fault_passes(raised: BaseException) -> None:
-    with pytest.raises(type(raised)), faults_named("image"):
-        raise raised
+def test_what_is_not_the_images_fault_passes() -> None:
+    with pytest.raises(KeyboardInterrupt), faults_named("image"):
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match=r"image: cannot be decoded \(MemoryError"), faults_named("image"):
+        raise MemoryError
 
 
 def test_pillow_warns_of_nothing_that_is_handled_here(tmp_path: Path) -> None:
@@ -143,9 +145,10 @@ def test_pillow_warns_of_nothing_that_is_handled_here(tmp_path: Path) -> None:
     code = """
 import sys, threading
 from pathlib import Path
-from detr_fast.data.decode import decode_image, header_size
+from detr_fast.data.decode import decode_image
+from detr_fast.data.headers import read_header
 paths = sorted(Path(sys.argv[1]).iterdir())
-threads = [threading.Thread(target=lambda path=path: (header_size(path), decode_image(path))) for path in 2 * paths]
+threads = [threading.Thread(target=lambda path=path: (read_header(path), decode_image(path))) for path in 2 * paths]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
@@ -265,12 +268,13 @@ def test_a_header_tells_the_size_that_decoding_finds(format: str, tmp_path: Path
     exif[0x0112] = 6  # to be turned for display, which is ignored
     options = {"exif": exif.tobytes()} if format == "JPEG" else {}
     path = write(tmp_path, encoded(Image.fromarray(SMOOTH), format, **options))
-    assert header_size(path) == tuple(decode_image(path).shape[1:]) == (40, 60)
+    header = read_header(path)
+    assert header is not None and header.size == tuple(decode_image(path).shape[1:]) == (40, 60)
 
 
 def test_a_header_that_is_none_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (b"", b"<html></html>", photograph()[:20]):
-        assert header_size(write(tmp_path, data)) is None
-    assert header_size(tmp_path / "missing.jpg") is None and header_size(tmp_path) is None
+        assert read_header(write(tmp_path, data)) is None
+    assert read_header(tmp_path / "missing.jpg") is None and read_header(tmp_path) is None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert header_size(write(tmp_path, photograph())) is None
+    assert read_header(write(tmp_path, photograph())) is None

@@ -86,6 +86,36 @@ def test_evaluate_shows_class_names_as_they_are(
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["per_class"]) == list(names)
 
 
+def test_evaluate_says_what_cannot_be_measured_and_shows_no_number_for_it(
+    weights: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((shapes_root / "annotations" / "val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**document, "annotations": []}))
+    data = ("--val-images", shapes_root / "val", "--val-annotations", tmp_path / "val.json")
+    with pytest.warns(UserWarning, match=r"val\.json: there is no object to find.*No AP is measured"):
+        assert run_evaluate("--weights", weights, *data, "--output", tmp_path / "out") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "-1.000" not in printed and "no object to find" in printed
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["AP"] is None
+
+
+def test_evaluate_names_all_missing_images_at_once_and_areas_that_cannot_be(
+    weights: Path, shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((shapes_root / "annotations" / "val.json").read_text())
+    document["annotations"][0]["area"] = 0
+    for image in document["images"][:3]:
+        image["file_name"] = f"absent{image['id']}.jpg"
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    data = ("--val-images", shapes_root / "val", "--val-annotations", tmp_path / "val.json")
+    options = ("--weights", weights, *data, "--output", tmp_path / "out")
+    assert run_evaluate(*options) == 2
+    assert "3 of 12 images have no file" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="3 of 12 images have no file"):
+        assert run_evaluate(*options, "--on-bad-image", "skip") == 0
+    assert "1 areas are 0" in capsys.readouterr().out
+
+
 def test_evaluate_refuses_data_of_other_classes(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

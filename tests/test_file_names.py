@@ -30,7 +30,10 @@ def make(tmp_path: Path) -> Make:
             (tmp_path / "train" / file).parent.mkdir(exist_ok=True)
             Image.new("RGB", (6, 4)).save(tmp_path / "train" / file, "JPEG")
         images = [{"id": id_, "file_name": name, "width": 6, "height": 4} for id_, name in enumerate(names, 1)]
-        content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+        boxes = [
+            {"id": id_, "image_id": id_, "category_id": 1, "bbox": [1, 1, 3, 2]} for id_ in range(1, len(names) + 1)
+        ]
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
         (tmp_path / "annotations" / "train.json").write_text(json.dumps(content))
         return tmp_path
 

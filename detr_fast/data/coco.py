@@ -1,7 +1,7 @@
 """A data set in COCO format: images read from a folder, labels and boxes from a json."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,13 @@ import torch
 from torch.utils.data import Dataset
 
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
-from detr_fast.data.annotations import Annotations, Category, read_annotations, shortened
+from detr_fast.data.annotations import Annotations, Category, read_annotations
+from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import Decoded, decode_file
+from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
 from detr_fast.data.file_names import ImageFolder, OutsideError
+from detr_fast.data.headers import read_header
 from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
@@ -96,7 +99,8 @@ class CocoDataset(Dataset[Sample]):
         """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
         record = self.records[index]
         decoded = record.decode(plan.shrinkage())
-        require(decoded.size == (record.height, record.width), size_mismatch(record, decoded.size))
+        if decoded.size != (record.height, record.width):
+            raise UserError(size_mismatch(record, decoded.size))
         top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
         boxes, labels = boxes_within(
             torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
@@ -119,6 +123,13 @@ class CocoDataset(Dataset[Sample]):
     def coco_document(self) -> dict[str, Any]:
         """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""
         return self.annotations.document()
+
+    def silent_faults(self) -> Iterator[str]:
+        """Yield a line for each kind of fault that neither reading nor training would notice."""
+        yield from self.annotations.corrections.doubtful_forms()
+        yield from find_doubles(self.annotations).problems()
+        ids, files = [record.id for record in self.records], [record.path for record in self.records]
+        yield from files_listed_twice(ids, files)
 
     def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
         return [record for record in self.records if len(record.labels) > limit]
@@ -150,9 +161,13 @@ UNUSED = "N/A"
 
 def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     height, width = file_size
+    header = read_header(record.path)
+    exif = "EXIF rotation is not applied"
+    if header and header.turned:
+        exif += f", and the file has orientation {header.orientation}: other programs show it in another way"
     return (
         f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
-        "(EXIF rotation is not applied). Correct one of them."
+        f"({exif}). Correct one of them."
     )
 
 
@@ -192,13 +207,26 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
     if unknown:
         raise UserError(
             f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names."
+            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}"
         )
     return {category.id: label for label, category in enumerate(categories)}
 
 
 def names(categories: Sequence[Category]) -> str:
     return shortened([f"{category.id} {category.name!r}" for category in categories], 10)
+
+
+def spelling_hint(unknown: Sequence[Category], known: Sequence[Category]) -> str:
+    """A sentence on categories that differ in id, case or spaces alone; empty where there are none."""
+    name_of = {spelling(category.name): category for category in known}
+    pairs = [(one, name_of[spelling(one.name)]) for one in unknown if spelling(one.name) in name_of]
+    alike = [f"{one.id} {one.name!r} and {other.id} {other.name!r}" for one, other in pairs]
+    return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""
+
+
+def spelling(name: str) -> str:
+    """The name without case, and with single spaces."""
+    return " ".join(name.split()).casefold()
 
 
 def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[int, int]) -> list[ImageRecord]:
@@ -259,16 +287,17 @@ def build_dataset(
         follow_links=options.follow_links,
     )
     require_images(dataset)
-    if dataset.annotations.corrections.likely_xyxy:
-        warnings.warn(f"{file}: boxes look like x0, y0, x1, y1, but COCO's are x, y, width, height: check a few.")
+    for fault in dataset.silent_faults():
+        warnings.warn(f"{file}: {fault}.")
     return dataset
 
 
 def require_images(dataset: CocoDataset) -> None:
     """Raises UserError, before anything is read, where images have no file: for one of them, or with "skip" for all."""
-    some_are_there = any(not record.absent for record in dataset.records)
-    if dataset.on_bad_image == "skip" and some_are_there:
-        return
     absent = dataset.absent_images()
+    if absent is None:
+        return
+    some_are_there = any(not record.absent for record in dataset.records)
     advice = "\nGo on without them: --on-bad-image skip." if some_are_there else ""
-    require(absent is None, f"{absent}{advice}")
+    require(dataset.on_bad_image == "skip" and some_are_there, f"{absent}{advice}")
+    warnings.warn(f"{absent}\nThey are left out.")

@@ -72,15 +72,6 @@ def faults_named(image: str) -> Iterator[None]:
         ) from error
 
 
-def header_size(path: Path) -> tuple[int, int] | None:
-    """Return (h, w) in pixels as the file's header says, or None where none can be read. Pixels are not read."""
-    try:
-        with faults_named(str(path)), Image.open(path, formats=READ_FORMATS) as image:
-            return image.height, image.width
-    except UserError:
-        return None
-
-
 def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
     """As `decode_file`, of a file's content. Raises what the decoders do."""
     if not data:

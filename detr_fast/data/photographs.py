@@ -4,8 +4,9 @@ from pathlib import Path
 
 from detr_fast.config import UserError, require
 from detr_fast.data.annotations import shortened
-from detr_fast.data.decode import JPEG_START, header_size
+from detr_fast.data.decode import JPEG_START
 from detr_fast.data.formats import START_BYTES, described
+from detr_fast.data.headers import read_header
 
 IMAGE_ENDINGS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".png", ".gif", ".bmp"),
@@ -57,6 +58,6 @@ def why_passed_over(file: Path) -> str | None:
             start = opened.read(START_BYTES)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if start.startswith(JPEG_START) or header_size(file):
+    if start.startswith(JPEG_START) or read_header(file):
         return None
     return described(start) or "not an image of a known format"

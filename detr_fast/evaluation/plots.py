@@ -72,9 +72,11 @@ def draw_precision_recall(evaluation: Evaluation, path: Path, shown: Mapping[str
         label = f"mean of {len(curves.names)}  {evaluation.metrics['AP50']:.3f}"
         axes.plot(curves.recall, curves.precision.mean(axis=0), color="black", linewidth=2.2, label=label)
     point = evaluation.operating_point
-    title = (
-        f"precision and recall at IoU 0.50\nscore at least {point.threshold:.2f}: precision {point.precision:.3f}, "
-        f"recall {point.recall:.3f} (best F1)"
+    title = "precision and recall at IoU 0.50"
+    title += (
+        f"\nscore at least {point.threshold:.2f}: precision {point.precision:.3f}, recall {point.recall:.3f} (best F1)"
+        if len(curves.names)
+        else "\nno object to find"
     )
     finish_axes(axes, title, "recall", legend_title="AP50")
     axes.set_ylabel("precision")

@@ -10,6 +10,7 @@ from detr_fast.config import ModelConfig, TrainConfig, model_config
 from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
+from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import BATCHES_A_GROUP
@@ -33,7 +34,9 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
     config = model_config(options.model, num_classes=train_set.num_classes, **changes)
     train_set.warn_if_queries_are_few(config.num_queries)
-    return train_set, build_dataset(options, "val", config, categories=train_set.categories), config
+    val_set = build_dataset(options, "val", config, categories=train_set.categories)
+    warn_before_training(train_set, val_set)
+    return train_set, val_set, config
 
 
 def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
