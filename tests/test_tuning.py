@@ -299,6 +299,7 @@ def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: 
     """The measuring process builds the same case from its options as training from its data."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(first_minute, "MINUTES", 0.01)
+    monkeypatch.setattr(first_minute, "GRACE_S", 600)
     config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
     options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
     assert first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))
