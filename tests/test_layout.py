@@ -101,18 +101,18 @@ def test_a_user_without_name_home_or_cache_can_import_all_of_it(tmp_path: Path) 
     """As in `docker run --user 12345`: each of these kills torch's import, were it the first."""
     code = """
 import os, pwd
-for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+for name in ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 def unknown(uid):
     raise KeyError(f"getpwuid(): uid not found: {uid}")
 pwd.getpwuid = unknown
 import detr_kernels, detr_fast.doctor, detr_profiling.suite
-import getpass
-print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"])
+import getpass, torch
+print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir())
 """
     (tmp_path / "file").touch()
     lacking = str(tmp_path / "file" / "folder")
-    variables = {"HOME": lacking, "TORCHINDUCTOR_CACHE_DIR": lacking, "TMPDIR": str(tmp_path)}
-    name, cache = run_python(code, **variables).split()
+    name, cache, downloads = run_python(code, TORCHINDUCTOR_CACHE_DIR=lacking, TMPDIR=str(tmp_path)).split()
     assert name == str(os.getuid())
+    assert downloads.startswith(f"{tmp_path}/cache_")
     assert Path(cache).parent == tmp_path and Path(cache).is_dir()

@@ -14,9 +14,11 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def prepare_account() -> None:
-    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, and torch's cache to
-    a new temporary folder where the usual one cannot be written. Exits where there is no folder for temporary files,
-    without which torch's compiler cannot be imported."""
+    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folder of caches
+    to a temporary one where there is no home, and torch's own to a new one where the usual one cannot be written.
+
+    Exits where there is no folder for temporary files, without which torch's compiler cannot be imported.
+    """
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # the second from Python 3.13 on
@@ -26,6 +28,8 @@ def prepare_account() -> None:
     except FileNotFoundError as error:
         print(f"error: {error.strerror}. Set TMPDIR to a folder that can be written.", file=sys.stderr)
         sys.exit(2)
+    if os.path.expanduser("~") == "~":  # no home: torch would make a folder of that name for what it downloads
+        os.environ.setdefault("XDG_CACHE_HOME", f"{temporary}/cache_{name}")
     folder = Path(os.environ.get(CACHE) or Path(temporary, f"torchinductor_{name}"))
     if not can_be_written(folder):
         os.environ[CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
