@@ -66,7 +66,7 @@ def faults_named(image: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{image}: the image file is missing.") from error
     except Exception as error:  # no list of what decoders raise for a broken or rare file has ever been complete
-        told = isinstance(error, OSError | ValueError | SyntaxError) and str(error)
+        told = isinstance(error, OSError | ValueError | SyntaxError | Image.DecompressionBombError) and str(error)
         raise UserError(
             f"{image}: cannot be decoded ({told or repr(error)}). Replace the file, or take it away."
         ) from error

@@ -5,6 +5,7 @@
 
 import getpass
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,13 +14,23 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def prepare_account() -> None:
-    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, and torch's cache to
-    a new temporary folder where the usual one cannot be written."""
+    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folder of caches
+    to a temporary one where there is no home, and torch's own to a new one where the usual one cannot be written.
+
+    Exits where there is no folder for temporary files, without which torch's compiler cannot be imported.
+    """
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # the second from Python 3.13 on
         name = os.environ["LOGNAME"] = str(os.getuid())
-    folder = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir(), f"torchinductor_{name}"))
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        print(f"error: {error.strerror}. Set TMPDIR to a folder that can be written.", file=sys.stderr)
+        sys.exit(2)
+    if os.path.expanduser("~") == "~":  # no home: torch would make a folder of that name for what it downloads
+        os.environ.setdefault("XDG_CACHE_HOME", f"{temporary}/cache_{name}")
+    folder = Path(os.environ.get(CACHE) or Path(temporary, f"torchinductor_{name}"))
     if not can_be_written(folder):
         os.environ[CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
         warnings.warn(f"{folder} cannot be written: compiled code is kept in {os.environ[CACHE]} ({CACHE}).")
