@@ -29,7 +29,9 @@ def main(options: PredictConfig) -> int:
         all(file.resolve().parent != pictures.resolve() for file in files),
         f"--out {out}: pictures would be written among the images that are read. Give another folder.",
     )
-    model = load_model(options.weights)
+    model = load_model(options.weights, categories=options.categories)
+    for note in model.notes:
+        print(note)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     bad: dict[Path, str] = {}
