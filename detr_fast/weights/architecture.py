@@ -70,14 +70,15 @@ def no_detr(weights: NamedWeights) -> str:
     """What weights are whose names are not DETR's, as the rest of a sentence."""
     return (
         f"does not look like a DETR: its first names are {listed(sorted(weights.tensors), 3)}; "
-        f"facebookresearch/detr has such as {ANCHORS[0]}, Hugging Face {ANCHORS[1]}."
+        f"facebookresearch/detr has such as {ANCHORS[0]}, Hugging Face {ANCHORS[1]}; "
+        "a backbone alone is for train --backbone-weights."
     )
 
 
 def without_heads(lacking: Iterable[str]) -> str:
     """What weights are that lack some of HEADS, as the rest of a sentence."""
     names = {"class_embed": "class head", "bbox_embed": "box head", "query_embed": "queries"}
-    missing = " and ".join(f"{names[head]} ({head})" for head in lacking)
+    missing = ", ".join(f"{names[head]} ({head})" for head in lacking)
     return f"lacks DETR's {missing}: it can only be trained from, with train --weights."
 
 

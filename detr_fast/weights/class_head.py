@@ -66,7 +66,7 @@ Given = str | Path | Sequence[Category] | None
 def class_names(
     file: WeightsFile, num_classes: int, given: Given = None
 ) -> tuple[tuple[Category, ...] | None, str | None]:
-    """What each label of the file's detector stands for, and, where the file does not say it, what was assumed.
+    """What each label of the file's detector stands for, and, where the file does not say it, how that was found.
 
     The file's own names count, with the ids of `given` where that has the same names; else `given`, whose ids are the
     labels; else COCO's names for 91 classes. None: labels are ids without names. Raises UserError for names that the
@@ -75,10 +75,12 @@ def class_names(
     stated = stated_categories(file, num_classes)
     if given is not None:
         categories = given_categories(given)
+        source = str(given) if isinstance(given, str | Path) else "the given categories"
         known = {category.name.casefold() for category in stated or ()}
         if stated and all(category.name.casefold() in known for category in categories):
-            return with_ids(stated, categories), None
-        return by_label(categories, num_classes, given if isinstance(given, str | Path) else "categories"), None
+            return with_ids(stated, categories), f"{file.path}: its own names, with the ids of {source}"
+        chosen, order = by_label(categories, num_classes, source)
+        return chosen, f"{file.path}: its labels are the {order} of {source}"
     if stated:
         return stated, None
     if num_classes == COCO_NUM_CLASSES and file.model_config is None:
@@ -123,9 +125,9 @@ def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tupl
     return tuple(named.get(one.name.casefold(), Category(-1, one.name)) for one in stated)
 
 
-def by_label(categories: Sequence[Category], num_classes: int, source: str | Path) -> tuple[Category, ...]:
-    """A name for each label: ids are labels where the head has room for all, as facebookresearch's; else, where there
-    are as many categories as labels, they follow each other. Raises UserError where it is neither."""
+def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
+    """A name for each label, and what labels are: ids where the head has room for all, as facebookresearch's; else,
+    where there are as many categories as labels, these in order. Raises UserError where it is neither."""
     largest = categories[-1].id
     if largest >= num_classes:
         require(
@@ -133,9 +135,9 @@ def by_label(categories: Sequence[Category], num_classes: int, source: str | Pat
             f"--categories {source}: its {len(categories)} categories have ids up to {largest}, but the class head has "
             f"{num_classes} classes, 0 to {num_classes - 1}. Give the json of the data that it was trained on.",
         )
-        return tuple(categories)
+        return tuple(categories), "categories in ascending order of ids"
     name_of = {category.id: category.name for category in categories}
-    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes))
+    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)), "category ids"
 
 
 def coco_categories() -> tuple[Category, ...]:

@@ -67,11 +67,13 @@ def read_weights_file(path: Path) -> WeightsFile:
         return _read_safetensors(path)
     if kind := _something_else(start):
         raise UserError(f"{path} {kind}.")
-    if path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80\x02")):  # an archive, or a pickle
+    if path.suffix == ".safetensors" and not start.startswith(TORCHS):
         return _read_safetensors(path)  # which says what is wrong with it
     return _read_torch(path)
 
 
+TORCHS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+"""What an archive begins with, or a pickle."""
 TEXTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned",
     b"<": "is a web page, not weights: download the file itself",

@@ -53,9 +53,9 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)
     named = NamedWeights(fitted, weights.naming)
     own = model.state_dict()
+    head = [key for key in own if key.startswith("class_embed.")]
+    fits = all(key in weights and weights[key].shape[1:] == own[key].shape[1:] for key in head)
     heads, new = fitted_heads(own, named)
-    if "class_embed" in weights.lacking(own):
-        new.insert(0, "class_embed")
     outside = [name for name in named.unexpected(own) if not named.in_trunk(name)]
     tensors = {name: value for name, value in named.tensors.items() if name not in outside} | heads
     try:
@@ -63,7 +63,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     notes = [*file.notes, *([assumed] if assumed and classes else []), *other_input(model, file)]
-    return Kept(classes, new, [*weights.left_out, *outside], notes)
+    return Kept(classes, new if fits else ["class_embed", *new], [*weights.left_out, *outside], notes)
 
 
 def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[str, Tensor], list[str]]:
@@ -76,11 +76,11 @@ def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[st
             continue
         values = {key: own[key].clone() for key in keys}
         what = head
-        for key in keys:
-            if head == "query_embed" and key in weights and weights[key].shape[1:] == own[key].shape[1:]:
-                rows, wanted = min(len(weights[key]), len(own[key])), len(own[key])
-                values[key][:rows] = weights[key][:rows].to(own[key])
-                what = f"{wanted - rows} of {wanted} queries (the file has {len(weights[key])})"
+        if head == "query_embed" and keys[0] in weights and weights[keys[0]].shape[1:] == own[keys[0]].shape[1:]:
+            source, queries = weights[keys[0]], values[keys[0]]
+            rows = min(len(source), len(queries))
+            queries[:rows] = source[:rows].to(queries)
+            what = f"{len(queries) - rows} of {len(queries)} queries (the file has {len(source)}, as --num-queries)"
         fitted |= {counterparts(key, weights.naming)[0]: value for key, value in values.items()}
         new.append(what)
     return fitted, new

@@ -115,6 +115,10 @@ def fill(model: DETR, weights: NamedWeights) -> None:
         lists = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
         lines = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in lists.items() if keys]
         options = agreeing_options(model.config, visible_architecture(weights))
-        hint = f"A model made with {' '.join(options)} would agree." if options else "This is another architecture."
+        hint = "This is another architecture."
+        if options:
+            hint = f"A model made with {' '.join(options)} would agree."
+        elif not (unexpected or differing):
+            hint = "They are not in the file: give a whole one."
         raise UserError("\n  ".join(["the weights do not fit the model.", *lines, hint]))
     model.load_state_dict(found)

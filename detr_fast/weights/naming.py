@@ -73,7 +73,14 @@ TRUNK = {
 """What the names of the backbone and the transformer begin with; the rest are heads and queries."""
 HEADS = ("class_embed", "bbox_embed", "query_embed")
 """The rest, in our naming: what a detector can learn anew."""
-HEAD_WEIGHTS = ("class_embed.weight", "class_embed.bias", "bbox_embed.layers.2.weight", "query_embed.weight")
+HEAD_WEIGHTS = (
+    *(
+        f"{layer}.{kind}"
+        for layer in ("class_embed", *(f"bbox_embed.layers.{i}" for i in range(3)))
+        for kind in ("weight", "bias")
+    ),
+    "query_embed.weight",
+)
 
 
 def rename(key: str, renames: Renames) -> str:

@@ -77,6 +77,13 @@ class PlainDict:
         return OrderedDict()
 
 
+class PlainList:
+    """Makes a list in place of a deque, for the same reason."""
+
+    def __new__(cls, *_: Any) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
 class NumpyDtype:
     """A type as NumPy pickles it; `dtype` is None for what is no number, such as text and Python objects."""
 
@@ -113,6 +120,7 @@ STAND_INS = [
     (NumpyArray, "numpy.ndarray"),
     *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((NumpyArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (PlainList, "collections.deque"),
     *(
         (PlainDict, name)
         for name in (
@@ -139,7 +147,8 @@ STAND_INS = [
                 f"builtins.{name}"
                 for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "str", "tuple")
             ),
-            "collections.deque",
+            *(f"numpy.{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)),
+            *("numpy.bool", "numpy.bool_"),
             "decimal.Decimal",
             "typing.Any",
             "uuid.UUID",
@@ -182,7 +191,8 @@ def obstacle(path: Path, error: BaseException) -> str:
         name = brief(next(filter(None, found.groups())))
         return f"cannot be read safely as weights, since it holds {name}, which is no plain value: {RESAVE}"
     if "Unsupported operand" in text or "Invalid magic number" in text:
-        return f"cannot be read safely as weights, since it is no file that torch.save writes by default: {RESAVE}"
+        kind = "is damaged, or no file that torch.save writes by default"
+        return f"cannot be read safely as weights, since it {kind}: copy it again, or {RESAVE}"
     unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     reason = unpickler[1] if unpickler else getattr(error, "strerror", None) or text.strip().partition("\n")[0]
     reason = brief(reason or type(error).__name__, 120).rstrip(".")

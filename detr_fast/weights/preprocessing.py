@@ -57,9 +57,9 @@ def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
         shorter, longer = size.get("shortest_edge"), size.get("longest_edge")
     else:
         shorter, longer = size, said.get("max_size", default.max_size)
-    if type(shorter) is int and type(longer) is int and 1 <= shorter <= longer:
-        return shorter, longer
-    what = "only shortest_edge up to longest_edge, which keep the aspect ratio, can be followed"
+    if type(shorter) is int and type(longer) is int and min(shorter, longer) >= 1:
+        return min(shorter, longer), longer
+    what = "only shortest_edge and longest_edge, which keep the aspect ratio, can be followed"
     raise UserError(refused(file, "size", size, what))
 
 
@@ -84,4 +84,4 @@ def statistics(file: WeightsFile, said: dict[str, Any]) -> tuple[tuple[float, ..
 
 
 def refused(file: WeightsFile, key: str, value: object, what: str) -> str:
-    return f"{file.path}: its {PREPROCESSOR_CONFIG} has {key}={brief(value)}, and {what}."
+    return f"{file.path}: its {PREPROCESSOR_CONFIG} has {key}={brief(value)}, and {what}: change it there."
