@@ -55,7 +55,7 @@ def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
 
 
 def ways_on(model: DETR, error: UnknownCategories) -> str:
-    """What to do where the model has other classes than the data."""
+    """Say what to do where the model has other classes than the data."""
     ids = {category.name.casefold(): category.id for category in model.categories or ()}
     moved = [one for one in error.unknown if ids.get(one.name.casefold(), one.id) != one.id]
     if len(moved) == len(error.unknown):

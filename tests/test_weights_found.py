@@ -294,7 +294,7 @@ HEADLESS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "its bias": (lambda w: without(w, "class_embed.bias"), "new: class_embed"),
     "its name": (
         lambda w: without(w, "class_embed") | {"head.weight": w["class_embed.weight"]},
-        "new: class_embed; left out: head.weight",
+        "new: class_embed, the rest is kept; left out: head.weight",
     ),
     "its width": (lambda w: w | {"class_embed.weight": torch.zeros(4, 64)}, "new: class_embed"),
     "bbox_embed": (lambda w: without(w, "bbox_embed"), "1 of 2 classes; new: bbox_embed"),

@@ -8,7 +8,7 @@ from detr_fast.config import MODELS, ModelConfig, TrainConfig, UserError, model_
 from detr_fast.model.backbone import DEPTHS
 from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import ANCHORS, HEAD_WEIGHTS, NamedWeights
-from detr_fast.weights.pickles import listed
+from detr_fast.weights.pickles import brief, listed
 from detr_fast.weights.preprocessing import preprocessed
 
 OWN_BACKBONES = (*DEPTHS, "tiny")
@@ -67,7 +67,7 @@ def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None
 
 
 def no_detr(weights: NamedWeights) -> str:
-    """What weights are whose names are not DETR's, as the rest of a sentence."""
+    """Say what weights are whose names are not DETR's, as the rest of a sentence."""
     return (
         f"does not look like a DETR: its first names are {listed(sorted(weights.tensors), 3)}; "
         f"facebookresearch/detr has such as {ANCHORS[0]}, Hugging Face {ANCHORS[1]}; "
@@ -76,7 +76,7 @@ def no_detr(weights: NamedWeights) -> str:
 
 
 def without_heads(lacking: Iterable[str]) -> str:
-    """What weights are that lack some of HEADS, as the rest of a sentence."""
+    """Say what weights are that lack some of HEADS, as the rest of a sentence."""
     names = {"class_embed": "class head", "bbox_embed": "box head", "query_embed": "queries"}
     missing = ", ".join(f"{names[head]} ({head})" for head in lacking)
     return f"lacks DETR's {missing}: it can only be trained from, with train --weights."
@@ -90,7 +90,7 @@ def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
             model_config(config.backbone)  # raises for what is no timm model
         return config
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{file.path} describes no model that can be built: {error}") from error
+        raise UserError(f"{file.path} describes no model that can be built: {brief(error, 300)}") from error
 
 
 def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, Any]) -> None:
@@ -101,7 +101,9 @@ def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, A
     for name, value in visible.items():
         stated = getattr(config, name)
         if stated != value and not (name == "backbone" and stated not in OWN_BACKBONES):
-            raise UserError(f"{file.path} contradicts itself: model_config has {name}={stated}, its weights {value}.")
+            raise UserError(
+                f"{file.path} contradicts itself: model_config has {name}={brief(stated)}, its weights {value}."
+            )
 
 
 def from_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -115,12 +117,14 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
     config = file.huggingface_config
     if not config:
         return {}
+    kind = config.get("model_type", "detr")
+    require(kind == "detr", f"{file.path} is a model of type {brief(kind)}, not a DETR: its config.json says so.")
     kept = {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False}
     for name, value in kept.items():
         if config.get(name, value) != value:
             raise UserError(
-                f"{file.path}: its config.json has {name}={config[name]!r}, which computes something else than DETR; "
-                f"only {value!r} can be loaded."
+                f"{file.path}: its config.json has {name}={brief(config[name])}, which computes something else than "
+                f"DETR; only {value!r} can be loaded."
             )
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, dict) else {}

@@ -66,7 +66,8 @@ def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def inside(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
-    """The tensors of the module that has `keys`, wherever wrappers and detectors put it; all where it is not there."""
+    """Return the tensors of the module that has `keys`, wherever wrappers and detectors put it; all where it is
+    not there."""
     plain = without_wrappers(state)
     prefixes = {name.removesuffix(keys[0]) for name in plain if f".{name}".endswith(f".{keys[0]}")}
     prefix = max(prefixes, key=lambda prefix: sum(prefix + key in plain for key in keys), default="")

@@ -66,7 +66,7 @@ Given = str | Path | Sequence[Category] | None
 def class_names(
     file: WeightsFile, num_classes: int, given: Given = None
 ) -> tuple[tuple[Category, ...] | None, str | None]:
-    """What each label of the file's detector stands for, and, where the file does not say it, how that was found.
+    """Return what each label of the file's detector stands for, and how that was found where the file does not say it.
 
     The file's own names count, with the ids of `given` where that has the same names; else `given`, whose ids are the
     labels; else COCO's names for 91 classes. None: labels are ids without names. Raises UserError for names that the
@@ -95,7 +95,7 @@ def class_names(
 
 
 def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ...] | None:
-    """What the file itself says of its labels. Raises UserError where that does not fit its head."""
+    """Return what the file itself says of its labels. Raises UserError where that does not fit its head."""
     names = file.huggingface_config.get("id2label")
     names = names if isinstance(names, dict) else {}
     labels = tuple(Category(label, str(names.get(str(label), UNUSED))) for label in range(num_classes)) if names else ()
@@ -112,7 +112,8 @@ def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ..
 
 
 def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, ...]:
-    """The categories of a COCO json, or those given, in ascending order of ids. Raises UserError for another file."""
+    """Read the categories of a COCO json, or those given, in ascending order of ids. Raises UserError for another
+    file."""
     if not isinstance(given, str | Path):
         return tuple(sorted(given, key=lambda category: category.id))
     file = Path(given)
@@ -120,14 +121,15 @@ def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, 
 
 
 def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tuple[Category, ...]:
-    """The stated classes under the ids that `categories` has for their names; -1, which no data has, for the others."""
+    """Return the stated classes under the ids that `categories` has for their names; under -1, which no data has, where
+    it lacks the name."""
     named = {category.name.casefold(): category for category in categories}
     return tuple(named.get(one.name.casefold(), Category(-1, one.name)) for one in stated)
 
 
 def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
-    """A name for each label, and what labels are: ids where the head has room for all, as facebookresearch's; else,
-    where there are as many categories as labels, these in order. Raises UserError where it is neither."""
+    """Return a name for each label, and what labels are: ids where the head has room for all, as facebookresearch's;
+    else, where there are as many categories as labels, these in order. Raises UserError where it is neither."""
     largest = categories[-1].id
     if largest >= num_classes:
         require(

@@ -72,6 +72,8 @@ def read_weights_file(path: Path) -> WeightsFile:
     return _read_torch(path)
 
 
+INSIDE = ("*.pth", "*.pt", "*.ckpt", "*.safetensors", "*/*.pt", "*/*.ckpt", "*/model.safetensors")
+"""What a folder that is no model may hold instead, such as a run's."""
 TORCHS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 """What an archive begins with, or a pickle."""
 TEXTS = {
@@ -167,8 +169,8 @@ def _read_folder(folder: Path) -> WeightsFile:
     single = [folder / name for name in names if (folder / name).exists()]
     index = next((file for name in names if (file := folder / f"{name}.index.json").exists()), None)
     if not single and index is None:
-        inside = sorted(file.name for file in folder.iterdir() if file.suffix in (".pth", ".pt", ".ckpt"))
-        hint = f" Give a file in it: {listed(inside)}." if inside else ""
+        found = sorted(str(file.relative_to(folder)) for pattern in INSIDE for file in folder.glob(pattern))
+        hint = f" Inside are {listed(found)}: give one." if found else ""
         raise UserError(f"{folder}: no {', '.join(names)} or {names[0]}.index.json in it.{hint}")
     tensors: dict[str, Tensor] = {}
     categories = None
@@ -218,8 +220,10 @@ def _require_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
         raise UserError(
             f"{path} holds LoRA adapters, not a whole model: merge them into it, and save its state_dict()."
         )
-    whole = [name for name, value in tensors.items() if not value.is_floating_point() and name.endswith(".weight")]
-    if whole:
-        kind = str(tensors[whole[0]].dtype).removeprefix("torch.")
-        raise UserError(f"{path} is quantised ({brief(whole[0])} is {kind}): give the weights before quantisation.")
+    for name, value in tensors.items():
+        if name.endswith(".weight") and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path} is quantised ({brief(name)} is {kind}): give the weights before quantisation.")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise UserError(f"{path} is damaged: {brief(name)} has fewer numbers than its shape {tuple(value.shape)}.")
     return tensors

@@ -30,10 +30,10 @@ class Kept:
     """Sentences on what was assumed."""
 
     def lines(self, path: str, num_classes: int) -> list[str]:
-        """What to tell a person."""
+        """Say what is kept, what is new and what was assumed."""
         first = f"{path}: the class head is kept for {len(self.classes)} of {num_classes} classes"
         if self.new:
-            first += f"; new: {', '.join(self.new)}"
+            first += f"; new: {', '.join(self.new)}, the rest is kept"
         if self.left_out:
             first += f"; left out: {listed(self.left_out)}"
         return [first, *self.notes]
@@ -67,7 +67,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
 
 
 def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[str, Tensor], list[str]]:
-    """The heads' tensors under the names of the file, for a model that has `own`; and which of them are new."""
+    """Return the heads' tensors under the names of the file, for a model that has `own`; and which of them are new."""
     fitted: dict[str, Tensor] = {}
     new = []
     for head in HEADS:
@@ -87,7 +87,7 @@ def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[st
 
 
 def other_input(model: DETR, file: WeightsFile) -> list[str]:
-    """A line where the file's images were normalised otherwise than those that `model` will see."""
+    """Say where the file's images were normalised otherwise than those that `model` will see."""
     said, config = preprocessed(file), model.config
     if not said or (said["image_mean"], said["image_std"]) == (config.image_mean, config.image_std):
         return []

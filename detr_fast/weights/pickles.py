@@ -44,14 +44,14 @@ LARGEST_PICKLE = 16 << 20
 
 
 def brief(text: object, longest: int = 60) -> str:
-    """`text` of a file for a message: without escape codes and control characters, and shortened."""
+    """Return `text` of a file as a message may show it: without escape codes and control characters, and shortened."""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
     plain = "".join(character if character.isprintable() else "?" for character in plain)
     return plain if len(plain) <= longest else f"{plain[: longest - 3]}..."
 
 
 def listed(names: Iterable[object], shown: int = 4) -> str:
-    """The first `shown` names, and how many more there are."""
+    """Join the first `shown` names, and say how many more there are."""
     every = list(names)
     more = f", and {len(every) - shown} more" if len(every) > shown else ""
     return ", ".join(brief(name) for name in every[:shown]) + more
@@ -165,7 +165,7 @@ STAND_INS = [
 
 
 def read_pickle(path: Path, data: bytes | None = None) -> Any:
-    """What torch saved as `path`, or as `data` where that was read before; with `weights_only=True`, always.
+    """Read what torch saved as `path`, or as `data` where that was read before; with `weights_only=True`, always.
 
     Raises UserError in one sentence that names what is in the way.
     """
@@ -181,7 +181,7 @@ def read_pickle(path: Path, data: bytes | None = None) -> Any:
 
 
 def obstacle(path: Path, error: BaseException) -> str:
-    """What keeps `path` from being read, as the rest of a sentence that begins with its name."""
+    """Say what keeps `path` from being read, as the rest of a sentence that begins with its name."""
     text = str(error)
     if "TorchScript" in text:
         return f"is a TorchScript program, not weights: {RESAVE}"
@@ -200,7 +200,7 @@ def obstacle(path: Path, error: BaseException) -> str:
 
 
 def pickled(path: Path) -> bytes:
-    """The pickle in `path`, or its beginning; empty where there is none."""
+    """Return the pickle in `path`, or its beginning; empty where there is none."""
     try:
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:

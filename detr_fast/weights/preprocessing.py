@@ -16,7 +16,7 @@ TO_UNIT = 1 / 255
 
 
 def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
-    """What transformers' DetrImageProcessor needs to make the input that a model with `config` expects."""
+    """Return what transformers' DetrImageProcessor needs to make the input that a model with `config` expects."""
     return {
         "image_processor_type": "DetrImageProcessor",
         "format": "coco_detection",
@@ -33,7 +33,7 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def preprocessed(file: WeightsFile) -> dict[str, Any]:
-    """The fields of ModelConfig that the file's preprocessor_config.json says; none where there is none.
+    """Return the fields of ModelConfig that the file's preprocessor_config.json says; none where there is none.
 
     Raises UserError that names a key whose value cannot be followed here.
     """
@@ -49,7 +49,7 @@ def preprocessed(file: WeightsFile) -> dict[str, Any]:
 
 
 def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
-    """The shorter side's length and the longer side's bound, in pixels; as transformers does, 800 and 1333 where
+    """Return the shorter side's length and the longer side's bound, in pixels; as transformers does, 800 and 1333 where
     nothing is said."""
     default = ModelConfig()
     size = said.get("size", default.image_size)
@@ -64,7 +64,7 @@ def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
 
 
 def statistics(file: WeightsFile, said: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels that are scaled to [0, 1], whatever the file scales them by."""
+    """Return mean and standard deviation of pixels that are scaled to [0, 1], whatever the file scales them by."""
     default, found = ModelConfig(), []
     for key, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
         values = said.get(key, getattr(default, key)) if said.get("do_normalize", True) else neutral

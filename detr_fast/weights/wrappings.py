@@ -19,7 +19,7 @@ DEEPEST = 4
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of a name that DataParallel, torch.compile and their like add, at any place."""
 BESIDE_THE_MODEL = ("criterion.", "n_averaged")
-"""What DETR's loss and torch's AveragedModel register."""
+"""What DETR's loss and torch's AveragedModel register: dropped without a word."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,24 @@ class Found:
 
 
 def find_weights(content: Any) -> Found:
-    """The state dict in `content`, wherever it lies: the one with the most tensors, averaged weights (EMA) where they
-    are as many. Raises UserError that says what is there instead."""
+    """Find the state dict in `content`, wherever it lies: averaged weights (EMA) where they are whole, else what lies
+    under a usual key, else the one with the most tensors. Raises UserError that says what is there instead."""
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {brief(type(content).__name__)}, not a state dict: save model.state_dict() instead.")
     found = list(state_dicts(content))
     if not found:
         raise UserError(f"holds no weights{what_else(content)}: save model.state_dict() in it.")
-    most = max(len(one.tensors) for one in [one for one in found if not one.averaged] or found)
+    trained = [one for one in found if not one.averaged] or found
+    most = max(len(one.tensors) for one in trained)
 
-    def order(one: Found) -> tuple[bool, int, int]:
+    def order(one: Found) -> tuple[int, int]:
         key = one.place[-1] if one.place else ""
-        rank = PREFERRED.index(key) if key in PREFERRED else len(PREFERRED)
-        return not (one.averaged and len(one.tensors) >= most), -len(one.tensors), rank
+        usual = key in PREFERRED and 2 * len(one.tensors) >= most
+        return PREFERRED.index(key) if usual else len(PREFERRED), -len(one.tensors)
 
-    return min(found, key=order)
+    chosen = min(trained, key=order)
+    averaged = [one for one in found if one.averaged and len(one.tensors) >= len(chosen.tensors)]
+    return min(averaged, key=order, default=chosen)
 
 
 def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
@@ -70,7 +73,7 @@ def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """`value` as a dense tensor of its own numbers, where it is a tensor or a pickled array."""
+    """Return `value` as a dense tensor of its own numbers, where it is a tensor or a pickled array."""
     if isinstance(value, NumpyArray):
         return None if value.values is None else torch.from_numpy(value.values)
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
@@ -79,7 +82,7 @@ def as_tensor(value: Any) -> Tensor | None:
 
 
 def what_else(content: Mapping[Any, Any]) -> str:
-    """What a file without weights holds, for a message."""
+    """Say what a file without weights holds."""
     if not content:
         return ", it is an empty dictionary"
     if "param_groups" in content:
@@ -89,7 +92,7 @@ def what_else(content: Mapping[Any, Any]) -> str:
 
 
 def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the parts of their names that wrappers add; as they are where two would become one."""
+    """Return the tensors without the parts of their names that wrappers add; as they are where two would become one."""
     renamed = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): value for name, value in state_dict.items()
     }
@@ -97,8 +100,8 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
-    """What stands before the first of `anchors` that ends any of `names`: averaged weights' where there are several,
-    else the shortest. None where no name ends so."""
+    """Return what stands before the first of `anchors` that ends any of `names`: averaged weights' where there are
+    several, else the shortest. None where no name ends so."""
     names = list(names)
     for anchor in anchors:
         prefixes = {name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")}
@@ -108,17 +111,15 @@ def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
 
 
 def unwrapped(state_dict: Mapping[str, Tensor], anchors: Iterable[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors under the names that the model itself gives them, and the names of those that are not the model's.
+    """Return the tensors under the names that the model itself gives them, and the names of those that are not its.
 
     `anchors` are names that such a model has, in order of preference; what precedes them is taken off.
     """
-    plain = {
-        name: value
-        for name, value in without_wrappers(state_dict).items()
-        if not name.startswith(BESIDE_THE_MODEL)  # dropped without a word
-    }
-    prefix = prefix_of(plain, anchors)
-    if not prefix:
-        return plain, ()
+    plain = without_wrappers(state_dict)
+    prefix = prefix_of(plain, anchors) or ""
     inside = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
-    return inside, tuple(name for name in plain if not name.startswith(prefix))
+    outside = [name for name in plain if not name.startswith(prefix)]
+    return (
+        {name: value for name, value in inside.items() if not name.startswith(BESIDE_THE_MODEL)},
+        tuple(name for name in outside if not name.startswith(BESIDE_THE_MODEL)),
+    )
