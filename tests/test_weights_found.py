@@ -91,8 +91,9 @@ KEPT_AS: dict[str, Callable[[Weights], Any]] = {
     "a compiled DDP": lambda w: {"model": before("_orig_mod.module.", w)},
     "a compiled backbone": lambda w: {key.replace("backbone.", "backbone._orig_mod.", 1): w[key] for key in w},
     "Lightning with the loss": lambda w: {
-        "state_dict": before("model.", w) | {"criterion.empty_weight": torch.ones(4)}
+        "state_dict": before("model.", w | {"criterion.a": torch.ones(4)}) | {"criterion.b": torch.ones(4)}
     },
+    "a larger teacher": lambda w: {"teacher": other(w) | {"a": torch.zeros(1)}, "model": w},
     "inside two modules": lambda w: before("net.detr.", w),
     "student and EMA in one": lambda w: before("student.", other(w)) | before("ema.", w),
     "NumPy arrays": lambda w: {"model": {key: value.numpy() for key, value in w.items()}},
