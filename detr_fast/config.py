@@ -382,6 +382,9 @@ class EvaluateConfig(DataOptions, RuntimeOptions):
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
     split: str = "val"
     """Which annotations to evaluate on: val, test or train."""
+    categories: str | None = None
+    """A COCO json that names the weights' classes, where they do not: ids are labels. With the weights' own names, it
+    gives their ids."""
     output: str = "runs/evaluation"
     """Folder for evaluation.json and the pictures."""
     batch_size: int = 2
@@ -400,6 +403,8 @@ class PredictConfig(RuntimeOptions):
     """An image or a folder of images."""
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
+    categories: str | None = None
+    """A COCO json that names the weights' classes, where they do not: ids are labels."""
     out: str = "runs/predictions"
     """Folder for predictions.json and the pictures."""
     threshold: float = 0.7

@@ -33,7 +33,9 @@ def main(options: PredictConfig) -> int:
     )
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
-    model = load_model(options.weights)
+    model = load_model(options.weights, categories=options.categories)
+    for note in model.notes:
+        print(note)
     require_writable("--out", out)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)

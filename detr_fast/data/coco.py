@@ -47,6 +47,15 @@ class ImageRecord:
         return decode_file(self.path, shrunk)
 
 
+class UnknownCategories(UserError):
+    """Data with categories that the model does not know."""
+
+    def __init__(self, message: str, file: Path, unknown: Sequence[Category]) -> None:
+        super().__init__(message)
+        self.file = file
+        self.unknown = unknown
+
+
 class CocoDataset(Dataset[Sample]):
     """Samples by (epoch, index), in ascending order of image ids; images without targets are among them."""
 
@@ -205,9 +214,11 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
     used = set(annotations.category_ids.tolist())
     unknown = [category for category in annotations.categories if category.id in used and category not in categories]
     if unknown:
-        raise UserError(
+        raise UnknownCategories(
             f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}"
+            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}",
+            annotations.file,
+            unknown,
         )
     return {category.id: label for label, category in enumerate(categories)}
 

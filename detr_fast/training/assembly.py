@@ -48,7 +48,8 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
         load_state_dict(model, state["model"])
     elif options.weights:
         kept = load_for_fine_tuning(model, options.weights)
-        out.print(f"{options.weights}: the class head is kept for {len(kept)} of {config.num_classes} classes")
+        for line in kept.lines(options.weights, config.num_classes):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
         load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
     if options.lr_backbone == 0:
