@@ -1,62 +1,163 @@
 """`python -m detr_fast.check_data`: everything that is wrong with a data set, in one list, before training starts."""
 
+import hashlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from detr_fast.command import run
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import DataLocation, UserError
+from detr_fast.console import Console
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
-from detr_fast.data.decode import decode_image
+from detr_fast.data.checks import beyond_coco, class_notes, without_objects
+from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling_hint
+from detr_fast.data.corrections import shortened
+from detr_fast.data.doubles import find_doubles
+from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
+NAMED = 5
+"""Images that a line names."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataOptions):
+class CheckDataConfig(DataLocation):
     """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
 
     num_queries: int = 100
     """How many objects an image may have at most: the model's queries."""
 
 
-def check_annotations(dataset: CocoDataset, num_queries: int) -> Iterator[str]:
-    """What reading the json had to mend, and images with more objects than a model can find."""
-    yield from dataset.annotations.corrections.faults(ids_shown=sys.maxsize)
+@dataclass
+class Findings:
+    """Lines, each with its split."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """What is wrong"""
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """and what may be meant, but is worth a look."""
+
+    def add_once(self, split: str, problem: str) -> None:
+        """Add a problem that several splits may have in common."""
+        if all(problem != text for _, text in self.problems):
+            self.problems.append((split, problem))
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """What an image's file turned out to be."""
+
+    record: ImageRecord
+    problem: str | None
+    header: Header | None
+    digest: bytes | None
+    """Of its content; None where it cannot be read."""
+
+
+def annotation_problems(dataset: CocoDataset, split: str, num_queries: int) -> Iterator[str]:
+    """Yield what reading the json had to mend, what training would not notice, and images with more objects than a
+    model can find."""
+    reason = without_objects(dataset.annotations)
+    if reason and split == "train":
+        yield f"there is nothing to train on: {reason}"
+    yield from dataset.annotations.corrections.faults(ids_shown=20)
+    yield from dataset.silent_faults()
     for record in dataset.images_with_more_targets(num_queries):
         yield f"{record.path}: {len(record.labels)} targets, but {num_queries} queries. Raise --num-queries."
 
 
-def check_image(record: ImageRecord) -> str | None:
-    """What is wrong with the image's file, if anything."""
+def annotation_notes(dataset: CocoDataset, split: str) -> Iterator[str]:
+    annotations = dataset.annotations
+    reason, limit = without_objects(annotations), beyond_coco(annotations)
+    if reason and split != "train":
+        yield f"there is no object to find, so that no AP can be measured: {reason}"
+    if limit:
+        yield limit
+    yield from find_doubles(annotations).notes()
+    yield from class_notes(annotations)
+    small = annotations.corrections.below_pixel
+    if small:
+        yield f"{len(small)} boxes are less than a pixel wide or high (annotations {shortened(small, NAMED)})"
+
+
+def check_image(record: ImageRecord) -> CheckedImage:
+    header = read_header(record.path)
     try:
-        image = decode_image(record.path)
+        image = record.decode().image
     except UserError as error:
-        return str(error)
+        return CheckedImage(record, str(error), header, None)
     size = (image.shape[1], image.shape[2])
-    return None if size == (record.height, record.width) else size_mismatch(record, size)
+    problem = None if size == (record.height, record.width) else size_mismatch(record, size)
+    return CheckedImage(record, problem, header, hashlib.sha256(record.path.read_bytes()).digest())
+
+
+def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        checked = pool.map(check_image, records)
+        return list(track(checked, f"{split}: reading images", len(records), console=console, transient=True))
+
+
+def image_problems(dataset: CocoDataset, images: Sequence[CheckedImage]) -> Iterator[str]:
+    """Yield a line for each file that is wrong; one for all where none is there."""
+    if all(record.absent for record in dataset.records):
+        yield str(dataset.absent_images())
+        return
+    yield from (image.problem for image in images if image.problem)
+
+
+def orientation_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
+    """Yield lines on images that EXIF has turned, where their size does not tell already."""
+    turned = [one for one in images if one.header and one.header.orientation != UPRIGHT and not one.problem]
+    texts = {
+        False: "images have an EXIF orientation ({}), which is not applied: boxes must refer to the pixels as they are "
+        "stored. If they were drawn on the image as other programs show it, write the files upright "
+        "(ImageMagick: mogrify -auto-orient)",
+        True: "TIFF images have an orientation ({}), which is applied: boxes must refer to the upright image",
+    }
+    for applied, text in texts.items():
+        names = [
+            f"{one.record.path.name}: {one.header.orientation}"
+            for one in turned
+            if one.header and one.header.applied == applied
+        ]
+        if names:
+            yield f"{len(names)} " + text.format(shortened(names, NAMED))
+
+
+def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, tuple[str, Path]]) -> Iterator[str]:
+    """Yield lines on files with the content of another one, of this split or of one before; `seen` grows."""
+    inside, across = [], []
+    for image in images:
+        if image.digest is None:
+            continue
+        first_split, first = seen.setdefault(image.digest, (split, image.record.path))
+        pair = f"{image.record.path.name} is {first_split}'s {first.name}"
+        if first_split != split:
+            across.append(pair)
+        elif first != image.record.path:
+            inside.append(pair)
+    if inside:
+        yield f"{len(inside)} images have the content of another one ({shortened(inside, NAMED)}): keep one of each"
+    if across:
+        yield (
+            f"{len(across)} images are another split's, too ({shortened(across, NAMED)}): "
+            "numbers measured on images that were trained on say nothing of new ones"
+        )
 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
-    """Categories that the first split does not have: a model trained on it cannot know them."""
+    """Yield categories that the first split does not have: a model trained on it cannot know them."""
     for category in ours:
         if category not in known:
-            yield f"category {category.id} {category.name!r} is not among those of the training split"
-
-
-def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[str]:
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        problems = pool.map(check_image, records)
-        shown = track(problems, f"{split}: reading images", len(records), console=console, transient=True)
-        return [problem for problem in shown if problem]
+            yield (
+                f"category {category.id} {category.name!r} is not among those of the training split."
+                f"{spelling_hint([category], known)}"
+            )
 
 
 def summary(dataset: CocoDataset) -> str:
@@ -65,44 +166,57 @@ def summary(dataset: CocoDataset) -> str:
     return counts + f"{int(dataset.annotations.crowd.sum())} crowds, {len(dataset.annotations.categories)} categories"
 
 
-def check_split(split: str, dataset: CocoDataset, options: CheckDataConfig, console: Console) -> list[str]:
-    """What is wrong with it, one line a problem; what it holds is printed."""
-    console.print("\n  ".join([f"{split}: {summary(dataset)}", *dataset.annotations.corrections.defaults()]))
-    return [
-        *check_annotations(dataset, options.num_queries),
-        *check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console),
-    ]
+def respelled(dataset: CocoDataset) -> Iterator[str]:
+    """Yield a line on file names that are not spelled as the files are, which are found all the same."""
+    if names := list(dataset.respelled):
+        kinds = "back-slashes, another Unicode form or percent signs"
+        yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
 
 
 def main(options: CheckDataConfig) -> int:
     """Prints what is wrong; returns 0 if nothing is, else 2. Raises UserError where there is no data set at all."""
     console = Console()
-    problems: dict[str, str] = {}  # each with its split, named once though all splits may share it
+    findings = Findings()
     datasets: dict[Location, CocoDataset] = {}
+    seen: dict[bytes, tuple[str, Path]] = {}
     for split in ("train", "val", "test"):
         try:
             location = find_split(options, split)
             if location is None or location in datasets:
                 continue
-            dataset = datasets[location] = CocoDataset(*location, EvaluationTransform(size=1, max_size=1))
+            dataset = datasets[location] = CocoDataset(
+                *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links
+            )
         except UserError as error:
-            problems.setdefault(str(error), split)
+            findings.add_once(split, str(error))
             continue
+        harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
+        console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
+        images = check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console)
         first = next(iter(datasets.values()))
-        found = check_split(split, dataset, options, console)
-        found += check_categories(dataset.annotations.categories, first.annotations.categories)
-        problems.update(dict.fromkeys(found, split))
-    if not datasets and not problems:
+        problems = [
+            *annotation_problems(dataset, split, options.num_queries),
+            *image_problems(dataset, images),
+            *check_categories(dataset.annotations.categories, first.annotations.categories),
+        ]
+        notes = [*annotation_notes(dataset, split), *orientation_notes(images), *content_notes(split, images, seen)]
+        findings.problems += [(split, line) for line in problems]
+        findings.notes += [(split, line) for line in notes]
+    if not datasets and not findings.problems:
         require_split(options, "train")
-    print_problems(problems, console)
-    return 2 if problems else 0
+    print_lines("to look at, where it is not meant", findings.notes, console)
+    print_lines("problems", findings.problems, console)
+    if not findings.problems:
+        console.print("Nothing is wrong.")
+    return 2 if findings.problems else 0
 
 
-def print_problems(problems: dict[str, str], console: Console) -> None:
-    table = Table("split", "what is wrong", title=f"problems: {len(problems)}")
-    for problem, split in problems.items():
-        table.add_row(split, escape(problem))
-    console.print(table if problems else "Nothing is wrong.")
+def print_lines(title: str, lines: Sequence[tuple[str, str]], console: Console) -> None:
+    """Print one line for each, however long, so that a search finds its words together."""
+    if lines:
+        console.print(f"{title}: {len(lines)}")
+    for split, line in lines:
+        console.print(f"  {split:<5}  {line}")
 
 
 if __name__ == "__main__":

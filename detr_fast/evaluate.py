@@ -2,40 +2,45 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from detr_fast.command import run
 from detr_fast.config import EvaluateConfig, UserError, require
-from detr_fast.data.annotations import shortened
+from detr_fast.console import Console
 from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.checks import warn_before_evaluation
 from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset
-from detr_fast.evaluation.coco_metrics import ABSENT, Evaluation, evaluate_model
+from detr_fast.data.corrections import shortened
+from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
+from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 
 def main(options: EvaluateConfig) -> None:
+    output = Path(options.output)
     model = load_model(options.weights, categories=options.categories)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     dataset = evaluation_dataset(model, options)
+    require_writable("--output", output)
     console = Console()
     for note in model.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{options.weights} on {len(dataset)} images", markup=False)
+        console.print(note)
+    console.print(f"{options.weights} on {len(dataset)} images")
+    for line in dataset.annotations.corrections.lines():
+        console.print(f"{dataset.annotation_file}: {line}")
     for name, reason in runtime.reasons.items():
-        console.print(f"{name:>18}  {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>18}  {reason}")
     workers = runtime.workers(options.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)
-    write_evaluation(evaluation, dataset, Path(options.output))
     for table in metric_tables(evaluation):
         console.print(table)
-    console.print(f"evaluation.json and plots/ are in {options.output}", markup=False)
+    write_evaluation(evaluation, dataset, output)
+    console.print(f"evaluation.json and plots/ are in {options.output}")
 
 
 def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
@@ -51,6 +56,7 @@ def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
         f"{model.config.num_classes} classes and does not say which. Evaluate it on the data it was trained on, or "
         "name its classes with --categories FILE.json.",
     )
+    warn_before_evaluation(dataset)
     return dataset
 
 
@@ -68,16 +74,18 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     """The twelve numbers with the best operating point, and AP by class."""
     point = evaluation.operating_point
     numbers = Table("metric", Column("value", justify="right"), title="COCO metrics")
-    for name, value in evaluation.metrics.items():
+    for name, value in (evaluation.metrics | evaluation.unlimited).items():
         numbers.add_row(name, show(value))
     numbers.caption = (
         f"At IoU 0.50 and scores of at least {point.threshold:.3f}: precision {point.precision:.3f}, "
         f"recall {point.recall:.3f}, mean over the classes (best F1)."
+        if evaluation.measured
+        else NOTHING_MEASURED
     )
     figures = (Column(name, justify="right") for name in ("AP", "AP50"))
     classes = Table("class", *figures, title="Average precision by class")
     for name, values in evaluation.per_class.items():
-        classes.add_row(Text(name), show(values["AP"]), show(values["AP50"]))  # Text: a name is no markup
+        classes.add_row(name, show(values["AP"]), show(values["AP50"]))
     return [numbers, classes]
 
 

@@ -24,6 +24,7 @@ def write_split(root: Path, split: str, *annotations: dict[str, Any], images: in
     for i in range(1, images + 1):
         Image.new("RGB", (60, 40), (9, 99, 9)).save(root / split / f"{i}.jpg")
     rows = [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 40} for i in range(1, images + 1)]
+    annotations = annotations or (annotation(1, 1, [1, 1, 9, 9]),)
     document = {"images": rows, "annotations": list(annotations), "categories": [{"id": 1, "name": name}]}
     (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
 
@@ -71,6 +72,75 @@ def test_fault_16_everything_wrong_is_listed_at_once(tmp_path: Path, capsys: pyt
         assert problem in text, problem
 
 
+BOX = annotation(1, 1, [1, 1, 9, 9])
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([{**BOX, "iscrowd": 1}], "nothing to train on: all 1 annotations have iscrowd 1"),
+        ([annotation(1, 1, [0.2, 0.2, 0.5, 0.5])], "1 boxes look like relative ones"),
+        ([BOX, {**BOX, "id": 2}], "1 annotations repeat an earlier one, its image, class and box (annotations 2)"),
+        ([{**BOX, "area": 0}], "1 areas are 0"),
+    ],
+    ids=["crowds alone", "relative", "double", "area"],
+)
+def test_silent_faults_are_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], problem: str
+) -> None:
+    write_split(tmp_path, "train", *rows)
+    code, text = check(tmp_path, capsys)
+    assert code == 2 and problem in text and "Nothing is wrong" not in text
+
+
+def test_an_image_listed_twice_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split(tmp_path, "train", BOX)
+    (tmp_path / "train" / "same.jpg").symlink_to(tmp_path / "train" / "2.jpg")
+    file = tmp_path / "annotations" / "train.json"
+    document = json.loads(file.read_text())
+    document["images"].append({"id": 9, "file_name": "same.jpg", "width": 60, "height": 40})
+    file.write_text(json.dumps(document))
+    code, text = check(tmp_path, capsys)
+    assert code == 2 and "1 image files are listed more than once" in text and "2.jpg: ids 2, 9" in text
+
+
+def test_what_may_be_meant_is_told_but_no_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    crowded = [annotation(i, 1, [i % 12 * 5, i // 12 * 4, 4, 4]) for i in range(120)]
+    write_split(tmp_path, "train", *crowded)
+    write_split(tmp_path, "val", {**BOX, "iscrowd": 1})
+    exif = Image.Exif()
+    exif[0x112] = 3
+    for name, pixel in (("train/1.jpg", 1), ("train/2.jpg", 2), ("val/1.jpg", 2), ("val/2.jpg", 3)):
+        Image.new("RGB", (60, 40), (90 * pixel, 0, 0)).save(tmp_path / name, exif=exif if pixel == 3 else b"")
+    code, text = check(tmp_path, capsys, num_queries=200)
+    assert code == 0 and "Nothing is wrong" in text and "to look at, where it is not meant: 4" in text
+    for line in (
+        "train  1 images have more than 100 objects of one class (up to 120; 1.jpg)",
+        "val    there is no object to find, so that no AP can be measured: all 1 annotations have iscrowd 1",
+        "val    1 images have an EXIF orientation (2.jpg: 3), which is not applied",
+        "val    1 images are another split's, too (1.jpg is train's 2.jpg)",
+    ):
+        assert line in text, line
+
+
+def test_categories_that_differ_in_case_or_id_are_named_in_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path, "train")
+    write_split(tmp_path, "val", name="Cat ")
+    code, text = check(tmp_path, capsys)
+    assert code == 2 and "These differ in id, case or spaces alone: 1 'Cat ' and 1 'cat'" in text
+
+
+def test_long_lines_are_not_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads the output, as a log or a search does, finds words that belong together in one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    write_split(tmp_path, "train", {**BOX, "iscrowd": 1})
+    assert "there is nothing to train on: all 1 annotations have iscrowd 1" in check(tmp_path, capsys)[1]
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_number_of_workers_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int) -> None:
     write_split(tmp_path, "train", images=6)
@@ -99,7 +169,7 @@ def test_where_val_is_test_it_is_checked_once(tmp_path: Path, capsys: pytest.Cap
     write_split(tmp_path, "test")
     with pytest.warns(UserWarning, match="test split"):
         code, text = check(tmp_path, capsys)
-    assert code == 0 and text.count("2 images") == 2
+    assert code == 0 and text.count(": 2 images") == 2
 
 
 def test_no_data_set_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

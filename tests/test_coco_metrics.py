@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from detr_fast.config import MODELS, DataOptions, UserError
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
-from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, evaluate_detections, evaluate_model
+from detr_fast.evaluation.coco_metrics import (
+    ABSENT,
+    EVALUATORS,
+    METRICS,
+    NOTHING_MEASURED,
+    UNLIMITED,
+    evaluate_detections,
+    evaluate_model,
+)
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.evaluation.precision_recall import PrecisionRecall
 from detr_fast.model.implementation import Implementation
@@ -120,6 +128,56 @@ def test_classes_of_one_name_are_told_apart() -> None:
     assert set(per_class) == {"three (3)", "three (8)"}
     assert per_class["three (3)"]["AP50"] == pytest.approx(1.0)
     assert per_class["three (8)"]["AP50"] == ABSENT
+
+
+def dense(objects: int, classes: int = 1) -> tuple[dict[str, Any], np.ndarray]:
+    """One image with so many objects, and detections that are the objects themselves."""
+    boxes = [[float(16 * (i % 15)), float(16 * (i // 15)), 10.0, 10.0] for i in range(objects)]
+    rows = [{"image_id": 1, "category_id": i % classes, "bbox": box, "area": 100.0} for i, box in enumerate(boxes)]
+    document = {
+        "images": [{"id": 1, "width": 240, "height": 400}],
+        "annotations": [{**row, "id": i, "iscrowd": 0} for i, row in enumerate(rows, 1)],
+        "categories": [{"id": i, "name": str(i)} for i in range(classes)],
+    }
+    return document, np.array([[1, *box, 1 - i / 1e4, i % classes] for i, box in enumerate(boxes)])
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_beyond_100_objects_of_a_class_the_numbers_without_cocos_limit_stand_beside(evaluator: Any) -> None:
+    limited = evaluate_detections(*dense(150), evaluator)
+    assert limited.metrics["AP"] == pytest.approx(0.663, abs=1e-3)  # 67 of the 101 recall steps
+    assert limited.unlimited == pytest.approx(dict.fromkeys(UNLIMITED, 1.0))
+    assert {**limited.to_dict(), "AP": 0}.keys() >= {*METRICS, *UNLIMITED}
+    assert "AP_all_detections 1.000" in limited.line()
+    for enough in (dense(100), dense(150, classes=2)):
+        evaluation = evaluate_detections(*enough, evaluator)
+        assert evaluation.metrics["AP"] == pytest.approx(1.0) and evaluation.unlimited == {}
+        assert not evaluation.to_dict().keys() & {*UNLIMITED}
+
+
+def test_both_tools_agree_without_the_limit() -> None:
+    document, rows = dense(180)
+    rng = np.random.default_rng(0)
+    rows[:, 1:5] += rng.normal(0, 1, (len(rows), 4))
+    rows[:, 5] = rng.random(len(rows))
+    fast, referee = (evaluate_detections(document, rows, name) for name in EVALUATORS)
+    assert fast.metrics == referee.metrics and fast.unlimited == referee.unlimited
+    assert 0.05 < fast.metrics["AP"] < fast.unlimited["AP_all_detections"] < 0.95
+
+
+@pytest.mark.parametrize("annotations", [[], [{**one_object()["annotations"][0], "iscrowd": 1}]])
+def test_where_nothing_can_be_measured_no_number_stands(annotations: list[dict[str, Any]]) -> None:
+    evaluation = evaluate_detections({**one_object(), "annotations": annotations}, PERFECT)
+    written = evaluation.to_dict()
+    assert evaluation.measured == {} and evaluation.line() == written["note"] == NOTHING_MEASURED
+    assert {written[name] for name in METRICS} == {None} and written["at_best_f1"] is None
+    assert written["per_class"] == {name: {"AP": None, "AP50": None} for name in ("three", "eight")}
+
+
+def test_only_what_the_data_bears_on_is_a_number_in_the_json() -> None:
+    written = evaluate_detections(one_object(), PERFECT).to_dict()
+    assert "note" not in written and written["APs"] is None and written["APm"] == pytest.approx(1.0)
+    assert written["per_class"]["eight"] == {"AP": None, "AP50": None}
 
 
 def test_best_f1_is_where_the_curves_say() -> None:

@@ -204,6 +204,12 @@ def score_of(a: float, b: float, objects: int = 10_000) -> Score:
     return Score((a + b) / 2, (a + b) / 2, classes, {"a": objects, "b": objects}, 5)
 
 
+def test_a_class_without_objects_has_no_number(trained: DETR, images: Images) -> None:
+    ap = AveragePrecision(trained, images, CPU)
+    ap.scores = {"reference": score_of(0.5, 0.5)}
+    assert ap.to_dict()["classes"][2] == {"name": "absent", "AP": None, "by_row": {"reference": None}}
+
+
 def test_a_change_of_bf16_is_judged_by_the_references_own() -> None:
     exact, moved = score_of(0.5, 0.5), score_of(0.515, 0.5)
     swapped = score_of(0.51, 0.49)  # its mean did not move, by luck

@@ -9,16 +9,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from detr_fast import load_model
 from detr_fast.config import RECIPES, TrainConfig, UserError
-from detr_fast.train import default_options, main
+from detr_fast.evaluation.coco_metrics import ABSENT
+from detr_fast.train import default_options, last_line, main
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.criterion import SetCriterion
+from detr_fast.training.loop import Progress, TrainingLoop
+from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
 STEPS = 12
@@ -148,29 +153,6 @@ def test_a_finished_run_has_nothing_to_do(
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "option"),
-    [
-        ({"batch_size": 4}, "--batch-size 8"),
-        ({"model": "detr_r50"}, "--model detr_tiny"),
-        ({"data": "shapes:64"}, "--data .*another --output"),
-    ],
-)
-def test_resuming_with_other_options_names_the_one_that_would_agree(
-    shapes_root: Path, tmp_path: Path, changes: dict[str, Any], option: str
-) -> None:
-    """FAULTS row 11."""
-    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
-    with pytest.raises(UserError, match=option):
-        main(options(shapes_root, tmp_path, resume="auto", **changes))
-
-
-def test_a_resumed_run_keeps_the_options_it_was_started_with(shapes_root: Path, tmp_path: Path) -> None:
-    assert main(options(shapes_root, tmp_path, epochs=1, lr=3e-4)) == 0
-    resumed = default_options(["--output", str(tmp_path), "--resume", "auto"])
-    assert (resumed.lr, resumed.data, resumed.batch_size) == (3e-4, str(shapes_root), 8)
-
-
 def test_a_run_without_a_batch_size_is_resumed_with_its_own(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +254,9 @@ def test_a_frozen_backbone_is_not_trained(shapes_root: Path, tmp_path: Path) -> 
     assert len(load_checkpoint(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
 
 
-def test_two_processes_train_evaluate_and_leave_one_run(shapes_root: Path, tmp_path: Path) -> None:
+def test_two_processes_leave_one_run_that_one_continues(
+    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny", "--device", "cpu"]
     command += ["--epochs", "1", "--batch-size", "4", "--log-every", "2", "--output", str(tmp_path)]
@@ -282,3 +266,41 @@ def test_two_processes_train_evaluate_and_leave_one_run(shapes_root: Path, tmp_p
     assert "8 images a step" in done.stdout
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6"]
     assert "AP" in json.loads((tmp_path / "evaluation.json").read_text())
+    resumed = default_options(["--resume", str(tmp_path)])
+    assert main(replace(resumed, resume="auto", epochs=2)) == 0
+    assert "8 x 1 accumulated x 1 processes = 8 images a step" in capsys.readouterr().out
+    assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6", "8", "10", "12"]
+
+
+def evaluated(step: int, ap: float) -> Any:
+    """An evaluation after `step` that found `ap`, or, where that is ABSENT, nothing to measure."""
+    metrics = {"AP": ap, "AP50": ap}
+    measured = {} if ap == ABSENT else metrics
+    return SimpleNamespace(metrics=metrics, measured=measured, line=lambda: f"{step}: {ap}")
+
+
+@pytest.mark.parametrize(
+    ("aps", "best"),
+    [
+        ([0.1, 0.3, 0.2], 2),
+        ([0.0, 0.0], 1),
+        ([ABSENT, ABSENT, ABSENT], 3),  # nothing can be measured: the latest
+        ([ABSENT, 0.0, ABSENT], 2),  # the validation split got objects, and lost them
+    ],
+)
+def test_the_best_weights_are_the_latest_where_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aps: list[float], best: int
+) -> None:
+    saved, progress = [], Progress()
+    monkeypatch.setattr("detr_fast.training.loop.save_checkpoint", lambda path, state: saved.append(progress.step))
+    loop = object.__new__(TrainingLoop)
+    loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
+    loop.progress, loop.metadata, loop.batches_per_epoch, loop._began = progress, {}, 1, 0.0
+    loop.options = replace(TrainConfig(), accumulate=1)
+    for progress.step, ap in enumerate(aps, 1):
+        loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)
+        loop._evaluate()
+    assert saved[-1] == best
+    assert loop.log.write.call_args_list[0].args[-1] == evaluated(1, aps[0]).measured
+    recommended = "see plots/" in last_line(RunFolder(tmp_path), progress)
+    assert recommended == (max(aps) >= 0)

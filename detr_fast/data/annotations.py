@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from detr_fast.config import UserError, require
+from detr_fast.data.box_forms import ROUNDING_PX, likely_forms
+from detr_fast.data.corrections import Corrections, shortened
 
 LARGEST_NUMBER = 2**53
 """Beyond it float64 does not hold every whole number; NaN and infinities fail the comparison with it as well."""
-ROUNDING_PX = 0.05
-"""How far a box may pass its image's edge by the rounding of its coordinates alone."""
+RELATIVE_AREA_LEAST_PX = 100
+"""Of boxes this large, an area below a square pixel is one relative to the image."""
 
 
 @dataclass(frozen=True)
@@ -33,55 +35,6 @@ class ImageEntry:
     file_name: str
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class Corrections:
-    """What was mended while reading; annotations by the ids that the file gives them."""
-
-    dropped_empty: tuple[Any, ...]
-    """No area, or none inside the image."""
-    dropped_unlisted: tuple[Any, ...]
-    """Of images that the file does not list."""
-    clamped: tuple[Any, ...]
-    """Reached past the image's edge."""
-    defaulted_crowd: int
-    """Annotations without `iscrowd`, taken as 0."""
-    defaulted_area: int
-    """Annotations without `area`, taken as width times height."""
-    renumbered: bool
-    """Annotation ids were missing, double or below 1, and are now 1, 2, ..."""
-    likely_xyxy: bool
-    """The boxes look like corners (x0, y0, x1, y1) instead of COCO's x, y, width, height."""
-
-    def faults(self, ids_shown: int = 5) -> list[str]:
-        """What is wrong with the data, a line for each kind, with the first annotations' ids."""
-        kinds = {
-            "boxes have no area inside their image: dropped": self.dropped_empty,
-            "annotations are of images that are not listed: dropped": self.dropped_unlisted,
-            "boxes pass their image's edge: clamped for training": self.clamped,
-        }
-        lines = [f"{len(ids)} {text} (annotations {shortened(ids, ids_shown)})" for text, ids in kinds.items() if ids]
-        if self.likely_xyxy:
-            lines.append(
-                "boxes look like x0, y0, x1, y1, but COCO's are x, y, width, height: check a few, and rewrite the file"
-            )
-        return lines
-
-    def defaults(self) -> list[str]:
-        """What the file leaves out and is filled in without harm, a line for each kind."""
-        kinds = {
-            "annotations without iscrowd: taken as 0": self.defaulted_crowd,
-            "annotations without area: taken as width times height": self.defaulted_area,
-        }
-        lines = [f"{count} {text}" for text, count in kinds.items() if count]
-        if self.renumbered:
-            lines.append("annotation ids missing, double or below 1: renumbered")
-        return lines
-
-    def lines(self) -> list[str]:
-        """All of it; empty if the file was clean."""
-        return self.faults() + self.defaults()
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +91,21 @@ def read_annotations(file: Path) -> Annotations:
     columns["boxes_xyxy_px"], clamped, empty = clamp_boxes(boxes, sizes)
     listed = np.asarray(sizes.all(axis=1))
     keep = listed & ~empty
+    columns["areas"], wrong_area = correct_areas(columns["areas"], boxes, sizes)
+    forms = [(words, np.flatnonzero(listed)[which]) for words, which in likely_forms(boxes[listed], sizes[listed])]
+    below_pixel = keep & (boxes[:, 2:] < 1).any(axis=1)
+    for _, places in forms:
+        below_pixel[places] = False
     corrections = Corrections(
         dropped_empty=ids_where(rows, listed & empty),
         dropped_unlisted=ids_where(rows, ~listed),
         clamped=ids_where(rows, keep & clamped),
         defaulted_crowd=sum("iscrowd" not in row for row in rows),
-        defaulted_area=sum("area" not in row for row in rows),
+        defaulted_area=sum(row.get("area") is None for row in rows),
         renumbered=columns["ids"].tolist() != [row.get("id") for row in rows],
-        likely_xyxy=look_like_corners(boxes[listed], sizes[listed]),
+        corrected_area=ids_where(rows, keep & wrong_area),
+        likely_forms=tuple((words, names_of(rows, places)) for words, places in forms),
+        below_pixel=ids_where(rows, below_pixel),
     )
     kept = {name: column[keep] for name, column in columns.items()}
     return Annotations(file=file, images=images, categories=categories, corrections=corrections, **kept)
@@ -187,19 +147,18 @@ def section(file: Path, document: dict[str, Any], key: str) -> list[dict[str, An
     return rows
 
 
-def shortened(items: Sequence[Any], shown: int) -> str:
-    """The first `shown` items, and how many more there are."""
-    text = ", ".join(map(str, items[:shown]))
-    return text if len(items) <= shown else f"{text} and {len(items) - shown} more"
-
-
 def name_of(row: dict[str, Any], position: int) -> Any:
     """What messages call an annotation: its id, or its place in the file, counted from 0."""
-    return row.get("id", f"number {position}")
+    id_ = row.get("id")
+    return f"number {position}" if id_ is None else id_
+
+
+def names_of(rows: list[dict[str, Any]], places: np.ndarray) -> tuple[Any, ...]:
+    return tuple(name_of(rows[position], position) for position in places.tolist())
 
 
 def ids_where(rows: list[dict[str, Any]], mask: np.ndarray) -> tuple[Any, ...]:
-    return tuple(name_of(rows[position], position) for position in np.flatnonzero(mask).tolist())
+    return names_of(rows, np.flatnonzero(mask))
 
 
 def distinct_ids(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -210,12 +169,40 @@ def distinct_ids(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def whole_numbers(file: Path, rows: Sequence[dict[str, Any]], kind: str, key: str) -> np.ndarray:
-    """(rows,) int64. Raises UserError naming the first row whose `key` is missing or no whole number."""
-    for position, row in enumerate(rows):
-        value = row.get(key)
-        if type(value) is not int or abs(value) >= LARGEST_NUMBER:
-            raise UserError(f"{file}: {kind} {name_of(row, position)}: {key!r} must be a whole number, not {value!r}.")
-    return np.array([row[key] for row in rows], dtype=np.int64)
+    """(rows,) int64, also from floats without a fraction. Raises UserError naming the first row whose `key` is missing
+    or no whole number, and how many there are."""
+    values = [row.get(key) for row in rows]
+    if not all(type(value) is int and abs(value) < LARGEST_NUMBER for value in values):
+        values = [whole(value) for value in values]
+    wrong = [position for position, value in enumerate(values) if value is None]
+    if wrong:
+        row, value = rows[wrong[0]], rows[wrong[0]].get(key)
+        more = f" So it is with {len(wrong)} of {len(rows)}." if len(wrong) > 1 else ""
+        name = name_of(row, wrong[0])
+        raise UserError(f"{file}: {kind} {name}: {key!r} {why_not_whole(value, key)}{more}")
+    return np.array(values, dtype=np.int64)
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number that float64 holds, of an int or a float; None for anything else."""
+    if type(value) not in (int, float) or not abs(value) < LARGEST_NUMBER or value != int(value):
+        return None
+    return int(value)
+
+
+def why_not_whole(value: Any, key: str) -> str:
+    """Say why `value` is no whole number that can be used, and what to do about it."""
+    is_id = key.endswith("id")
+    if type(value) is int:
+        advice = "Number them 1, 2, ... in the file, wherever they stand" if is_id else "Correct it"
+        return (
+            f"{value!s:.40} is too large: at most {LARGEST_NUMBER - 1} (2**53 - 1), since evaluation computes in "
+            f"float64, as COCO's own tools do, where larger numbers run into each other. {advice}."
+        )
+    if isinstance(value, str):
+        advice = " Number them 1, 2, ... in the file, wherever they stand." if is_id else " Write it without quotes."
+        return f"must be a whole number, not the text {value!r:.100}{': ids in COCO json are numbers' * is_id}.{advice}"
+    return f"must be a whole number, {'but is null or missing' if value is None else f'not {value!r:.100}'}."
 
 
 def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
@@ -223,9 +210,15 @@ def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
     require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
 
 
+def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:
+    negative = [str(id_) for id_ in ids if id_ < 0]
+    require(not negative, f"{file}: {kind} {shortened(negative, 5)}: ids must not be negative.")
+
+
 def read_images(file: Path, rows: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
     columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
     refuse_double(file, "image", columns[0])
+    refuse_negative(file, "image", columns[0])
     images = []
     for row, id_, width, height in zip(rows, *columns, strict=True):
         name = row.get("file_name")
@@ -240,7 +233,7 @@ def read_categories(file: Path, rows: list[dict[str, Any]]) -> tuple[Category, .
     ids = whole_numbers(file, rows, "category", "id").tolist()
     refuse_double(file, "category", ids)
     require(len(ids) > 0, f"{file}: lists no categories.")
-    require(min(ids) >= 0, f"{file}: category {min(ids)}: ids must not be negative.")
+    refuse_negative(file, "category", ids)
     categories = (Category(id_, str(row.get("name", id_))) for id_, row in zip(ids, rows, strict=True))
     return tuple(sorted(categories, key=lambda category: category.id))
 
@@ -276,13 +269,22 @@ def read_areas(file: Path, rows: list[dict[str, Any]], boxes_xywh_px: np.ndarray
     """(rows,) float64, from the boxes where the file has none."""
     areas = boxes_xywh_px[:, 2] * boxes_xywh_px[:, 3]
     for position, row in enumerate(rows):
-        if "area" in row:
+        if row.get("area") is not None:
             require(
                 is_number(row["area"]),
                 f"{file}: annotation {name_of(row, position)}: 'area' must be a finite number, not {row['area']!r}.",
             )
             areas[position] = row["area"]
     return areas
+
+
+def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation sorts
+    objects by area into small, medium and large."""
+    of_boxes, of_images = boxes_xywh_px[:, 2:].prod(axis=1), sizes_wh.astype(np.float64).prod(axis=1)
+    relative = (areas < 1) & (of_boxes >= RELATIVE_AREA_LEAST_PX)
+    wrong = ((areas <= 0) | relative | (areas > of_images)) & (areas != of_boxes)
+    return np.where(wrong, of_boxes, areas), wrong
 
 
 def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -293,13 +295,3 @@ def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.nda
     cut = (np.abs(inside - corners) > ROUNDING_PX).any(axis=1)
     empty = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
     return inside, np.asarray(cut), np.asarray(empty)
-
-
-def look_like_corners(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> bool:
-    """Whether almost all boxes would be right as x0, y0, x1, y1, and many are wrong as x, y, width, height."""
-    if len(boxes_xywh_px) == 0:
-        return False
-    low, extent = np.split(boxes_xywh_px, 2, axis=1)
-    right_as_corners = ((extent > low) & (extent <= sizes_wh + ROUNDING_PX)).all(axis=1)
-    wrong_as_extent = (low + extent > sizes_wh + 1).any(axis=1)
-    return bool(right_as_corners.mean() > 0.95 and wrong_as_extent.mean() > 0.2)

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import hotcoco
@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detr_fast.config import require
 from detr_fast.data.batching import Batch
+from detr_fast.data.checks import COCO_DETECTIONS
 from detr_fast.data.coco import CocoDataset
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections
 from detr_fast.evaluation.precision_recall import OperatingPoint, PrecisionRecall
@@ -31,6 +32,9 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 large (above 96² px) objects; average recall with 1, 10 and 100 detections an image; again by size."""
 ABSENT = -1.0
 """COCO's value of a number that no object of the data bears on, such as APs without small objects."""
+NOTHING_MEASURED = "no AP: the data has no object to find"
+UNLIMITED = ("AP_all_detections", "AP50_all_detections", "AR_all_detections")
+"""AP, AP50 and average recall without COCO's limit of 100 detections of a class on an image."""
 ALL_AREAS, MOST_DETECTIONS = 0, -1
 
 
@@ -46,6 +50,13 @@ class Evaluation:
     """At IoU 0.50, of the classes that the data has objects of."""
     detections: np.ndarray
     """Rows (N, 7): image id, x, y, width, height in pixels, score, category id; see inference.py."""
+    unlimited: dict[str, float] = field(default_factory=dict)
+    """UNLIMITED, where the data has images with more objects of a class than COCO counts detections; else empty."""
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The metrics that the data bears on; none where it has no object."""
+        return {name: value for name, value in self.metrics.items() if value > ABSENT}
 
     @property
     def operating_point(self) -> OperatingPoint:
@@ -53,8 +64,25 @@ class Evaluation:
         return self.curves.best_f1()
 
     def to_dict(self) -> dict[str, Any]:
-        """What evaluation.json holds."""
-        return {**self.metrics, "at_best_f1": self.operating_point.to_dict(), "per_class": self.per_class}
+        """What evaluation.json holds: None for what the data has no object for."""
+        point = self.operating_point.to_dict() if self.measured else None
+        note = {} if self.measured else {"note": NOTHING_MEASURED}
+        found = {**self.metrics, **self.unlimited, "at_best_f1": point, "per_class": self.per_class}
+        return {**note, **without_absent(found)}
+
+    def line(self) -> str:
+        """The numbers that matter most."""
+        shown = {name: value for name, value in self.measured.items() if name in ("AP", "AP50")} | self.unlimited
+        return "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) or NOTHING_MEASURED
+
+
+def without_absent(value: Any) -> Any:
+    """Return a copy of what is to be json, in which None stands for ABSENT."""
+    if isinstance(value, dict):
+        return {name: without_absent(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_absent(one) for one in value]
+    return None if value == ABSENT else value
 
 
 def evaluate_model(
@@ -92,7 +120,7 @@ def evaluate_detections(
     truth = clean_document(document)
     names = category_names(truth["categories"])
     known = detections[np.isin(detections[:, CATEGORY_ID], list(names))]
-    stats, precision, scores, recall_steps = EVALUATORS[evaluator](truth, known)
+    stats, precision, scores, _, recall_steps = EVALUATORS[evaluator](truth, known, COCO_DETECTIONS)
     category_ids = sorted(names)
     found = precision[:, :, :, ALL_AREAS, MOST_DETECTIONS]  # (IoU thresholds, recall steps, categories)
     per_class = {
@@ -106,7 +134,24 @@ def evaluate_detections(
         precision=found[0].T[present],
         scores=scores[0, :, :, ALL_AREAS, MOST_DETECTIONS].T[present],
     )
-    return Evaluation(dict(zip(METRICS, map(float, stats), strict=True)), per_class, curves, detections)
+    metrics = dict(zip(METRICS, map(float, stats), strict=True))
+    unlimited = without_limit(truth, known, evaluator) if most_objects(truth) > COCO_DETECTIONS else {}
+    return Evaluation(metrics, per_class, curves, detections, unlimited)
+
+
+def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Evaluator) -> dict[str, float]:
+    """The UNLIMITED numbers: AP, AP50 and recall where all detections count."""
+    _, counts = np.unique(detections[:, IMAGE_ID], return_counts=True)
+    _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
+    found = precision[..., ALL_AREAS, MOST_DETECTIONS]
+    values = (found, found[0], recall[..., ALL_AREAS, MOST_DETECTIONS])
+    return dict(zip(UNLIMITED, map(mean_present, values), strict=True))
+
+
+def most_objects(document: dict[str, Any]) -> int:
+    """Of one class on one image, crowds left out."""
+    groups = Counter((one["image_id"], one["category_id"]) for one in document["annotations"] if not one["iscrowd"])
+    return max(groups.values(), default=0)
 
 
 def only_images(document: dict[str, Any], image_ids: Container[float]) -> dict[str, Any]:
@@ -133,33 +178,37 @@ def mean_present(values: np.ndarray) -> float:
     return float(present.mean()) if present.size else ABSENT
 
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""The twelve numbers; precision and scores (IoU thresholds, recall steps, categories, areas, detection limits), with
-categories by ascending id; the recall steps."""
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""The twelve numbers, which are COCO's where `most` is COCO_DETECTIONS; precision and scores (IoU thresholds, recall
+steps, categories, areas, detection limits), with categories by ascending id; recall, without the steps; these."""
 
 
-def run_hotcoco(truth: dict[str, Any], detections: np.ndarray) -> Arrays:
+def run_hotcoco(truth: dict[str, Any], detections: np.ndarray, most: int) -> Arrays:
     ground = hotcoco.COCO(truth)
     found = ground.load_res(detections) if len(detections) else hotcoco.COCO(without_annotations(truth))
     evaluator = hotcoco.COCOeval(ground, found, "bbox")
+    evaluator.params.max_dets = [1, 10, most]
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summary_lines()  # computes the numbers without printing them
     result = evaluator.eval
     assert result is not None  # after accumulate()
-    return np.array(evaluator.stats), result["precision"], result["scores"], np.array(evaluator.params.rec_thrs)
+    found_and_scored = (result["precision"], result["scores"], result["recall"])
+    return np.array(evaluator.stats), *found_and_scored, np.array(evaluator.params.rec_thrs)
 
 
-def run_pycocotools(truth: dict[str, Any], detections: np.ndarray) -> Arrays:
+def run_pycocotools(truth: dict[str, Any], detections: np.ndarray, most: int) -> Arrays:
     with redirect_stdout(io.StringIO()):
         ground = pycocotools_index(truth)
         found = ground.loadRes(detections) if len(detections) else pycocotools_index(without_annotations(truth))
         evaluator = COCOeval(ground, found, "bbox")
+        evaluator.params.maxDets = [1, 10, most]
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     result = evaluator.eval
-    return np.array(evaluator.stats), result["precision"], result["scores"], np.array(evaluator.params.recThrs)
+    found_and_scored = (result["precision"], result["scores"], result["recall"])
+    return np.array(evaluator.stats), *found_and_scored, np.array(evaluator.params.recThrs)
 
 
 def pycocotools_index(document: dict[str, Any]) -> COCO:

@@ -2,15 +2,15 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from detr_fast.config import ModelConfig, TrainConfig, model_config, require
+from detr_fast.config import ModelConfig, TrainConfig, model_config
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
+from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import BATCHES_A_GROUP
@@ -34,30 +34,9 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
     config = model_config(options.model, num_classes=train_set.num_classes, **changes)
     train_set.warn_if_queries_are_few(config.num_queries)
-    return train_set, build_dataset(options, "val", config, categories=train_set.categories), config
-
-
-def continued(options: TrainConfig, state: dict[str, Any]) -> TrainConfig:
-    """Returns the options with the stored run's batches, where none are asked for."""
-    names = ("batch_size", "accumulate", "effective_batch")
-    return replace(options, **{name: getattr(options, name) or state["options"].get(name, 0) for name in names})
-
-
-def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
-    """Raises UserError where the options would not continue the checkpoint's run but start another one."""
-    stored, asked = {**state["model_config"], **state["options"]}, {**config.to_dict(), **options.to_dict()}
-    own = ("data", "model", "seed", "batch_size", "accumulate", "scale_lr", "ema", "buckets")
-    fixed = (*own, *ModelConfig.__dataclass_fields__)
-    for name in fixed:
-        before, now = (tuple(v) if isinstance(v, list) else v for v in (stored[name], asked[name]))
-        option = f"--{name.replace('_', '-')}" if name in asked.keys() & options.to_dict().keys() else name
-        require(
-            before == now,
-            f"The run to resume has {option} {before}, asked for is {now}. "
-            f"Give {option} {before}, or another --output for a new run.",
-        )
-    before, now = state["model_config"]["num_classes"], config.num_classes
-    require(before == now, f"The run to resume has {before} classes, its data now has {now}. Give another --output.")
+    val_set = build_dataset(options, "val", config, categories=train_set.categories)
+    warn_before_training(train_set, val_set)
+    return train_set, val_set, config
 
 
 def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
@@ -94,13 +73,26 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         ema_decay=options.ema,
     )
     if state:
-        step.optimizer.load_state_dict(state["optimizer"])
+        restore_moments(step.optimizer, state["optimizer"])
         keep_layouts(step.optimizer)
         if state["scaler"]:
             step.scaler.load_state_dict(state["scaler"])
-        if step.averaged:
+        if step.averaged and state["ema"]:
             load_state_dict(step.averaged, state["ema"])
     return step
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Takes the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
+
+    The backbone's group is the second, and absent where it is not trained: moments that are not stored begin anew.
+    """
+    own = optimizer.state_dict()
+    state: dict[int, Any] = {}
+    for group, before in zip(own["param_groups"], stored["param_groups"], strict=False):
+        places = zip(group["params"], before["params"], strict=True)
+        state |= {place: stored["state"][theirs] for place, theirs in places if theirs in stored["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
 def keep_layouts(optimizer: torch.optim.Optimizer) -> None:

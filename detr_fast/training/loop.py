@@ -36,6 +36,7 @@ class Progress:
     evaluated_step: int = 0
     """The step after which the model was evaluated last."""
     best_ap: float = -math.inf
+    """Below 0 as long as none was measured: best.pt then has the latest weights."""
     nonfinite_readings: int = 0
     seconds: float = 0.0
     """Time trained before this process."""
@@ -176,14 +177,15 @@ class TrainingLoop:
         self.step.share_buffers()
         self.evaluation = self.evaluate()
         self.progress.evaluated_step = self.progress.step
-        metrics = self.evaluation.metrics
+        metrics = self.evaluation.measured
+        ap = metrics.get("AP", -math.inf)
         self.step.model.train()
         if self.log and self.folder:
             self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics)
-            self.display.say(f"epoch {int(self.epoch)}: AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}")
-            if metrics["AP"] > self.progress.best_ap:
+            self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
+            if ap > self.progress.best_ap or self.progress.best_ap < 0:
                 save_checkpoint(self.folder.best, self._model_state())
-        self.progress.best_ap = max(self.progress.best_ap, metrics["AP"])
+        self.progress.best_ap = max(self.progress.best_ap, ap)
         self.meter.restart()
 
     def _model_state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
 from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.evaluate import evaluation_dataset
-from detr_fast.evaluation.coco_metrics import category_names, evaluate_detections, only_images
+from detr_fast.evaluation.coco_metrics import category_names, evaluate_detections, only_images, without_absent
 from detr_fast.evaluation.inference import (
     CATEGORY_ID,
     IMAGE_ID,
@@ -150,11 +150,11 @@ class AveragePrecision:
         return collect_detections(model, self.images.batches(), runtime, self.images.dataset.categories)
 
     def to_dict(self) -> dict[str, Any]:
-        """AP's part of parity.json; a row without numbers is one whose outputs are not finite."""
+        """AP's part of parity.json; a row without numbers has outputs that are not finite, or no objects."""
         names = list(dict.fromkeys((*self.scores, *self.failures)))
         scores = [(name, self.scores.get(name)) for name in names]
         classes = self.scores["reference"].classes if "reference" in self.scores else {}
-        return {
+        part = {
             "data": self.images.name,
             "images": max((one.images for one in self.scores.values()), default=0),
             "rows": [{"name": name, "AP": one and one.ap, "AP50": one and one.ap50} for name, one in scores],
@@ -169,6 +169,7 @@ class AveragePrecision:
             "close": not self.failures,
             "message": self.message(),
         }
+        return without_absent(part)
 
     def message(self) -> str:
         if self.failures:

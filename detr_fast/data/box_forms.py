@@ -1,0 +1,96 @@
+"""What boxes look like that are not COCO's x, y, width, height in pixels: another unit, another order, or both."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+ROUNDING_PX = 0.05
+"""How far a box may pass its image's edge by the rounding of its coordinates alone."""
+RELATIVE_LEAST_SIDE_PX = 8
+"""Of smaller images, boxes of less than a pixel may be meant."""
+PERCENT_LEAST_SIDE_PX, PERCENT_LEAST_BOXES = 300, 50
+"""That no box lies beyond 100 says little of smaller images, or of few boxes."""
+
+
+class Order(NamedTuple):
+    """A way to write a box as four numbers, and what it takes to be told from COCO's."""
+
+    words: str
+    fits: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """Of boxes (N, 4) and sizes (N, 2): which (N,) are right if they are written so."""
+    least_fitting: float
+    """Fraction of boxes that are right so"""
+    least_wrong: float
+    """and fraction that pass their image's edge if they are COCO's"""
+    least_boxes: int
+
+
+def fit_as_corners(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
+    low, high = np.split(boxes, 2, axis=1)
+    return np.asarray(((high > low) & (high <= sizes_wh + ROUNDING_PX)).all(axis=1))
+
+
+def fit_as_centres(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
+    centre, extent = np.split(boxes, 2, axis=1)
+    inside = (centre - extent / 2 >= -1) & (centre + extent / 2 <= sizes_wh + 1)
+    return np.asarray((inside & (extent > 0)).all(axis=1))
+
+
+ORDERS = (
+    Order("x0, y0, x1, y1", fit_as_corners, 0.95, 0.2, 1),
+    Order("centre x, centre y, width, height", fit_as_centres, 0.99, 0.1, 20),
+)
+
+
+def likely_order(boxes_px: np.ndarray, sizes_wh: np.ndarray) -> str:
+    """Say in which other order almost all boxes (N, 4) would be right, where many are wrong in COCO's; "" if none."""
+    if not len(boxes_px):
+        return ""
+    low, extent = np.split(boxes_px, 2, axis=1)
+    wrong = (low + extent > sizes_wh + 1).any(axis=1).mean()
+    for order in ORDERS:
+        told = len(boxes_px) >= order.least_boxes and wrong > order.least_wrong
+        if told and order.fits(boxes_px, sizes_wh).mean() > order.least_fitting:
+            return order.words
+    return ""
+
+
+def look_relative(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
+    """Which boxes (N,) look relative to the image: all that lie within its first pixel, where nearly all do; else those
+    that are less than a pixel, and not cut off by the image's corner."""
+    inside = ((boxes >= 0) & (boxes <= 1.001)).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+    inside &= (sizes_wh >= RELATIVE_LEAST_SIDE_PX).all(axis=1)
+    if inside.mean() <= 0.9:
+        inside &= (boxes[:, :2] > 0).any(axis=1) & (boxes[:, 2:] < 1).all(axis=1)
+    return np.asarray(inside)
+
+
+def look_like_percent(boxes: np.ndarray, sizes_wh: np.ndarray) -> bool:
+    """Whether many boxes, spread from 0 to 100 both ways, leave all the rest of far larger images empty."""
+    if len(boxes) < PERCENT_LEAST_BOXES or sizes_wh.min() < PERCENT_LEAST_SIDE_PX:
+        return False
+    low, extent = np.split(boxes, 2, axis=1)
+    within = boxes.min() >= 0 and boxes.max() <= 100.5
+    return bool(within and ((low + extent).max(axis=0) > 90).all() and (low.std(axis=0) > 10).all())
+
+
+def likely_forms(boxes: np.ndarray, sizes_wh: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what boxes (N, 4) look like instead of COCO's, in words, and which ones (N,).
+
+    `sizes_wh` (N, 2): their images', in pixels. Nothing is yielded where COCO's form is likely, or nothing is sure.
+    """
+    if not len(boxes):
+        return
+    scale = np.tile(sizes_wh, 2)
+    relative = look_relative(boxes, sizes_wh)
+    if relative.any():
+        order = likely_order((boxes * scale)[relative], sizes_wh[relative])
+        yield f"relative {order} (0 to 1)" if order else "relative ones (0 to 1, as YOLO has them)", relative
+    elif look_like_percent(boxes, sizes_wh):
+        order = likely_order(boxes * scale / 100, sizes_wh)
+        yield f"{order or 'x, y, width, height'} in percent of the image", ~relative
+        return
+    order = likely_order(boxes[~relative], sizes_wh[~relative])
+    if order:
+        yield order, ~relative

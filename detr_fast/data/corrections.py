@@ -1,0 +1,70 @@
+"""What reading a COCO json had to mend, and what in it cannot be mended but looks wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What was mended while reading; annotations by the ids that the file gives them."""
+
+    dropped_empty: tuple[Any, ...]
+    """No area, or none inside the image."""
+    dropped_unlisted: tuple[Any, ...]
+    """Of images that the file does not list."""
+    clamped: tuple[Any, ...]
+    """Reached past the image's edge."""
+    defaulted_crowd: int
+    """Annotations without `iscrowd`, taken as 0."""
+    defaulted_area: int
+    """Annotations without `area`, taken as width times height."""
+    renumbered: bool
+    """Annotation ids were missing, double or below 1, and are now 1, 2, ..."""
+    corrected_area: tuple[Any, ...] = ()
+    """An `area` of 0 or less, relative, or larger than the image: taken as width times height."""
+    likely_forms: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """What boxes look like instead of COCO's x, y, width, height in pixels, and which: nothing is mended."""
+    below_pixel: tuple[Any, ...] = ()
+    """Less than a pixel wide or high, and not for their form."""
+
+    def faults(self, ids_shown: int = 5) -> list[str]:
+        """What is wrong with the data, a line for each kind, with the first annotations' ids."""
+        kinds = {
+            "boxes have no area inside their image: dropped": self.dropped_empty,
+            "annotations are of images that are not listed: dropped": self.dropped_unlisted,
+            "boxes pass their image's edge: clamped for training": self.clamped,
+            "areas are 0, negative, relative or larger than their image: taken as width times height": (
+                self.corrected_area
+            ),
+        }
+        return [f"{len(ids)} {text} (annotations {shortened(ids, ids_shown)})" for text, ids in kinds.items() if ids]
+
+    def doubtful_forms(self) -> list[str]:
+        """What boxes seem to be that COCO's are not, a line for each kind: nothing good can be learned from them."""
+        return [
+            f"{len(ids)} boxes look like {words}, but COCO's are x, y, width, height in pixels: check a few, and "
+            f"rewrite the file (annotations {shortened(ids, 5)})"
+            for words, ids in self.likely_forms
+        ]
+
+    def defaults(self) -> list[str]:
+        """What the file leaves out and is filled in without harm, a line for each kind."""
+        kinds = {
+            "annotations without iscrowd: taken as 0": self.defaulted_crowd,
+            "annotations without area: taken as width times height": self.defaulted_area,
+        }
+        lines = [f"{count} {text}" for text, count in kinds.items() if count]
+        if self.renumbered:
+            lines.append("annotation ids missing, double or below 1: renumbered")
+        return lines
+
+    def lines(self) -> list[str]:
+        """All of it; empty if the file was clean."""
+        return self.faults() + self.defaults()
+
+
+def shortened(items: Sequence[Any], shown: int) -> str:
+    """The first `shown` items, and how many more there are."""
+    text = ", ".join(map(str, items[:shown]))
+    return text if len(items) <= shown else f"{text} and {len(items) - shown} more"

@@ -1,0 +1,134 @@
+"""Annotations and images that are there twice, as when the exports of two annotators are joined."""
+
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from detr_fast.data.annotations import Annotations
+from detr_fast.data.box_forms import ROUNDING_PX
+from detr_fast.data.corrections import shortened
+
+NEARLY_EQUAL_IOU = 0.95
+MOST_NEIGHBOURS = 200
+"""Boxes of an image that a box is compared with: those that begin right of it, by a twentieth of its width at most."""
+NAMED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Doubles:
+    """Ids of annotations whose box an earlier annotation of the same image has, as `Annotations` numbers them."""
+
+    equal: np.ndarray
+    """Of the same class, and but for rounding the same box"""
+    nearly_equal: np.ndarray
+    """Of the same class, with an IoU above NEARLY_EQUAL_IOU"""
+    two_classes: np.ndarray
+    """The same box, of another class"""
+    renumbered: bool
+    """The ids are places in the file, counted from 1"""
+
+    def problems(self) -> Iterator[str]:
+        if len(self.equal):
+            yield (
+                f"{len(self.equal)} annotations repeat an earlier one, its image, class and box "
+                f"({self.named(self.equal)}): keep one of each"
+            )
+
+    def notes(self) -> Iterator[str]:
+        """Yield what may be meant."""
+        if len(self.nearly_equal):
+            yield (
+                f"{len(self.nearly_equal)} annotations are nearly an earlier one of their class "
+                f"(IoU above {NEARLY_EQUAL_IOU}; {self.named(self.nearly_equal)}): "
+                "where they mean one object, keep one of each"
+            )
+        if len(self.two_classes):
+            yield (
+                f"{len(self.two_classes)} annotations have the box of an earlier one, but another class "
+                f"({self.named(self.two_classes)}): where they mean one object, keep one"
+            )
+
+    def named(self, ids: np.ndarray) -> str:
+        """The first ids; as other messages do, the place in the file counted from 0 where its ids are no use."""
+        names = [f"number {id_ - 1}" for id_ in ids.tolist()] if self.renumbered else ids.tolist()
+        return f"annotations {shortened(names, NAMED)}"
+
+
+def find_doubles(annotations: Annotations) -> Doubles:
+    """Compare each box with those of its image that begin near it: one pass over all, 0.2 s for COCO's 860,000."""
+    boxes = annotations.boxes_xywh_px
+    images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
+    order = np.argsort(images * (np.ptp(boxes[:, 0]) + 1) + boxes[:, 0]) if len(boxes) else np.arange(0)
+    images, left, width = images[order], boxes[order, 0], boxes[order, 2]
+    first = np.arange(len(order))
+    pairs = [np.zeros((0, 2), np.int64)]
+    for distance in range(1, MOST_NEIGHBOURS + 1):
+        first = first[: np.searchsorted(first, len(order) - distance)]
+        second = first + distance
+        begins_near = left[second] - left[first] <= (1 - NEARLY_EQUAL_IOU) * width[first]
+        first = first[begins_near & (images[second] == images[first])]  # of those alone the next may begin near, too
+        if not len(first):
+            break
+        pairs.append(order[np.column_stack((first, first + distance))])
+    candidates = np.sort(np.concatenate(pairs), axis=1)  # the earlier in the file first
+    return classify(annotations, candidates[iou(*boxes[candidates.T]) > NEARLY_EQUAL_IOU])
+
+
+def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
+    """Tell apart what `pairs` (P, 2) of annotations with nearly equal boxes are; each is named by its later one."""
+    one, other = annotations.boxes_xywh_px[pairs.T]
+    smallest = np.minimum(one, other)[:, 2:].min(axis=1)
+    rounding = np.where(smallest >= 1, ROUNDING_PX, 1e-9)  # boxes of less than a pixel may be relative
+    equal = (np.abs(one - other) <= rounding[:, None]).all(axis=1)
+    one_class, both_crowds = (
+        column[pairs[:, 0]] == column[pairs[:, 1]] for column in (annotations.category_ids, annotations.crowd)
+    )
+    later = annotations.ids[pairs[:, 1]]
+    doubles = np.unique(later[equal & one_class & both_crowds])
+    return Doubles(
+        equal=doubles,
+        nearly_equal=np.setdiff1d(later[~equal & one_class & both_crowds], doubles),
+        two_classes=np.setdiff1d(later[equal & ~one_class & both_crowds], doubles),
+        renumbered=annotations.corrections.renumbered,
+    )
+
+
+def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
+    """(N,) of boxes (N, 4) with positive extents."""
+    low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
+    high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
+    shared = np.maximum(high - low, 0).prod(axis=1)
+    return shared / (one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - shared)
+
+
+def identity(path: Path) -> Hashable:
+    """Return what all names and links of a file have in common; the path where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino
+
+
+def files_listed_twice(ids: Sequence[int], files: Sequence[Path]) -> Iterator[str]:
+    """Yield a line where a file, by whatever name, has several image `ids`: each then misses the others' objects."""
+    keys = [identity(path) for path in files]
+    if len(set(keys)) == len(keys):
+        return
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    doubled = [
+        f"{files[found[0]]}: ids {', '.join(str(ids[place]) for place in found)}"
+        for found in places.values()
+        if len(found) > 1
+    ]
+    if doubled:
+        yield (
+            f"{len(doubled)} image files are listed more than once ({shortened(doubled, NAMED)}): "
+            "list each once, with all of its annotations"
+        )

@@ -1,0 +1,50 @@
+"""What an image file's header says: its size, and how EXIF would have it turned. Pixels are not read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from detr_fast.config import UserError
+from detr_fast.data.decode import faults_named
+from detr_fast.data.formats import READ_FORMATS
+
+UPRIGHT = 1
+"""EXIF's orientation of an image that is stored as it is to be seen; 2 to 8 mirror it, turn it, or both."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its pixels."""
+
+    size: tuple[int, int]
+    """(h, w) in pixels, as the image is read"""
+    orientation: int
+    """1 to 8, EXIF's"""
+    applied: bool
+    """Whether reading the image turns it by its orientation: of a TIFF, whose own tag it is; never of other files."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether other programs show the image in another way than it is read here."""
+        return self.orientation != UPRIGHT and not self.applied
+
+
+def read_header(path: Path) -> Header | None:
+    """Return what the file's header says, or None where none can be read. Never raises for what a file holds."""
+    try:
+        with faults_named(str(path)), Image.open(path, formats=READ_FORMATS) as image:
+            return Header((image.height, image.width), orientation_of(image), applied=image.format == "TIFF")
+    except UserError:
+        return None
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return EXIF's orientation of an open image, from EXIF or XMP; `UPRIGHT` where there is none that can be read."""
+    try:
+        with faults_named("EXIF"):
+            exif = Image.Image.getexif(image)  # a PNG's own method would read its pixels
+            value = exif.get(ExifTags.Base.Orientation)
+    except UserError:
+        return UPRIGHT
+    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
