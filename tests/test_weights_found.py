@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -389,7 +390,7 @@ def head_of(path: Path, num_classes: int, naming: Naming = "facebook", categorie
         (91, None, {1: "red", 7: "blue"}, {1: "red", 7: "blue", 0: "N/A"}, "category ids"),
         (4, None, {1: "red", 3: "blue"}, {1: "red", 3: "blue"}, "category ids"),  # --num_classes of largest id + 1
         (2, None, {1: "red", 7: "blue"}, {0: "red", 1: "blue"}, "ascending order"),
-        (2, ("blue", "red"), {1: "RED", 7: "blue"}, {0: "blue", 1: "RED"}, "its own names"),
+        (2, ("blue", "red"), {1: "RED ", 7: "blue"}, {0: "blue", 1: "RED "}, "its own names"),
         (2, ("cat", "red"), {0: "red", 1: "blue"}, {0: "red", 1: "blue"}, "category ids"),  # left from before
     ],
 )
@@ -431,7 +432,7 @@ def test_names_that_are_assumed_are_said(tmp_path: Path) -> None:
     [
         (91, None, "91 classes: COCO's names are assumed.*--categories"),
         (2, None, "does not say which.*--categories"),
-        (2, ("red", "blue"), r"the ids do not \('red' is 0 there and 1 here, .*\): give --categories"),
+        (2, ("red", "blue"), r"differ in id.*: 1 'red' and 0 'red'.* The names agree: --categories .* gives their ids"),
         (2, ("cat", "dog"), "trained on this data take --categories"),
     ],
 )
@@ -439,6 +440,7 @@ def test_evaluation_on_other_classes_gives_the_way_on(num_classes: int, own: Any
     named = own and tuple(Category(label, name) for label, name in enumerate(own))
     weights = str(head_of(tmp_path / "head.pth", num_classes, categories=named))
     file = coco_json(tmp_path / "val.json", {1: "red", 2: "blue"})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     options = EvaluateConfig(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
     with pytest.raises(UserError, match=said):
         evaluation_dataset(load_model(weights), options)
