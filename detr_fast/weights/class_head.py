@@ -79,8 +79,8 @@ def class_names(
         known = {spelling(category.name) for category in stated or ()}
         if stated and all(spelling(category.name) in known for category in categories):
             return with_ids(stated, categories), f"{file.path}: its own names, with the ids of {source}"
-        chosen, order = by_label(categories, num_classes, source)
-        return chosen, f"{file.path}: its labels are the {order} of {source}"
+        chosen, labels = by_label(categories, num_classes, source)
+        return chosen, f"{file.path}: its labels are {labels}"
     if stated:
         return stated, None
     if num_classes == COCO_NUM_CLASSES and file.model_config is None:
@@ -137,9 +137,11 @@ def by_label(categories: Sequence[Category], num_classes: int, source: str) -> t
             f"--categories {source}: its {len(categories)} categories have ids up to {largest}, but the class head has "
             f"{num_classes} classes, 0 to {num_classes - 1}. Give the json of the data that it was trained on.",
         )
-        return tuple(categories), "categories in ascending order of ids"
+        return tuple(categories), f"the categories of {source} in ascending order of ids"
     name_of = {category.id: category.name for category in categories}
-    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)), "category ids"
+    return tuple(
+        Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)
+    ), f"the category ids of {source}"
 
 
 def coco_categories() -> tuple[Category, ...]:
