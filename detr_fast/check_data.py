@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ def check_image(record: ImageRecord) -> CheckedImage:
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    # reading silences Pillow's warnings for a moment, and threads that do so at once would leave them silent for good
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         checked = pool.map(check_image, records)
         return list(track(checked, f"{split}: reading images", len(records), console=console, transient=True))
 

@@ -10,8 +10,8 @@ from detr_fast.data.decode import BROKEN_FILE_ERRORS, PILLOW_FORMATS
 
 UPRIGHT = 1
 """EXIF's orientation of an image that is stored as it is to be seen; 2 to 8 mirror it, turn it, or both."""
-BROKEN_EXIF_ERRORS = (*BROKEN_FILE_ERRORS, Image.DecompressionBombError, KeyError, TypeError, AttributeError)
-"""What Pillow raises for broken files and for EXIF or XMP that is cut off or of another kind than it says."""
+BROKEN_EXIF_ERRORS = (*BROKEN_FILE_ERRORS, TypeError)
+"""What Pillow raises for EXIF or XMP that is cut off, or of another kind than it says."""
 
 
 @dataclass(frozen=True)
