@@ -236,9 +236,9 @@ def test_no_header_is_an_error(tmp_path: Path) -> None:
         broken[rng.integers(0, 120)] = rng.integers(0, 256)
         (tmp_path / "a.jpg").write_bytes(broken)
         read_header(tmp_path / "a.jpg")
-    image = Image.new("L", (1, 1))
-    for kind, content in (("exif", b"II*"), ("exif", 5), ("xmp", 5), ("Raw profile type exif", "\n\n\nno hex")):
-        image.info = {kind: content}
+    for kind, content in (("exif", b"II*"), ("exif", "II*"), ("xmp", 5), ("Raw profile type exif", "\n\n\nno hex")):
+        image = Image.new("L", (1, 1))
+        image.info[kind] = content
         assert orientation_of(image) == UPRIGHT
     (tmp_path / "a.jpg").write_bytes(b"")
     assert read_header(tmp_path / "a.jpg") is read_header(tmp_path / "none.jpg") is None
