@@ -189,7 +189,7 @@ def main(options: CheckDataConfig) -> int:
         findings.notes += [(split, line) for line in notes]
     if not datasets and not findings.problems:
         require_split(options, "train")
-    print_lines("to look at, where it is not meant", findings.notes, console)
+    print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:
         console.print("Nothing is wrong.")
