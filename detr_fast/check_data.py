@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def check_image(record: ImageRecord) -> CheckedImage:
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    # reading silences Pillow's warnings for a moment, and threads that do so at once would leave them silent for good
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         checked = pool.map(check_image, records)
         return list(track(checked, f"{split}: reading images", len(records), console=console, transient=True))
 
@@ -204,7 +206,7 @@ def main(options: CheckDataConfig) -> int:
         findings.notes += [(split, line) for line in notes]
     if not datasets and not findings.problems:
         require_split(options, "train")
-    print_lines("to look at, where it is not meant", findings.notes, console)
+    print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:
         console.print("Nothing is wrong.")

@@ -20,6 +20,7 @@ from detr_fast import load_model
 from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.evaluation.coco_metrics import ABSENT
 from detr_fast.train import default_options, last_line, main
+from detr_fast.training.assembly import make_data
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.loop import Progress, TrainingLoop
@@ -270,6 +271,18 @@ def test_two_processes_leave_one_run_that_one_continues(
     assert main(replace(resumed, resume="auto", epochs=2)) == 0
     assert "8 x 1 accumulated x 1 processes = 8 images a step" in capsys.readouterr().out
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6", "8", "10", "12"]
+
+
+def test_what_makes_validation_useless_is_said_before_the_first_step(shapes_root: Path, tmp_path: Path) -> None:
+    document = json.loads((shapes_root / "annotations" / "val.json").read_text())
+    document["images"][4]["file_name"] = "absent.jpg"
+    (tmp_path / "val.json").write_text(json.dumps({**document, "annotations": []}))
+    own = {"val_images": str(shapes_root / "val"), "val_annotations": str(tmp_path / "val.json")}
+    with pytest.raises(UserError, match=r"val\.json: 1 of 12 image files are missing: .*absent\.jpg"):
+        main(options(shapes_root, tmp_path / "run", **own))
+    with pytest.warns(match="no object to find.*latest weights"), pytest.warns(match="1 of 12 image files"):
+        make_data(options(shapes_root, tmp_path / "run", on_bad_image="skip", **own))
+    assert not (tmp_path / "run").exists()
 
 
 def evaluated(step: int, ap: float) -> Any:

@@ -14,7 +14,7 @@ from detr_fast.data.corrections import shortened
 
 NEARLY_EQUAL_IOU = 0.95
 MOST_NEIGHBOURS = 200
-"""Boxes of an image that a box is compared with: those that begin right of it, by a twentieth of its width at most."""
+"""Boxes that a box is compared with at most."""
 NAMED = 5
 
 
@@ -59,23 +59,26 @@ class Doubles:
 
 
 def find_doubles(annotations: Annotations) -> Doubles:
-    """Compare each box with those of its image that begin near it: one pass over all, 0.2 s for COCO's 860,000."""
+    """Compare each box with those of its image whose edges have nearly its sum: few others have, and all that nearly
+    equal it. Takes 0.2 s for COCO's 860,000."""
     boxes = annotations.boxes_xywh_px
     images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
-    order = np.argsort(images * (np.ptp(boxes[:, 0]) + 1) + boxes[:, 0]) if len(boxes) else np.arange(0)
-    images, left, width = images[order], boxes[order, 0], boxes[order, 2]
+    edges = boxes @ np.array([2, 2, 1, 1])  # x0 + x1 + y0 + y1
+    order = np.argsort(images * (np.ptp(edges) + 1) + edges) if len(boxes) else np.arange(0)
+    images, edges, boxes = images[order], edges[order], boxes[order]
+    # an edge differs by (1 - IoU) of the larger box's side at most, which is 1 / IoU of the smaller one's
+    reach = edges + 2 * (1 / NEARLY_EQUAL_IOU - 1) * boxes[:, 2:].sum(axis=1) + ROUNDING_PX
     first = np.arange(len(order))
     pairs = [np.zeros((0, 2), np.int64)]
     for distance in range(1, MOST_NEIGHBOURS + 1):
         first = first[: np.searchsorted(first, len(order) - distance)]
         second = first + distance
-        begins_near = left[second] - left[first] <= (1 - NEARLY_EQUAL_IOU) * width[first]
-        first = first[begins_near & (images[second] == images[first])]  # of those alone the next may begin near, too
+        first = first[(edges[second] <= reach[first]) & (images[second] == images[first])]  # others reach none
         if not len(first):
             break
-        pairs.append(order[np.column_stack((first, first + distance))])
-    candidates = np.sort(np.concatenate(pairs), axis=1)  # the earlier in the file first
-    return classify(annotations, candidates[iou(*boxes[candidates.T]) > NEARLY_EQUAL_IOU])
+        near = first[iou(boxes[first], boxes[first + distance]) > NEARLY_EQUAL_IOU]
+        pairs.append(order[np.column_stack((near, near + distance))])
+    return classify(annotations, np.sort(np.concatenate(pairs), axis=1))  # the earlier in the file first
 
 
 def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
