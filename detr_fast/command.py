@@ -1,6 +1,8 @@
 """What every command shares: options parsed from a dataclass, a user's error as one message and exit code 2."""
 
 import io
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,8 @@ def run(
     default: Callable[[Sequence[str]], Options] | None = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Parses `argv` into `options_type` and exits with what `main` returns.
+    """Parses `argv` into `options_type` and exits with what `main` returns; by Ctrl-C or where its output is read no
+    further, without a traceback and as a shell expects it.
 
     `default` gives, from the same arguments, the values of options that are not given.
     """
@@ -33,9 +36,16 @@ def run(
         options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
         refuse_idle(options, argv)
         code = main(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output, as `head` does, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain on leaving
+        code = 128 + signal.SIGPIPE
     sys.exit(code or 0)
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +81,24 @@ def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.Monk
     out, err = (stream.detach() for stream in streams)
     assert stopped.value.code == 2
     assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("os.kill(os.getpid(), signal.SIGINT)", 130), ("os.close(read); print('x' * 100_000)", 141), ("0 / 0", 1)],
+    ids=["interrupted", "no longer read", "a fault of ours"],
+)
+def test_how_a_command_ends_that_is_stopped(ending: str, code: int) -> None:
+    """Ours alone shows where it happened."""
+    program = (
+        "import os, signal; from dataclasses import dataclass; from detr_fast.command import run\n"
+        "read, write = os.pipe(); os.dup2(write, 1); os.close(write)\n"
+        f"def main(options):\n    {ending}\n"
+        "Options = dataclass(type('Options', (), {}))\n"
+        "run(main, Options, argv=[])"
+    )
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done.stderr

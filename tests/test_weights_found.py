@@ -8,6 +8,7 @@ import enum
 import gzip
 import io
 import json
+import os
 import pathlib
 import pickle
 import sys
@@ -125,6 +126,13 @@ def test_the_content_says_how_a_file_is_read(
     path = tmp_path / f"weights{ending}"
     wrapped = before("module.", weights)
     torch.save(wrapped, path) if written_by == "torch" else save_file(wrapped, path)
+    assert_same_weights(model, load_model(path))
+
+
+def test_a_name_in_other_bytes_is_a_name(model: DETR, weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.pth")
+    with path.open("wb") as file:
+        torch.save(weights, file)
     assert_same_weights(model, load_model(path))
 
 

@@ -49,7 +49,7 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
     elif options.weights:
         kept = load_for_fine_tuning(model, options.weights)
         for line in kept.lines(options.weights, config.num_classes):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(line)
     else:
         load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
     if options.lr_backbone == 0:

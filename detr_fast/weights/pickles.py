@@ -174,8 +174,11 @@ def read_pickle(path: Path, data: bytes | None = None) -> Any:
             warnings.simplefilter("ignore")  # on a pickle's protocol: what cannot be read is told here
             if data is not None:
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped into memory
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # torch's older format cannot be mapped into memory, nor a file whose name is not UTF-8
+            if zipfile.is_zipfile(path) and not any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise UserError(f"{path} {obstacle(path, error)}.") from error
 
