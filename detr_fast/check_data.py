@@ -2,22 +2,20 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 
 from detr_fast.command import run
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import DataLocation, UserError
+from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.checks import beyond_coco, class_notes, without_objects
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling_hint
 from detr_fast.data.corrections import shortened
-from detr_fast.data.decode import decode_image
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
@@ -28,7 +26,7 @@ NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataOptions):
+class CheckDataConfig(DataLocation):
     """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
 
     num_queries: int = 100
@@ -90,7 +88,7 @@ def annotation_notes(dataset: CocoDataset, split: str) -> Iterator[str]:
 def check_image(record: ImageRecord) -> CheckedImage:
     header = read_header(record.path)
     try:
-        image = decode_image(record.path)
+        image = record.decode().image
     except UserError as error:
         return CheckedImage(record, str(error), header, None)
     size = (image.shape[1], image.shape[2])
@@ -99,10 +97,17 @@ def check_image(record: ImageRecord) -> CheckedImage:
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
-    # reading silences Pillow's warnings for a moment, and threads that do so at once would leave them silent for good
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         checked = pool.map(check_image, records)
         return list(track(checked, f"{split}: reading images", len(records), console=console, transient=True))
+
+
+def image_problems(dataset: CocoDataset, images: Sequence[CheckedImage]) -> Iterator[str]:
+    """Yield a line for each file that is wrong; one for all where none is there."""
+    if all(record.absent for record in dataset.records):
+        yield str(dataset.absent_images())
+        return
+    yield from (image.problem for image in images if image.problem)
 
 
 def orientation_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
@@ -161,6 +166,13 @@ def summary(dataset: CocoDataset) -> str:
     return counts + f"{int(dataset.annotations.crowd.sum())} crowds, {len(dataset.annotations.categories)} categories"
 
 
+def respelled(dataset: CocoDataset) -> Iterator[str]:
+    """Yield a line on file names that are not spelled as the files are, which are found all the same."""
+    if names := list(dataset.respelled):
+        kinds = "back-slashes, another Unicode form or percent signs"
+        yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
+
+
 def main(options: CheckDataConfig) -> int:
     """Prints what is wrong; returns 0 if nothing is, else 2. Raises UserError where there is no data set at all."""
     console = Console()
@@ -172,16 +184,19 @@ def main(options: CheckDataConfig) -> int:
             location = find_split(options, split)
             if location is None or location in datasets:
                 continue
-            dataset = datasets[location] = CocoDataset(*location, EvaluationTransform(size=1, max_size=1))
+            dataset = datasets[location] = CocoDataset(
+                *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links
+            )
         except UserError as error:
             findings.add_once(split, str(error))
             continue
-        console.print("\n  ".join([f"{split}: {summary(dataset)}", *dataset.annotations.corrections.defaults()]))
+        harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
+        console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
         images = check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console)
         first = next(iter(datasets.values()))
         problems = [
             *annotation_problems(dataset, split, options.num_queries),
-            *(image.problem for image in images if image.problem),
+            *image_problems(dataset, images),
             *check_categories(dataset.annotations.categories, first.annotations.categories),
         ]
         notes = [*annotation_notes(dataset, split), *orientation_notes(images), *content_notes(split, images, seen)]
@@ -201,7 +216,7 @@ def print_lines(title: str, lines: Sequence[tuple[str, str]], console: Console) 
     if lines:
         console.print(f"{title}: {len(lines)}")
     for split, line in lines:
-        console.print(f"  {split:<5}  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {split:<5}  {line}")
 
 
 if __name__ == "__main__":

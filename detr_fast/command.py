@@ -1,5 +1,6 @@
 """What every command shares: options parsed from a dataclass, a user's error as one message and exit code 2."""
 
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,7 @@ from typing import NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
 
 Options = TypeVar("Options")
 
@@ -23,15 +24,27 @@ def run(
     `default` gives, from the same arguments, the values of options that are not given.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have letters, or bytes, that no terminal here can show
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         values = {} if default is None else {"default": default(argv)}
         options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
+        refuse_idle(options, argv)
         code = main(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def refuse_idle(options: object, argv: Sequence[str]) -> None:
+    """Raises UserError for an option that `argv` gives and that has no effect beside the others (`Idle`)."""
+    given = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for one in getattr(options, "idle", ()):
+        named = {f"__{one.option}", f"__no_{one.option}"}
+        require(not given & named or not one.when(options), one.message())
 
 
 def spelled_out(argv: Sequence[str], options_type: type) -> Iterator[str]:

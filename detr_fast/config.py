@@ -1,9 +1,9 @@
 """Every fact about a model or a run, stated once: frozen dataclasses, named presets, checked when made."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import tyro
 from detr_kernels import AttentionBackend, Backend
@@ -37,7 +37,8 @@ class Checked:
         """Raises UserError for a key that is no field, with the nearest name, for one that is missing, and for a value
         of another type."""
         require(isinstance(values, dict), f"{cls.__name__} is made of names and values, not of {values!r:.100}.")
-        hints = get_type_hints(cls)
+        kinds = get_type_hints(cls)
+        hints = {each.name: kinds[each.name] for each in fields(cls)}
         needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
         missing = [name for name in needed if name not in values]
         require(not missing, f"{cls.__name__} lacks {', '.join(missing)}.")
@@ -94,7 +95,8 @@ class ModelConfig(Checked):
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
         require(
             1 <= self.image_size <= self.max_size,
-            f"image_size {self.image_size} must be between 1 and max_size {self.max_size}.",
+            f"image_size {self.image_size} must be between 1 and max_size {self.max_size}. "
+            "Give a smaller --image-size, or a larger --max-size too.",
         )
 
 
@@ -139,6 +141,21 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     return replace(ModelConfig(backbone=name), **(statistics | changes))
 
 
+@dataclass(frozen=True)
+class Idle:
+    """An option that has no effect beside others: `detr_fast.command.run` refuses it where it is given by name."""
+
+    option: str
+    when: Callable[[Any], bool]
+    """Whether these options leave it without effect."""
+    why: str
+    """Names the other option, and after a colon what to do."""
+
+    def message(self) -> str:
+        name = f"--{self.option.replace('_', '-')}"
+        return f"{name} has no effect {self.why}, or leave {name} out."
+
+
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Kernels = Backend
@@ -149,6 +166,9 @@ Attention = AttentionBackend
 class RuntimeOptions(Checked):
     """How a model runs: the same words in train, evaluate and predict."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("tune", lambda o: o.tune and o.kernels == "ref", "with --kernels ref: give --kernels auto"),
+    )
     device: Device = "auto"
     """auto: the GPU where there is one."""
     precision: Precision = "auto"
@@ -167,13 +187,11 @@ class RuntimeOptions(Checked):
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""
-    seed: int = 42
-    """Of weights, data order, augmentation and dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Checked):
-    """Where images come from and how they are read."""
+class DataLocation(Checked):
+    """Where images come from."""
 
     data: str = "shapes:64"
     """A folder in COCO layout, or shapes:SIDE, the embedded data set at that image side."""
@@ -182,15 +200,11 @@ class DataOptions(Checked):
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
-    image_size: int | None = None
-    """Shorter side at evaluation in pixels; default: the model's (800)."""
-    max_size: int | None = None
-    """Bound on the longer side in pixels; default: the model's (1333)."""
     workers: int | None = None
     """Processes that read images; default: beside a GPU a core each, one left to it; none on a CPU, whose cores the
     model needs itself."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """What to do with an image that cannot be decoded."""
+    follow_links: bool = False
+    """Read images that are symbolic links out of their folder (DVC, git-annex): of a data set that you trust."""
 
     def __post_init__(self) -> None:
         require(self.workers is None or self.workers >= 0, f"--workers must be at least 0, got {self.workers}.")
@@ -205,10 +219,43 @@ class DataOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataOptions(DataLocation):
+    """Where images come from and how they are read."""
+
+    image_size: int | None = None
+    """Shorter side at evaluation in pixels; default: the model's (800)."""
+    max_size: int | None = None
+    """Bound on the longer side in pixels; default: the model's (1333)."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What to do with an image that cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, RuntimeOptions):
     """One training run. Defaults are DETR's recipe (REFERENCE: Recipe); `RECIPES` holds what differs for other
     models."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *RuntimeOptions.idle,
+        Idle(
+            "data", lambda o: o.train_images and o.val_images, "beside --train-images and --val-images: give it alone"
+        ),
+        Idle("lr_drop", lambda o: o.schedule != "step", "with --schedule cosine: give --schedule step"),
+        Idle("crop_range", lambda o: not o.crop_sizes, "without --crop-sizes: give them too"),
+        Idle("backbone_weights", lambda o: o.weights, "beside --weights, which hold the backbone's: give one of them"),
+        Idle(
+            "backbone_weights",
+            lambda o: o.model == "detr_tiny" and o.backbone_weights == "imagenet",
+            "with --model detr_tiny, which nobody trained on ImageNet: give a file, or none",
+        ),
+        Idle(
+            "train_sizes",
+            lambda o: max(o.train_sizes) > (o.max_size or MODELS.get(o.model, ModelConfig()).max_size),
+            "where a size is above --max-size, the bound on the longer side: give a larger --max-size too",
+        ),
+    )
+    seed: int = 42
+    """Of weights, data order, augmentation and dropout."""
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
     num_classes: int | None = None
@@ -324,10 +371,20 @@ RECIPES = {
 class EvaluateConfig(DataOptions, RuntimeOptions):
     """Evaluate a detector on a data set's validation (or test) images."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *RuntimeOptions.idle,
+        Idle("train_images", lambda o: o.split != "train", "without --split train: give that too"),
+        Idle("val_images", lambda o: o.split != "val", "with another --split than val: give --split val"),
+        Idle("data", lambda o: o.train_images and o.split == "train", "beside --train-images: give one of them"),
+        Idle("data", lambda o: o.val_images and o.split == "val", "beside --val-images: give one of them"),
+    )
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
     split: str = "val"
     """Which annotations to evaluate on: val, test or train."""
+    categories: str | None = None
+    """A COCO json that names the weights' classes, where they do not: ids are labels. With the weights' own names, it
+    gives their ids."""
     output: str = "runs/evaluation"
     """Folder for evaluation.json and the pictures."""
     batch_size: int = 2
@@ -346,6 +403,8 @@ class PredictConfig(RuntimeOptions):
     """An image or a folder of images."""
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
+    categories: str | None = None
+    """A COCO json that names the weights' classes, where they do not: ids are labels."""
     out: str = "runs/predictions"
     """Folder for predictions.json and the pictures."""
     threshold: float = 0.7

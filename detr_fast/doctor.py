@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from detr_kernels import why_not_xformers
-from rich.console import Console
 from rich.table import Table
 
 from detr_fast.command import run
+from detr_fast.console import Console
 from detr_fast.data.shapes import cache_folder
 from detr_fast.machine import cores
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
@@ -171,7 +171,7 @@ def main(options: DoctorConfig) -> int:
     table = Table("", "found", "what follows", title="detr_fast on this machine", title_justify="left")
     for finding in examine():
         table.add_row(finding.subject, finding.found, finding.follows, style="yellow" if finding.missing else None)
-    Console(markup=False).print(table)
+    Console().print(table)
     return 0
 
 

@@ -2,53 +2,72 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from detr_fast.command import run
-from detr_fast.config import EvaluateConfig, require
+from detr_fast.config import EvaluateConfig, UserError, require
+from detr_fast.console import Console
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.checks import warn_before_evaluation
-from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset
+from detr_fast.data.corrections import shortened
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
+from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 
 def main(options: EvaluateConfig) -> None:
-    model = load_model(options.weights)
+    output = Path(options.output)
+    model = load_model(options.weights, categories=options.categories)
     runtime = runtime_for_inference(options, model, options.batch_size)
     model = runtime.place_for_inference(model)
     dataset = evaluation_dataset(model, options)
+    require_writable("--output", output)
     console = Console()
-    console.print(f"{options.weights} on {len(dataset)} images", markup=False)
+    for note in model.notes:
+        console.print(note)
+    console.print(f"{options.weights} on {len(dataset)} images")
     for line in dataset.annotations.corrections.lines():
-        console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
+        console.print(f"{dataset.annotation_file}: {line}")
     for name, reason in runtime.reasons.items():
-        console.print(f"{name:>18}  {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>18}  {reason}")
     workers = runtime.workers(options.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_model(model, dataset, batches, runtime)
-    write_evaluation(evaluation, dataset, Path(options.output))
     for table in metric_tables(evaluation):
         console.print(table)
-    console.print(f"evaluation.json and plots/ are in {options.output}", markup=False)
+    write_evaluation(evaluation, dataset, output)
+    console.print(f"evaluation.json and plots/ are in {options.output}")
 
 
 def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
     """The split, labelled as the model's classes are. Raises UserError where the data has classes it does not know."""
     raw_ids = model.categories is None
-    dataset = build_dataset(options, options.split, model.config, categories=model.categories, raw_ids=raw_ids)
+    try:
+        dataset = build_dataset(options, options.split, model.config, categories=model.categories, raw_ids=raw_ids)
+    except UnknownCategories as error:
+        raise UserError(f"{error} {ways_on(model, error)}") from error
     require(
         dataset.num_classes <= model.config.num_classes,
         f"{dataset.annotation_file} has category ids up to {dataset.num_classes - 1}, but {options.weights} has "
-        f"{model.config.num_classes} classes and does not say which. Evaluate it on the data it was trained on.",
+        f"{model.config.num_classes} classes and does not say which. Evaluate it on the data it was trained on, or "
+        "name its classes with --categories FILE.json.",
     )
     warn_before_evaluation(dataset)
     return dataset
+
+
+def ways_on(model: DETR, error: UnknownCategories) -> str:
+    """Say what to do where the model has other classes than the data."""
+    ids = {category.name.casefold(): category.id for category in model.categories or ()}
+    moved = [one for one in error.unknown if ids.get(one.name.casefold(), one.id) != one.id]
+    if len(moved) == len(error.unknown):
+        pairs = shortened([f"{one.name!r} is {ids[one.name.casefold()]} there and {one.id} here" for one in moved], 5)
+        return f"The names agree, the ids do not ({pairs}): give --categories {error.file}."
+    return " ".join([*model.notes, f"Weights that were trained on this data take --categories {error.file}."])
 
 
 def metric_tables(evaluation: Evaluation) -> list[Table]:
@@ -66,7 +85,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     figures = (Column(name, justify="right") for name in ("AP", "AP50"))
     classes = Table("class", *figures, title="Average precision by class")
     for name, values in evaluation.per_class.items():
-        classes.add_row(Text(name), show(values["AP"]), show(values["AP50"]))  # Text: a name is no markup
+        classes.add_row(name, show(values["AP"]), show(values["AP50"]))
     return [numbers, classes]
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from detr_fast.config import Checked, UserError, require
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict, load_model
+from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG
 from detr_fast.weights.naming import Naming
+from detr_fast.weights.preprocessing import preprocessor_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,11 @@ class ExportConfig(Checked):
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
     out: str
-    """File to write, .pth or .safetensors; for huggingface also a folder, which from_pretrained then loads."""
+    """File to write, .pth or .safetensors; for huggingface also a folder, for from_pretrained and pipelines."""
     naming: Naming = "detr_fast"
     """Whose names: facebook loads into facebookresearch/detr, huggingface into transformers."""
+    categories: str | None = None
+    """A COCO json that names the weights' classes, where they do not: ids are labels."""
 
     def __post_init__(self) -> None:
         suffix = Path(self.out).suffix
@@ -35,7 +39,9 @@ class ExportConfig(Checked):
 
 def main(options: ExportConfig) -> int:
     """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
-    model = load_model(options.weights)
+    model = load_model(options.weights, categories=options.categories)
+    for note in model.notes:
+        print(note)
     out = Path(options.out)
     try:
         if out.suffix:
@@ -44,7 +50,11 @@ def main(options: ExportConfig) -> int:
         else:
             out.mkdir(parents=True, exist_ok=True)
             write_weights(model, out / "model.safetensors", options.naming)
-            (out / "config.json").write_text(json.dumps(huggingface_config(model), indent=2) + "\n")
+            for name, content in (
+                (HUGGING_FACE_CONFIG, huggingface_config(model)),
+                (PREPROCESSOR_CONFIG, preprocessor_config(model.config)),
+            ):
+                (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
     print(f"Wrote {out} with {options.naming} names.")

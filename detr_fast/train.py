@@ -2,17 +2,16 @@
 
 import argparse
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from detr_fast.command import run
-from detr_fast.config import RECIPES, TrainConfig, require
+from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
@@ -24,8 +23,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
-    check_resumed,
-    continued,
+    State,
     extremes_of,
     largest_batch,
     make_batches,
@@ -36,7 +34,6 @@ from detr_fast.training.assembly import (
     stored_metadata,
 )
 from detr_fast.training.batch_size import batch_line, with_batches
-from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.data_rate import measure_data, training_rate
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.first_minute import tuning_of
@@ -44,6 +41,17 @@ from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import Progress, TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.progress import TrainingDisplay
+from detr_fast.training.resuming import (
+    changes,
+    check_resumed,
+    contents,
+    continued,
+    evaluates_otherwise,
+    load_resumed,
+    located,
+    resumed_path,
+    stored_defaults,
+)
 from detr_fast.training.run_folder import RunFolder, held_run_folder, writing
 from detr_fast.training.step import TrainStep
 
@@ -54,9 +62,10 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
     for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
-    state = load_resumed(resumed_path(asked.resume, asked.output or TrainConfig.output))
-    if state:
-        return TrainConfig.from_dict(state["options"])
+    path = resumed_path(asked.resume, asked.output or TrainConfig.output)
+    state = load_resumed(path)
+    if path and state:
+        return stored_defaults(state, path, data_asked=asked.data is not None)
     data = asked.data or TrainConfig.data
     if asked.train_images or not is_shapes(data):
         return RECIPES.get(asked.model, TrainConfig(model=asked.model or TrainConfig.model))
@@ -65,26 +74,10 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
     return replace(recipe, train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
 
 
-def resumed_path(resume: str | None, output: str) -> Path | None:
-    """The checkpoint to continue; None where none is asked for, or `auto` finds none."""
-    if resume != "auto":
-        return Path(resume) if resume else None
-    last = RunFolder(Path(output)).last
-    return last if last.exists() else None
-
-
-def load_resumed(path: Path | None) -> dict[str, Any] | None:
-    """What `path` holds, if there is one. Raises UserError where a run cannot be continued from it."""
-    if path is None:
-        return None
-    state = load_checkpoint(path)
-    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
-    return state
-
-
 def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     """One process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
+    options = located(options)
     resumed = resumed_path(options.resume, options.output)
     state = load_resumed(resumed)
     with warnings.catch_warnings():
@@ -92,8 +85,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             warnings.simplefilter("ignore")  # the main process warns of the same
         train_set, val_set, config = make_data(options)
     if state:
-        options = continued(options, state)
-        check_resumed(state, options, config)
+        check_resumed(state, options, config, train_set, val_set)
+        options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
     batches_per_epoch = EpochSampler(
         len(train_set), options.batch_size, options.seed, world.rank, world.size
@@ -104,14 +97,12 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         batches = make_batches(options, train_set, runtime, world, (0, 0))
         measure_data(batches, config, runtime, options.workers, console, rate)
         return 0
-    progress = Progress(**state["progress"]) if state else Progress()
-    require(
-        schedule.total_steps > 0,
-        "One update takes more batches than all epochs have: lower --accumulate or --effective-batch.",
-    )
-    if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
-        console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do.")
+    progress = progress_of(state, options, config, schedule.total_steps)
+    if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
+        console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
         return 0
+    if state:
+        console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.accumulate, batches_per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
@@ -120,6 +111,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         step = make_step(runtime.place(model), options, runtime, world, state)
         make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
+        metadata = stored_metadata(model)
+        if world.is_main:  # nothing can be refused any more: these are the options that run
+            with writing(folder.config):
+                folder.config.write_text(json.dumps({"options": options.to_dict(), **metadata}, indent=2))
         log = MetricsLog(folder.metrics, folder.tensorboard, METRICS, progress.step) if world.is_main else None
         loop = TrainingLoop(
             options=options,
@@ -132,7 +127,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
             progress=progress,
-            metadata=stored_metadata(model) | {"tuning": tuning and tuning.to_dict()},
+            metadata=metadata
+            | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
         with deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)
@@ -140,8 +136,24 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             log.close()
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)
-            console.print(last_line(folder, loop.progress), markup=False, soft_wrap=True)
+            console.print(last_line(folder, loop.progress))
     return code
+
+
+def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
+    """Where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
+    progress = Progress(**state["progress"]) if state else Progress()
+    require(
+        total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
+    )
+    require(
+        progress.step <= total_steps,
+        f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
+        f"{total_steps}. Give more --epochs.",
+    )
+    if state and evaluates_otherwise(state, config):
+        progress.best_ap = -math.inf
+    return progress
 
 
 def last_line(folder: RunFolder, progress: Progress) -> str:
@@ -192,9 +204,6 @@ def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool)
     copies = 4 if options.ema else 3  # weights, the optimizer's two moments, the average
     checkpoint_bytes = copies * sum(parameter.numel() * 4 for parameter in model.parameters())
     with held_run_folder(root, resuming, checkpoint_bytes) as folder:
-        text = json.dumps({"options": options.to_dict(), **stored_metadata(model)}, indent=2)
-        with writing(folder.config):
-            folder.config.write_text(text)
         yield folder
 
 
@@ -216,10 +225,10 @@ def describe(
         "output": options.output,
     }
     for name, value in lines.items():
-        console.print(f"{name:>18}  {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>18}  {value}")
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
-            console.print(f"{dataset.annotation_file}: {line}", markup=False, soft_wrap=True)
+            console.print(f"{dataset.annotation_file}: {line}")
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

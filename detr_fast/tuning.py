@@ -244,6 +244,19 @@ def entries_of(device: torch.device) -> Iterator[Tuning]:
             yield entry
 
 
+def require_keeping(device: torch.device, case: Case) -> None:
+    """Raise UserError where `keep` could not write: before minutes are spent on it."""
+    folder = entry_path(device, case).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_kept(folder, error) from error
+
+
+def not_kept(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror}. Name another cache folder: DETR_FAST_CACHE.")
+
+
 def keep(device: torch.device, entry: Tuning) -> Path:
     """Write `entry` to where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
     path = entry_path(device, Case.from_dict(entry.case))
@@ -253,5 +266,5 @@ def keep(device: torch.device, entry: Tuning) -> Path:
         partial.write_text(json.dumps(entry.to_dict(), indent=2), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}. Name another cache folder: DETR_FAST_CACHE.") from error
+        raise not_kept(path, error) from error
     return path

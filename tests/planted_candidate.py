@@ -16,9 +16,10 @@ if KIND == "crashing":
 if KIND == "raising":
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-from detr_profiling.measuring import candidate  # noqa: E402
+from detr_profiling.measuring import candidate, timing  # noqa: E402
 from detr_profiling.measuring.measurement import Configuration  # noqa: E402
 from detr_profiling.workload import Workload  # noqa: E402
+from planted_clock import PlantedClock  # noqa: E402
 
 build = Configuration.build
 
@@ -27,7 +28,7 @@ def planted(configuration: Configuration) -> Workload:
     workload = build(configuration)
 
     def run() -> None:
-        time.sleep(SECONDS.get(KIND, 0.01))
+        clock.sleep(SECONDS.get(KIND, 0.01))
 
     def observe() -> dict[str, Any]:
         assert honest is not None
@@ -38,5 +39,6 @@ def planted(configuration: Configuration) -> Workload:
     return workload
 
 
+clock = timing.time = PlantedClock()  # type: ignore[assignment]
 Configuration.build = planted  # type: ignore[method-assign]
 candidate.main()

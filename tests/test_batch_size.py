@@ -81,3 +81,13 @@ def test_images_are_read_by_as_many_processes_as_cores_are_left(monkeypatch: pyt
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
         assert beside_a_gpu.workers(None) == workers
+
+
+@pytest.mark.parametrize(("images", "epochs", "update"), [(4, 1, 4), (4, 300, 16), (7, 1, 7), (6, 3, 16), (3, 2, 6)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_of_few_images_has_at_least_one_update(images: int, epochs: int, update: int, device: str) -> None:
+    options = replace(R50, epochs=epochs)
+    chosen = with_batches(options, MODELS["detr_r50"], device, 1, images)
+    assert chosen.effective_batch == chosen.batch_size * chosen.accumulate <= update
+    assert epochs * (images // chosen.batch_size) // chosen.accumulate >= 1
+    assert chosen.effective_batch > update // 2

@@ -1,29 +1,20 @@
 """Checkpoints survive kills and full disks, and damage is seen (FAULTS rows 1 to 3)."""
 
-import random
+import multiprocessing
+import os
 import resource
 import signal
-import subprocess
-import sys
+import struct
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from detr_fast.config import UserError
 from detr_fast.training.checkpoint import PARTIAL_SUFFIX, is_checkpoint, load_checkpoint, save_checkpoint, sweep_partial
-
-SAVE_FOREVER = """
-import sys, torch
-from pathlib import Path
-from detr_fast.training.checkpoint import save_checkpoint
-number = 0
-while True:
-    save_checkpoint(Path(sys.argv[1]), {"model": torch.full((500_000,), float(number)), "step": number})
-    print(number, flush=True)
-    number += 1
-"""
 
 
 def save(path: Path, step: int = 1, size: int = 1000) -> Path:
@@ -38,32 +29,36 @@ def test_what_is_saved_is_loaded_and_torch_reads_it_too(tmp_path: Path) -> None:
     assert is_checkpoint(path)
 
 
-def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    """Row 1. Killed at random moments after a save has begun, until three kills were within one."""
-    path = tmp_path / "last.pt"
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    chance = random.Random(0)
-    interrupted = 0
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        for _ in range(3):  # the children start slowly: leave as long as it takes to be amid some later save
-            process.stdout.readline()
-        deadline = time.monotonic() + 5
-        while not partial.exists() and time.monotonic() < deadline:
-            pass
-        time.sleep(chance.uniform(0, 0.003))
-        process.send_signal(signal.SIGKILL)
-        finished = [int(line) for line in process.stdout.read().split()]
-        process.wait()
-        state = load_checkpoint(path)
-        assert state["step"] >= max(finished, default=3)
-        assert torch.equal(state["model"], torch.full((500_000,), float(state["step"])))
-        interrupted += partial.exists()
-        if interrupted == 3:
-            break
-    assert interrupted == 3
+MOMENTS = ((struct, "pack"), (os, "fsync"), (os, "replace"))
+"""What a save calls amid the file, before that is safe on the disk, and before it takes the old one's place."""
+
+
+def save_until(path: Path, owner: ModuleType, name: str, there: Event) -> None:
+    """Saves twice, and once more until it calls the function `name`, where it stays."""
+
+    def stay(*_: object) -> None:
+        there.set()
+        time.sleep(1000)
+
+    for step in (0, 1, 2):
+        if step == 2:
+            setattr(owner, name, stay)
+        save(path, step, size=500_000)
+
+
+@pytest.mark.parametrize(("owner", "name"), MOMENTS, ids=[name for _, name in MOMENTS])
+def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path, owner: ModuleType, name: str) -> None:
+    """Row 1."""
+    path, fork = tmp_path / "last.pt", multiprocessing.get_context("fork")
+    there = fork.Event()
+    process = fork.Process(target=save_until, args=(path, owner, name, there))
+    process.start()
+    assert there.wait(120)
+    process.kill()
+    process.join()
+    assert path.with_name(path.name + PARTIAL_SUFFIX).exists()
+    state = load_checkpoint(path)
+    assert state["step"] == 1 and torch.equal(state["model"], torch.ones(500_000))
     sweep_partial(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 

@@ -248,19 +248,6 @@ def dataset(folder: Path, **options: Any) -> CocoDataset:
     return CocoDataset(folder, rewritten(folder, annotation(1, 1, [1, 1, 9, 9])), EvaluationTransform(9, 9), **options)
 
 
-def test_missing_images_are_found_before_the_first_step(tmp_path: Path) -> None:
-    strict, lenient = dataset(tmp_path), dataset(tmp_path, on_bad_image="skip")
-    check_files(strict)
-    (tmp_path / "2.png").unlink()
-    with pytest.raises(UserError, match=r"a\.json: 1 of 2 image files are missing: .*2\.png.*--on-bad-image skip"):
-        check_files(strict)
-    with pytest.warns(UserWarning, match=r"1 of 2 image files are missing: .*2\.png"):
-        check_files(lenient)
-    (tmp_path / "1.png").unlink()
-    with pytest.raises(UserError, match="2 of 2 image files are missing"):
-        check_files(lenient)
-
-
 def test_a_few_files_are_looked_at_before_the_first_step(tmp_path: Path) -> None:
     strict, lenient = dataset(tmp_path), dataset(tmp_path, on_bad_image="skip")
     exif = Image.Exif()

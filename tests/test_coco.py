@@ -138,7 +138,8 @@ def test_fault_20_corners_given_as_sizes_warn(write: Write) -> None:
     wrong_file = write(document(*corners))
     assert read_annotations(wrong_file).corrections.likely_forms
     with pytest.warns(UserWarning, match="x0, y0, x1, y1"):
-        build_dataset(DataOptions(val_images=str(wrong_file.parent), val_annotations=str(wrong_file)), "val")
+        images = str(wrong_file.parent / "images")
+        build_dataset(DataOptions(val_images=images, val_annotations=str(wrong_file)), "val")
     assert not read_annotations(write(document(*right))).corrections.likely_forms
     careless = [annotation(i, [40, 30, 25, 15]) for i in range(1, 9)]  # past the edge, but no corners: 25 < 40
     assert not read_annotations(write(document(*careless))).corrections.likely_forms

@@ -1,7 +1,11 @@
 """The commands evaluate and predict from the shell's side: options in; files, tables and exit codes out."""
 
 import json
+import os
+from dataclasses import replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +14,13 @@ from PIL import Image
 
 from detr_fast import evaluate, predict
 from detr_fast.command import run
-from detr_fast.config import EvaluateConfig, PredictConfig
-from detr_fast.data.coco import Category
+from detr_fast.config import MODELS, EvaluateConfig, PredictConfig, UserError
+from detr_fast.data.coco import Category, build_dataset
 from detr_fast.data.shapes import CLASSES
-from detr_fast.evaluation.coco_metrics import METRICS
+from detr_fast.evaluation.coco_metrics import METRICS, category_names, evaluate_detections
+from detr_fast.evaluation.pictures import Picture
+from detr_fast.evaluation.predictions_file import PredictionsFile
+from detr_fast.evaluation.report import pictures
 from detr_fast.export import write_weights
 from detr_fast.weights import build_model
 
@@ -103,8 +110,8 @@ def test_evaluate_names_all_missing_images_at_once_and_areas_that_cannot_be(
     data = ("--val-images", shapes_root / "val", "--val-annotations", tmp_path / "val.json")
     options = ("--weights", weights, *data, "--output", tmp_path / "out")
     assert run_evaluate(*options) == 2
-    assert "3 of 12 image files are missing" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="3 of 12 image files are missing"):
+    assert "3 of 12 images have no file" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="3 of 12 images have no file"):
         assert run_evaluate(*options, "--on-bad-image", "skip") == 0
     assert "1 areas are 0" in capsys.readouterr().out
 
@@ -193,3 +200,123 @@ def test_predict_names_what_is_missing(weights: Path, tmp_path: Path, capsys: py
     (tmp_path / "empty").mkdir()
     assert run_predict(tmp_path / "empty", "--weights", weights) == 2
     assert "no images in this folder" in capsys.readouterr().err
+
+
+def test_a_folder_is_done_by_content_and_the_rest_is_named(
+    weights: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.open(photographs / "a.jpg").copy()
+    for name, format in (("d.jfif", "JPEG"), ("e", "PNG"), ("f.img", "WEBP"), ("g.avif", "AVIF")):
+        image.save(photographs / name, format)
+    image.save(photographs / "h.mpo", "MPO", save_all=True, append_images=[image])
+    (photographs / "k.jpg").symlink_to("nowhere.jpg")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+    for name, data in (("i.HEIC", heic), ("j.jpg", heic), ("._a.jpg", b"\0\5\26\7"), ("m.mp4", b"\0\0\0 ftypisom")):
+        (photographs / name).write_bytes(data)
+    for number in range(8):
+        (photographs / f"{number}.json").write_text("{}")
+    (photographs / "inner").mkdir()
+    os.mkfifo(photographs / "pipe")
+    assert run_predict(photographs, "--weights", weights, "--out", tmp_path / "out", "--batch-size", 4) == 2
+    done = [one["file_name"] for one in json.loads((tmp_path / "out" / "predictions.json").read_text())]
+    assert done == ["a.PNG", "a.jpg", "c$x$.png", "d.jfif", "e", "f.img", "g.avif", "h.mpo"]
+    told = capsys.readouterr().err
+    assert "j.jpg: cannot be decoded (a HEIC" in told and "k.jpg: the image file is missing" in told
+    assert "i.HEIC (a HEIC, which is not read: convert it to JPEG or PNG)" in told
+    assert "9 files: 0.json, 1.json, 2.json, 3.json, 4.json and 4 more (not an image of a known format)" in told
+    for name in ("inner (folders", "pipe (", "._a.jpg (", "m.mp4 (a video"):
+        assert name in told
+    assert "--on-bad-image" not in told
+
+
+def test_a_folder_without_images_says_what_is_in_it(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scan.pdf").write_bytes(b"%PDF-1.7")
+    assert run_predict(tmp_path, "--weights", weights) == 2
+    assert "scan.pdf (a PDF: convert it to JPEG or PNG)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Some letters in pictures are escaped")
+def test_names_of_any_bytes_are_done(weights: Path, photographs: Path, tmp_path: Path) -> None:
+    names = sorted(
+        (os.fsdecode(b"caf\xe9.jpg"), "a\nb\t.jpg", "\u7ec4[bold].jpg", "\u0634\u0643.jpg", "\U0001f600.jpg")
+    )
+    for name in names:
+        (photographs / name).hardlink_to(photographs / "a.jpg")
+    out = tmp_path / os.fsdecode(b"out\xe9 [/x]")
+    assert run_predict(photographs, "--weights", weights, "--out", out) == 0
+    done = [one["file_name"] for one in json.loads((out / "predictions.json").read_text())]
+    assert done == sorted(["a.PNG", "a.jpg", "c$x$.png", *names])
+    assert len(list((out / "pictures").iterdir())) == len(done)
+
+
+def test_a_picture_that_cannot_be_written_is_that_images_fault(
+    weights: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "a.jpg").rename(photographs / f"{'b' * 250}.jpg")
+    assert run_predict(photographs, "--weights", weights, "--out", tmp_path / "out") == 2
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 3
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert "3 images, 1 with an error" in capsys.readouterr().out
+
+
+def test_a_run_that_dies_leaves_what_it_had_found(
+    weights: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise SystemExit(1)
+
+    file, seen = tmp_path / "out" / "predictions.json", []
+    real = predict.draw_detections
+
+    def draw_and_look(pictures: list[Picture], path: Path, **options: Any) -> None:
+        real(pictures, path, **options)
+        seen.append(len(json.loads(file.read_text())))
+
+    monkeypatch.setattr(predict, "draw_detections", draw_and_look)
+    monkeypatch.setattr(PredictionsFile, "finish", die)
+    assert run_predict(photographs, "--weights", weights, "--out", file.parent) == 1
+    assert seen == [1, 2, 3] == [*range(1, 1 + len(json.loads(file.read_text())))]
+
+
+def test_a_full_disk_leaves_what_was_written_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = PredictionsFile(tmp_path / "predictions.json")
+    with file:
+        file.add([{"file_name": "b"}, {"file_name": "a"}])
+        before = file.path.read_bytes()
+        real = file._file
+        assert real is not None
+        full = [5, None]  # bytes that still fit
+
+        class Full(FileIO):
+            def write(self, data: Any) -> int:
+                return super().write(data[: full.pop(0)])
+
+        file._file = Full(file.path, "r+")
+        with pytest.raises(UserError, match=r"predictions\.json cannot be written: No space"):
+            file.add([{"file_name": "c"}])
+        assert file.path.read_bytes() == before
+        file.finish()
+    assert [one["file_name"] for one in json.loads(file.path.read_text())] == ["a", "b"]
+    real.close()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(
+    weights: Path, shapes_root: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((evaluate, "evaluate_model"), (predict, "predict_batch")):
+        monkeypatch.setattr(module, name, None)  # which would raise
+    out = weights / "out"
+    assert run_evaluate("--weights", weights, "--data", shapes_root, "--output", out) == 2
+    assert run_predict(photographs, "--weights", weights, "--out", out) == 2
+
+
+def test_evaluation_pictures_are_without_an_image_that_was_taken_away(shapes_root: Path) -> None:
+    data = build_dataset(EvaluateConfig(weights="", data=str(shapes_root)), "val", MODELS["detr_tiny"])
+    data.records = [replace(data.records[0], path=shapes_root / "gone.jpg"), data.records[1]]
+    names = category_names(data.coco_document()["categories"])
+    rows = np.array([[record.id, 1, 1, 9, 9, 0.9, 1] for record in data.records])
+    with pytest.warns(UserWarning, match=r"gone\.jpg"):
+        shown = pictures(evaluate_detections(data.coco_document(), rows), data, names)
+    assert [each.title for each in shown] == [data.records[1].path.name]

@@ -4,9 +4,11 @@ import ast
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from detr_kernels.account import prepare_account
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = {
@@ -81,3 +83,36 @@ import torch
 assert not torch.cuda.is_initialized()
 """
     run_python(code, CUDA_VISIBLE_DEVICES="")
+
+
+def test_without_a_folder_for_temporary_files_one_message_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", find_none)
+    with pytest.raises(SystemExit, match="2"):
+        prepare_account()
+    assert "error: No usable temporary directory found in ['/tmp']. Set TMPDIR" in capsys.readouterr().err
+
+
+def test_a_user_without_name_home_or_cache_can_import_all_of_it(tmp_path: Path) -> None:
+    """As in `docker run --user 12345`: each of these kills torch's import, were it the first."""
+    code = """
+import os, pwd
+for name in ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+import detr_kernels, detr_fast.doctor, detr_profiling.suite
+import getpass, torch
+print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir())
+"""
+    (tmp_path / "file").touch()
+    lacking = str(tmp_path / "file" / "folder")
+    name, cache, downloads = run_python(code, TORCHINDUCTOR_CACHE_DIR=lacking, TMPDIR=str(tmp_path)).split()
+    assert name == str(os.getuid())
+    assert downloads.startswith(f"{tmp_path}/cache_")
+    assert Path(cache).parent == tmp_path and Path(cache).is_dir()

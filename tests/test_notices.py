@@ -1,6 +1,5 @@
 """The suite notices: a wrong kernel, a slow step, a leak and a read by the host are planted, and each is reported."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from detr_profiling import ladder
 from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, rows_of
+from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import measure_workload, write_oracle
 from detr_profiling.tracing.recording import profile_workload
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from detr_fast.training.step import TrainStep
+from tests.planted_clock import PlantedClock
 
 TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", threads=1)
 SHORT = LadderOptions(
@@ -37,23 +38,27 @@ def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 
 
 def test_a_wrong_kernel_and_a_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = PlantedClock(tick_s=1e-3)
+    monkeypatch.setattr(timing, "time", clock)
     before = climb(tmp_path, monkeypatch)
     assert [row["close"] for row in before] == [True, True, True]
+    assert [row["median_ms"] for row in before] == pytest.approx([1, 1, 1])
 
     def wrong(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return detr_kernels.fused_add_layer_norm(x, residual, weight * 1.01, *rest)
 
-    slow, longer_s = TrainStep.__call__, before[0]["median_ms"] / 1e3  # whatever the machine's pace is then
+    step = TrainStep.__call__
 
-    def sleeping(self: TrainStep, batches: Any) -> dict[str, Tensor]:
-        time.sleep(longer_s)
-        return slow(self, batches)
+    def slow(self: TrainStep, batches: Any) -> dict[str, Tensor]:
+        clock.sleep(4e-3)
+        return step(self, batches)
 
     monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong)
-    monkeypatch.setattr(TrainStep, "__call__", sleeping)
+    monkeypatch.setattr(TrainStep, "__call__", slow)
     after = climb(tmp_path, monkeypatch)
     assert [row["close"] for row in after] == [True, True, False] and after[2]["error"] > after[2]["allowed"]
-    assert after[2]["median_ms"] > 1e3 * longer_s and after[2]["speedup"] < before[2]["speedup"]
+    assert [row["median_ms"] for row in after] == pytest.approx([1, 1, 5])
+    assert after[2]["speedup"] == pytest.approx(0.2)
 
 
 def traced(tmp_path: Path, spoil: Callable[[dict[str, Tensor]], object]) -> dict[str, Any]:

@@ -57,5 +57,5 @@ def test_a_process_ends_that_leaves_it_at_work_or_has_lost_it_in_a_fork() -> Non
     for work in (leave_at_work, os.getpid):
         child = multiprocessing.get_context("fork").Process(target=work)
         child.start()
-        child.join(30)
+        child.join(120)
         assert child.exitcode == 0, work

@@ -1,5 +1,6 @@
 """An output folder belongs to one run, and is checked before the first step (FAULTS rows 2 and 9)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from detr_fast.config import UserError
+from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.run_folder import held_run_folder
 
 HOLD = """
@@ -63,3 +65,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), held_run_folder(tmp_path / "file" / "run", False, 0):
         pass
+
+
+@pytest.mark.parametrize("content", [b"kind;epoch;step;seconds\ntrain;1;2;3\n", b"\xff\xfek\0i\0", b"a,b\n1,2\n"])
+def test_metrics_that_another_program_has_rewritten_are_named_and_kept(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.csv .*move it away"):
+        MetricsLog(file, tmp_path / "tensorboard", ("AP",), resumed_step=2)
+    assert file.read_bytes() == content
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match=r"caf.*not UTF-8"), held_run_folder(root, False, 0):
+        pass
+    assert not root.exists()

@@ -52,7 +52,7 @@ class Machine:
             env={"PATH": str(self.bin)} | variables,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def installations(self) -> int:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from detr_profiling.suite import PARTS, Part, SuiteOptions, run_part, workload_a
 from detr_profiling.tune import TuneOptions
 from detr_profiling.workload import WorkloadOptions
 
-from detr_fast.command import spelled_out
+from detr_fast.command import refuse_idle, spelled_out
 from detr_fast.config import TrainConfig, UserError
 
 
@@ -47,23 +48,53 @@ def test_mixed_sizes_are_climbed_but_not_traced() -> None:
     assert "mixed" in commands["ladder"] and "mixed" not in commands["trace"]
 
 
-def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path) -> None:
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+LIMIT_S = 12345.0
+
+
+@pytest.fixture
+def time_is_up_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Lets a part's `LIMIT_S` be over as soon as a file has content, however slowly its process starts."""
+
+    def wait_for(file: Path) -> None:
+        wait = subprocess.Popen.wait
+
+        def waited(process: subprocess.Popen, timeout: float | None = None) -> int:
+            if timeout != LIMIT_S:
+                return wait(process, timeout)
+            patience_ends = time.monotonic() + PATIENCE_S
+            while not (file.exists() and file.read_text()) and time.monotonic() < patience_ends:
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(process.args, timeout)
+
+        monkeypatch.setattr(subprocess.Popen, "wait", waited)
+        monkeypatch.setattr(suite, "SECONDS_TO_END", PATIENCE_S)
+
+    return wait_for
+
+
+PATIENCE_S = 120
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_its_children(
+    tmp_path: Path, time_is_up_with: Callable[[Path], None]
+) -> None:
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep({PATIENCE_S})"
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    began = time.perf_counter()
-    ended = run_part(python("slow", code, output="slow.txt"), SuiteOptions(out=str(tmp_path)), seconds=3)
-    assert ended.startswith("stopped after") and time.perf_counter() - began < 20
+    time_is_up_with(tmp_path / "pid")
+    ended = run_part(python("slow", code, output="slow.txt"), SuiteOptions(out=str(tmp_path)), LIMIT_S)
+    assert ended.startswith("stopped after")
     assert (tmp_path / "slow.txt").read_text() == "begun\n"
-    child_pid, patience_ends = int((tmp_path / "pid").read_text()), time.perf_counter() + 10
-    while is_running(child_pid) and time.perf_counter() < patience_ends:
-        time.sleep(0.1)
+    child_pid, patience_ends = int((tmp_path / "pid").read_text()), time.monotonic() + PATIENCE_S / 2
+    while is_running(child_pid) and time.monotonic() < patience_ends:
+        time.sleep(0.01)
     assert not is_running(child_pid)
 
 
-def test_a_part_that_is_stopped_may_clean_up(tmp_path: Path) -> None:
+def test_a_part_that_is_stopped_may_clean_up(tmp_path: Path, time_is_up_with: Callable[[Path], None]) -> None:
     code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('cleaned'), sys.exit()))\n"
-    part = python("tidy", code + "print('begun', flush=True); time.sleep(60)", output="tidy.txt")
-    assert run_part(part, SuiteOptions(out=str(tmp_path)), seconds=3).startswith("stopped after")
+    part = python("tidy", code + f"print('begun', flush=True); time.sleep({PATIENCE_S})", output="tidy.txt")
+    time_is_up_with(tmp_path / "tidy.txt")
+    assert run_part(part, SuiteOptions(out=str(tmp_path)), LIMIT_S).startswith("stopped after")
     assert (tmp_path / "tidy.txt").read_text() == "begun\ncleaned\n"
 
 
@@ -111,9 +142,9 @@ def test_the_calls_for_a_gpu_can_be_typed(call: str, tmp_path: Path) -> None:
             assert files and all((script.parents[1] / file).exists() for file in files)
         elif module == "detr_profiling":
             options: Any = {"tune": TuneOptions, "ladder": LadderOptions}[words[0]]
-            tyro.cli(options, args=words[1:])
+            refuse_idle(tyro.cli(options, args=words[1:]), words)
         else:
-            tyro.cli(TrainConfig, args=list(spelled_out(words, TrainConfig)))
+            refuse_idle(tyro.cli(TrainConfig, args=list(spelled_out(words, TrainConfig))), words)
     lines_of_call = script.read_text().split(f"\n{call})")[1].split(";;")[0]
     seconds = re.findall(r"^    (?:line|tests|profile) \w+ (\d+)", lines_of_call, re.MULTILINE)
     assert len(seconds) == len(lines) and sum(map(int, seconds)) <= 240

@@ -254,12 +254,14 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
     """An entry that was made since would change its numbers; on another machine it is looked for anew."""
     monkeypatch.setattr(first_minute, "find_or_measure", lambda *_: "anew")
 
-    def look(state: Any) -> Any:
-        return first_minute.tuning_of(state, TrainConfig(), None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
+    def look(state: Any, **asked: Any) -> Any:
+        options = TrainConfig(**asked)
+        return first_minute.tuning_of(state, options, None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
 
-    state = {"tuning": began_with and json.loads(json.dumps(began_with.to_dict()))}
+    stored = began_with and json.loads(json.dumps(began_with.to_dict()))
+    state = {"tuning": stored, "options": TrainConfig().to_dict()}
     assert look(state) == began_with
-    assert look(None) == "anew"
+    assert look(None) == look(state, tune=False) == look(state, kernels="ref") == "anew"
     if began_with:
         monkeypatch.setattr(machine, "installed_version", lambda package: "9.9")
         assert look(state) == "anew"
@@ -297,6 +299,7 @@ def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: 
     """The measuring process builds the same case from its options as training from its data."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(first_minute, "MINUTES", 0.01)
+    monkeypatch.setattr(first_minute, "GRACE_S", 600)
     config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
     options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
     assert first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))

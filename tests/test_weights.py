@@ -351,7 +351,7 @@ def test_fine_tuning_keeps_the_classes_that_agree(upstream_file: Path, model: DE
     own = build_model("detr_r50", num_classes=3, **SMALL)
     own.categories = PETS
     fresh = head({key: value.clone() for key, value in own.state_dict().items()})
-    assert load_for_fine_tuning(own, upstream_file) == ["Dog", "CAT"]
+    assert load_for_fine_tuning(own, upstream_file).classes == ["Dog", "CAT"]
     coco = {category.name: category.id for category in coco_categories()}
     for kept, new, source in zip(head(own.state_dict()), fresh, head(model.state_dict()), strict=True):
         assert torch.equal(kept[0], source[coco["dog"]]) and torch.equal(kept[2], source[coco["cat"]])
@@ -377,10 +377,6 @@ def test_fine_tuning_with_unknown_names_keeps_no_object_alone(model: DETR) -> No
 
 
 def test_fine_tuning_with_another_backbone_is_refused(upstream_file: Path) -> None:
-    smaller = build_model("detr_r50", num_classes=3, **{**SMALL, "num_queries": 9})
-    smaller.categories = PETS
-    with pytest.raises(UserError, match="--num-queries 7"):
-        load_for_fine_tuning(smaller, upstream_file)
     deeper = build_model("detr_r101", num_classes=3, **SMALL)
     with pytest.raises(UserError, match="--model detr_r50"):
         load_for_fine_tuning(deeper, upstream_file)

@@ -1,6 +1,5 @@
 """What is measured is the same for all: weights, batch, and what is computed from them."""
 
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -10,6 +9,7 @@ import pytest
 import torch
 from detr_kernels import resize_normalize_pad
 from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
 from detr_profiling.peers.build import PEERS, build_peer
@@ -31,6 +31,7 @@ from detr_fast.evaluation.inference import replayed
 from detr_fast.model.detr import DETR
 from detr_fast.recording import Recordings
 from detr_fast.training.step import TrainStep
+from tests.planted_clock import PlantedClock
 from tests.stand_in import StandIn
 
 OPTIONS = WorkloadOptions(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3)
@@ -240,12 +241,14 @@ def test_timing() -> None:
     assert (timing / 4).runs_ms == (0.75, 0.25, 0.5, 1.0, 2.5)
 
 
-def test_calls_of_a_run_are_issued_back_to_back() -> None:
+def test_calls_of_a_run_are_issued_back_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     timing = measure(lambda: calls.append("run"), lambda: calls.append("wait"), rounds=2, warmup=1, calls=3)
     assert timing.runs == 2 and calls == ["wait", "run", "run", "run", "wait"] * 3
-    slept = measure(lambda: time.sleep(0.01), lambda: None, rounds=1, warmup=0, calls=4)
-    assert 10 <= slept.median_ms < 40, "of one call"
+    clock = PlantedClock()
+    monkeypatch.setattr(timing_file, "time", clock)
+    slept = measure(lambda: clock.sleep(0.01), lambda: None, rounds=1, warmup=0, calls=4)
+    assert slept.median_ms == pytest.approx(10), "of one call"
     assert [calls_a_run("cuda", ms) for ms in (1, 20, 1e3)] == [50, 25, 4] and calls_a_run("cpu", 1) == 1
 
 

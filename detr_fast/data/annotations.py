@@ -149,7 +149,8 @@ def section(file: Path, document: dict[str, Any], key: str) -> list[dict[str, An
 
 def name_of(row: dict[str, Any], position: int) -> Any:
     """What messages call an annotation: its id, or its place in the file, counted from 0."""
-    return row.get("id", f"number {position}")
+    id_ = row.get("id")
+    return f"number {position}" if id_ is None else id_
 
 
 def names_of(rows: list[dict[str, Any]], places: np.ndarray) -> tuple[Any, ...]:
@@ -168,12 +169,40 @@ def distinct_ids(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def whole_numbers(file: Path, rows: Sequence[dict[str, Any]], kind: str, key: str) -> np.ndarray:
-    """(rows,) int64. Raises UserError naming the first row whose `key` is missing or no whole number."""
-    for position, row in enumerate(rows):
-        value = row.get(key)
-        if type(value) is not int or abs(value) >= LARGEST_NUMBER:
-            raise UserError(f"{file}: {kind} {name_of(row, position)}: {key!r} must be a whole number, not {value!r}.")
-    return np.array([row[key] for row in rows], dtype=np.int64)
+    """(rows,) int64, also from floats without a fraction. Raises UserError naming the first row whose `key` is missing
+    or no whole number, and how many there are."""
+    values = [row.get(key) for row in rows]
+    if not all(type(value) is int and abs(value) < LARGEST_NUMBER for value in values):
+        values = [whole(value) for value in values]
+    wrong = [position for position, value in enumerate(values) if value is None]
+    if wrong:
+        row, value = rows[wrong[0]], rows[wrong[0]].get(key)
+        more = f" So it is with {len(wrong)} of {len(rows)}." if len(wrong) > 1 else ""
+        name = name_of(row, wrong[0])
+        raise UserError(f"{file}: {kind} {name}: {key!r} {why_not_whole(value, key)}{more}")
+    return np.array(values, dtype=np.int64)
+
+
+def whole(value: Any) -> int | None:
+    """Return a whole number that float64 holds, of an int or a float; None for anything else."""
+    if type(value) not in (int, float) or not abs(value) < LARGEST_NUMBER or value != int(value):
+        return None
+    return int(value)
+
+
+def why_not_whole(value: Any, key: str) -> str:
+    """Say why `value` is no whole number that can be used, and what to do about it."""
+    is_id = key.endswith("id")
+    if type(value) is int:
+        advice = "Number them 1, 2, ... in the file, wherever they stand" if is_id else "Correct it"
+        return (
+            f"{value!s:.40} is too large: at most {LARGEST_NUMBER - 1} (2**53 - 1), since evaluation computes in "
+            f"float64, as COCO's own tools do, where larger numbers run into each other. {advice}."
+        )
+    if isinstance(value, str):
+        advice = " Number them 1, 2, ... in the file, wherever they stand." if is_id else " Write it without quotes."
+        return f"must be a whole number, not the text {value!r:.100}{': ids in COCO json are numbers' * is_id}.{advice}"
+    return f"must be a whole number, {'but is null or missing' if value is None else f'not {value!r:.100}'}."
 
 
 def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
@@ -181,9 +210,15 @@ def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
     require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
 
 
+def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:
+    negative = [str(id_) for id_ in ids if id_ < 0]
+    require(not negative, f"{file}: {kind} {shortened(negative, 5)}: ids must not be negative.")
+
+
 def read_images(file: Path, rows: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
     columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
     refuse_double(file, "image", columns[0])
+    refuse_negative(file, "image", columns[0])
     images = []
     for row, id_, width, height in zip(rows, *columns, strict=True):
         name = row.get("file_name")
@@ -198,7 +233,7 @@ def read_categories(file: Path, rows: list[dict[str, Any]]) -> tuple[Category, .
     ids = whole_numbers(file, rows, "category", "id").tolist()
     refuse_double(file, "category", ids)
     require(len(ids) > 0, f"{file}: lists no categories.")
-    require(min(ids) >= 0, f"{file}: category {min(ids)}: ids must not be negative.")
+    refuse_negative(file, "category", ids)
     categories = (Category(id_, str(row.get("name", id_))) for id_, row in zip(ids, rows, strict=True))
     return tuple(sorted(categories, key=lambda category: category.id))
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
 from detr_fast.data.buckets import Buckets, shape_batches
-from detr_fast.data.coco import CocoDataset
+from detr_fast.data.coco import SKIPPING, CocoDataset
 from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import EpochSampler, Position
 from detr_fast.data.targets import Targets
@@ -177,7 +177,7 @@ class TrainReader(Dataset[Read]):
                 return Read(sample, tuple(skipped), room=position.room)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
-                    return Read(None, error=error)
+                    return Read(None, error=UserError(f"{error} {SKIPPING}"))
                 skipped.append(str(self.dataset.records[index].path))
         return Read(None, error=UserError(f"None of the {len(self.dataset)} training images can be read."))
 
@@ -197,7 +197,7 @@ class EvaluationReader(Dataset[Read]):
             return Read(self.dataset.read(index, plan))
         except UserError as error:
             if self.dataset.on_bad_image == "error":
-                return Read(None, error=error)
+                return Read(None, error=UserError(f"{error} {SKIPPING}"))
             return Read(None, skipped=(str(self.dataset.records[index].path),))
 
 

@@ -1,6 +1,5 @@
 """What is silently wrong with a data set, or worth a look: lines that say what, how many, which, and what to do."""
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -88,18 +87,12 @@ def alike_names(categories: Sequence[Category]) -> Iterator[str]:
 
 
 def check_files(dataset: CocoDataset) -> None:
-    """Find out before the first step what reading would find much later: images that are missing, and of a few files
-    whether they can be read, have the annotations' size and stand upright.
+    """Find out before the first step what reading would find much later: of a few files whether they can be read, have
+    the annotations' size and stand upright.
 
     Raises UserError where there is no going on; else warns.
     """
     file, records, skip = dataset.annotation_file, dataset.records, dataset.on_bad_image == "skip"
-    missing = [str(record.path) for record in records if not os.path.isfile(record.path)]
-    if missing:
-        text = f"{file}: {len(missing)} of {len(records)} image files are missing: {shortened(missing, NAMED)}"
-        require(len(missing) < len(records), f"{text}. Put them there, or name the right folder.")
-        require(skip, f"{text}. Put them there, or go on without them: --on-bad-image skip.")
-        warnings.warn(f"{text}. They are left out.")
     some = [(record, read_header(record.path)) for record in records[:: -(-len(records) // MOST_HEADERS)]]
     if not skip:
         for record, header in some:

@@ -1,9 +1,8 @@
 """A data set in COCO format: images read from a folder, labels and boxes from a json."""
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,10 @@ from torch.utils.data import Dataset
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.corrections import shortened
-from detr_fast.data.decode import decode_file
+from detr_fast.data.decode import Decoded, decode_file
 from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
+from detr_fast.data.file_names import ImageFolder, OutsideError
 from detr_fast.data.headers import read_header
 from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
@@ -37,6 +37,23 @@ class ImageRecord:
     """(T,) int64"""
     boxes_xyxy_px: np.ndarray
     """(T, 4) float32, clamped to the image"""
+    absent: str = ""
+    """Why there was no such file, and what to do; empty where there was one."""
+
+    def decode(self, shrunk: int = 1) -> Decoded:
+        """Read the file as `decode_file` does. Raises UserError as that, and says what else there is for a file that is
+        missing."""
+        require(not self.absent or self.path.exists(), f"{self.path}: {self.absent}")
+        return decode_file(self.path, shrunk)
+
+
+class UnknownCategories(UserError):
+    """Data with categories that the model does not know."""
+
+    def __init__(self, message: str, file: Path, unknown: Sequence[Category]) -> None:
+        super().__init__(message)
+        self.file = file
+        self.unknown = unknown
 
 
 class CocoDataset(Dataset[Sample]):
@@ -53,12 +70,14 @@ class CocoDataset(Dataset[Sample]):
         raw_ids: bool = False,
         num_classes: int | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
+        follow_links: bool = False,
     ) -> None:
         """Labels are places in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
         `num_classes` is larger than all ids, the ids themselves.
 
         Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image outside the
-        folder. What is mended instead is in `annotations.corrections`.
+        folder, to which with `follow_links` a symbolic link may lead. What is mended instead is in
+        `annotations.corrections`.
         """
         self.annotation_file = annotation_file
         self.annotations = read_annotations(annotation_file)
@@ -70,7 +89,10 @@ class CocoDataset(Dataset[Sample]):
         self.label_of = label_map(self.annotations, self.categories)
         """Category id to label."""
         self.num_classes = max(self.label_of.values()) + 1 if self.categories is None else len(self.categories)
-        self.records = make_records(self.annotations, images_folder, self.label_of)
+        folder = ImageFolder(images_folder, follow_links)
+        self.records = make_records(self.annotations, folder, self.label_of)
+        self.respelled = folder.respelled
+        """Names of the json to those of the files that were found for them, where the two differ."""
         self.sizes = np.array([(record.height, record.width) for record in self.records]).reshape(-1, 2)
         """(N, 2), (h, w) of the files in pixels"""
 
@@ -85,7 +107,7 @@ class CocoDataset(Dataset[Sample]):
     def read(self, index: int, plan: Plan) -> Sample:
         """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
         record = self.records[index]
-        decoded = decode_file(record.path, plan.shrinkage())
+        decoded = record.decode(plan.shrinkage())
         if decoded.size != (record.height, record.width):
             raise UserError(size_mismatch(record, decoded.size))
         top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
@@ -121,6 +143,14 @@ class CocoDataset(Dataset[Sample]):
     def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
         return [record for record in self.records if len(record.labels) > limit]
 
+    def absent_images(self, shown: int = 3) -> str | None:
+        """Say how many images have no file, and of the first `shown` why; None where all have one."""
+        absent = [record for record in self.records if record.absent]
+        if not absent:
+            return None
+        first = "\n".join(f"  {record.path}: {record.absent}" for record in absent[:shown])
+        return f"{self.annotation_file}: {len(absent)} of {len(self)} images have no file. The first:\n{first}"
+
     def warn_if_queries_are_few(self, num_queries: int) -> None:
         """A query finds at most one object."""
         crowded = self.images_with_more_targets(num_queries)
@@ -132,6 +162,8 @@ class CocoDataset(Dataset[Sample]):
             )
 
 
+SKIPPING = "Or go on without it: --on-bad-image skip."
+"""What commands that have the option add to the fault of an image."""
 UNUSED = "N/A"
 """The name of a label that no category of the data has."""
 
@@ -144,7 +176,7 @@ def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
         exif += f", and the file has orientation {header.orientation}: other programs show it in another way"
     return (
         f"{record.path}: is {width} x {height}, but the annotations say {record.width} x {record.height} "
-        f"({exif}). Correct one of them, or go on without it: --on-bad-image skip."
+        f"({exif}). Correct one of them."
     )
 
 
@@ -182,9 +214,11 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
     used = set(annotations.category_ids.tolist())
     unknown = [category for category in annotations.categories if category.id in used and category not in categories]
     if unknown:
-        raise UserError(
+        raise UnknownCategories(
             f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}"
+            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}",
+            annotations.file,
+            unknown,
         )
     return {category.id: label for label, category in enumerate(categories)}
 
@@ -206,7 +240,7 @@ def spelling(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def make_records(annotations: Annotations, folder: Path, label_of: dict[int, int]) -> list[ImageRecord]:
+def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[int, int]) -> list[ImageRecord]:
     """One for each image. Raises UserError for a file name that leads out of `folder`."""
     trained_on = np.flatnonzero(~annotations.crowd)
     rows = trained_on[np.argsort(annotations.image_ids[trained_on], kind="stable")]
@@ -215,32 +249,18 @@ def make_records(annotations: Annotations, folder: Path, label_of: dict[int, int
     ends = np.searchsorted(annotations.image_ids[rows], image_ids, side="right")
     labels = np.array([label_of[id_] for id_ in annotations.category_ids[rows].tolist()], dtype=np.int64)
     boxes = annotations.boxes_xyxy_px[rows]
-    real_folder = os.path.realpath(folder)
-    return [
-        ImageRecord(
-            image.id,
-            safe_path(annotations.file, real_folder, image.file_name, image.id),
-            image.width,
-            image.height,
-            labels[start:end],
-            boxes[start:end],
-        )
-        for image, start, end in zip(annotations.images, starts, ends, strict=True)
-    ]
-
-
-def safe_path(file: Path, real_folder: str, file_name: str, image_id: int) -> Path:
-    """Where `file_name` lies once links are followed. Raises UserError outside `real_folder`."""
-    try:
-        path = os.path.realpath(os.path.join(real_folder, file_name))
-    except ValueError as error:
-        raise UserError(f"{file}: image {image_id}: 'file_name' {file_name!r} is no file name.") from error
-    require(
-        path.startswith(os.path.join(real_folder, "")),
-        f"{file}: image {image_id}: 'file_name' {file_name!r} leads out of the folder {real_folder}. "
-        "Put the image inside it and name it from there.",
-    )
-    return Path(path)
+    records, refused = [], []
+    for image, start, end in zip(annotations.images, starts, ends, strict=True):
+        try:
+            path, absent = folder.find(image.file_name)
+        except OutsideError as error:
+            refused.append(f"image {image.id}: 'file_name' {image.file_name!r} {error}")
+        else:
+            each = image.id, path, image.width, image.height, labels[start:end], boxes[start:end], absent
+            records.append(ImageRecord(*each))
+    more = f" So it is with {len(refused)} of {len(annotations.images)} images." if len(refused) > 1 else ""
+    require(not refused, f"{annotations.file}: {''.join(refused[:1])}{more}")
+    return records
 
 
 def build_dataset(
@@ -254,16 +274,18 @@ def build_dataset(
     """The split that `options` lead to: augmented for training where `options` are a TrainConfig and `split` is train.
 
     `model` says the image sizes where `options` do not; default: the model that a TrainConfig names, else DETR's.
-    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset.
+    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset. Raises UserError as that, for images
+    without a file, and for an image size above the largest.
     """
     folder, file = require_split(options, split)
     training = options if isinstance(options, TrainConfig) else None
     if model is None:
         model = model_config(training.model) if training else ModelConfig()
-    max_size = options.max_size or model.max_size
-    transform: Transform = EvaluationTransform(options.image_size or model.image_size, max_size)
+    asked = {name: value for name in ("image_size", "max_size") if (value := getattr(options, name)) is not None}
+    model = replace(model, **asked)
+    transform: Transform = EvaluationTransform(model.image_size, model.max_size)
     if training and split == "train":
-        transform = TrainTransform(training.train_sizes, max_size, training.crop_sizes, training.crop_range)
+        transform = TrainTransform(training.train_sizes, model.max_size, training.crop_sizes, training.crop_range)
     dataset = CocoDataset(
         folder,
         file,
@@ -273,7 +295,20 @@ def build_dataset(
         raw_ids=raw_ids,
         num_classes=training.num_classes if training else None,
         on_bad_image=options.on_bad_image,
+        follow_links=options.follow_links,
     )
+    require_images(dataset)
     for fault in dataset.silent_faults():
         warnings.warn(f"{file}: {fault}.")
     return dataset
+
+
+def require_images(dataset: CocoDataset) -> None:
+    """Raises UserError, before anything is read, where images have no file: for one of them, or with "skip" for all."""
+    absent = dataset.absent_images()
+    if absent is None:
+        return
+    some_are_there = any(not record.absent for record in dataset.records)
+    advice = "\nGo on without them: --on-bad-image skip." if some_are_there else ""
+    require(dataset.on_bad_image == "skip" and some_are_there, f"{absent}{advice}")
+    warnings.warn(f"{absent}\nThey are left out.")

@@ -2,13 +2,14 @@
 
 The content decides how a file is read, never its ending. Gray and palette images become RGB, alpha is dropped without
 blending, CMYK goes through Pillow's conversion, 16-bit gray keeps its upper 8 bits, an animation gives its first frame.
-EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored.
+EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. Decoders are
+others' code: whatever they raise is the image's fault, one UserError that names it.
 """
 
 import io
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast.config import UserError
+from detr_fast.data.formats import READ_FORMATS, START_BYTES, described
 
 MOST_PIXELS = 178_956_970
 """Twice Pillow's limit for a warning, which is where Pillow itself refuses; simplejpeg has no limit of its own."""
 JPEG_START = b"\xff\xd8\xff"
-PILLOW_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-BROKEN_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for broken files."""
+REDUCED_COPY = 254, 1
+"""Number and value of the TIFF tag of a reduced copy, with which cameras' raw files begin."""
+for kind in (UserWarning, RuntimeWarning):
+    # of tags, EXIF and profiles, which are not read; large images are refused below
+    warnings.filterwarnings("ignore", category=kind, module=r"PIL\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,29 +54,26 @@ def decode_file(path: Path, shrunk: int = 1) -> Decoded:
 
     Raises UserError, naming the file, where it is missing, no image, truncated, corrupt or over `MOST_PIXELS`.
     """
-    try:
+    with faults_named(str(path)):
         return decode_bytes(path.read_bytes(), shrunk)
+
+
+@contextmanager
+def faults_named(image: str) -> Iterator[None]:
+    """Turn whatever reading and decoding raises into a UserError that begins with `image`."""
+    try:
+        yield
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the image file is missing.") from error
-    except BROKEN_FILE_ERRORS as error:
+        raise UserError(f"{image}: the image file is missing.") from error
+    except Exception as error:  # no list of what decoders raise for a broken or rare file has ever been complete
+        told = isinstance(error, OSError | ValueError | SyntaxError | Image.DecompressionBombError) and str(error)
         raise UserError(
-            f"{path}: cannot be decoded ({error}). Replace the file, or go on without it: --on-bad-image skip."
+            f"{image}: cannot be decoded ({told or repr(error)}). Replace the file, or take it away."
         ) from error
 
 
-def header_size(path: Path) -> tuple[int, int] | None:
-    """Return (h, w) in pixels as the file's header says, or None where none can be read. Pixels are not read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path, formats=PILLOW_FORMATS) as image:
-                return image.height, image.width
-        except (*BROKEN_FILE_ERRORS, Image.DecompressionBombError):
-            return None
-
-
 def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
-    """As `decode_file`, of a file's content. Raises one of `BROKEN_FILE_ERRORS`."""
+    """As `decode_file`, of a file's content. Raises what the decoders do."""
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(JPEG_START):
@@ -81,28 +82,49 @@ def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
 
 
 def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
-    """Whatever makes the decoder warn is an error: a scan of garbage and a few stray bytes give the same warning."""
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    """Whatever makes the decoder warn is an error: a scan of garbage and a few stray bytes give the same warning.
+
+    Forms that it does not know, as rare samplings of the colours, are Pillow's to read, or to say why not.
+    """
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except (KeyError, ValueError) as error:
+        return decode_rare_jpeg(data, error)
     refuse_bomb(height, width)
-    if colorspace in ("CMYK", "YCCK"):
-        simplejpeg.decode_jpeg(data, "CMYK", strict=True)  # Pillow accepts a corrupt scan
+    cmyk = colorspace in ("CMYK", "YCCK")
+    least = {} if cmyk else {"min_height": -(-height // shrunk), "min_width": -(-width // shrunk)}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "CMYK" if cmyk else "RGB", strict=True, **least)
+    except ValueError as error:
+        if "Unsupported" not in str(error):
+            raise
+        return decode_rare_jpeg(data, error)
+    if cmyk:  # decoded for its errors alone: Pillow accepts a corrupt scan
         return decode_with_pillow(data)
-    least = {"min_height": -(-height // shrunk), "min_width": -(-width // shrunk)}
-    pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
     return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), shrunk)
 
 
+def decode_rare_jpeg(data: bytes, problem: Exception) -> Decoded:
+    """Decode what the usual decoder has a `problem` with, which is told where Pillow cannot read it either."""
+    try:
+        return decode_with_pillow(data)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{problem}; {error}") from error
+
+
 def decode_with_pillow(data: bytes) -> Decoded:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-        except Image.UnidentifiedImageError as error:
-            raise ValueError(f"not a {', '.join(PILLOW_FORMATS)} image") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
-        refuse_bomb(image.height, image.width)
-        return Decoded(torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1), (image.height, image.width))
+    try:
+        image = Image.open(io.BytesIO(data), formats=READ_FORMATS)
+    except Image.UnidentifiedImageError as error:
+        jpeg = "a JPEG of a rare form, or broken" if data.startswith(JPEG_START) else None
+        unknown = f"not a {', '.join(READ_FORMATS)} image"
+        raise ValueError(jpeg or described(data[:START_BYTES]) or unknown) from error
+    refuse_bomb(image.height, image.width)
+    if getattr(image, "tag_v2", {}).get(REDUCED_COPY[0]) == REDUCED_COPY[1]:
+        raise ValueError(
+            "a camera's raw file, or another TIFF that begins with a reduced copy: convert it to JPEG or PNG"
+        )
+    return Decoded(torch.from_numpy(rgb_pixels(image)).permute(2, 0, 1), (image.height, image.width))
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
@@ -110,6 +132,8 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
         upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(upper[..., None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:  # else Pillow warns, and gives the same
+        image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
 
 

@@ -1,7 +1,8 @@
 """Annotations and images that are there twice, as when the exports of two annotators are joined."""
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,14 +108,28 @@ def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
     return shared / (one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - shared)
 
 
+def identity(path: Path) -> Hashable:
+    """Return what all names and links of a file have in common; the path where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino
+
+
 def files_listed_twice(ids: Sequence[int], files: Sequence[Path]) -> Iterator[str]:
-    """Yield a line where a file has several image `ids`: each then misses the others' objects."""
-    if len(set(files)) == len(files):
+    """Yield a line where a file, by whatever name, has several image `ids`: each then misses the others' objects."""
+    keys = [identity(path) for path in files]
+    if len(set(keys)) == len(keys):
         return
-    ids_of: dict[Path, list[int]] = defaultdict(list)
-    for id_, path in zip(ids, files, strict=True):
-        ids_of[path].append(id_)
-    doubled = [f"{path}: ids {', '.join(map(str, ids))}" for path, ids in ids_of.items() if len(ids) > 1]
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    doubled = [
+        f"{files[found[0]]}: ids {', '.join(str(ids[place]) for place in found)}"
+        for found in places.values()
+        if len(found) > 1
+    ]
     if doubled:
         yield (
             f"{len(doubled)} image files are listed more than once ({shortened(doubled, NAMED)}): "

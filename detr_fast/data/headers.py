@@ -1,17 +1,16 @@
 """What an image file's header says: its size, and how EXIF would have it turned. Pixels are not read."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from detr_fast.data.decode import BROKEN_FILE_ERRORS, PILLOW_FORMATS
+from detr_fast.config import UserError
+from detr_fast.data.decode import faults_named
+from detr_fast.data.formats import READ_FORMATS
 
 UPRIGHT = 1
 """EXIF's orientation of an image that is stored as it is to be seen; 2 to 8 mirror it, turn it, or both."""
-BROKEN_EXIF_ERRORS = (*BROKEN_FILE_ERRORS, TypeError)
-"""What Pillow raises for EXIF or XMP that is cut off, or of another kind than it says."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,19 @@ class Header:
 
 def read_header(path: Path) -> Header | None:
     """Return what the file's header says, or None where none can be read. Never raises for what a file holds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path, formats=PILLOW_FORMATS) as image:
-                return Header((image.height, image.width), orientation_of(image), applied=image.format == "TIFF")
-        except (*BROKEN_FILE_ERRORS, Image.DecompressionBombError):
-            return None
+    try:
+        with faults_named(str(path)), Image.open(path, formats=READ_FORMATS) as image:
+            return Header((image.height, image.width), orientation_of(image), applied=image.format == "TIFF")
+    except UserError:
+        return None
 
 
 def orientation_of(image: Image.Image) -> int:
     """Return EXIF's orientation of an open image, from EXIF or XMP; `UPRIGHT` where there is none that can be read."""
     try:
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own method would read its pixels
-    except BROKEN_EXIF_ERRORS:
+        with faults_named("EXIF"):
+            exif = Image.Image.getexif(image)  # a PNG's own method would read its pixels
+            value = exif.get(ExifTags.Base.Orientation)
+    except UserError:
         return UPRIGHT
     return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from detr_fast.config import DataOptions, UserError, require
+from detr_fast.config import DataLocation, UserError, require
 from detr_fast.data.shapes import ensure_shapes, is_shapes, parse_shapes
 
 Split = Literal["train", "val", "test"]
@@ -12,7 +12,7 @@ Location = tuple[Path, Path]
 """The images' folder and the annotation file."""
 
 
-def find_split(options: DataOptions, split: str) -> Location | None:
+def find_split(options: DataLocation, split: str) -> Location | None:
     """Where `split` lies, or None where the data set has no such split. Without val, test stands in, with a warning.
 
     Raises UserError where a root, or one half of a split, is missing.
@@ -34,7 +34,7 @@ def find_split(options: DataOptions, split: str) -> Location | None:
     return found
 
 
-def require_split(options: DataOptions, split: str) -> Location:
+def require_split(options: DataLocation, split: str) -> Location:
     """As `find_split`. Raises UserError that lists what was looked for where there is none."""
     found = find_split(options, split)
     if found is not None:
@@ -44,7 +44,7 @@ def require_split(options: DataOptions, split: str) -> Location:
     raise UserError(f"No {split} split. Looked for {looked_for}. Lay the data out like one of these{give}.")
 
 
-def explicit_location(options: DataOptions, split: str) -> Location | None:
+def explicit_location(options: DataLocation, split: str) -> Location | None:
     given = {
         "train": (options.train_images, options.train_annotations),
         "val": (options.val_images, options.val_annotations),

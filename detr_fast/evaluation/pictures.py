@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from detr_fast.evaluation.lettering import one_line
 from detr_fast.evaluation.plots import DOTS_PER_INCH, save_figure, shorten
 
 COLOURS = ("#ff5a5f", "#2ec4ff", "#ffb000", "#7dd957", "#e07bff", "#00d1b2", "#ff8a3d", "#a3a8ff", "#ffe04d")
@@ -91,7 +92,7 @@ def draw_picture(axes: Axes, picture: Picture, scale: float, colours: dict[str, 
     height, width = picture.image.shape[:2]
     axes.imshow(picture.image, extent=(0, width, height, 0), interpolation="nearest" if scale > 1 else "antialiased")
     axes.set_axis_off()
-    axes.set_title(picture.title, fontsize=8, loc="left", pad=3, parse_math=False)
+    axes.set_title(one_line(picture.title), fontsize=8, loc="left", pad=3, parse_math=False)
     outlined = [withStroke(linewidth=3, foreground="black")]
     for box, name in zip(picture.true_boxes, picture.true_names, strict=True):
         draw_box(axes, box, linestyle=(0, (4, 3)), edgecolor="white", linewidth=1.4, path_effects=outlined)

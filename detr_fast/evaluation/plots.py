@@ -1,7 +1,7 @@
 """A run's curves as PNG files: losses, average precision, precision over recall. Drawn offline, without a display."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import Evaluation
+from detr_fast.evaluation.lettering import LETTERING, one_line
 
 DOTS_PER_INCH = 120
 LOSSES = {"loss": "loss, weighted sum", "loss_ce": "class", "loss_bbox": "box, L1", "loss_giou": "box, GIoU"}
@@ -56,14 +57,16 @@ def draw_ap_curves(metrics_csv: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_precision_recall(evaluation: Evaluation, path: Path) -> None:
-    """Precision over recall at IoU 0.50, one curve a class and their mean."""
+def draw_precision_recall(evaluation: Evaluation, path: Path, shown: Mapping[str, str] | None = None) -> None:
+    """Precision over recall at IoU 0.50, one curve a class and their mean; `shown`: what to call the classes."""
+    shown = shown or {}
     curves = evaluation.curves
     figure = new_figure(width=7.5, height=5.2)
     axes = figure.subplots()
     named = len(curves.names) <= NAMED_CURVES
     for name, precision in zip(curves.names, curves.precision, strict=True):
-        style = {"label": f"{shorten(name)}  {evaluation.per_class[name]['AP50']:.3f}"} if named else {"alpha": 0.25}
+        label = f"{shorten(shown.get(name, name))}  {evaluation.per_class[name]['AP50']:.3f}"
+        style = {"label": label} if named else {"alpha": 0.25}
         axes.plot(curves.recall, precision, linewidth=1.1, **style)
     if len(curves.names):
         label = f"mean of {len(curves.names)}  {evaluation.metrics['AP50']:.3f}"
@@ -106,6 +109,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def shorten(name: str) -> str:
+    name = one_line(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
@@ -135,6 +139,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Raises UserError where the folder cannot be written to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        LETTERING.prepare(figure)
         figure.savefig(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}.") from error

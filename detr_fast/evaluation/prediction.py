@@ -17,7 +17,8 @@ from torch import Tensor
 from detr_fast.config import UserError, require
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.buckets import shape_batches
-from detr_fast.data.decode import BROKEN_FILE_ERRORS, decode_image, header_size, rgb_pixels
+from detr_fast.data.decode import decode_image, faults_named, rgb_pixels
+from detr_fast.data.headers import read_header
 from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import resized_sizes
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode, forward_of
@@ -85,7 +86,8 @@ def prediction_batches(model: DETR, images: Sequence[ImageLike], batch_size: int
 def size_of(image: ImageLike) -> tuple[int, int]:
     """Return (h, w); of a file what its header says. (1, 1) for what is no image: reading it will say why."""
     if isinstance(image, str | Path):
-        return header_size(Path(image)) or (1, 1)
+        header = read_header(Path(image))
+        return header.size if header else (1, 1)
     height, width = (image.height, image.width) if isinstance(image, Image.Image) else (*np.shape(image), 1, 1)[:2]
     return max(height, 1), max(width, 1)
 
@@ -119,10 +121,8 @@ def read_pixels(image: ImageLike) -> Tensor:
 
 def read_pil(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8; a PIL image may not have been read from its file yet."""
-    try:
+    with faults_named(f"The PIL image {getattr(image, 'filename', '')}"):
         return rgb_pixels(image)
-    except BROKEN_FILE_ERRORS as error:
-        raise UserError(f"The PIL image {getattr(image, 'filename', '')} cannot be decoded ({error}).") from error
 
 
 def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:

@@ -1,6 +1,7 @@
 """What an evaluation leaves in an output folder: its numbers as json, its curves and its first images as pictures."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from detr_fast.data.coco import CocoDataset, ImageRecord
 from detr_fast.data.decode import decode_image
 from detr_fast.evaluation.coco_metrics import Evaluation, category_names
 from detr_fast.evaluation.inference import CATEGORY_ID, HEIGHT, IMAGE_ID, SCORE, X
+from detr_fast.evaluation.lettering import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.plots import draw_precision_recall
 
@@ -29,19 +31,27 @@ def write_evaluation(evaluation: Evaluation, dataset: CocoDataset, output: Path)
         file.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error}.") from error
-    draw_precision_recall(evaluation, output / "plots" / "precision_recall.png")
-    note = f"score at least {PICTURE_THRESHOLD}"
-    draw_detections(pictures(evaluation, dataset), output / "plots" / "detections.png", note=note)
-
-
-def pictures(evaluation: Evaluation, dataset: CocoDataset) -> list[Picture]:
-    """The first PICTURES images that were evaluated, with true and predicted boxes."""
     names = category_names(dataset.coco_document()["categories"])
+    shown = class_names(names)
+    by_name = {name: shown[category] for category, name in names.items()}
+    draw_precision_recall(evaluation, output / "plots" / "precision_recall.png", by_name)
+    note = f"score at least {PICTURE_THRESHOLD}"
+    draw_detections(pictures(evaluation, dataset, shown), output / "plots" / "detections.png", note=note)
+
+
+def pictures(evaluation: Evaluation, dataset: CocoDataset, names: dict[int, str]) -> list[Picture]:
+    """The first PICTURES images that were evaluated, with true and predicted boxes; `names` by category id."""
     rows = evaluation.detections
     evaluated = set(rows[:, IMAGE_ID].tolist())
     records = [record for record in dataset.records if record.id in evaluated][:PICTURES]
     drawn = rows[rows[:, SCORE] >= PICTURE_THRESHOLD]
-    return [picture(dataset, record, drawn[drawn[:, IMAGE_ID] == record.id], names) for record in records]
+    made = []
+    for record in records:
+        try:
+            made.append(picture(dataset, record, drawn[drawn[:, IMAGE_ID] == record.id], names))
+        except UserError as error:  # taken away since it was evaluated
+            warnings.warn(f"Left out of the pictures: {error}")
+    return made
 
 
 def picture(dataset: CocoDataset, record: ImageRecord, rows: np.ndarray, names: dict[int, str]) -> Picture:

@@ -45,6 +45,8 @@ class DETR(nn.Module):
         self.config = config
         self.categories: tuple[Category, ...] | None = None
         """What each label stands for, in label order; None: labels are the data set's own ids."""
+        self.notes: tuple[str, ...] = ()
+        """Sentences on what was assumed where its file did not say it."""
         self.implementation = Implementation()
         self.frozen = False
         """For inference alone: see `detr_fast.model.freezing`."""

@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from detr_fast.config import ModelConfig, TrainConfig, model_config, require
+from detr_fast.config import ModelConfig, TrainConfig, model_config
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.checks import warn_before_training
@@ -40,29 +39,6 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     return train_set, val_set, config
 
 
-def continued(options: TrainConfig, state: dict[str, Any]) -> TrainConfig:
-    """Returns the options with the stored run's batches, where none are asked for."""
-    names = ("batch_size", "accumulate", "effective_batch")
-    return replace(options, **{name: getattr(options, name) or state["options"].get(name, 0) for name in names})
-
-
-def check_resumed(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> None:
-    """Raises UserError where the options would not continue the checkpoint's run but start another one."""
-    stored, asked = {**state["model_config"], **state["options"]}, {**config.to_dict(), **options.to_dict()}
-    own = ("data", "model", "seed", "batch_size", "accumulate", "scale_lr", "ema", "buckets")
-    fixed = (*own, *ModelConfig.__dataclass_fields__)
-    for name in fixed:
-        before, now = (tuple(v) if isinstance(v, list) else v for v in (stored[name], asked[name]))
-        option = f"--{name.replace('_', '-')}" if name in asked.keys() & options.to_dict().keys() else name
-        require(
-            before == now,
-            f"The run to resume has {option} {before}, asked for is {now}. "
-            f"Give {option} {before}, or another --output for a new run.",
-        )
-    before, now = state["model_config"]["num_classes"], config.num_classes
-    require(before == now, f"The run to resume has {before} classes, its data now has {now}. Give another --output.")
-
-
 def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
     """The checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
@@ -72,7 +48,8 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
         load_state_dict(model, state["model"])
     elif options.weights:
         kept = load_for_fine_tuning(model, options.weights)
-        out.print(f"{options.weights}: the class head is kept for {len(kept)} of {config.num_classes} classes")
+        for line in kept.lines(options.weights, config.num_classes):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
         load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
     if options.lr_backbone == 0:
@@ -96,13 +73,26 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         ema_decay=options.ema,
     )
     if state:
-        step.optimizer.load_state_dict(state["optimizer"])
+        restore_moments(step.optimizer, state["optimizer"])
         keep_layouts(step.optimizer)
         if state["scaler"]:
             step.scaler.load_state_dict(state["scaler"])
-        if step.averaged:
+        if step.averaged and state["ema"]:
             load_state_dict(step.averaged, state["ema"])
     return step
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Takes the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
+
+    The backbone's group is the second, and absent where it is not trained: moments that are not stored begin anew.
+    """
+    own = optimizer.state_dict()
+    state: dict[int, Any] = {}
+    for group, before in zip(own["param_groups"], stored["param_groups"], strict=False):
+        places = zip(group["params"], before["params"], strict=True)
+        state |= {place: stored["state"][theirs] for place, theirs in places if theirs in stored["state"]}
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
 def keep_layouts(optimizer: torch.optim.Optimizer) -> None:

@@ -17,12 +17,24 @@ def with_batches(options: TrainConfig, config: ModelConfig, device: str, process
 
     With a batch size alone, these are what was asked for. Else batch_size x accumulate x `processes` is the effective
     batch, in batches as large as one device takes; what does not fit into a GPU's memory is computed in micro-batches,
-    which changes no number but live batch norm's. Raises UserError where the effective batch cannot be shared evenly.
+    which changes no number but live batch norm's. Where none is asked for and all epochs together have too few images
+    for one update of the recipe's size, it is smaller. Raises UserError where it cannot be shared evenly.
     """
     if options.batch_size and not options.effective_batch:
         return replace(options, accumulate=options.accumulate or 1)
-    effective = options.effective_batch or RECIPE_BATCH
     given = (options.batch_size or 1) * (options.accumulate or 1) * processes
+    largest = options.effective_batch or RECIPE_BATCH
+    for effective in range(largest, 0 if not options.effective_batch else largest - 1, -given):
+        chosen = shared_out(options, effective, given, config, device, processes, images)
+        if options.epochs * (images // (chosen.batch_size * processes)) >= chosen.accumulate:
+            return chosen
+    return shared_out(options, largest, given, config, device, processes, images)
+
+
+def shared_out(
+    options: TrainConfig, effective: int, given: int, config: ModelConfig, device: str, processes: int, images: int
+) -> TrainConfig:
+    """Returns the options with `effective` images an update, of which those asked for make `given`."""
     own, rest = divmod(effective, given)
     asked = f"--batch-size {options.batch_size} --accumulate {options.accumulate} (0: free)"
     require(

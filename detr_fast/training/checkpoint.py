@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from detr_fast.config import UserError
+from detr_fast.weights.pickles import read_pickle
 
 MARK = b"detr_fast sha256:"
 PARTIAL_SUFFIX = ".partial"
@@ -84,7 +85,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     end, digest = found
     if hashlib.sha256(memoryview(data)[:end]).hexdigest() != digest:
         raise UserError(f"{path} is damaged: its content does not match its sha256.{previous(path)}")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return read_pickle(path, data)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
 from detr_fast.config import ModelConfig
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.runtime import Runtime
 from detr_fast.training.metrics_log import read_rows
@@ -56,13 +56,11 @@ def measure_data(
         rate = images / elapsed
         console.print(
             f"{name:>18}  {rate:.0f} images/s ({cores}; {rate / max(readers, 1):.0f} a core), "
-            f"{sum(padding) / len(padding):.3f} pixels computed for each that is an image's",
-            highlight=False,
-            soft_wrap=True,
+            f"{sum(padding) / len(padding):.3f} pixels computed for each that is an image's"
         )
     if wanted is not None:
         found = f"{wanted:.0f} images/s on this device, by the output folder's log: {verdict(rate, wanted)}"
-        console.print(f"{'training':>18}  {found}", highlight=False, soft_wrap=True)
+        console.print(f"{'training':>18}  {found}")
 
 
 def verdict(rate: float, wanted: float) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from detr_fast.config import ModelConfig, TrainConfig, UserError
+from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
 from detr_fast.training.distributed import World
@@ -46,13 +46,14 @@ def tuning_of(
     """Give all processes, which have to run alike, what the main one finds.
 
     A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
-    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else
-    `find_or_measure` says.
+    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else, and where
+    --tune or --kernels are other than they were, `find_or_measure` says.
     """
     if not world.is_main:
         return world.broadcast(None)
     stored = state.get("tuning") if state else None
-    if state and (stored is None or stored["environment"] == environment(device)):
+    as_before = state and all(state["options"][name] == getattr(options, name) for name in ("tune", "kernels"))
+    if as_before and (stored is None or stored["environment"] == environment(device)):
         return world.broadcast(Tuning.from_dict(stored) if stored else None)
     return world.broadcast(find_or_measure(options, train_set, config, device, say))
 
@@ -79,7 +80,7 @@ def remember_failure(device: torch.device, case: Case, say: Console) -> None:
     try:
         keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
     except UserError as error:
-        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.", markup=False)
+        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
@@ -119,5 +120,5 @@ def measure(arguments: list[str], say: Console) -> bool:
         process.wait()
     if problem:
         again = shlex.join(command)
-        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}", markup=False)
+        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}")
     return problem is None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from detr_fast.config import UserError, require
 from detr_fast.training.run_folder import writing
 
 TRAIN_COLUMNS = (
@@ -46,9 +47,20 @@ class MetricsLog:
 
 
 def read_rows(csv_file: Path) -> list[dict[str, str]]:
-    """The rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out."""
+    """The rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out.
+
+    Raises UserError for a file that was changed since, so that no row is lost.
+    """
     if not csv_file.is_file():
         return []
-    with csv_file.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    advice = "Was it saved by another program? Undo that, or move it away to go on without its rows."
+    try:
+        with csv_file.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{csv_file} cannot be read as a run's metrics: {error}. {advice}") from error
+    require(
+        not rows or set(PLACE_COLUMNS) <= rows[0].keys(),
+        f"{csv_file} has not the columns {', '.join(PLACE_COLUMNS)}. {advice}",
+    )
     return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]

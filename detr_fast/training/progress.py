@@ -1,7 +1,8 @@
 """What a run shows while it goes on: a bar with the figures that matter; plain lines where there is no terminal."""
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+
+from detr_fast.console import Console
 
 FIGURES = "loss {loss:.3f}  {images_per_second:.0f} img/s  wait {data_wait_share:.0%}  {memory_mib:.0f} MiB"
 
@@ -38,12 +39,8 @@ class TrainingDisplay:
         eta = f"{minutes}:{seconds:02d}"
         self._progress.update(self._task, completed=step, epoch=shown_epoch, figures=figures, eta=eta)
         if not self.console.is_terminal:
-            self.console.print(
-                f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {eta}",
-                soft_wrap=True,
-                highlight=False,
-            )
+            self.console.print(f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {eta}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(text)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from detr_fast.config import UserError, require
 from detr_fast.training.checkpoint import sweep_partial
+
+BYTES = re.compile("[\ud800-\udfff]")
+"""What Python has in a name for bytes that are no UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
     earlier run that is not being resumed.
     """
     folder = RunFolder(root)
+    require(not BYTES.search(str(root)), f"--output {root}: the name is not UTF-8, as TensorBoard needs. Give another.")
     try:
         for made in (folder.last.parent, folder.plots, folder.tensorboard):
             made.mkdir(parents=True, exist_ok=True)
@@ -75,6 +80,15 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
         yield folder
 
 
+def require_writable(option: str, folder: Path) -> None:
+    """Make `folder`, before the work whose results go there. Raises UserError where nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder} cannot be written: {error.strerror}. Give another folder.") from error
+    require(os.access(folder, os.W_OK), f"{option} {folder} is read-only. Give another folder.")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns a failure to write `path` into a UserError that says what to do."""
@@ -86,8 +100,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def check_room(root: Path, checkpoint_bytes: int) -> None:
     """last.pt, its successor while it is written, and best.pt have to fit. Raises UserError where they do not."""
-    if not os.access(root, os.W_OK):
-        raise UserError(f"--output {root} is read-only. Give another folder.")
+    require_writable("--output", root)
     free, needed = shutil.disk_usage(root).free, 3 * checkpoint_bytes
     require(
         free >= needed,

@@ -1,12 +1,15 @@
 """Which architecture a file of weights belongs to, from what its tensors' shapes and its companions say."""
 
+from collections.abc import Iterable
 from itertools import count, takewhile
 from typing import Any
 
-from detr_fast.config import MODELS, ModelConfig, UserError, model_config
+from detr_fast.config import MODELS, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.model.backbone import DEPTHS
 from detr_fast.weights.files import WeightsFile
-from detr_fast.weights.naming import NamedWeights
+from detr_fast.weights.naming import ANCHORS, HEAD_WEIGHTS, NamedWeights
+from detr_fast.weights.pickles import brief, listed
+from detr_fast.weights.preprocessing import preprocessed
 
 OWN_BACKBONES = (*DEPTHS, "tiny")
 STAGE3_DEPTHS = {depths[2]: name for name, depths in DEPTHS.items()}
@@ -22,14 +25,15 @@ def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
         return sum(1 for _ in takewhile(lambda index: pattern.format(index) in weights, count()))
 
     class_entries = size("class_embed.weight", 0)
+    encoder, decoder = (number(f"transformer.{side}.layers.{{}}.linear1.weight") for side in ("encoder", "decoder"))
     seen = {
         "backbone": STAGE3_DEPTHS.get(number("backbone.layer3.{}.conv3.weight")),
         "num_classes": class_entries - 1 if class_entries else None,
         "num_queries": size("query_embed.weight", 0),
-        "hidden_dim": size("query_embed.weight", 1),
+        "hidden_dim": size("transformer.decoder.norm.weight", 0),
         "feedforward_dim": size("transformer.decoder.layers.0.linear1.weight", 0),
-        "encoder_layers": number("transformer.encoder.layers.{}.linear1.weight"),
-        "decoder_layers": number("transformer.decoder.layers.{}.linear1.weight"),
+        "encoder_layers": encoder if decoder else None,  # where no name is one of ours, 0 says nothing
+        "decoder_layers": decoder or None,
     }
     return {name: value for name, value in seen.items() if value is not None}
 
@@ -37,25 +41,45 @@ def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
 def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None = None) -> ModelConfig:
     """The architecture of `weights`, read from `file`. Raises UserError where it is not DETR's or cannot be told.
 
-    What we wrote says it itself. Otherwise shapes say most of it, and `dilation` (DC5) comes from the argument, else
-    from the file's training options or config.json, else from "dc5" in the path's last part.
+    What we wrote says it itself; a preprocessor_config.json says what becomes of images. Otherwise shapes say most of
+    it, and `dilation` (DC5) comes from the argument, else from the file's training options or config.json, else from
+    "dc5" in the path's last part.
     """
+    require(weights.is_detr, f"{file.path} {no_detr(weights)}")
+    if lacking := weights.lacking(HEAD_WEIGHTS):
+        raise UserError(f"{file.path} {without_heads(lacking)}")
     visible = visible_architecture(weights)
     if file.model_config is not None:
         config = make_config(file, file.model_config)
         check_agreement(file, config, visible)
-        return config
+        return make_config(file, config.to_dict() | preprocessed(file))
     companions = {**from_args(file.args), **from_huggingface(file)}
     if dilation is not None:
         companions["dilation"] = dilation
     companions.setdefault("dilation", "dc5" in file.path.name.lower())
     values = visible | companions
-    if not {"backbone", "num_classes", "hidden_dim", "feedforward_dim"} <= values.keys():
+    if not {"backbone", "hidden_dim", "feedforward_dim"} <= values.keys():
         raise UserError(
             f"{file.path} does not look like a DETR with a ResNet-50 or ResNet-101 backbone: "
-            f"its first names are {', '.join(sorted(weights.tensors)[:3])}."
+            f"its first names are {listed(sorted(weights.tensors), 3)}."
         )
-    return make_config(file, values)
+    return make_config(file, values | preprocessed(file))
+
+
+def no_detr(weights: NamedWeights) -> str:
+    """Say what weights are whose names are not DETR's, as the rest of a sentence."""
+    return (
+        f"does not look like a DETR: its first names are {listed(sorted(weights.tensors), 3)}; "
+        f"facebookresearch/detr has such as {ANCHORS[0]}, Hugging Face {ANCHORS[1]}; "
+        "a backbone alone is for train --backbone-weights."
+    )
+
+
+def without_heads(lacking: Iterable[str]) -> str:
+    """Say what weights are that lack some of HEADS, as the rest of a sentence."""
+    names = {"class_embed": "class head", "bbox_embed": "box head", "query_embed": "queries"}
+    missing = ", ".join(f"{names[head]} ({head})" for head in lacking)
+    return f"lacks DETR's {missing}: it can only be trained from, with train --weights."
 
 
 def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
@@ -66,7 +90,7 @@ def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
             model_config(config.backbone)  # raises for what is no timm model
         return config
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{file.path} describes no model that can be built: {error}") from error
+        raise UserError(f"{file.path} describes no model that can be built: {brief(error, 300)}") from error
 
 
 def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, Any]) -> None:
@@ -77,7 +101,9 @@ def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, A
     for name, value in visible.items():
         stated = getattr(config, name)
         if stated != value and not (name == "backbone" and stated not in OWN_BACKBONES):
-            raise UserError(f"{file.path} contradicts itself: model_config has {name}={stated}, its weights {value}.")
+            raise UserError(
+                f"{file.path} contradicts itself: model_config has {name}={brief(stated)}, its weights {value}."
+            )
 
 
 def from_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -91,12 +117,14 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
     config = file.huggingface_config
     if not config:
         return {}
+    kind = config.get("model_type", "detr")
+    require(kind == "detr", f"{file.path} is a model of type {brief(kind)}, not a DETR: its config.json says so.")
     kept = {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False}
     for name, value in kept.items():
         if config.get(name, value) != value:
             raise UserError(
-                f"{file.path}: its config.json has {name}={config[name]!r}, which computes something else than DETR; "
-                f"only {value!r} can be loaded."
+                f"{file.path}: its config.json has {name}={brief(config[name])}, which computes something else than "
+                f"DETR; only {value!r} can be loaded."
             )
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, dict) else {}
@@ -111,7 +139,7 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
 
 def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
     """The command line's options, or fields of ModelConfig, under which a model would have the `visible` sizes."""
-    differing = {name: value for name, value in visible.items() if getattr(config, name) != value}
+    differing = {name: value for name, value in visible.items() if getattr(config, name) != value and value}
     options = []
     if "backbone" in differing:
         backbone = differing.pop("backbone")
@@ -120,7 +148,6 @@ def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
             for name, preset in MODELS.items()
             if preset.backbone == backbone and preset.dilation == config.dilation
         ]
-    for name in ("num_classes", "num_queries"):
-        if name in differing:
-            options.append(f"--{name.replace('_', '-')} {differing.pop(name)}")
+    for name in [name for name in differing if name in TrainConfig.__dataclass_fields__]:
+        options.append(f"--{name.replace('_', '-')} {differing.pop(name)}")
     return options + [f"{name}={value} (ModelConfig)" for name, value in differing.items()]

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from detr_fast.config import UserError
 from detr_fast.model.backbone import DEPTHS, TimmBackbone
 from detr_fast.weights.files import read_state_dict
+from detr_fast.weights.wrappings import without_wrappers
 
 
 def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     """Fills `backbone` from `source`: "imagenet" (torchvision's for a ResNet, timm's otherwise), "none", or a file.
 
-    A file holds a plain state dict of the classifier (torchvision, timm); its head is left out. Raises UserError where
-    the download fails or the file does not fit: random weights are used only when asked for as "none".
+    A file holds the classifier's state dict (torchvision, timm), or a detector's; what else is in it is left out.
+    Raises UserError where the download fails or the file does not fit: random weights are used only when asked for as
+    "none".
     """
     if source == "none" or (source == "imagenet" and name == "tiny"):
         return
@@ -46,6 +48,7 @@ def download_weights(name: str) -> dict[str, Tensor]:
 def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Loads by name; where no name agrees, in order, as long as every shape does (ports that renamed the layers)."""
     own = body.state_dict()
+    state = inside(state, list(own))
     chosen = {key: state[key] for key in own if key in state}
     if not chosen:
         usable = [value for key, value in state.items() if not key.endswith("num_batches_tracked")]
@@ -60,3 +63,12 @@ def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> Non
         )
     with torch.no_grad():
         body.load_state_dict(chosen, strict=False)
+
+
+def inside(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of the module that has `keys`, wherever wrappers and detectors put it; all where it is
+    not there."""
+    plain = without_wrappers(state)
+    prefixes = {name.removesuffix(keys[0]) for name in plain if f".{name}".endswith(f".{keys[0]}")}
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in plain for key in keys), default="")
+    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}

@@ -1,11 +1,14 @@
 """The class head: what its rows stand for, and how it is kept when a detector learns other classes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
+from detr_fast.data import annotations
 from detr_fast.data.annotations import Category
+from detr_fast.data.coco import UNUSED
 from detr_fast.model.detr import DETR
 from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import NamedWeights, counterparts
@@ -22,10 +25,13 @@ def fit_class_head(
     """`state_dict`, in the naming it came in, with a class head for the model's classes, and the names of those kept.
 
     A row of the source is kept where the class's name agrees, whatever the case; "no object" is always kept; the other
-    rows are the model's own. Where either side's names are unknown and the sizes agree, the whole head is kept.
+    rows are the model's own. Where either side's names are unknown and the sizes agree, the whole head is kept; a head
+    that is missing, or of another kind, is the model's own.
     """
     weights = NamedWeights.recognise(state_dict)
-    own = {key: value for key, value in model.state_dict().items() if key.startswith("class_embed.") and key in weights}
+    own = {key: value for key, value in model.state_dict().items() if key.startswith("class_embed.")}
+    if not all(key in weights and weights[key].shape[1:] == value.shape[1:] for key, value in own.items()):
+        return {**weights.tensors, **{counterparts(key, weights.naming)[0]: value for key, value in own.items()}}, []
     unknown = source_categories is None or own_categories is None
     if unknown and all(weights[key].shape == value.shape for key, value in own.items()):
         return dict(weights.tensors), [category.name for category in source_categories or own_categories or ()]
@@ -46,31 +52,94 @@ def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[
 
 
 def _fitted_rows(own: Tensor, source: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """`own` with `rows` of `source` in it; `source` itself where the rows are of another width, to be told later."""
-    if own.shape[1:] != source.shape[1:]:
-        return source
+    """`own` with `rows` of `source` in it."""
     fitted = own.clone()
     mine, theirs = (list(side) for side in zip(*rows, strict=True))
     fitted[mine] = source[theirs].to(own)
     return fitted
 
 
-def read_categories(file: WeightsFile, num_classes: int | None) -> tuple[Category, ...] | None:
-    """What each label of the file's detector stands for: as the file says it, else COCO's names for 91 classes."""
+Given = str | Path | Sequence[Category] | None
+"""Classes that a person names: a COCO json, or the categories themselves."""
+
+
+def class_names(
+    file: WeightsFile, num_classes: int, given: Given = None
+) -> tuple[tuple[Category, ...] | None, str | None]:
+    """Return what each label of the file's detector stands for, and how that was found where the file does not say it.
+
+    The file's own names count, with the ids of `given` where that has the same names; else `given`, whose ids are the
+    labels; else COCO's names for 91 classes. None: labels are ids without names. Raises UserError for names that the
+    head has no room for.
+    """
+    stated = stated_categories(file, num_classes)
+    if given is not None:
+        categories = given_categories(given)
+        source = str(given) if isinstance(given, str | Path) else "the given categories"
+        known = {category.name.casefold() for category in stated or ()}
+        if stated and all(category.name.casefold() in known for category in categories):
+            return with_ids(stated, categories), f"{file.path}: its own names, with the ids of {source}"
+        chosen, order = by_label(categories, num_classes, source)
+        return chosen, f"{file.path}: its labels are the {order} of {source}"
+    if stated:
+        return stated, None
+    if num_classes == COCO_NUM_CLASSES and file.model_config is None:
+        return coco_categories(), (
+            f"{file.path} names none of its {num_classes} classes: COCO's names are assumed. "
+            "If it was trained on others, name them with --categories FILE.json, a COCO json."
+        )
+    return None, (
+        f"{file.path} names none of its {num_classes} classes: labels are category ids, without names. "
+        "Name them with --categories FILE.json, a COCO json."
+    )
+
+
+def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ...] | None:
+    """Return what the file itself says of its labels. Raises UserError where that does not fit its head."""
+    names = file.huggingface_config.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    labels = tuple(Category(label, str(names.get(str(label), UNUSED))) for label in range(num_classes)) if names else ()
     if file.categories is not None:
         try:
             stated = tuple(Category(id=int(entry["id"]), name=str(entry["name"])) for entry in file.categories)
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{file.path}: its categories are no list of ids and names.") from error
-        if len(stated) > (num_classes or 0):
-            raise UserError(f"{file.path}: it names {len(stated)} categories, its class head has {num_classes}.")
-        return stated
-    names = file.huggingface_config.get("id2label")
-    if isinstance(names, dict) and names and not all(str(name).startswith("LABEL_") for name in names.values()):
-        return tuple(Category(label, str(names.get(str(label), "N/A"))) for label in range(num_classes or 0))
-    if num_classes == COCO_NUM_CLASSES and file.model_config is None:
-        return coco_categories()
-    return None
+        if not labels or [one.name for one in labels] == [one.name for one in stated]:
+            size = f"{file.path}: it names {len(stated)} categories, its class head has {num_classes}."
+            require(len(stated) == num_classes, size)
+            return stated
+    return labels if any(not one.name.startswith(("LABEL_", UNUSED)) for one in labels) else None
+
+
+def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, ...]:
+    """Read the categories of a COCO json, or those given, in ascending order of ids. Raises UserError for another
+    file."""
+    if not isinstance(given, str | Path):
+        return tuple(sorted(given, key=lambda category: category.id))
+    file = Path(given)
+    return annotations.read_categories(file, annotations.section(file, annotations.load_json(file), "categories"))
+
+
+def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tuple[Category, ...]:
+    """Return the stated classes under the ids that `categories` has for their names; under -1, which no data has, where
+    it lacks the name."""
+    named = {category.name.casefold(): category for category in categories}
+    return tuple(named.get(one.name.casefold(), Category(-1, one.name)) for one in stated)
+
+
+def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
+    """Return a name for each label, and what labels are: ids where the head has room for all, as facebookresearch's;
+    else, where there are as many categories as labels, these in order. Raises UserError where it is neither."""
+    largest = categories[-1].id
+    if largest >= num_classes:
+        require(
+            len(categories) == num_classes,
+            f"--categories {source}: its {len(categories)} categories have ids up to {largest}, but the class head has "
+            f"{num_classes} classes, 0 to {num_classes - 1}. Give the json of the data that it was trained on.",
+        )
+        return tuple(categories), "categories in ascending order of ids"
+    name_of = {category.id: category.name for category in categories}
+    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)), "category ids"
 
 
 def coco_categories() -> tuple[Category, ...]:

@@ -2,40 +2,23 @@
 
 import argparse
 import json
-import pickle
 import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detr_fast.config import UserError
+from detr_fast.weights.pickles import RESAVE, brief, listed, read_pickle
+from detr_fast.weights.wrappings import find_weights
 
 LARGEST_JSON = 64 << 20
 """Bytes; an index of shards, the largest of these files, has a few hundred thousand."""
-
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What torch's restricted unpickler raises on files that are damaged or forbidden."""
-
 HUGGING_FACE_CONFIG = "config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +35,10 @@ class WeightsFile:
     """facebookresearch's training options, where the file has them."""
     huggingface_config: dict[str, Any] = field(default_factory=dict)
     """Hugging Face's config.json, where there is one."""
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    """Hugging Face's preprocessor_config.json, where there is one."""
+    notes: tuple[str, ...] = ()
+    """What was chosen among several things in the file, a line each."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -61,80 +48,137 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights_file(path: Path) -> WeightsFile:
-    """Reads .pth, .pt, .bin (torch's format), .safetensors, or a folder as Hugging Face saves it.
+    """Reads what torch saved (.pth, .pt, .ckpt, .bin, whatever the ending), .safetensors, or a folder as Hugging Face
+    saves it.
 
-    Pickles are read with `weights_only=True` and nothing else, `argparse.Namespace` being the one class allowed, since
-    facebookresearch's files hold one. Raises UserError that names the file.
+    Pickles are read with `weights_only=True` and nothing else: see `pickles.py`. Raises UserError that names the file.
     """
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file of weights.")
-    if path.suffix == ".safetensors":
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if _is_safetensors(start, path.stat().st_size):  # first: its length may look like any text
         return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt", ".bin"):
-        return _read_torch(path)
-    raise UserError(f"{path}: weights are .pth, .pt, .bin or .safetensors files, or Hugging Face folders.")
+    if kind := _something_else(start):
+        raise UserError(f"{path} {kind}.")
+    if path.suffix == ".safetensors" and not start.startswith(TORCHS):
+        return _read_safetensors(path)  # which says what is wrong with it
+    return _read_torch(path)
+
+
+INSIDE = ("*.pth", "*.pt", "*.ckpt", "*.safetensors", "*/*.pt", "*/*.ckpt", "*/model.safetensors")
+"""What a folder that is no model may hold instead, such as a run's."""
+TORCHS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+"""What an archive begins with, or a pickle."""
+TEXTS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned",
+    b"<": "is a web page, not weights: download the file itself",
+    b"{": "is json text, not weights: give the .pth or .safetensors file, or the folder that it lies in",
+}
+ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"Rar!")
+
+
+def _something_else(start: bytes) -> str | None:
+    """What a file that begins so is, if it is no weights, as the rest of a sentence."""
+    if not start:
+        return "is empty: copy or download it again"
+    for beginning, kind in TEXTS.items():
+        if start.lstrip().startswith(beginning):
+            return kind
+    if start.startswith(ARCHIVES):
+        return "is a compressed archive: unpack it, and give the file in it"
+    if start.startswith(b"\x89HDF"):
+        return f"is an HDF5 file (Keras): {RESAVE}, with PyTorch"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
+        return "is text, not weights: give a .pth, .pt, .ckpt, .bin or .safetensors file, or a Hugging Face folder"
+    return None
+
+
+def _is_safetensors(start: bytes, size: int) -> bool:
+    """Whether a file begins with the length of a header and the header, as those of safetensors do."""
+    return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < size
 
 
 def _read_torch(path: Path) -> WeightsFile:
-    """One of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a plain state
-    dict."""
+    """One of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a state dict, plain
+    or wherever it lies in the file."""
     from detr_fast.training.checkpoint import is_checkpoint, load_checkpoint
 
+    if zipfile.is_zipfile(path) and not _of_torch(path):
+        raise UserError(f"{path} is a zip archive that torch.save did not write: unpack it, and give the file in it.")
+    content = load_checkpoint(path) if is_checkpoint(path) else read_pickle(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if is_checkpoint(path):
-                content = load_checkpoint(path)
-            else:
-                mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped into memory
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read safely as weights: {reason}\n"
-            "It is damaged, or holds more than tensors; nothing in it was run. Give a file from a source you trust, "
-            "saved as a state dict or as .safetensors."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    args = content.get("args")
+        found = find_weights(content)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    options = content.get("args", content.get("hyper_parameters"))
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    ours = "model_config" in content
+    place = ".".join(map(brief, found.place))
     return WeightsFile(
         path,
-        _require_tensors(path, content.get("ema") or content.get("model", content)),
+        _require_tensors(path, found.tensors),
         content.get("model_config"),
-        content.get("categories"),
-        vars(args) if isinstance(args, argparse.Namespace) else {},
+        content.get("categories") if ours else None,
+        options if isinstance(options, dict) else {},
+        notes=(f"{path}: the averaged weights are read, under {place}",) if found.averaged and not ours else (),
     )
 
 
+def _of_torch(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return True  # damaged: reading it will say how
+
+
 def _read_safetensors(path: Path) -> WeightsFile:
-    """Tensors, what our export wrote about them into the file's metadata, and the config.json beside it."""
+    """Tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
+    tensors, metadata = _open_safetensors(path)
+    ours = {name: _parse_json(path, metadata[name]) for name in ("model_config", "categories") if name in metadata}
+    config = _read_json(path.parent / HUGGING_FACE_CONFIG)
+    beside = config.get("model_type") == "detr"
+    return WeightsFile(
+        path,
+        _require_tensors(path, tensors),
+        **ours,
+        huggingface_config=config if beside and not ours else {},
+        preprocessor=_read_json(path.parent / PREPROCESSOR_CONFIG) if beside else {},
+    )
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable .safetensors file: {error}") from error
-    ours = {name: _parse_json(path, metadata[name]) for name in ("model_config", "categories") if name in metadata}
-    beside = _read_json(path.parent / HUGGING_FACE_CONFIG) if not ours else {}
-    config = beside if beside.get("model_type") == "detr" else {}
-    return WeightsFile(path, _require_tensors(path, tensors), **ours, huggingface_config=config)
+        raise UserError(f"{path} is no readable .safetensors file: {brief(error, 120)}") from error
 
 
 def _read_folder(folder: Path) -> WeightsFile:
-    """One file, or the shards that an index lists, and config.json."""
-    config = _read_json(folder / HUGGING_FACE_CONFIG)
-    index = folder / "model.safetensors.index.json"
-    single = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
-    if not single and not index.exists():
-        raise UserError(f"{folder}: no model.safetensors, model.safetensors.index.json or pytorch_model.bin in it.")
-    shards = single[:1] or _shards(index)
+    """One file, or the shards that an index lists, config.json and preprocessor_config.json."""
+    config, preprocessor = (_read_json(folder / name) for name in (HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG))
+    names = ("model.safetensors", "pytorch_model.bin")
+    single = [folder / name for name in names if (folder / name).exists()]
+    index = next((file for name in names if (file := folder / f"{name}.index.json").exists()), None)
+    if not single and index is None:
+        found = sorted(str(file.relative_to(folder)) for pattern in INSIDE for file in folder.glob(pattern))
+        hint = f" Inside are {listed(found)}: give one." if found else ""
+        raise UserError(f"{folder}: no {', '.join(names)} or {names[0]}.index.json in it.{hint}")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        tensors |= read_weights_file(shard).state_dict
-    return WeightsFile(folder, tensors, huggingface_config=config)
+    categories = None
+    for shard in single[:1] or _shards(index):  # type: ignore[arg-type]
+        part = read_weights_file(shard)
+        tensors |= part.state_dict
+        categories = categories or part.categories
+    return WeightsFile(folder, tensors, categories=categories, huggingface_config=config, preprocessor=preprocessor)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -168,11 +212,18 @@ def _parse_json(path: Path, text: str) -> Any:
         raise UserError(f"{path} holds invalid json: {error}") from error
 
 
-def _require_tensors(path: Path, values: Any) -> dict[str, Tensor]:
-    """`values`, once it is known to be a state dict."""
-    if not isinstance(values, dict) or not values:
-        raise UserError(f"{path} holds no state dict, neither at its top nor under 'model'.")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} is no state dict: {name!r} is a {type(value).__name__}, not a tensor.")
-    return values
+def _require_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, once they are known to be whole weights. Raises UserError in one sentence that says what they are."""
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: save model.state_dict() in it.")
+    if any(".lora_A." in name or ".lora_B." in name for name in tensors):
+        raise UserError(
+            f"{path} holds LoRA adapters, not a whole model: merge them into it, and save its state_dict()."
+        )
+    for name, value in tensors.items():
+        if name.endswith(".weight") and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path} is quantised ({brief(name)} is {kind}): give the weights before quantisation.")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise UserError(f"{path} is damaged: {brief(name)} has fewer numbers than its shape {tuple(value.shape)}.")
+    return tensors

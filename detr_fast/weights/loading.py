@@ -11,11 +11,13 @@ from detr_fast.config import UserError, model_config, require
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import frozen
 from detr_fast.runtime import choose_precision, select_implementation
-from detr_fast.weights.architecture import agreeing_options, infer_config, visible_architecture
+from detr_fast.weights.architecture import agreeing_options, infer_config, no_detr, visible_architecture
 from detr_fast.weights.backbone_weights import load_backbone_weights
-from detr_fast.weights.class_head import fit_class_head, read_categories
+from detr_fast.weights.class_head import Given, class_names
 from detr_fast.weights.files import read_weights_file
 from detr_fast.weights.naming import NamedWeights, Naming, to_naming
+from detr_fast.weights.pickles import listed
+from detr_fast.weights.wrappings import find_weights
 
 
 def build_model(name: str, num_classes: int | None = None, backbone_weights: str = "none", **changes: Any) -> DETR:
@@ -32,14 +34,20 @@ def build_model(name: str, num_classes: int | None = None, backbone_weights: str
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dilation: bool | None = None, optimize: bool = False
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dilation: bool | None = None,
+    optimize: bool = False,
+    categories: Given = None,
 ) -> DETR:
     """The model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights, where
-    it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors.
+    it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save them,
+    under another key or from within a wrapper.
 
     Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
-    91 classes that does not name them gets COCO's names. Raises UserError where the file is unreadable, unsafe, or
-    no DETR.
+    91 classes that does not name them gets COCO's names; `categories`, a COCO json or a sequence of Category, names
+    them otherwise, by label. `model.notes` says what was assumed. Raises UserError where the file is unreadable,
+    unsafe, or no DETR.
 
     `optimize`: for inference alone, as fast as the device can: in bf16 where the hardware multiplies in it, batch norm
     folded, weights in the order that convolutions take; on a GPU `predict` replays it as a CUDA graph for each shape of
@@ -49,10 +57,12 @@ def load_model(
     weights = NamedWeights.recognise(file.state_dict)
     model = DETR(infer_config(file, weights, dilation))
     try:
-        _fill(model, weights)
+        fill(model, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    model.categories = read_categories(file, model.config.num_classes)
+    model.categories, assumed = class_names(file, model.config.num_classes, categories)
+    outside = f"{path}: left out, since they are not the detector's: {listed(weights.left_out)}"
+    model.notes = (*file.notes, *([outside] if weights.left_out else []), *([assumed] if assumed else []))
     model.to(device).eval()
     if not optimize:
         return model
@@ -65,9 +75,14 @@ def load_model(
 def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
     """Copies `state_dict`, in any of the namings, into `model`: every entry, or none.
 
-    Raises UserError that lists what is missing, unexpected or of another shape, and the option that would agree.
+    What wrappers add to names is taken off, and the weights are found in a checkpoint that holds more. Raises UserError
+    that lists what is missing, unexpected or of another shape, and the option that would agree.
     """
-    _fill(model, NamedWeights.recognise(state_dict))
+    try:
+        tensors = find_weights(state_dict).tensors
+    except UserError as error:
+        raise UserError(f"The state dict {error}") from error
+    fill(model, NamedWeights.recognise(tensors))
 
 
 def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Tensor]:
@@ -84,23 +99,7 @@ def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Te
     return to_naming(model.state_dict(), naming)
 
 
-def load_for_fine_tuning(model: DETR, path: str | Path) -> list[str]:
-    """Fills `model` from `path`, its class head as far as the classes agree; returns the names of those that did.
-
-    Everything else must fit. Raises UserError as `load_model` and `load_state_dict` do.
-    """
-    file = read_weights_file(Path(path))
-    weights = NamedWeights.recognise(file.state_dict)
-    source = read_categories(file, visible_architecture(weights).get("num_classes"))
-    try:
-        fitted, kept = fit_class_head(model, file.state_dict, source, model.categories)
-        load_state_dict(model, fitted)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return kept
-
-
-def _fill(model: DETR, weights: NamedWeights) -> None:
+def fill(model: DETR, weights: NamedWeights) -> None:
     """Copies the weights into the model. Raises UserError before anything is copied."""
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
@@ -111,15 +110,15 @@ def _fill(model: DETR, weights: NamedWeights) -> None:
         for key, value in found.items()
         if value.shape != own[key].shape
     ]
+    require(len(found) > 0, f"It {no_detr(weights)}")
     if missing or unexpected or differing:
         lists = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
-        lines = [f"{len(keys)} {what}: {_shortened(keys)}" for what, keys in lists.items() if keys]
+        lines = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in lists.items() if keys]
         options = agreeing_options(model.config, visible_architecture(weights))
-        hint = f"A model made with {' '.join(options)} would agree." if options else "This is another architecture."
+        hint = "This is another architecture."
+        if options:
+            hint = f"A model made with {' '.join(options)} would agree."
+        elif not (unexpected or differing):
+            hint = "They are not in the file: give a whole one."
         raise UserError("\n  ".join(["the weights do not fit the model.", *lines, hint]))
     model.load_state_dict(found)
-
-
-def _shortened(keys: list[str], shown: int = 4) -> str:
-    more = f", and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from detr_fast.weights.wrappings import unwrapped
+
 Naming = Literal["detr_fast", "facebook", "huggingface"]
 FoundNaming = Naming | Literal["huggingface_resnet"]
 """As found in a file: Hugging Face's backbone is timm's, or its own ResNet, which renames every layer."""
@@ -57,6 +59,30 @@ FROM_OLDER_HUGGINGFACE: Renames = (
 """Checkpoints on the hub still carry these names; transformers renames them while loading."""
 
 
+ANCHORS = (
+    "transformer.decoder.layers.0.linear1.weight",
+    "model.decoder.layers.0.self_attn.q_proj.weight",
+)
+"""Names that every DETR has, in the two kinds of naming: what a file puts before them is a wrapper's."""
+HEADLESS_ANCHOR = "decoder.layers.0.self_attn.q_proj.weight"
+"""Of Hugging Face's DetrModel, which has no heads and no `model.` before its names."""
+TRUNK = {
+    "detr_fast": ("backbone.", "transformer.", "input_proj."),
+    "huggingface": ("model.backbone.", "model.encoder.", "model.decoder.", "model.input_projection."),
+}
+"""What the names of the backbone and the transformer begin with; the rest are heads and queries."""
+HEADS = ("class_embed", "bbox_embed", "query_embed")
+"""The rest, in our naming: what a detector can learn anew."""
+HEAD_WEIGHTS = (
+    *(
+        f"{layer}.{kind}"
+        for layer in ("class_embed", *(f"bbox_embed.layers.{i}" for i in range(3)))
+        for kind in ("weight", "bias")
+    ),
+    "query_embed.weight",
+)
+
+
 def rename(key: str, renames: Renames) -> str:
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)
@@ -97,14 +123,32 @@ class NamedWeights:
 
     tensors: Mapping[str, Tensor]
     naming: FoundNaming
+    left_out: tuple[str, ...] = ()
+    """Names that lie outside the detector: a mask head beside `detr.`, a teacher, a loss."""
 
     @classmethod
     def recognise(cls, state_dict: Mapping[str, Tensor]) -> "NamedWeights":
-        naming = naming_of(state_dict)
+        """The weights without what wrappers put before and into their names."""
+        tensors, left_out = unwrapped(state_dict, ANCHORS)
+        if HEADLESS_ANCHOR in tensors:
+            tensors = {f"model.{name}": value for name, value in tensors.items()}
+        naming = naming_of(tensors)
         if naming.startswith("huggingface"):
-            state_dict = {rename(key, FROM_OLDER_HUGGINGFACE): value for key, value in state_dict.items()}
-            naming = naming_of(state_dict)
-        return cls(state_dict, naming)
+            tensors = {rename(key, FROM_OLDER_HUGGINGFACE): value for key, value in tensors.items()}
+            naming = naming_of(tensors)
+        return cls(tensors, naming, left_out)
+
+    @property
+    def is_detr(self) -> bool:
+        return any(anchor in self.tensors for anchor in ANCHORS)
+
+    def lacking(self, keys: Iterable[str]) -> list[str]:
+        """Those of HEADS of which any of our `keys` is missing here."""
+        return [head for head in HEADS if any(key.startswith(f"{head}.") and key not in self for key in keys)]
+
+    def in_trunk(self, name: str) -> bool:
+        """Whether a name, as it is in the file, is one of backbone and transformer."""
+        return name.startswith(TRUNK["huggingface" if self.naming.startswith("huggingface") else "detr_fast"])
 
     def __contains__(self, key: str) -> bool:
         return all(name in self.tensors for name in counterparts(key, self.naming))

@@ -1,5 +1,6 @@
 """Fused kernels for detection transformers: plain-torch references, Triton kernels, and functions that choose."""
 
+import detr_kernels.account  # noqa: F401 -- for what it does: first, since the others import torch
 from detr_kernels.assignment import AssignmentBackend, batched_assignment, batched_assignment_ref, choose_assignment
 from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
 from detr_kernels.batch_norm import fold_frozen_bn

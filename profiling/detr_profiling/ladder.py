@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from detr_fast.config import UserError, require
+from detr_fast.config import Idle, UserError, require
+from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.measuring.measurement import Configuration, Measurement, measure_in_process, write_oracle_in_process
@@ -41,6 +41,10 @@ REFERENCE = "reference"
 class LadderOptions(WorkloadOptions):
     """Climb from the plain reference to these options, one technique at a time; `auto` is all that this device has."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *(one for one in WorkloadOptions.idle if one.option != "capture"),
+        Idle("capture", lambda o: True, "in the ladder, where it is a row of its own on a GPU: run race or trace"),
+    )
     compile: bool = True
     """Compile with torch.compile at the top."""
     out: str = "runs/profile"
@@ -300,6 +304,6 @@ def main(options: LadderOptions) -> int:
     write_report(out)
     console.print(table(rungs))
     for line in remarks([row for row in load_results(out).ladder if row.mode == options.mode]):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
     console.print(f"{out / LADDER_FILE}, and as a table and a picture {out / HTML_FILE} and {out / MARKDOWN_FILE}")
     return 0 if all(rung.measured and rung.measured.close is not False for rung in rungs) else 1

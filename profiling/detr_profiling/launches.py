@@ -14,7 +14,6 @@ import torch
 from detr_kernels import PackedImages
 from detr_kernels.dispatch import launches_to
 from detr_kernels.pixels import Place
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from detr_fast.config import Attention, Kernels, ModelConfig, model_config, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.targets import Targets
 from detr_fast.model.detr import DETR
@@ -227,7 +227,7 @@ def counted(found: Mapping[str, int]) -> str:
 
 def main(options: LaunchesOptions) -> int:
     require(not torch.cuda.is_available(), "There is a GPU: python -m detr_profiling trace shows what it really does.")
-    console = Console(markup=False, highlight=False)
+    console = Console()
     (height, width), images = options.size, options.batch_size
     config = model_config(options.model)
     with absent_gpu() as device:

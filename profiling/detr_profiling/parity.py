@@ -4,11 +4,12 @@ import gc
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from rich.console import Console
 
-from detr_fast.config import Precision, UserError, require
+from detr_fast.config import Idle, Precision, UserError, require
+from detr_fast.console import Console
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.curve import TrainingCurve, make_task
@@ -22,7 +23,7 @@ from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.peers.build import build_peer
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,16 @@ class ParityOptions(WorkloadOptions):
     """Every block, output, loss, gradient and match, an optimizer step, a training curve and AP, held against the plain
     reference with the same weights; in inference also Hugging Face's DETR."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *WorkloadOptions.idle,
+        Idle("sizes", lambda o: o.sizes == "mixed", "in parity, which compares images of one size: give --sizes same"),
+        Idle("dropout", lambda o: True, "in parity, which compares without it: run trace or ladder"),
+        Idle(
+            "batch_size",
+            lambda o: o.batch_size > MOST_OBSERVED,
+            f"above {MOST_OBSERVED}, the images that are compared: give a smaller one",
+        ),
+    )
     out: str = "runs/profile"
     """Folder for parity.json."""
     data: str = "shapes:64"
@@ -45,6 +56,10 @@ class ParityOptions(WorkloadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.steps >= 2, f"--steps {self.steps}: at least 2, the second shows what the first did.")
+
+    @property
+    def mixes_sizes(self) -> bool:
+        return False
 
 
 def observe_all(workload: Workload, gradients: Observation | None = None) -> Observation:
@@ -167,5 +182,5 @@ def main(options: ParityOptions) -> int:
     record.write()
     for part in parity_tables(record.to_dict()):
         console.print(part)
-    console.print(f"{record.path} holds all of it.", markup=False, highlight=False)
+    console.print(f"{record.path} holds all of it.")
     return 0 if record.close else 1

@@ -7,12 +7,13 @@ its own, and all take turns, round after round, as the ladder's rows do.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from detr_fast.config import require
+from detr_fast.config import Idle, require
+from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_fast.training.run_folder import writing
 from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, figures, measure_rungs, rows_of, rung_verdict
@@ -35,6 +36,15 @@ EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
 class RaceOptions(LadderOptions):
     """Measure ours in the form that these options ask for, and its peers beside it."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *WorkloadOptions.idle,
+        Idle("same_settings", lambda o: o.resolved().device == "cuda", "on a GPU: give --device cpu"),
+        Idle(
+            "peers_compiled",
+            lambda o: o.peers_compiled and missing_for_compile() is not None,
+            "without a compiler, which doctor tells how to get: give --no-peers-compiled",
+        ),
+    )
     compile: bool = False
     """Ours compiled with torch.compile."""
     leave_one_out: bool = False

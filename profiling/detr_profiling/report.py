@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from rich.console import Console
 
 from detr_fast.config import UserError, require
+from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
 from detr_profiling.pages import formats
 from detr_profiling.pages import trace as report_trace
@@ -189,4 +189,4 @@ def main(options: ReportOptions) -> None:
     write_report(folder)
     if options.readme is not None:
         put_into_readme(readme_table(load_results(folder)), Path(options.readme))
-    Console(soft_wrap=True).print(f"{folder / HTML_FILE} opens in any browser, without a network.", markup=False)
+    Console().print(f"{folder / HTML_FILE} opens in any browser, without a network.")

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 
-from detr_fast.config import UserError, model_config, require
+from detr_fast.config import Idle, UserError, model_config, require
+from detr_fast.console import Console
 from detr_fast.model.detr import DETR
 from detr_fast.training.run_folder import writing
 from detr_profiling.limits.exchange import Links, Scaled, Step, scaled
@@ -26,6 +26,16 @@ USUAL_BACKWARD_SHARE = 0.6
 class ScalingOptions(Links):
     """Data-parallel training on many GPUs, on paper: from a measured step, the gradients' bytes and the links."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *(
+            Idle(name, lambda o: max(o.gpus) == 1, "with one GPU, which exchanges nothing: give --gpus")
+            for name in ("within_gb_s", "within_us", "reached", "bucket_mib", "backward_share")
+        ),
+        *(
+            Idle(name, lambda o: max(o.gpus) <= o.gpus_a_machine, "within one machine: give more --gpus")
+            for name in ("between_gb_s", "between_us")
+        ),
+    )
     out: str = "runs/profile"
     """Folder for scaling.json and the report; a ladder or trace of training that is there gives the step."""
     step_ms: float | None = None
@@ -155,5 +165,5 @@ def main(options: ScalingOptions) -> None:
     for row in result["rows"]:
         table.add_row(*figures(row))
     console.print(table)
-    console.print(about(result), markup=False, highlight=False)
-    console.print(f"{out / SCALING_FILE}, and in {out / MARKDOWN_FILE}", markup=False, highlight=False)
+    console.print(about(result))
+    console.print(f"{out / SCALING_FILE}, and in {out / MARKDOWN_FILE}")

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 
 from detr_fast.config import require
+from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
 from detr_profiling.report import write_report
-from detr_profiling.workload import WorkloadOptions
+from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 
 CHECKOUT = Path(__file__).parents[2]
 KERNEL_TESTS = (
@@ -68,12 +69,19 @@ def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
 
 
 def trace(options: SuiteOptions, minutes: float) -> list[str]:
-    return module("trace")(replace(options, compile=False, sizes="same"), minutes)
+    return module("trace")(replace(options, compile=False, sizes="same", buckets=True), minutes)
+
+
+def parity(options: SuiteOptions, minutes: float) -> list[str]:
+    """Without what has no effect on what is compared."""
+    images = min(options.batch_size, MOST_OBSERVED) if options.batch_size else None
+    compared = replace(options, sizes="same", buckets=True, batch_size=images, dropout=None)
+    return module("parity")(compared, minutes)
 
 
 def ladder(options: SuiteOptions, minutes: float) -> list[str]:
     """Stops by itself in time."""
-    return [*module("ladder")(options, minutes), "--minutes", f"{0.95 * minutes:.2f}"]
+    return [*module("ladder")(replace(options, capture=False), minutes), "--minutes", f"{0.95 * minutes:.2f}"]
 
 
 def pytest() -> list[str]:
@@ -93,7 +101,7 @@ def kernel_timings(options: SuiteOptions, minutes: float) -> list[str]:
 
 PARTS = (
     Part("kernel tests", kernel_tests, 0.25, "kernel_tests.txt"),
-    Part("parity", module("parity"), 0.3),
+    Part("parity", parity, 0.3),
     Part("ladder", ladder, 0.75),
     Part("kernel timings", kernel_timings, 0.4),
     Part("trace", trace, 1.0),
@@ -105,8 +113,9 @@ def workload_arguments(options: SuiteOptions) -> list[str]:
     arguments = []
     for name, default in WorkloadOptions().to_dict().items():
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{name.replace('_', '-')}")
+        if isinstance(value, bool):  # of compile the parts' own defaults differ
+            given = name == "compile" or value != default
+            arguments += [flag if value else f"--no-{name.replace('_', '-')}"] * given
         elif value != default:
             arguments += [flag, str(value)]
     return arguments
@@ -149,7 +158,7 @@ def main(options: SuiteOptions) -> int:
         left_s = options.minutes * 60 - (time.perf_counter() - began)
         ended = run_part(part, options, left_s * part.share) if left_s > 20 else "left out: no time"
         failed |= "exit code" in ended
-        console.print(f"[bold]{part.name}[/bold]: {ended}")
+        console.print(Text.assemble((part.name, "bold"), f": {ended}"))
         write_report(Path(options.out))
     for path in Path(options.out).iterdir():
         if path.stat().st_size > MOST_FILE_MIB << 20:

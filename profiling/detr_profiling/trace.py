@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
-from rich.text import Text
 
-from detr_fast.config import TrainConfig, require
+from detr_fast.config import Idle, TrainConfig, require
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
@@ -29,6 +28,10 @@ SNAPSHOT_ENTRIES = 200_000
 class TraceOptions(WorkloadOptions):
     """One step in a profiler: stages, kernels, waits, memory, roofline."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *WorkloadOptions.idle,
+        Idle("objects", lambda o: o.data is not None, "beside --data, whose images have their own: give one of them"),
+    )
     out: str = "runs/profile"
     """Folder for trace.pt.json.gz, the trace itself, and trace.json, its figures."""
     steps: int = 3
@@ -57,6 +60,10 @@ class TraceOptions(WorkloadOptions):
             self.data is None or self.mode == "training",
             "--data feeds training. Leave out --mode inference, or --data.",
         )
+
+    @property
+    def mixes_sizes(self) -> bool:
+        return self.data is not None
 
 
 class Feed:
@@ -123,9 +130,9 @@ def main(options: TraceOptions) -> int:
         if options.memory_snapshot:
             write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)
     for part in trace_tables(result):
-        console.print(part, soft_wrap=isinstance(part, Text))
+        console.print(part)
     for line in how_to_look(result, out, options.memory_snapshot):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
     return 1 if result["problem"] else 0
 
 

@@ -18,20 +18,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from detr_fast.config import UserError, require
+from detr_fast.config import Idle, UserError, require
+from detr_fast.console import Console
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size
-from detr_fast.training.run_folder import writing
-from detr_fast.tuning import Case, Choices, Trial, Tuning, keep
+from detr_fast.training.run_folder import require_writable, writing
+from detr_fast.tuning import Case, Choices, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
 from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
@@ -62,6 +62,10 @@ COMPILE_NEEDS_S = 120
 class TuneOptions(WorkloadOptions):
     """Find the fastest backends and switches for a model on this machine, and keep them for every `auto`."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        *WorkloadOptions.idle,
+        Idle("size", lambda o: o.data is not None, "beside --data, which gives its images' size: give one of them"),
+    )
     data: str | None = None
     """A data set to train on: sizes, classes and batch are then as `train` takes them from it."""
     compile: bool | None = None  # type: ignore[assignment]
@@ -307,16 +311,18 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
 
 
 def main(options: TuneOptions) -> int:
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no candidate outlives this
     require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options = options.on_its_data()
+    require_writable("--out", Path(options.out))
+    require_keeping(torch.device(options.resolved().device), options.case())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
     write_result(entry, options.mode, Path(options.out))
-    Console().print(table(entry.parsed_trials()))
+    console.print(table(entry.parsed_trials()))
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
     if entry.choices:

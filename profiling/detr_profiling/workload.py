@@ -4,13 +4,14 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import tyro
 from detr_kernels import PackedImages
 from torch import nn
 
-from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, model_config, require
+from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_config, require
 from detr_fast.data.batching import Batch, on_device
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.inference import detect_batch, forward_of
@@ -43,6 +44,16 @@ MOST_OBSERVED = 4
 class WorkloadOptions(RuntimeOptions):
     """What to run: any model, size and batch, with any backend."""
 
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(
+            "buckets",
+            lambda o: not o.mixes_sizes,
+            "where all images have one size: give --sizes mixed, or in trace --data",
+        ),
+        Idle("objects", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
+        Idle("dropout", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
+        Idle("capture", lambda o: o.capture and o.resolved().device == "cpu", "on a CPU: give --device cuda"),
+    )
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
     num_classes: int | None = None
@@ -72,12 +83,14 @@ class WorkloadOptions(RuntimeOptions):
     """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
     channels_last: bool = True
     """Convolutions in NHWC order."""
-    tune: bool = False
-    """Without effect: what is measured runs as the options say."""
+    tune: tyro.conf.Suppress[bool] = False
+    """False: what is measured runs as the options say."""
     capture: bool = False
     """Replay the training step, or a frozen model's inference, as a CUDA graph."""
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
+    seed: int = 42
+    """Of weights, photographs, boxes and dropout."""
 
     def __post_init__(self) -> None:
         require(
@@ -87,6 +100,11 @@ class WorkloadOptions(RuntimeOptions):
         require(self.batch_size is None or self.batch_size >= 1, f"--batch-size {self.batch_size}: at least 1.")
         require(self.objects >= 1, f"--objects {self.objects}: at least 1.")
         require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: at least 1.")
+
+    @property
+    def mixes_sizes(self) -> bool:
+        """Whether batches are made of images of several sizes."""
+        return self.sizes == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
         """These alone, without what a command adds, and with what `auto` stands for on this device, but for how

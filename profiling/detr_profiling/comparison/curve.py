@@ -10,14 +10,14 @@ others, from the third step on what these have parted by at twice as many steps 
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from detr_fast.config import RuntimeOptions, TrainConfig
+from detr_fast.console import Console
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.coco import CocoDataset
 from detr_fast.model.detr import DETR
@@ -70,8 +70,7 @@ def make_task(data: str, model: str, seed: int) -> Task:
 
 def train_ours(task: Task, options: RuntimeOptions, steps: int) -> Losses:
     """By the step that training takes, in the form that `options` ask for."""
-    names = RuntimeOptions.__dataclass_fields__.keys() - {"seed"}
-    config = replace(task.config, **{name: getattr(options, name) for name in names})
+    config = replace(task.config, **{each.name: getattr(options, each.name) for each in fields(RuntimeOptions)})
     runtime = choose_runtime(config)
     model = runtime.place(copy.deepcopy(task.model)).train()
     step = make_step(model, config, runtime, World(), None)

@@ -1,0 +1,63 @@
+"""A folder of photographs: what in it is an image, and why the rest is passed over."""
+
+from pathlib import Path
+
+from detr_fast.config import UserError, require
+from detr_fast.data.annotations import shortened
+from detr_fast.data.decode import JPEG_START
+from detr_fast.data.formats import START_BYTES, described
+from detr_fast.data.headers import read_header
+
+IMAGE_ENDINGS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".png", ".gif", ".bmp"),
+    *(".webp", ".tif", ".tiff", ".ppm", ".avif"),
+}
+"""Whatever ends so, in capitals too, is meant as an image: where it is none, that is an error. Of all else the content
+decides."""
+NAMED_AT_MOST = 5
+
+
+def find_images(path: Path) -> tuple[list[Path], list[str]]:
+    """Return the file, or the images of a folder by name, without those of its subfolders; and what is passed over, one
+    line a reason. Raises UserError if there is no image."""
+    if not path.is_dir():
+        require(path.exists(), f"{path}: there is no such file or folder.")
+        return [path], []
+    files: list[Path] = []
+    passed_over: dict[str, list[str]] = {}
+    try:
+        found = sorted(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be read: {error.strerror}.") from error
+    for file in found:
+        reason = why_passed_over(file)
+        if reason is None:
+            files.append(file)
+        else:
+            passed_over.setdefault(reason, []).append(file.name)
+    lines = [
+        f"{f'{len(names)} files: ' * (len(names) > 1)}{shortened(names, NAMED_AT_MOST)} ({reason})"
+        for reason, names in passed_over.items()
+    ]
+    require(len(files) > 0, "\n  ".join((f"{path}: no images in this folder.", *lines)))
+    return files, lines
+
+
+def why_passed_over(file: Path) -> str | None:
+    """Say why `file`, in a folder of images, is not to be read; None for an image, whole or broken."""
+    if file.is_dir():
+        return "folders are not entered"
+    if file.name.startswith("._"):
+        return "a note of macOS on another file"
+    if file.suffix.lower() in IMAGE_ENDINGS:
+        return None
+    if not file.is_file():
+        return "no file that can be read"
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(START_BYTES)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if start.startswith(JPEG_START) or read_header(file):
+        return None
+    return described(start) or "not an image of a known format"

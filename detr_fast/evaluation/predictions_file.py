@@ -1,0 +1,77 @@
+"""predictions.json, which holds what was found so far at any time of a run."""
+
+import errno
+import json
+import os
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from detr_fast.config import UserError
+
+CLOSING = b"\n]\n"
+
+
+class PredictionsFile:
+    """A context manager. The file is valid json after every `add`; `finish` puts it in the order of file names.
+
+    All raise UserError where it cannot be written; what was added before is then still in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        self._file: FileIO | None = None
+        self._end = 0
+        """Where the closing bracket begins."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def add(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Write entries of at least one image over the closing bracket, and that again, at once: a kill loses none."""
+        texts = [textwrap.indent(json.dumps(one, indent=2), "  ") for one in entries]
+        text = (",\n" if self.entries else "[\n") + ",\n".join(texts)
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("wb", buffering=0)
+            self._write(self._file, text.encode("ascii"))
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+        self.entries += entries
+
+    def _write(self, file: FileIO, text: bytes) -> None:
+        file.seek(self._end)
+        written = file.write(text + CLOSING)
+        if written == len(text + CLOSING):
+            self._end += len(text)
+            return
+        with suppress(OSError):  # the disk is full: close what was there before
+            file.seek(self._end)
+            file.write(CLOSING)
+            file.truncate()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def finish(self) -> None:
+        """Put the file in the order of file names, in one step."""
+        self.entries.sort(key=lambda one: one["file_name"])
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="ascii")
+            os.replace(partial, self.path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise cannot_be_written(self.path, error) from error
+
+
+def cannot_be_written(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror}. Free some space or give another folder.")

@@ -1,0 +1,234 @@
+"""Going on with a run: which options may change, what has to stay, and what the checkpoint says about both."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detr_fast.config import Checked, ModelConfig, TrainConfig, UserError, require
+from detr_fast.data.annotations import Category
+from detr_fast.data.coco import CocoDataset, names
+from detr_fast.data.shapes import is_shapes
+from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.run_folder import RunFolder
+
+TAKES_EFFECT = "takes effect at once"
+SAME_UPDATE = "may change as long as an update keeps its number of images"
+SAME_CONTENT = "may lie elsewhere, with the same annotations"
+FIXED = "fixed: another value is refused"
+
+ON_RESUMING: dict[str, tuple[str, ...]] = {
+    TAKES_EFFECT: (
+        *("epochs", "lr", "lr_backbone", "weight_decay", "clip", "schedule", "lr_drop", "warmup_steps", "scale_lr"),
+        *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range", "image_size", "max_size"),
+        *("device", "precision", "compile", "channels_last", "kernels", "attention", "tune", "capture"),
+        *("checkpoint_activations", "workers", "on_bad_image", "follow_links", "data_only"),
+        *("eval_every", "log_every", "save_every", "output", "resume"),
+    ),
+    SAME_UPDATE: ("batch_size", "accumulate", "effective_batch"),
+    SAME_CONTENT: ("data", "train_images", "train_annotations", "val_images", "val_annotations"),
+    FIXED: (
+        *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
+        *("weights", "backbone_weights", "seed", "buckets"),
+    ),
+}
+"""What an option of `train` may do on resuming: every one of them, once. README's table is made from it."""
+
+PATHS = (*ON_RESUMING[SAME_CONTENT], "weights", "backbone_weights")
+"""Options that name a file or a folder; stored as absolute paths, for a run may be resumed from elsewhere."""
+WORDS = ("imagenet", "none")
+"""Values of --backbone-weights that are no file."""
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def spelt(name: str, value: Any) -> str:
+    """Write an option as it is given on the command line."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    words = value if isinstance(value, tuple) else (value,)
+    return f"no {flag(name)}" if value is None else " ".join(map(str, (flag(name), *words)))
+
+
+def options_table() -> str:
+    """Write `ON_RESUMING` as a Markdown table."""
+    rows = (f"| {', '.join(f'`{flag(name)}`' for name in group)} | {rule} |" for rule, group in ON_RESUMING.items())
+    return "\n".join(("| on resuming | |", "|---|---|", *rows))
+
+
+def resumed_path(resume: str | None, output: str) -> Path | None:
+    """Find the checkpoint to continue, also by its run's folder; None where none is asked for, or `auto` finds none."""
+    if resume != "auto":
+        path = Path(resume) if resume else None
+        return RunFolder(path).last if path and path.is_dir() else path
+    last = RunFolder(Path(output)).last
+    return last if last.exists() else None
+
+
+NEEDED = ("optimizer", "scaler", "model", "ema", "options", "progress", "data", "processes", "categories")
+
+
+def load_resumed(path: Path | None) -> dict[str, Any] | None:
+    """Read what `path` holds, if there is one. Raises UserError where a run cannot be continued from it."""
+    if path is None:
+        return None
+    state = load_checkpoint(path)
+    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
+    lacking = [name for name in NEEDED if name not in state]
+    require(
+        not lacking,
+        f"--resume {path} was written by another version of detr_fast: it lacks {', '.join(lacking)}. Continue it with "
+        f"that version, or start a new run from its weights: --weights {path} and another --output.",
+    )
+    return state
+
+
+def stored_defaults(state: dict[str, Any], path: Path, data_asked: bool) -> TrainConfig:
+    """Make what holds where an option is not given on resuming from `path`: the run's own options.
+
+    Its output folder is the one that `path` lies in, wherever that is now. `data_asked`: another --data replaces the
+    stored run's folders and files, too.
+    """
+    options = TrainConfig.from_dict(state["options"])
+    folder = path.absolute().parent.parent
+    if path.absolute() == RunFolder(folder).last:
+        options = replace(options, output=str(path.parent.parent))
+    if data_asked:
+        nowhere: dict[str, Any] = dict.fromkeys(ON_RESUMING[SAME_CONTENT][1:])
+        options = replace(options, **nowhere)
+    return options
+
+
+def located(options: TrainConfig) -> TrainConfig:
+    """Return the options with absolute paths, which hold from any working directory."""
+    given = {name: value for name in PATHS if (value := getattr(options, name)) is not None}
+    files = [name for name, value in given.items() if value not in WORDS and not is_shapes(value)]
+    absolute: dict[str, Any] = {name: str(Path(given[name]).absolute()) for name in files}
+    return replace(options, **absolute)
+
+
+@dataclass(frozen=True)
+class Content(Checked):
+    """What a split's annotations hold, whatever their file is called and wherever it lies."""
+
+    images: int
+    objects: int
+    digest: str
+
+    @classmethod
+    def of(cls, dataset: CocoDataset) -> "Content":
+        """Digest ids and sizes of images, boxes, areas, crowds and classes; not names of files."""
+        found = dataset.annotations
+        sizes = np.array([(image.id, image.width, image.height) for image in found.images], dtype=np.int64)
+        columns = (found.image_ids, found.category_ids, found.boxes_xywh_px, found.areas, found.crowd)
+        digest = hashlib.sha256(sizes.tobytes())
+        for column in columns:
+            digest.update(column.tobytes())
+        return cls(len(found.images), len(found.ids), digest.hexdigest())
+
+    def __str__(self) -> str:
+        return f"{self.images} images with {self.objects} objects"
+
+
+def contents(train_set: CocoDataset, val_set: CocoDataset) -> dict[str, dict[str, Any]]:
+    """Describe both splits for the checkpoint."""
+    return {name: Content.of(each).to_dict() for name, each in (("train", train_set), ("val", val_set))}
+
+
+def continued(options: TrainConfig, state: dict[str, Any], processes: int) -> TrainConfig:
+    """Return the options with batches that make the stored run's updates, shared by `processes`.
+
+    The run's own where nothing else is asked for; on other processes the same images a batch of all, where they can be
+    shared. Raises UserError where the images an update would not stay.
+    """
+    before = state["options"]
+    batch = before["batch_size"] * state["processes"]
+    update = batch * before["accumulate"]
+    require(
+        options.effective_batch in (0, before["effective_batch"], update),
+        f"The run to resume has {update} images an update, asked for is --effective-batch {options.effective_batch}. "
+        f"Give --effective-batch {update}, or another --output for a new run.",
+    )
+    asked: dict[str, Any] = {name: getattr(options, name) for name in ("batch_size", "accumulate")}
+    asked = {name: value for name, value in asked.items() if value not in (0, before[name])}
+    if not asked and batch % processes == 0:
+        own = {name: before[name] for name in ("accumulate", "effective_batch")}
+        return replace(options, batch_size=batch // processes, **own)
+    each, rest = divmod(update, processes * asked.get("batch_size", 1) * asked.get("accumulate", 1))
+    words = " ".join(spelt(*one) for one in asked.items())
+    require(
+        rest == 0 and (each == 1 or len(asked) < 2),
+        f"The run to resume has {update} images an update: {words or 'batches'} on {processes} processes cannot make "
+        "them. Give numbers whose product divides it.",
+    )
+    return replace(options, **({"batch_size": 0, "accumulate": 0} | asked), effective_batch=update)
+
+
+def check_resumed(
+    state: dict[str, Any], options: TrainConfig, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
+) -> None:
+    """Raises UserError where the options would not continue the checkpoint's run but start another one."""
+    for before, now in differing(state, options, config):
+        raise UserError(
+            f"{now} cannot be had on resuming: the run to resume has {before}. Keep to that, or for a new run give "
+            "another --output."
+        )
+    anew = (
+        f"Give the run's data, wherever it lies now; or start a new run from its weights, which keeps what the classes "
+        f"share: --weights {resumed_path(options.resume, options.output)} and another --output."
+    )
+    check_classes(state["categories"], train_set, anew)
+    for split, dataset in (("train", train_set), ("val", val_set)):
+        content, found = Content.from_dict(state["data"][split]), Content.of(dataset)
+        other = "others than the run's" if str(content) == str(found) else f"the run's has {content}"
+        require(
+            content == found,
+            f"{dataset.annotation_file}: the {split} split is not that of the run to resume: it has {found}, {other}. "
+            f"{anew}",
+        )
+
+
+def differing(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Yield options, as stored and as asked for, that are fixed and would change: as the model has them, where it has
+    them."""
+    stored, stored_model = state["options"], state["model_config"]
+    for name in ON_RESUMING[FIXED]:
+        before, now = stored[name], getattr(options, name)
+        if name in stored_model and before != now:
+            before, now = stored_model[name], getattr(config, name)
+        if before != now:
+            yield spelt(name, before), spelt(name, now)
+    for name in stored_model.keys() - stored.keys():
+        if stored_model[name] != getattr(config, name):
+            yield f"{name} {stored_model[name]}", f"--model {options.model} with {name} {getattr(config, name)}"
+
+
+def check_classes(before: Sequence[dict[str, Any]] | None, train_set: CocoDataset, advice: str) -> None:
+    """Raises UserError, with their names, where the data's classes are not the run's, each with its id."""
+    stored = tuple(Category(**each) for each in before or ())
+    found = train_set.categories or ()
+    gone, come = [each for each in stored if each not in found], [each for each in found if each not in stored]
+    require(
+        stored == found,
+        f"{train_set.annotation_file}: its classes are not those of the run to resume. The run has "
+        f"{names(gone or stored)} where the data has {names(come or found)}. {advice}",
+    )
+
+
+def changes(state: dict[str, Any], options: TrainConfig) -> str:
+    """Say what is another than it was in the stored run, and takes effect."""
+    before, now = state["options"], options.to_dict()
+    told = (*ON_RESUMING[TAKES_EFFECT], *ON_RESUMING[SAME_UPDATE])
+    other = [name for name in told if name not in ("output", "resume") and now[name] != before[name]]
+    listed = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
+    return f"resumed after step {state['progress']['step']}, {listed or 'as it was'}"
+
+
+def evaluates_otherwise(state: dict[str, Any], config: ModelConfig) -> bool:
+    """Tell whether images are evaluated in another size than before: the best AP so far is then no measure."""
+    return any(state["model_config"][name] != getattr(config, name) for name in ("image_size", "max_size"))

@@ -1,0 +1,97 @@
+"""A detector's weights as the start of another's training: what fits is kept, heads that do not fit are new."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from detr_fast.config import UserError, require
+from detr_fast.model.detr import DETR
+from detr_fast.weights.architecture import no_detr, visible_architecture
+from detr_fast.weights.class_head import class_names, fit_class_head
+from detr_fast.weights.files import WeightsFile, read_weights_file
+from detr_fast.weights.loading import fill
+from detr_fast.weights.naming import HEADS, NamedWeights, counterparts
+from detr_fast.weights.pickles import listed
+from detr_fast.weights.preprocessing import preprocessed
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of a file a model starts from."""
+
+    classes: list[str]
+    """Names of those whose rows of the class head are kept."""
+    new: list[str]
+    """What the model has as it was made, since the file has nothing that fits."""
+    left_out: list[str]
+    """Names in the file that are no part of the model."""
+    notes: list[str]
+    """Sentences on what was assumed."""
+
+    def lines(self, path: str, num_classes: int) -> list[str]:
+        """Say what is kept, what is new and what was assumed."""
+        first = f"{path}: the class head is kept for {len(self.classes)} of {num_classes} classes"
+        if self.new:
+            first += f"; new: {', '.join(self.new)}, the rest is kept"
+        if self.left_out:
+            first += f"; left out: {listed(self.left_out)}"
+        return [first, *self.notes]
+
+
+def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
+    """Fills `model` from `path`: backbone and transformer must fit, the class head is kept as far as the classes agree,
+    queries as many as both have, and heads that are missing or of another kind are the model's own.
+
+    Raises UserError as `load_model` and `load_state_dict` do.
+    """
+    file = read_weights_file(Path(path))
+    weights = NamedWeights.recognise(file.state_dict)
+    require(weights.is_detr, f"{path} {no_detr(weights)}")
+    rows = visible_architecture(weights).get("num_classes")
+    source, assumed = class_names(file, rows) if rows else (None, None)
+    fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)
+    named = NamedWeights(fitted, weights.naming)
+    own = model.state_dict()
+    head = [key for key in own if key.startswith("class_embed.")]
+    fits = all(key in weights and weights[key].shape[1:] == own[key].shape[1:] for key in head)
+    heads, new = fitted_heads(own, named)
+    outside = [name for name in named.unexpected(own) if not named.in_trunk(name)]
+    tensors = {name: value for name, value in named.tensors.items() if name not in outside} | heads
+    try:
+        fill(model, NamedWeights(tensors, named.naming))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    notes = [*file.notes, *([assumed] if assumed and classes else []), *other_input(model, file)]
+    return Kept(classes, new if fits else ["class_embed", *new], [*weights.left_out, *outside], notes)
+
+
+def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the heads' tensors under the names of the file, for a model that has `own`; and which of them are new."""
+    fitted: dict[str, Tensor] = {}
+    new = []
+    for head in HEADS:
+        keys = [key for key in own if key.startswith(f"{head}.")]
+        if all(key in weights and weights[key].shape == own[key].shape for key in keys):
+            continue
+        values = {key: own[key].clone() for key in keys}
+        what = head
+        if head == "query_embed" and keys[0] in weights and weights[keys[0]].shape[1:] == own[keys[0]].shape[1:]:
+            source, queries = weights[keys[0]], values[keys[0]]
+            rows = min(len(source), len(queries))
+            queries[:rows] = source[:rows].to(queries)
+            what = f"{len(queries) - rows} of {len(queries)} queries (the file has {len(source)}, as --num-queries)"
+        fitted |= {counterparts(key, weights.naming)[0]: value for key, value in values.items()}
+        new.append(what)
+    return fitted, new
+
+
+def other_input(model: DETR, file: WeightsFile) -> list[str]:
+    """Say where the file's images were normalised otherwise than those that `model` will see."""
+    said, config = preprocessed(file), model.config
+    if not said or (said["image_mean"], said["image_std"]) == (config.image_mean, config.image_std):
+        return []
+    return [
+        f"{file.path}: its images were normalised with mean {said['image_mean']} and std {said['image_std']}, here it "
+        f"is {config.image_mean} and {config.image_std}"
+    ]

@@ -1,0 +1,212 @@
+"""Reading torch's files without trusting them: tensors and plain values come out, code of theirs never runs.
+
+What training loops keep beside the weights (NumPy numbers, paths, dates, option holders) is made of stand-ins of ours;
+any other class or function is refused by its name.
+"""
+
+import argparse
+import io
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from detr_fast.config import UserError
+
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What torch's restricted unpickler raises on files that are damaged or forbidden."""
+
+RESAVE = "save the weights alone where it was made, torch.save(model.state_dict(), FILE)"
+LARGEST_PICKLE = 16 << 20
+"""Bytes that are looked through for what a refused file holds."""
+
+
+def brief(text: object, longest: int = 60) -> str:
+    """Return `text` of a file as a message may show it: without escape codes and control characters, and shortened."""
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text))
+    plain = "".join(character if character.isprintable() else "?" for character in plain)
+    return plain if len(plain) <= longest else f"{plain[: longest - 3]}..."
+
+
+def listed(names: Iterable[object], shown: int = 4) -> str:
+    """Join the first `shown` names, and say how many more there are."""
+    every = list(names)
+    more = f", and {len(every) - shown} more" if len(every) > shown else ""
+    return ", ".join(brief(name) for name in every[:shown]) + more
+
+
+class Inert:
+    """A value that nothing here has a use for; made of whatever its own class would be made of."""
+
+    def __new__(cls, *_: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class PlainDict:
+    """Makes a dictionary in place of one of a subclass; an OrderedDict, as torch fills no others that have state."""
+
+    def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class PlainList:
+    """Makes a list in place of a deque, for the same reason."""
+
+    def __new__(cls, *_: Any) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+class NumpyDtype:
+    """A type as NumPy pickles it; `dtype` is None for what is no number, such as text and Python objects."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(code) if re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code) else None
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] == ">" and self.dtype is not None:
+            self.dtype = self.dtype.newbyteorder(">")
+
+
+def numpy_scalar(dtype: NumpyDtype, data: bytes) -> Any:
+    """Return the Python number that NumPy pickled as `data`; what is no number is left aside."""
+    return Inert() if dtype.dtype is None else np.frombuffer(data, dtype.dtype, count=1)[0].item()
+
+
+class NumpyArray:
+    """An array as NumPy pickles it; `values` holds its numbers once its state is set, if it has any."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        if dtype.dtype is not None:
+            values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+            self.values = values.astype(dtype.dtype.newbyteorder("="))
+
+
+STAND_INS = [
+    (argparse.Namespace, "argparse.Namespace"),
+    (argparse.Namespace, "types.SimpleNamespace"),
+    (NumpyDtype, "numpy.dtype"),
+    (NumpyArray, "numpy.ndarray"),
+    *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((NumpyArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (PlainList, "collections.deque"),
+    *(
+        (PlainDict, name)
+        for name in (
+            "collections.defaultdict",
+            "easydict.EasyDict",
+            "yacs.config.CfgNode",
+            "fvcore.common.config.CfgNode",
+            "detectron2.config.config.CfgNode",
+            "addict.addict.Dict",
+            "munch.Munch",
+            "ml_collections.config_dict.config_dict.ConfigDict",
+            "lightning.fabric.utilities.data.AttributeDict",
+            "lightning_fabric.utilities.data.AttributeDict",
+            "pytorch_lightning.utilities.parsing.AttributeDict",
+        )
+    ),
+    *(
+        (Inert, name)
+        for name in (
+            *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+            *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
+            *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+            *(
+                f"builtins.{name}"
+                for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "str", "tuple")
+            ),
+            *(f"numpy.{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)),
+            *("numpy.bool", "numpy.bool_"),
+            "decimal.Decimal",
+            "typing.Any",
+            "uuid.UUID",
+            "torch.torch_version.TorchVersion",
+            "omegaconf.base.ContainerMetadata",
+            "omegaconf.base.Metadata",
+            "omegaconf.dictconfig.DictConfig",
+            "omegaconf.listconfig.ListConfig",
+            *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "Path", "String")),
+        )
+    ),
+]
+"""What is put in the place of a class or function of that name: none of those of the file, or of NumPy, is called."""
+
+
+def read_pickle(path: Path, data: bytes | None = None) -> Any:
+    """Read what torch saved as `path`, or as `data` where that was read before; with `weights_only=True`, always.
+
+    Raises UserError in one sentence that names what is in the way.
+    """
+    try:
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # on a pickle's protocol: what cannot be read is told here
+            if data is not None:
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped into memory
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UNREADABLE as error:
+        raise UserError(f"{path} {obstacle(path, error)}.") from error
+
+
+def obstacle(path: Path, error: BaseException) -> str:
+    """Say what keeps `path` from being read, as the rest of a sentence that begins with its name."""
+    text = str(error)
+    if "TorchScript" in text:
+        return f"is a TorchScript program, not weights: {RESAVE}"
+    if b"ctorch.nn.modules." in pickled(path):
+        return f"cannot be read safely as weights, since it holds a whole pickled model: {RESAVE}"
+    if found := re.search(r"GLOBAL (\S+)|instantiate unsafe class (\S+)", text):
+        name = brief(next(filter(None, found.groups())))
+        return f"cannot be read safely as weights, since it holds {name}, which is no plain value: {RESAVE}"
+    if "Unsupported operand" in text or "Invalid magic number" in text:
+        kind = "is damaged, or no file that torch.save writes by default"
+        return f"cannot be read safely as weights, since it {kind}: copy it again, or {RESAVE}"
+    unpickler = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = unpickler[1] if unpickler else getattr(error, "strerror", None) or text.strip().partition("\n")[0]
+    reason = brief(reason or type(error).__name__, 120).rstrip(".")
+    return f"cannot be read safely as weights ({reason}): copy or download it again, or {RESAVE}"
+
+
+def pickled(path: Path) -> bytes:
+    """Return the pickle in `path`, or its beginning; empty where there is none."""
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return file.read(LARGEST_PICKLE)
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return archive.open(names[0]).read(LARGEST_PICKLE) if names else b""
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
+        return b""

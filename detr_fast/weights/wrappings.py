@@ -1,0 +1,125 @@
+"""Weights as people keep them: under which key of a file they lie, and what wrappers put before their names."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.config import UserError
+from detr_fast.weights.pickles import NumpyArray, brief, listed
+
+PREFERRED = ("model", "model_state_dict", "state_dict", "net", "network", "student")
+"""Keys to look at first, where several hold as much."""
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averag|shadow)")
+DEEPEST = 4
+
+WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of a name that DataParallel, torch.compile and their like add, at any place."""
+BESIDE_THE_MODEL = ("criterion.", "n_averaged")
+"""What DETR's loss and torch's AveragedModel register: dropped without a word."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state dict in what a file holds."""
+
+    tensors: dict[str, Tensor]
+    place: tuple[str, ...] = ()
+    """The keys that lead to it."""
+
+    @property
+    def averaged(self) -> bool:
+        return any(AVERAGED.search(key.lower()) for key in self.place)
+
+
+def find_weights(content: Any) -> Found:
+    """Find the state dict in `content`, wherever it lies: averaged weights (EMA) where they are whole, else what lies
+    under a usual key, else the one with the most tensors. Raises UserError that says what is there instead."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"holds a {brief(type(content).__name__)}, not a state dict: save model.state_dict() instead.")
+    found = list(state_dicts(content))
+    if not found:
+        raise UserError(f"holds no weights{what_else(content)}: save model.state_dict() in it.")
+    trained = [one for one in found if not one.averaged] or found
+    most = max(len(one.tensors) for one in trained)
+
+    def order(one: Found) -> tuple[int, int]:
+        key = one.place[-1] if one.place else ""
+        usual = key in PREFERRED and 2 * len(one.tensors) >= most
+        return PREFERRED.index(key) if usual else len(PREFERRED), -len(one.tensors)
+
+    chosen = min(trained, key=order)
+    averaged = [one for one in found if one.averaged and len(one.tensors) >= len(chosen.tensors)]
+    return min(averaged, key=order, default=chosen)
+
+
+def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
+    """Yield every dictionary in `content` that holds tensors under names, each once, without an optimizer's."""
+    seen: set[int] = set()
+    waiting: list[tuple[Mapping[Any, Any], tuple[str, ...]]] = [(content, ())]
+    for values, place in waiting:  # grows meanwhile
+        if id(values) in seen or "param_groups" in values or len(place) > DEEPEST:
+            continue
+        seen.add(id(values))
+        # dict's own method: a file can hide an OrderedDict's behind an attribute
+        items = dict.items(values) if isinstance(values, dict) else values.items()
+        named = [(key, value) for key, value in items if isinstance(key, str)]
+        if tensors := {key: tensor for key, value in named if (tensor := as_tensor(value)) is not None}:
+            yield Found(tensors, place)
+        waiting += [(value, (*place, key)) for key, value in named if isinstance(value, dict)]
+
+
+def as_tensor(value: Any) -> Tensor | None:
+    """Return `value` as a dense tensor of its own numbers, where it is a tensor or a pickled array."""
+    if isinstance(value, NumpyArray):
+        return None if value.values is None else torch.from_numpy(value.values)
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return None
+    return value.dequantize() if value.is_quantized else value
+
+
+def what_else(content: Mapping[Any, Any]) -> str:
+    """Say what a file without weights holds."""
+    if not content:
+        return ", it is an empty dictionary"
+    if "param_groups" in content:
+        return ", only an optimizer's state"
+    kinds = (f"{key!r} ({type(value).__name__})" for key, value in content.items())
+    return f", its keys are {listed(kinds)}"
+
+
+def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the parts of their names that wrappers add; as they are where two would become one."""
+    renamed = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): value for name, value in state_dict.items()
+    }
+    return renamed if len(renamed) == len(state_dict) else dict(state_dict)
+
+
+def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
+    """Return what stands before the first of `anchors` that ends any of `names`: averaged weights' where there are
+    several, else the shortest. None where no name ends so."""
+    names = list(names)
+    for anchor in anchors:
+        prefixes = {name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")}
+        if prefixes:
+            return min(prefixes, key=lambda prefix: (not AVERAGED.search(prefix.lower()), len(prefix), prefix))
+    return None
+
+
+def unwrapped(state_dict: Mapping[str, Tensor], anchors: Iterable[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors under the names that the model itself gives them, and the names of those that are not its.
+
+    `anchors` are names that such a model has, in order of preference; what precedes them is taken off.
+    """
+    plain = without_wrappers(state_dict)
+    prefix = prefix_of(plain, anchors) or ""
+    inside = {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+    outside = [name for name in plain if not name.startswith(prefix)]
+    return (
+        {name: value for name, value in inside.items() if not name.startswith(BESIDE_THE_MODEL)},
+        tuple(name for name in outside if not name.startswith(BESIDE_THE_MODEL)),
+    )

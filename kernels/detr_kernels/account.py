@@ -1,0 +1,48 @@
+"""Lets torch be imported by a user whom the machine does not know, or who may not write where torch keeps its cache.
+
+`docker run --user 12345` is such a user: torch names its cache after the user, and makes it when it is imported.
+"""
+
+import getpass
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def prepare_account() -> None:
+    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folder of caches
+    to a temporary one where there is no home, and torch's own to a new one where the usual one cannot be written.
+
+    Exits where there is no folder for temporary files, without which torch's compiler cannot be imported.
+    """
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # the second from Python 3.13 on
+        name = os.environ["LOGNAME"] = str(os.getuid())
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        print(f"error: {error.strerror}. Set TMPDIR to a folder that can be written.", file=sys.stderr)
+        sys.exit(2)
+    if os.path.expanduser("~") == "~":  # no home: torch would make a folder of that name for what it downloads
+        os.environ.setdefault("XDG_CACHE_HOME", f"{temporary}/cache_{name}")
+    folder = Path(os.environ.get(CACHE) or Path(temporary, f"torchinductor_{name}"))
+    if not can_be_written(folder):
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
+        warnings.warn(f"{folder} cannot be written: compiled code is kept in {os.environ[CACHE]} ({CACHE}).")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether `folder` is a folder to write in, made where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+prepare_account()

@@ -1,0 +1,81 @@
+"""Text is never markup: whatever names, folders and messages hold is printed as it is."""
+
+import ast
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from detr_fast.check_data import print_lines
+from detr_fast.command import run
+from detr_fast.config import UserError
+from detr_fast.console import Console
+from detr_fast.doctor import DoctorConfig
+
+CHECKOUT = Path(__file__).parents[1]
+AWKWARD = ("try [v2]", "x[/old]", "[red]", "[/]", "a:smile:.jpg", "[link=x]y[/link]", "x" * 300)
+
+
+def printed(*objects: object, **options: object) -> str:
+    file = io.StringIO()
+    Console(file=file, width=1000, **options).print(*objects)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_text_is_printed_as_it_is(text: str) -> None:
+    assert printed(text) == f"{text}\n"
+    assert printed(text, force_terminal=True, color_system="truecolor") == f"{text}\n"
+    table = Table(text, title=text, caption=text)
+    table.add_row(text)
+    assert printed(table).count(text) == 4
+    file = io.StringIO()
+    print_lines("problems", [(text, f"{text} is wrong")], Console(file=file, width=1000))
+    assert file.getvalue().count(text) == 2
+
+
+def test_lines_are_not_broken_and_tables_are() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=40)
+    console.print("a/long/path/" * 10)
+    console.print(Text("a/long/path/" * 10))
+    assert file.getvalue().count("\n") == 2
+    table = Table("path")
+    table.add_row("a/long/path/" * 10)
+    console.print(table)
+    assert max(map(len, file.getvalue().splitlines()[2:])) == 40
+
+
+def test_nothing_prints_in_another_way() -> None:
+    """rich's own Console, and what reads markup."""
+    for folder in ("detr_fast", "kernels", "profiling", "benchmarks"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            if path == CHECKOUT / "detr_fast" / "console.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+                module = getattr(node, "module", "") or ""
+                assert not (module == "rich.console" and "Console" in names), path
+                assert not module.startswith("rich.markup") and "rich.markup" not in names, path
+                assert not (module == "rich" and "print" in names), path
+                assert getattr(node, "attr", "") != "from_markup", path
+                assert getattr(node, "arg", "") not in ("markup", "highlight"), path
+
+
+def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def main(options: DoctorConfig) -> None:
+        Console().print("\u7ec4\udce9")
+        raise UserError("\u7ec4\udce9")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main, DoctorConfig, argv=[])
+    out, err = (stream.detach() for stream in streams)
+    assert stopped.value.code == 2
+    assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\n")

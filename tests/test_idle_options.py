@@ -1,0 +1,167 @@
+"""An option that is given and has no effect is refused, with the option that takes its effect away and what to do."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detr_profiling import __main__ as profiling
+from detr_profiling import race
+from detr_profiling.ladder import LadderOptions
+from detr_profiling.parity import ParityOptions
+from detr_profiling.race import RaceOptions
+from detr_profiling.scaling import ScalingOptions
+from detr_profiling.suite import PARTS, SuiteOptions
+from detr_profiling.trace import TraceOptions
+from detr_profiling.tune import TuneOptions
+
+from detr_fast.check_data import CheckDataConfig
+from detr_fast.command import run
+from detr_fast.config import MODELS, EvaluateConfig, Idle, PredictConfig, TrainConfig, UserError
+from detr_fast.data.coco import build_dataset
+from detr_fast.train import default_options
+
+WEIGHTS = "--weights w.pth "
+TRAIN, VAL = "--train-images t --train-annotations t.json ", "--val-images v --val-annotations v.json "
+RUNTIME = [("--kernels ref --tune", "--kernels ref --no-tune")]
+WORKLOAD = [
+    ("--no-buckets", "--no-buckets --sizes mixed"),
+    ("--mode inference --objects 3", "--objects 3"),
+    ("--mode inference --dropout 0.1", "--dropout 0.1"),
+    ("--capture --device cpu", "--no-capture --device cpu"),
+]
+"""Of every command that measures a workload."""
+CASES: dict[type, list[tuple[str, str]]] = {
+    TrainConfig: [
+        *RUNTIME,
+        (TRAIN + VAL + "--data d", TRAIN + "--data d"),
+        ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
+        ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
+        (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
+        ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
+        ("--train-sizes 48 128", "--train-sizes 48 128 --max-size 128"),
+    ],
+    EvaluateConfig: [
+        *((WEIGHTS + each, WEIGHTS + other) for each, other in RUNTIME),
+        (WEIGHTS + TRAIN, WEIGHTS + TRAIN + "--split train"),
+        (WEIGHTS + VAL + "--split train", WEIGHTS + VAL),
+        (WEIGHTS + TRAIN + "--split train --data d", WEIGHTS + TRAIN + "--split train"),
+        (WEIGHTS + VAL + "--data d", WEIGHTS + "--data d"),
+    ],
+    PredictConfig: [("a.jpg " + WEIGHTS + each, "a.jpg " + WEIGHTS + other) for each, other in RUNTIME],
+    SuiteOptions: WORKLOAD,
+    TraceOptions: [
+        ("--no-buckets", "--no-buckets --data shapes:64"),
+        *WORKLOAD[1:],
+        ("--data shapes:64 --objects 3", "--objects 3"),
+    ],
+    LadderOptions: [*WORKLOAD[:3], ("--no-capture", "")],
+    RaceOptions: [
+        *WORKLOAD,
+        ("--same-settings --device cuda", "--same-settings --device cpu"),
+        ("--peers-compiled", "--no-peers-compiled"),
+    ],
+    TuneOptions: [*WORKLOAD, ("--data shapes:64 --size 3x4", "--size 3x4")],
+    ParityOptions: [
+        ("--no-buckets", ""),
+        *WORKLOAD[1:2],
+        ("--mode inference --dropout 0.1", ""),
+        WORKLOAD[3],
+        ("--sizes mixed", "--sizes same"),
+        ("--dropout 0.1", ""),
+        ("--batch-size 5", "--batch-size 4"),
+    ],
+    ScalingOptions: [
+        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--within-gb-s", "--within-us", "--reached")),
+        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--bucket-mib", "--backward-share")),
+        *((f"--gpus 8 {each} 0.5", f"--gpus 16 {each} 0.5") for each in ("--between-gb-s", "--between-us")),
+    ],
+}
+"""For each row of a table a command line that it refuses, and the nearest one that passes."""
+
+
+def idle_of(options_type: Any) -> tuple[Idle, ...]:
+    return options_type.idle
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with a GPU and without a compiler; no earlier run in the output folder."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(race, "missing_for_compile", lambda: "there is no compiler")
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(options_type: type, arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code and the message of a command that does nothing."""
+    default: Callable | None = default_options if options_type is TrainConfig else None
+    with pytest.raises(SystemExit) as ending:
+        run(lambda options: 0, options_type, default, arguments.split())
+    return int(str(ending.value.code)), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options_type", CASES)
+def test_each_row_of_the_tables_refuses_its_option(options_type: type, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = []
+    for refused, passed in CASES[options_type]:
+        code, message = answer(options_type, refused, capsys)
+        assert code == 2, refused
+        messages.append(message.removeprefix("error: ").strip())
+        assert answer(options_type, passed, capsys) == (0, ""), passed
+    assert set(messages) == {one.message() for one in idle_of(options_type)}
+
+
+def test_a_table_names_options_that_there_are_and_says_what_to_do() -> None:
+    for options_type in CASES:
+        for one in idle_of(options_type):
+            assert one.option in {each.name for each in fields(options_type)}  # type: ignore[arg-type]
+            assert len(one.why.split(":")) == 2 and one.message().endswith(f"or leave --{name_of(one)} out.")
+
+
+def name_of(one: Idle) -> str:
+    return one.option.replace("_", "-")
+
+
+def test_what_is_not_given_is_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipes' own combinations, and values that look like options' names."""
+    assert answer(TrainConfig, "--schedule cosine --output lr-drop --model detr_tiny", capsys) == (0, "")
+    assert answer(TrainConfig, "--no-object-weight 0.2 --no-tune", capsys) == (0, "")
+
+
+def test_the_suite_gives_its_parts_no_idle_option(capsys: pytest.CaptureFixture[str]) -> None:
+    options = SuiteOptions(sizes="mixed", buckets=False, batch_size=16, dropout=0.2, capture=True)
+    for part in (part for part in PARTS if part.name in profiling.COMMANDS):
+        command = part.command(options, 1.0)[4:]
+        kind = {"parity": ParityOptions, "ladder": LadderOptions, "trace": TraceOptions}[part.name]
+        assert answer(kind, " ".join(command), capsys) == (0, "")
+
+
+def test_every_command_with_a_table_is_tried() -> None:
+    for module, name in profiling.COMMANDS.items():
+        options_type = getattr(__import__(f"detr_profiling.{module}", fromlist=[name]), name)
+        assert options_type in CASES or not hasattr(options_type, "idle")
+
+
+@pytest.mark.parametrize(
+    ("options_type", "arguments"),
+    [
+        *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateConfig, PredictConfig)),
+        *((CheckDataConfig, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
+        *((kind, "--no-tune") for kind in (TraceOptions, SuiteOptions)),
+    ],
+)
+def test_an_option_that_never_has_an_effect_is_not_there(options_type: type, arguments: str) -> None:
+    with pytest.raises(SystemExit) as ending:
+        run(lambda options: 0, options_type, argv=arguments.split())
+    assert ending.value.code == 2
+
+
+@pytest.mark.parametrize("values", [{"image_size": 128}, {"max_size": 32}, {"image_size": 0}])
+@pytest.mark.parametrize("kind", [TrainConfig, EvaluateConfig])
+def test_an_image_size_above_the_largest_is_refused(kind: Any, values: dict[str, int], shapes_root: Path) -> None:
+    options = kind(data=str(shapes_root), **values, **({"weights": "w"} if kind is EvaluateConfig else {}))
+    model = default_options(["--model", "detr_tiny"])
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=r"image_size \d+ must be between 1 and max_size \d+"):
+            build_dataset(options, split, MODELS[model.model])

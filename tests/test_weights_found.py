@@ -1,0 +1,434 @@
+"""Weights as people have them: under any key, behind wrappers, beside other values, without heads or names; and what
+is no weights."""
+
+import argparse
+import collections
+import datetime
+import enum
+import gzip
+import io
+import json
+import pathlib
+import pickle
+import sys
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
+from detr_fast.config import EvaluateConfig, UserError
+from detr_fast.data.annotations import Category
+from detr_fast.evaluate import evaluation_dataset
+from detr_fast.export import write_weights
+from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
+
+SMALL: dict[str, Any] = {
+    "hidden_dim": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "feedforward_dim": 64,
+    "num_queries": 5,
+}
+PETS = (Category(0, "dog"), Category(1, "parrot"), Category(2, "cat"))
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """A ResNet-50 of all its layers, each with few channels, so that files are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(narrow: None) -> DETR:
+    return build_model("detr_r50", num_classes=3, **SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: DETR) -> Weights:
+    return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}
+
+
+def assert_same_weights(model: DETR, other: DETR) -> None:
+    expected, found = model.state_dict(), other.state_dict()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def own_model(**changes: Any) -> DETR:
+    own = build_model("detr_r50", num_classes=2, **SMALL | changes)
+    own.categories = (Category(1, "dog"), Category(2, "spoon"))
+    return own
+
+
+def before(prefix: str, weights: Weights) -> Weights:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def other(weights: Weights) -> Weights:
+    return {key: value + 1 for key, value in weights.items()}
+
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}, "w": {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1}]}
+KEPT_AS: dict[str, Callable[[Weights], Any]] = {
+    "under a key of one's own": lambda w: {"epoch": 3, "detector": {"weights": w}, "optimizer": OPTIMIZER},
+    "RT-DETR's EMA": lambda w: {"ema": {"module": w, "updates": 5}, "model": other(w)},
+    "EMA before the model": lambda w: {"model_ema": w, "model": other(w)},
+    "no EMA": lambda w: {"model": w, "ema": None},
+    "an EMA of a part": lambda w: {"model": w, "ema": dict(list(other(w).items())[:9])},
+    "torch's AveragedModel": lambda w: {"n_averaged": torch.tensor(3), **before("module.", w)},
+    "DDP of a compiled model": lambda w: {"model": before("module._orig_mod.", w)},
+    "a compiled DDP": lambda w: {"model": before("_orig_mod.module.", w)},
+    "a compiled backbone": lambda w: {key.replace("backbone.", "backbone._orig_mod.", 1): w[key] for key in w},
+    "Lightning with the loss": lambda w: {
+        "state_dict": before("model.", w | {"criterion.a": torch.ones(4)}) | {"criterion.b": torch.ones(4)}
+    },
+    "a larger teacher": lambda w: {"teacher": other(w) | {"a": torch.zeros(1)}, "model": w},
+    "inside two modules": lambda w: before("net.detr.", w),
+    "student and EMA in one": lambda w: before("student.", other(w)) | before("ema.", w),
+    "NumPy arrays": lambda w: {"model": {key: value.numpy() for key, value in w.items()}},
+}
+
+
+@pytest.mark.parametrize("naming", ["facebook", "huggingface"])
+@pytest.mark.parametrize("kept_as", KEPT_AS)
+def test_weights_are_found_wherever_they_are_kept(kept_as: str, naming: Naming, model: DETR, tmp_path: Path) -> None:
+    content = KEPT_AS[kept_as](export_state_dict(model, naming))
+    torch.save(content, tmp_path / "last.ckpt")
+    loaded = load_model(tmp_path / "last.ckpt")
+    assert_same_weights(model, loaded)
+    assert ("averaged" in " ".join(loaded.notes)) == ("EMA" in kept_as and kept_as[0] in "RE")
+    into = build_model("detr_r50", num_classes=3, **SMALL)
+    if kept_as != "NumPy arrays":
+        load_state_dict(into, content)
+        assert_same_weights(model, into)
+    load_for_fine_tuning(into, tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("ending", [".pth.tar", ".bin", ".safetensors", ""])
+@pytest.mark.parametrize("written_by", ["torch", "safetensors"])
+def test_the_content_says_how_a_file_is_read(
+    written_by: str, ending: str, model: DETR, weights: Weights, tmp_path: Path
+) -> None:
+    path = tmp_path / f"weights{ending}"
+    wrapped = before("module.", weights)
+    torch.save(wrapped, path) if written_by == "torch" else save_file(wrapped, path)
+    assert_same_weights(model, load_model(path))
+
+
+def test_a_header_as_long_as_any_text_is_no_text(tmp_path: Path) -> None:
+    """The length of the header stands first, and its lowest byte may be that of any character."""
+    for note in range(64):
+        save_file({"a.weight": torch.zeros(1)}, tmp_path / "any.safetensors", {"note": "x" * 8 * note})
+        with pytest.raises(UserError, match="does not look like a DETR"):
+            load_model(tmp_path / "any.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_loaded(dtype: torch.dtype, weights: Weights, tmp_path: Path) -> None:
+    torch.save({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "half.pth")
+    loaded = load_model(tmp_path / "half.pth").input_proj.weight
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, weights["input_proj.weight"].to(dtype).float())
+
+
+def test_a_backbone_is_found_in_what_holds_one(model: DETR, weights: Weights, tmp_path: Path) -> None:
+    classifier = {**model.backbone.state_dict(), "fc.weight": torch.zeros(3)}
+    contents = (
+        {"state_dict": before("module.", classifier)},
+        before("encoder.", classifier) | {"layer1.0.conv1.weight": torch.zeros(2)},
+        {"model": before("module.", weights)},
+    )
+    for content in contents:
+        torch.save(content, tmp_path / "backbone.ckpt")
+        into = build_model("detr_r50", **SMALL)
+        load_backbone_weights(into.backbone, "resnet50", str(tmp_path / "backbone.ckpt"))
+        assert all(
+            torch.equal(a, b) for a, b in zip(into.backbone.state_dict().values(), classifier.values(), strict=False)
+        )
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def of_module(monkeypatch: pytest.MonkeyPatch, name: str, base: type = dict) -> Any:
+    """A value of a class as a library defines it that is not installed here."""
+    module_name, _, class_name = name.rpartition(".")
+    module = types.ModuleType(module_name)
+    made = type(class_name, (base,), {"__module__": module_name})
+    setattr(module, class_name, made)
+    parts = module_name.split(".")
+    for count in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
+    monkeypatch.setitem(sys.modules, module_name, module)
+    return made
+
+
+PLAIN = {
+    "number": np.float64(0.3),
+    "flag": np.bool_(True),
+    "name": np.str_("best"),
+    "day": np.datetime64("2026-01-01"),
+    "objects": np.array([1, "a", None], dtype=object),
+    "big-endian": np.arange(3, dtype=">i4"),
+    "random state": np.random.RandomState(0).get_state(),
+    "number's type": np.float32,
+    "path": pathlib.Path("runs/best"),
+    "time": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    "lists": collections.defaultdict(list, a=[1]),
+    "counts": collections.Counter("abc"),
+    "last": collections.deque([1, 2], 5),
+    "bytes": b"",
+    "options": types.SimpleNamespace(lr=argparse.Namespace(a=1)),
+}
+
+
+@pytest.mark.parametrize("form", ["torch", "older torch", "numpy 1"])
+def test_plain_values_beside_the_weights_do_not_matter(
+    form: str, model: DETR, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    easy = of_module(monkeypatch, "easydict.EasyDict")(a=1)
+    easy.a = 1  # state, as well as an entry
+    node = of_module(monkeypatch, "omegaconf.dictconfig.DictConfig", object)()
+    node.content = {"a": PLAIN["number"]}
+    path = tmp_path / "best.pth"
+    content = {"model": weights, **PLAIN, "easy": easy, "node": node}
+    torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    if form == "numpy 1":
+        path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert_same_weights(model, load_model(path))
+
+
+def test_numpy_values_are_what_they_were(tmp_path: Path) -> None:
+    from detr_fast.weights.pickles import read_pickle
+
+    arrays = [np.arange(6, dtype=">f4").reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.ones((), "?")]
+    numbers = [np.float32(0.5), np.int64(-3), np.complex64(1j), np.bool_(True)]
+    torch.save([arrays, numbers], tmp_path / "values.pth")
+    found_arrays, found_numbers = read_pickle(tmp_path / "values.pth")
+    assert all(np.array_equal(found.values, array) for found, array in zip(found_arrays, arrays, strict=True))
+    assert found_numbers == [0.5, -3, 1j, True] and type(found_numbers[0]) is float
+
+
+def zipped(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def saved(content: Any, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **how)
+    return buffer.getvalue()
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a whole model": (lambda: saved(nn.Linear(2, 2)), "holds a whole pickled model: save the weights alone"),
+    "one under a key": (lambda: saved({"model": nn.DataParallel(nn.Linear(2, 2))}), "holds a whole pickled model"),
+    "one in the older format": (
+        lambda: saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
+        "holds a whole pickled model",
+    ),
+    "a program": (scripted, "is a TorchScript program"),
+    "someone's class": (lambda: saved({"model": {}, "x": Colour.RED}), r"holds [\w.]*Colour, which is no plain value"),
+    "a function": (lambda: saved({"model": {}, "x": print}), "holds print, which is no plain value"),
+    "a list": (lambda: saved([1]), "holds a list, not a state dict"),
+    "an optimizer": (lambda: saved(OPTIMIZER), "only an optimizer's state"),
+    "an empty dictionary": (lambda: saved({}), "it is an empty dictionary"),
+    "numbers": (lambda: saved({"epoch": 3, "model": {}}), r"its keys are 'epoch' \(int\), 'model' \(dict\)"),
+    "adapters": (lambda: saved({"a.lora_A.weight": torch.zeros(2)}), "holds LoRA adapters"),
+    "integers": (lambda: saved({"a.weight": torch.zeros(2, dtype=torch.int8)}), r"quantised \(a.weight is int8\)"),
+    "another pickle": (lambda: pickle.dumps({"a": 1}), "no file that torch.save writes by default"),
+    "a newer pickle": (lambda: saved({"a": 1}, pickle_protocol=4), "no file that torch.save writes by default"),
+    "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
+    "a page": (lambda: b"\n<!DOCTYPE html><html>", "is a web page"),
+    "json": (lambda: b'{"weight_map": {}}', "is json text"),
+    "text": (lambda: b"404: not found", "is text, not weights"),
+    "nothing": (lambda: b"", "is empty"),
+    "compressed": (lambda: gzip.compress(b"a" * 99), "is a compressed archive"),
+    "zipped": (lambda: zipped(weights=b"a"), "is a zip archive"),
+    "a cut file": (lambda: saved({"a": torch.zeros(99)})[:-200], "copy or download it again"),
+    "names with colours": (lambda: saved({"\x1b[31m" + "w" * 999: torch.zeros(2)}), r"names are w{57}\.\.\.;"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weights_is_said_in_one_sentence(kind: str, ending: str, tmp_path: Path) -> None:
+    make, said = NO_WEIGHTS[kind]
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(make())
+    nothing: Any = None  # it is refused before a model is looked at
+    for use in (load_model, partial(load_for_fine_tuning, nothing)):
+        with pytest.raises(UserError, match=said) as refused:
+            use(path)
+        message = str(refused.value)
+        assert message.startswith(str(path)) and message.endswith(".")
+        assert "\n" not in message and "\x1b" not in message and len(message) < 500
+
+
+def without(weights: Weights, *heads: str) -> Weights:
+    return {key: value for key, value in weights.items() if not key.startswith(heads)}
+
+
+HEADLESS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "class_embed": (lambda w: without(w, "class_embed"), "0 of 2 classes; new: class_embed"),
+    "its bias": (lambda w: without(w, "class_embed.bias"), "new: class_embed"),
+    "its name": (
+        lambda w: without(w, "class_embed") | {"head.weight": w["class_embed.weight"]},
+        "new: class_embed, the rest is kept; left out: head.weight",
+    ),
+    "its width": (lambda w: w | {"class_embed.weight": torch.zeros(4, 64)}, "new: class_embed"),
+    "bbox_embed": (lambda w: without(w, "bbox_embed"), "1 of 2 classes; new: bbox_embed"),
+    "a layer of it": (lambda w: without(w, "bbox_embed.layers.1."), "new: bbox_embed"),
+    "query_embed": (lambda w: without(w, "query_embed"), "new: query_embed"),
+    "all": (lambda w: without(w, "class", "bbox", "query"), "new: class_embed, bbox_embed, query_embed"),
+}
+
+
+@pytest.mark.parametrize("lost", HEADLESS)
+def test_training_begins_without_a_head_and_says_so(lost: str, weights: Weights, tmp_path: Path) -> None:
+    change, said = HEADLESS[lost]
+    path = tmp_path / "headless.pth"
+    # what the source calls its classes, so that dog's row is kept
+    torch.save({"model": change(weights), "model_config": None, "categories": list(map(vars, PETS))}, path)
+    own = own_model()
+    fresh = {key: value.clone() for key, value in own.state_dict().items()}
+    kept = load_for_fine_tuning(own, path)
+    assert said in kept.lines("headless.pth", 2)[0]
+    for key, value in own.state_dict().items():
+        head = key.partition(".")[0]
+        if head in kept.new:
+            assert torch.equal(value, fresh[key]), key
+        elif head != "class_embed":
+            assert torch.equal(value, weights[key.replace("backbone.", "backbone.0.body.")]), key
+    if lost != "its width":  # which is a whole file, of another kind
+        with pytest.raises(UserError, match=r"lacks DETR's .* only be trained from"):
+            load_model(path)
+
+
+@pytest.mark.parametrize(("own_queries", "said"), [(8, "3 of 8 queries"), (2, "0 of 2 queries")])
+def test_queries_are_kept_as_many_as_both_have(own_queries: int, said: str, weights: Weights, tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "five.pth")
+    own = own_model(num_queries=own_queries)
+    fresh = own.query_embed.weight.clone()
+    kept = load_for_fine_tuning(own, tmp_path / "five.pth")
+    assert f"{said} (the file has 5, as --num-queries)" in kept.lines("five.pth", 2)[0]
+    rows = min(own_queries, 5)
+    assert torch.equal(own.query_embed.weight[:rows], weights["query_embed.weight"][:rows])
+    assert torch.equal(own.query_embed.weight[rows:], fresh[rows:])
+
+
+def test_no_one_is_told_to_build_no_layers(model: DETR, weights: Weights) -> None:
+    for names in (before("layers.", {"a": torch.zeros(1)}), without(weights, "transformer.decoder")):
+        with pytest.raises(UserError) as raised:
+            load_state_dict(build_model("detr_r50", num_classes=3, **SMALL), names)
+        assert "layers=0" not in str(raised.value) and "layers 0" not in str(raised.value)
+    with pytest.raises(UserError, match="--encoder-layers 1"):
+        load_state_dict(build_model("detr_r50", num_classes=3, **SMALL | {"encoder_layers": 2}), weights)
+
+
+def coco_json(path: Path, categories: dict[int, str], images: bool = True) -> Path:
+    rows = [{"id": id_, "name": name} for id_, name in categories.items()]
+    boxes = [
+        {"id": number, "image_id": 1, "category_id": id_, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
+        for number, id_ in enumerate(categories, 1)
+    ]
+    listed = [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}]
+    path.write_text(
+        json.dumps({"images": listed, "annotations": boxes, "categories": rows} if images else {"categories": rows})
+    )
+    return path
+
+
+def head_of(path: Path, num_classes: int, naming: Naming = "facebook", categories: Any = None) -> Path:
+    model = build_model("detr_r50", num_classes=num_classes, **SMALL)
+    if categories is None:
+        torch.save({"model": export_state_dict(model, naming)}, path)
+    else:
+        model.categories = categories
+        write_weights(model, path, naming)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "own", "data", "labels", "said"),
+    [
+        (91, None, {1: "red", 7: "blue"}, {1: "red", 7: "blue", 0: "N/A"}, "category ids"),
+        (4, None, {1: "red", 3: "blue"}, {1: "red", 3: "blue"}, "category ids"),  # --num_classes of largest id + 1
+        (2, None, {1: "red", 7: "blue"}, {0: "red", 1: "blue"}, "ascending order"),
+        (2, ("blue", "red"), {1: "RED", 7: "blue"}, {0: "blue", 1: "RED"}, "its own names"),
+        (2, ("cat", "red"), {0: "red", 1: "blue"}, {0: "red", 1: "blue"}, "category ids"),  # left from before
+    ],
+)
+def test_categories_name_the_labels(
+    num_classes: int, own: Any, data: dict[int, str], labels: dict[int, str], said: str, tmp_path: Path
+) -> None:
+    named = own and tuple(Category(label, name) for label, name in enumerate(own))
+    path = head_of(tmp_path / "head.pth", num_classes, categories=named)
+    file = coco_json(tmp_path / "data.json", data, images=False)
+    model = load_model(path, categories=file)
+    assert model.categories is not None and len(model.categories) == num_classes
+    for label, name in labels.items():
+        assert model.categories[label].name == name
+        assert name not in data.values() or data[model.categories[label].id] == name
+    assert said in model.notes[-1]
+    given = [Category(id_, name) for id_, name in data.items()]
+    assert load_model(path, categories=given).categories == model.categories
+
+
+def test_categories_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = head_of(tmp_path / "head.pth", 3)
+    with pytest.raises(UserError, match=r"data\.json.*ids up to 7, but the class head has 3 classes, 0 to 2"):
+        load_model(path, categories=coco_json(tmp_path / "data.json", {1: "red", 7: "blue"}))
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data\.json: 'categories' must be"):
+        load_model(path, categories=tmp_path / "data.json")
+
+
+def test_names_that_are_assumed_are_said(tmp_path: Path) -> None:
+    (note,) = load_model(head_of(tmp_path / "coco.pth", 91)).notes
+    assert "names none of its 91 classes: COCO's names are assumed" in note and "--categories" in note
+    (note,) = load_model(head_of(tmp_path / "four.pth", 4)).notes
+    assert "labels are category ids, without names" in note and "--categories" in note
+    assert load_model(head_of(tmp_path / "own.pth", 3, categories=PETS)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "own", "said"),
+    [
+        (91, None, "91 classes: COCO's names are assumed.*--categories"),
+        (2, None, "does not say which.*--categories"),
+        (2, ("red", "blue"), r"the ids do not \('red' is 0 there and 1 here, .*\): give --categories"),
+        (2, ("cat", "dog"), "trained on this data take --categories"),
+    ],
+)
+def test_evaluation_on_other_classes_gives_the_way_on(num_classes: int, own: Any, said: str, tmp_path: Path) -> None:
+    named = own and tuple(Category(label, name) for label, name in enumerate(own))
+    weights = str(head_of(tmp_path / "head.pth", num_classes, categories=named))
+    file = coco_json(tmp_path / "val.json", {1: "red", 2: "blue"})
+    options = EvaluateConfig(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
+    with pytest.raises(UserError, match=said):
+        evaluation_dataset(load_model(weights), options)
+    dataset = evaluation_dataset(load_model(weights, categories=file), options)
+    assert dataset.categories is not None
+    assert [dataset.categories[dataset.label_of[id_]].name for id_ in (1, 2)] == ["red", "blue"]
