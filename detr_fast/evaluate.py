@@ -9,8 +9,7 @@ from detr_fast.config import EvaluateConfig, UserError, require
 from detr_fast.console import Console
 from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.checks import warn_before_evaluation
-from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset
-from detr_fast.data.corrections import shortened
+from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset, spelling
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
@@ -62,11 +61,9 @@ def evaluation_dataset(model: DETR, options: EvaluateConfig) -> CocoDataset:
 
 def ways_on(model: DETR, error: UnknownCategories) -> str:
     """Say what to do where the model has other classes than the data."""
-    ids = {category.name.casefold(): category.id for category in model.categories or ()}
-    moved = [one for one in error.unknown if ids.get(one.name.casefold(), one.id) != one.id]
-    if len(moved) == len(error.unknown):
-        pairs = shortened([f"{one.name!r} is {ids[one.name.casefold()]} there and {one.id} here" for one in moved], 5)
-        return f"The names agree, the ids do not ({pairs}): give --categories {error.file}."
+    known = {spelling(category.name) for category in model.categories or ()}
+    if all(spelling(one.name) in known for one in error.unknown):
+        return f"The names agree: --categories {error.file} gives their ids."
     return " ".join([*model.notes, f"Weights that were trained on this data take --categories {error.file}."])
 
 

@@ -164,6 +164,17 @@ def test_links_to_nothing_and_in_circles_are_named(make: Make, follow_links: boo
         assert part in str(raised.value)
 
 
+def test_what_may_not_be_looked_at_is_told_by_whoever_opens_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ImageFolder(make(["a/1.jpg"], []) / "train")
+
+    def refuse(path: str, **_: object) -> os.stat_result:
+        raise PermissionError("Permission denied")
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, refuse)
+    assert folder.find("a/1.jpg").absent == ""
+
+
 def test_an_image_that_is_there_costs_one_call(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make([f"a/{i}.jpg" for i in range(9)], [])
     folder, calls = ImageFolder(root / "train"), []

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from detr_fast.data.annotations import Category
 from detr_fast.evaluate import evaluation_dataset
 from detr_fast.export import write_weights
 from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
+from detr_fast.weights.pickles import STAND_INS, read_pickle
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 32,
@@ -210,14 +212,25 @@ def test_plain_values_beside_the_weights_do_not_matter(
 
 
 def test_numpy_values_are_what_they_were(tmp_path: Path) -> None:
-    from detr_fast.weights.pickles import read_pickle
-
     arrays = [np.arange(6, dtype=">f4").reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.ones((), "?")]
     numbers = [np.float32(0.5), np.int64(-3), np.complex64(1j), np.bool_(True)]
     torch.save([arrays, numbers], tmp_path / "values.pth")
     found_arrays, found_numbers = read_pickle(tmp_path / "values.pth")
     assert all(np.array_equal(found.values, array) for found, array in zip(found_arrays, arrays, strict=True))
     assert found_numbers == [0.5, -3, 1j, True] and type(found_numbers[0]) is float
+
+
+def test_only_what_is_ours_is_called() -> None:
+    """Whatever a file asks for by an allowed name, no code of NumPy or of another library makes it."""
+    assert {made.__module__ for made, _ in STAND_INS} == {"argparse", "detr_fast.weights.pickles"}
+
+
+def test_dictionaries_within_dictionaries_are_looked_at_once(weights: Weights) -> None:
+    inner: dict[str, Any] = dict(weights)
+    for _ in range(4):
+        inner = {str(number): inner for number in range(300)}
+    with pytest.raises(UserError, match="do not fit"):
+        load_state_dict(build_model("detr_tiny"), inner)
 
 
 def zipped(**files: bytes) -> bytes:
@@ -256,6 +269,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "numbers": (lambda: saved({"epoch": 3, "model": {}}), r"its keys are 'epoch' \(int\), 'model' \(dict\)"),
     "adapters": (lambda: saved({"a.lora_A.weight": torch.zeros(2)}), "holds LoRA adapters"),
     "integers": (lambda: saved({"a.weight": torch.zeros(2, dtype=torch.int8)}), r"quantised \(a.weight is int8\)"),
+    "a shape without numbers": (lambda: saved({"a": torch.zeros(1).expand(10**12)}), "is damaged: a has fewer"),
     "another pickle": (lambda: pickle.dumps({"a": 1}), "no file that torch.save writes by default"),
     "a newer pickle": (lambda: saved({"a": 1}, pickle_protocol=4), "no file that torch.save writes by default"),
     "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
@@ -376,7 +390,7 @@ def head_of(path: Path, num_classes: int, naming: Naming = "facebook", categorie
         (91, None, {1: "red", 7: "blue"}, {1: "red", 7: "blue", 0: "N/A"}, "category ids"),
         (4, None, {1: "red", 3: "blue"}, {1: "red", 3: "blue"}, "category ids"),  # --num_classes of largest id + 1
         (2, None, {1: "red", 7: "blue"}, {0: "red", 1: "blue"}, "ascending order"),
-        (2, ("blue", "red"), {1: "RED", 7: "blue"}, {0: "blue", 1: "RED"}, "its own names"),
+        (2, ("blue", "red"), {1: "RED ", 7: "blue"}, {0: "blue", 1: "RED "}, "its own names"),
         (2, ("cat", "red"), {0: "red", 1: "blue"}, {0: "red", 1: "blue"}, "category ids"),  # left from before
     ],
 )
@@ -418,7 +432,7 @@ def test_names_that_are_assumed_are_said(tmp_path: Path) -> None:
     [
         (91, None, "91 classes: COCO's names are assumed.*--categories"),
         (2, None, "does not say which.*--categories"),
-        (2, ("red", "blue"), r"the ids do not \('red' is 0 there and 1 here, .*\): give --categories"),
+        (2, ("red", "blue"), r"differ in id.*: 1 'red' and 0 'red'.* The names agree: --categories .* gives their ids"),
         (2, ("cat", "dog"), "trained on this data take --categories"),
     ],
 )
@@ -426,6 +440,7 @@ def test_evaluation_on_other_classes_gives_the_way_on(num_classes: int, own: Any
     named = own and tuple(Category(label, name) for label, name in enumerate(own))
     weights = str(head_of(tmp_path / "head.pth", num_classes, categories=named))
     file = coco_json(tmp_path / "val.json", {1: "red", 2: "blue"})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     options = EvaluateConfig(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
     with pytest.raises(UserError, match=said):
         evaluation_dataset(load_model(weights), options)

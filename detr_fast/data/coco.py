@@ -1,5 +1,6 @@
 """A data set in COCO format: images read from a folder, labels and boxes from a json."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class ImageRecord:
     def decode(self, shrunk: int = 1) -> Decoded:
         """Read the file as `decode_file` does. Raises UserError as that, and says what else there is for a file that is
         missing."""
-        require(not self.absent or self.path.exists(), f"{self.path}: {self.absent}")
+        require(not self.absent or os.path.exists(self.path), f"{self.path}: {self.absent}")
         return decode_file(self.path, shrunk)
 
 

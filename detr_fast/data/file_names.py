@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+UNKNOWN = 0
+"""The mode of a file that may not even be looked at."""
+
 
 class OutsideError(Exception):
     """Raised for a name that is not followed; says why, and what to do."""
@@ -79,7 +82,7 @@ class ImageFolder:
         Raises OutsideError for one that leads out.
         """
         parent = os.path.dirname(path)
-        if not stat.S_ISLNK(mode) and parent in self._safe_parents:
+        if mode == UNKNOWN or (not stat.S_ISLNK(mode) and parent in self._safe_parents):
             return Found(Path(path))
         target = os.path.realpath(path)
         if problem := why_not_opened(path):
@@ -142,13 +145,13 @@ def is_file_name(text: str) -> bool:
 
 
 def mode_of(path: str) -> int | None:
-    """Return a file's mode, a link's own; 0 where that cannot be told; None where there is no file."""
+    """Return a file's mode, a link's own; UNKNOWN where that cannot be told; None where there is no file."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:  # whoever opens it will say why
-        return 0
+    except OSError:  # nor can it be opened, and whoever tries says why
+        return UNKNOWN
 
 
 def why_not_opened(path: str) -> str | None:

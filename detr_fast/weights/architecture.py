@@ -25,15 +25,14 @@ def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
         return sum(1 for _ in takewhile(lambda index: pattern.format(index) in weights, count()))
 
     class_entries = size("class_embed.weight", 0)
-    encoder, decoder = (number(f"transformer.{side}.layers.{{}}.linear1.weight") for side in ("encoder", "decoder"))
     seen = {
         "backbone": STAGE3_DEPTHS.get(number("backbone.layer3.{}.conv3.weight")),
         "num_classes": class_entries - 1 if class_entries else None,
         "num_queries": size("query_embed.weight", 0),
         "hidden_dim": size("transformer.decoder.norm.weight", 0),
         "feedforward_dim": size("transformer.decoder.layers.0.linear1.weight", 0),
-        "encoder_layers": encoder if decoder else None,  # where no name is one of ours, 0 says nothing
-        "decoder_layers": decoder or None,
+        "encoder_layers": number("transformer.encoder.layers.{}.linear1.weight"),
+        "decoder_layers": number("transformer.decoder.layers.{}.linear1.weight"),
     }
     return {name: value for name, value in seen.items() if value is not None}
 
@@ -139,6 +138,7 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
 
 def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
     """The command line's options, or fields of ModelConfig, under which a model would have the `visible` sizes."""
+    # where no layer has a name that is known, 0 says nothing
     differing = {name: value for name, value in visible.items() if getattr(config, name) != value and value}
     options = []
     if "backbone" in differing:

@@ -8,7 +8,7 @@ from torch import Tensor
 from detr_fast.config import UserError, require
 from detr_fast.data import annotations
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import UNUSED
+from detr_fast.data.coco import UNUSED, spelling
 from detr_fast.model.detr import DETR
 from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import NamedWeights, counterparts
@@ -43,9 +43,9 @@ def fit_class_head(
 
 def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[int, int]:
     """Own row to source row of the classes whose names agree: the same row where it can be, as COCO has many "N/A"."""
-    theirs = [category.name.casefold() for category in source]
+    theirs = [spelling(category.name) for category in source]
     place = {name: row for row, name in enumerate(theirs)}
-    names = [category.name.casefold() for category in own]
+    names = [spelling(category.name) for category in own]
     return {
         row: row if name in theirs[row : row + 1] else place[name] for row, name in enumerate(names) if name in place
     }
@@ -76,11 +76,11 @@ def class_names(
     if given is not None:
         categories = given_categories(given)
         source = str(given) if isinstance(given, str | Path) else "the given categories"
-        known = {category.name.casefold() for category in stated or ()}
-        if stated and all(category.name.casefold() in known for category in categories):
+        known = {spelling(category.name) for category in stated or ()}
+        if stated and all(spelling(category.name) in known for category in categories):
             return with_ids(stated, categories), f"{file.path}: its own names, with the ids of {source}"
-        chosen, order = by_label(categories, num_classes, source)
-        return chosen, f"{file.path}: its labels are the {order} of {source}"
+        chosen, labels = by_label(categories, num_classes, source)
+        return chosen, f"{file.path}: its labels are {labels}"
     if stated:
         return stated, None
     if num_classes == COCO_NUM_CLASSES and file.model_config is None:
@@ -123,8 +123,8 @@ def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, 
 def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tuple[Category, ...]:
     """Return the stated classes under the ids that `categories` has for their names; under -1, which no data has, where
     it lacks the name."""
-    named = {category.name.casefold(): category for category in categories}
-    return tuple(named.get(one.name.casefold(), Category(-1, one.name)) for one in stated)
+    named = {spelling(category.name): category for category in categories}
+    return tuple(named.get(spelling(one.name), Category(-1, one.name)) for one in stated)
 
 
 def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
@@ -137,9 +137,11 @@ def by_label(categories: Sequence[Category], num_classes: int, source: str) -> t
             f"--categories {source}: its {len(categories)} categories have ids up to {largest}, but the class head has "
             f"{num_classes} classes, 0 to {num_classes - 1}. Give the json of the data that it was trained on.",
         )
-        return tuple(categories), "categories in ascending order of ids"
+        return tuple(categories), f"the categories of {source} in ascending order of ids"
     name_of = {category.id: category.name for category in categories}
-    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)), "category ids"
+    return tuple(
+        Category(label, name_of.get(label, UNUSED)) for label in range(num_classes)
+    ), f"the category ids of {source}"
 
 
 def coco_categories() -> tuple[Category, ...]:
