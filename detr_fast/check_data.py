@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -98,8 +97,7 @@ def check_image(record: ImageRecord) -> CheckedImage:
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
-    # reading silences Pillow's warnings for a moment, and threads that do so at once would leave them silent for good
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         checked = pool.map(check_image, records)
         return list(track(checked, f"{split}: reading images", len(records), console=console, transient=True))
 

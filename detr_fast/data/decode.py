@@ -2,8 +2,8 @@
 
 The content decides how a file is read, never its ending. Gray and palette images become RGB, alpha is dropped without
 blending, CMYK goes through Pillow's conversion, 16-bit gray keeps its upper 8 bits, an animation gives its first frame.
-EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. Decoders are
-others' code: whatever they raise is the image's fault, one UserError that names it.
+EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. A TIFF's own orientation
+is applied. Decoders are others' code: whatever they raise is the image's fault, one UserError that names it.
 """
 
 import io
