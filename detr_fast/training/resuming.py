@@ -15,10 +15,10 @@ from detr_fast.data.shapes import is_shapes
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.run_folder import RunFolder
 
-TAKES_EFFECT = "takes effect at once"
+TAKES_EFFECT = "take effect at once"
 SAME_UPDATE = "may change as long as an update keeps its number of images"
 SAME_CONTENT = "may lie elsewhere, with the same annotations"
-FIXED = "fixed: another value is refused"
+FIXED = "are fixed: another value is refused"
 
 ON_RESUMING: dict[str, tuple[str, ...]] = {
     TAKES_EFFECT: (
@@ -57,8 +57,8 @@ def spelt(name: str, value: Any) -> str:
 
 def options_table() -> str:
     """Write `ON_RESUMING` as a Markdown table."""
-    rows = (f"| {', '.join(f'`{flag(name)}`' for name in group)} | {rule} |" for rule, group in ON_RESUMING.items())
-    return "\n".join(("| on resuming | |", "|---|---|", *rows))
+    rows = (f"| {rule} | {', '.join(f'`{flag(name)}`' for name in group)} |" for rule, group in ON_RESUMING.items())
+    return "\n".join(("| on resuming | options |", "|---|---|", *rows))
 
 
 def resumed_path(resume: str | None, output: str) -> Path | None:
