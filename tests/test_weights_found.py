@@ -32,7 +32,7 @@ from detr_fast.data.annotations import Category
 from detr_fast.evaluate import evaluation_dataset
 from detr_fast.export import write_weights
 from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
-from detr_fast.weights.pickles import STAND_INS, read_pickle
+from detr_fast.weights.pickles import STAND_INS, NumpyArray, NumpyDtype, numpy_scalar, read_pickle
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 32,
@@ -199,6 +199,9 @@ PLAIN = {
     "counts": collections.Counter("abc"),
     "last": collections.deque([1, 2], 5),
     "bytes": b"",
+    "no numbers": np.array([]),
+    "no rows": np.zeros((0, 3)),
+    "no text": np.array([], dtype="U1"),
     "options": types.SimpleNamespace(lr=argparse.Namespace(a=1)),
 }
 
@@ -221,6 +224,7 @@ def test_plain_values_beside_the_weights_do_not_matter(
 
 def test_numpy_values_are_what_they_were(tmp_path: Path) -> None:
     arrays = [np.arange(6, dtype=">f4").reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.ones((), "?")]
+    arrays += [np.array([]), np.zeros((0, 3), "i2")]
     numbers = [np.float32(0.5), np.int64(-3), np.complex64(1j), np.bool_(True)]
     torch.save([arrays, numbers], tmp_path / "values.pth")
     found_arrays, found_numbers = read_pickle(tmp_path / "values.pth")
@@ -231,6 +235,15 @@ def test_numpy_values_are_what_they_were(tmp_path: Path) -> None:
 def test_only_what_is_ours_is_called() -> None:
     """Whatever a file asks for by an allowed name, no code of NumPy or of another library makes it."""
     assert {made.__module__ for made, _ in STAND_INS} == {"argparse", "detr_fast.weights.pickles"}
+
+
+@pytest.mark.parametrize(("dtype", "data"), [(argparse.Namespace(dtype=np.dtype("U2")), b"ABCD" * 2), ("f4", "text")])
+def test_numpy_values_of_other_parts_are_no_numbers(dtype: Any, data: Any) -> None:
+    """Whatever has an attribute `dtype`, a file can make: text, records and objects would come of it."""
+    made = NumpyDtype(dtype) if isinstance(dtype, str) else dtype
+    for make in (partial(numpy_scalar, made, data), partial(NumpyArray().__setstate__, (1, (2,), made, False, data))):
+        with pytest.raises(pickle.UnpicklingError, match=r"a NumPy value has a (Namespace|str) as its"):
+            make()
 
 
 def test_dictionaries_within_dictionaries_are_looked_at_once(weights: Weights) -> None:

@@ -95,9 +95,27 @@ class NumpyDtype:
             self.dtype = self.dtype.newbyteorder(">")
 
 
-def numpy_scalar(dtype: NumpyDtype, data: bytes) -> Any:
+def no_bytes(*_: Any) -> bytes:
+    """Return what torch's files say so: they hold empty bytes as a call of `bytes`, and no others."""
+    return b""
+
+
+def numbers(dtype: object, data: object) -> np.ndarray | None:
+    """Return what NumPy pickled as `data`; None for what is no numbers. Raises UnpicklingError where either is another
+    object than NumPy puts there."""
+    if not isinstance(dtype, NumpyDtype):
+        raise pickle.UnpicklingError(f"a NumPy value has a {type(dtype).__name__} as its type")
+    if dtype.dtype is None:
+        return None
+    if not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"a NumPy value has a {type(data).__name__} as its content")
+    return np.frombuffer(data, dtype.dtype) if data else np.zeros(0, dtype.dtype)
+
+
+def numpy_scalar(dtype: object, data: object) -> Any:
     """Return the Python number that NumPy pickled as `data`; what is no number is left aside."""
-    return Inert() if dtype.dtype is None else np.frombuffer(data, dtype.dtype, count=1)[0].item()
+    values = numbers(dtype, data)
+    return Inert() if values is None else values[0].item()
 
 
 class NumpyArray:
@@ -108,9 +126,10 @@ class NumpyArray:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        if dtype.dtype is not None:
-            values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-            self.values = values.astype(dtype.dtype.newbyteorder("="))
+        values = numbers(dtype, data)
+        if values is not None:
+            values = values.reshape(shape, order="F" if fortran else "C")
+            self.values = values.astype(values.dtype.newbyteorder("="))
 
 
 STAND_INS = [
@@ -120,6 +139,7 @@ STAND_INS = [
     (NumpyArray, "numpy.ndarray"),
     *((numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((NumpyArray, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (no_bytes, "builtins.bytes"),
     (PlainList, "collections.deque"),
     *(
         (PlainDict, name)
@@ -143,10 +163,7 @@ STAND_INS = [
             *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
             *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
             *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-            *(
-                f"builtins.{name}"
-                for name in ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "str", "tuple")
-            ),
+            *(f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "int", "list", "str", "tuple")),
             *(f"numpy.{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)),
             *("numpy.bool", "numpy.bool_"),
             "decimal.Decimal",
