@@ -1,7 +1,9 @@
 """Hugging Face's preprocessor_config.json: written with a folder, and followed where it is read, or refused by key."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from detr_fast import DETR, build_model, load_model
 from detr_fast.config import UserError
@@ -65,10 +68,74 @@ def test_a_folder_keeps_what_the_model_expects(folder: Path) -> None:
         assert loaded.categories == PETS  # ids too, which Hugging Face's files do not have
 
 
-def test_names_that_were_changed_in_the_folder_count(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "hound", "2": "cat"}}  # and a gap
+def configured(folder: Path, **values: Any) -> Path:
+    """The folder with `values` changed in its config.json."""
+    config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(json.dumps(config))
-    assert load_model(folder).categories == (Category(0, "hound"), Category(1, "N/A"), Category(2, "cat"))
+    return folder
+
+
+def test_names_that_were_changed_in_the_folder_count(folder: Path) -> None:
+    configured(folder, id2label={"0": "hound", "2": "cat"})  # and a gap
+    for path in (folder, folder / "model.safetensors"):
+        assert load_model(path).categories == (Category(0, "hound"), Category(1, "N/A"), Category(2, "cat"))
+
+
+@pytest.fixture
+def single_files(folder: Path, tmp_path: Path) -> list[Path]:
+    """The folder's weights as transformers writes them, without what we add, in each kind of file."""
+    tensors = load_file(folder / "model.safetensors")
+    for file in folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    return [tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"]
+
+
+def test_a_file_of_a_folder_is_read_as_the_folder(single_files: list[Path], folder: Path) -> None:
+    there = configured(said(single_files[0].parent, size=480, max_size=640), encoder_attention_heads=4, dilation=True)
+    whole = load_model(there)
+    assert (whole.config.num_heads, whole.config.dilation, whole.config.image_size) == (4, True, 480)
+    for file in single_files:
+        alone = load_model(file)
+        assert alone.config == whole.config and alone.categories == whole.categories
+
+
+def test_what_lies_beside_another_detr_is_not_its(single_files: list[Path], folder: Path) -> None:
+    """Neither a Hugging Face folder nor the config.json of a run says anything of facebookresearch's file."""
+    there = configured(single_files[0].parent, encoder_attention_heads=4)
+    write_weights(load_model(folder), there / "facebook.pth", "facebook")
+    tensors = torch.load(there / "facebook.pth", weights_only=True)["model"]
+    torch.save({"model": tensors}, there / "facebook.pth")
+    assert load_model(there / "facebook.pth").config.num_heads == 8
+    (there / "config.json").write_text('{"epochs": 3}')
+    assert load_model(single_files[1]).config.num_heads == 8
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "table-transformer", "bart", 5])
+def test_another_model_is_named_by_its_config(kind: Any, single_files: list[Path]) -> None:
+    """Whether its names are DETR's, as Table Transformer's, or not at all."""
+    there = configured(single_files[0].parent, model_type=kind)
+    if kind == "bart":
+        save_file({"model.shared.weight": torch.zeros(2, 2)}, single_files[0])
+    for path in (there, single_files[0]):
+        for use in (load_model, partial(load_for_fine_tuning, build_model("detr_tiny"))):
+            with pytest.raises(UserError, match=f"is a model of type {kind}, not a DETR"):
+                use(path)
+
+
+def test_a_translator_is_no_detr(tmp_path: Path) -> None:
+    torch.save({"model.decoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "bart.bin")
+    for use in (load_model, partial(load_for_fine_tuning, build_model("detr_tiny"))):
+        with pytest.raises(UserError, match="does not look like a DETR"):
+            use(tmp_path / "bart.bin")
+
+
+def test_classes_without_names_are_the_same_from_folder_and_file(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
+        out = exported(build_model("detr_r50", hidden_dim=32, **SMALL), tmp_path)
+        assert load_model(out).categories == load_model(out / "model.safetensors").categories
 
 
 DEFAULT = (800, 1333, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -44,7 +44,7 @@ def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None
     it, and `dilation` (DC5) comes from the argument, else from the file's training options or config.json, else from
     "dc5" in the path's last part.
     """
-    require(weights.is_detr, f"{file.path} {no_detr(weights)}")
+    require_detr(file, weights)
     if lacking := weights.lacking(HEAD_WEIGHTS):
         raise UserError(f"{file.path} {without_heads(lacking)}")
     visible = visible_architecture(weights)
@@ -63,6 +63,13 @@ def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None
             f"its first names are {listed(sorted(weights.tensors), 3)}."
         )
     return make_config(file, values | preprocessed(file))
+
+
+def require_detr(file: WeightsFile, weights: NamedWeights) -> None:
+    """Raises UserError for what is another model, by its config.json or by its names."""
+    kind = file.huggingface_config.get("model_type", "detr")
+    require(kind == "detr", f"{file.path} is a model of type {brief(kind)}, not a DETR: its config.json says so.")
+    require(weights.is_detr, f"{file.path} {no_detr(weights)}")
 
 
 def no_detr(weights: NamedWeights) -> str:
@@ -116,8 +123,6 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
     config = file.huggingface_config
     if not config:
         return {}
-    kind = config.get("model_type", "detr")
-    require(kind == "detr", f"{file.path} is a model of type {brief(kind)}, not a DETR: its config.json says so.")
     kept = {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False}
     for name, value in kept.items():
         if config.get(name, value) != value:

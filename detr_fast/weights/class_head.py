@@ -83,7 +83,7 @@ def class_names(
         return chosen, f"{file.path}: its labels are {labels}"
     if stated:
         return stated, None
-    if num_classes == COCO_NUM_CLASSES and file.model_config is None:
+    if num_classes == COCO_NUM_CLASSES:
         return coco_categories(), (
             f"{file.path} names none of its {num_classes} classes: COCO's names are assumed. "
             "If it was trained on others, name them with --categories FILE.json, a COCO json."

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detr_fast.config import UserError
+from detr_fast.weights.naming import NamedWeights
 from detr_fast.weights.pickles import RESAVE, brief, listed, read_pickle
 from detr_fast.weights.wrappings import find_weights
 
@@ -120,6 +121,7 @@ def _read_torch(path: Path) -> WeightsFile:
     options = content.get("args", content.get("hyper_parameters"))
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     ours = "model_config" in content
+    config, preprocessor = _beside(path, found.tensors)
     place = ".".join(map(brief, found.place))
     return WeightsFile(
         path,
@@ -127,6 +129,8 @@ def _read_torch(path: Path) -> WeightsFile:
         content.get("model_config"),
         content.get("categories") if ours else None,
         options if isinstance(options, dict) else {},
+        config,
+        preprocessor,
         notes=(f"{path}: the averaged weights are read, under {place}",) if found.averaged and not ours else (),
     )
 
@@ -143,15 +147,21 @@ def _read_safetensors(path: Path) -> WeightsFile:
     """Tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
     tensors, metadata = _open_safetensors(path)
     ours = {name: _parse_json(path, metadata[name]) for name in ("model_config", "categories") if name in metadata}
-    config = _read_json(path.parent / HUGGING_FACE_CONFIG)
-    beside = config.get("model_type") == "detr"
+    config, preprocessor = _beside(path, tensors)
     return WeightsFile(
-        path,
-        _require_tensors(path, tensors),
-        **ours,
-        huggingface_config=config if beside and not ours else {},
-        preprocessor=_read_json(path.parent / PREPROCESSOR_CONFIG) if beside else {},
+        path, _require_tensors(path, tensors), **ours, huggingface_config=config, preprocessor=preprocessor
     )
+
+
+def _beside(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json and preprocessor_config.json beside a file, where they belong to it: they are Hugging Face's,
+    and it is no DETR that is named otherwise."""
+    weights = NamedWeights.recognise(tensors)
+    if weights.is_detr and not weights.naming.startswith("huggingface"):
+        return {}, {}
+    config = _read_json(path.parent / HUGGING_FACE_CONFIG)
+    kind = config.get("model_type")
+    return config if kind else {}, _read_json(path.parent / PREPROCESSOR_CONFIG) if kind == "detr" else {}
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

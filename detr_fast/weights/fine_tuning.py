@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_fast.config import UserError, require
+from detr_fast.config import UserError
 from detr_fast.model.detr import DETR
-from detr_fast.weights.architecture import no_detr, visible_architecture
+from detr_fast.weights.architecture import require_detr, visible_architecture
 from detr_fast.weights.class_head import class_names, fit_class_head
 from detr_fast.weights.files import WeightsFile, read_weights_file
 from detr_fast.weights.loading import fill
@@ -47,7 +47,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     """
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)
-    require(weights.is_detr, f"{path} {no_detr(weights)}")
+    require_detr(file, weights)
     rows = visible_architecture(weights).get("num_classes")
     source, assumed = class_names(file, rows) if rows else (None, None)
     fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)

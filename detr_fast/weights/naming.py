@@ -71,6 +71,8 @@ TRUNK = {
     "huggingface": ("model.backbone.", "model.encoder.", "model.decoder.", "model.input_projection."),
 }
 """What the names of the backbone and the transformer begin with; the rest are heads and queries."""
+IMAGE_SIDE = ("backbone.", "input_proj.", "model.backbone.", "model.input_projection.")
+"""What the names before the transformer begin with."""
 HEADS = ("class_embed", "bbox_embed", "query_embed")
 """The rest, in our naming: what a detector can learn anew."""
 HEAD_WEIGHTS = (
@@ -140,7 +142,9 @@ class NamedWeights:
 
     @property
     def is_detr(self) -> bool:
-        return any(anchor in self.tensors for anchor in ANCHORS)
+        """Whether there is a transformer as DETR's, and what feeds it with an image: translators have the first."""
+        transformer = any(anchor in self.tensors for anchor in ANCHORS)
+        return transformer and any(name.startswith(IMAGE_SIDE) for name in self.tensors)
 
     def lacking(self, keys: Iterable[str]) -> list[str]:
         """Those of HEADS of which any of our `keys` is missing here."""
