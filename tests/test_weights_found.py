@@ -373,6 +373,30 @@ def test_queries_are_kept_as_many_as_both_have(own_queries: int, said: str, weig
     assert torch.equal(own.query_embed.weight[rows:], fresh[rows:])
 
 
+@pytest.mark.parametrize("stated_in", ["our configuration", "options", "config.json"])
+def test_training_begins_with_what_the_weights_were_made_for(
+    stated_in: str, model: DETR, weights: Weights, tmp_path: Path
+) -> None:
+    """Neither attention heads nor DC5 are seen in shapes; the first make weights useless, the second does not."""
+
+    def written(num_heads: int, dilation: bool) -> Path:
+        if stated_in == "config.json":
+            save_file(export_state_dict(model, "huggingface"), tmp_path / "model.safetensors")
+            config = {"model_type": "detr", "encoder_attention_heads": num_heads, "dilation": dilation}
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            return tmp_path
+        stated = {"num_heads": num_heads, "nheads": num_heads, "dilation": dilation}
+        ours = stated_in == "our configuration"
+        torch.save({"model": weights, "model_config" if ours else "args": stated}, tmp_path / "stated.pth")
+        return tmp_path / "stated.pth"
+
+    with pytest.raises(UserError, match=r"num_heads=4, and the model of 8.*num_heads=4\)"):
+        load_for_fine_tuning(own_model(), written(4, False))
+    assert not load_for_fine_tuning(own_model(num_heads=4, dilation=True), written(4, True)).notes
+    noted = load_for_fine_tuning(own_model(), written(8, True)).notes
+    assert len(noted) == 1 and "has dilation=True, here it is False" in noted[0]
+
+
 def test_no_one_is_told_to_build_no_layers(model: DETR, weights: Weights) -> None:
     for names in (before("layers.", {"a": torch.zeros(1)}), without(weights, "transformer.decoder")):
         with pytest.raises(UserError) as raised:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
 from detr_fast.model.detr import DETR
-from detr_fast.weights.architecture import require_detr, visible_architecture
+from detr_fast.weights.architecture import from_args, from_huggingface, require_detr, visible_architecture
 from detr_fast.weights.class_head import class_names, fit_class_head
 from detr_fast.weights.files import WeightsFile, read_weights_file
 from detr_fast.weights.loading import fill
 from detr_fast.weights.naming import HEADS, NamedWeights, counterparts
-from detr_fast.weights.pickles import listed
+from detr_fast.weights.pickles import brief, listed
 from detr_fast.weights.preprocessing import preprocessed
 
 
@@ -48,6 +48,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)
     require_detr(file, weights)
+    otherwise = other_computation(model, file)
     rows = visible_architecture(weights).get("num_classes")
     source, assumed = class_names(file, rows) if rows else (None, None)
     fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)
@@ -62,7 +63,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
         fill(model, NamedWeights(tensors, named.naming))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    notes = [*file.notes, *([assumed] if assumed and classes else []), *other_input(model, file)]
+    notes = [*file.notes, *([assumed] if assumed and classes else []), *otherwise, *other_input(model, file)]
     return Kept(classes, new if fits else ["class_embed", *new], [*weights.left_out, *outside], notes)
 
 
@@ -84,6 +85,25 @@ def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[st
         fitted |= {counterparts(key, weights.naming)[0]: value for key, value in values.items()}
         new.append(what)
     return fitted, new
+
+
+def other_computation(model: DETR, file: WeightsFile) -> list[str]:
+    """Say what the file's detector computes otherwise with weights of the same shapes. Raises UserError where these
+    would be of no use to `model`."""
+    stated = file.model_config if isinstance(file.model_config, dict) else {}
+    stated = {**from_args(file.args), **from_huggingface(file), **stated}
+    heads = stated.get("num_heads", model.config.num_heads)
+    require(
+        heads == model.config.num_heads,
+        f"{file.path} has attention of num_heads={brief(heads)}, and the model of {model.config.num_heads}: the "
+        "weights would compute something else. Start from others, or make the model with "
+        f"build_model(..., num_heads={brief(heads)}).",
+    )
+    return [
+        f"{file.path}: its detector has {name}={brief(stated[name])}, here it is {getattr(model.config, name)}"
+        for name in ("dilation", "source_position")
+        if stated.get(name, getattr(model.config, name)) != getattr(model.config, name)
+    ]
 
 
 def other_input(model: DETR, file: WeightsFile) -> list[str]:
