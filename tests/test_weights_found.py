@@ -33,6 +33,7 @@ from detr_fast.evaluate import evaluation_dataset
 from detr_fast.export import write_weights
 from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
 from detr_fast.weights.pickles import STAND_INS, NumpyArray, NumpyDtype, numpy_scalar, read_pickle
+from detr_fast.weights.wrappings import DEEPEST, state_dicts
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 32,
@@ -99,8 +100,24 @@ KEPT_AS: dict[str, Callable[[Weights], Any]] = {
     "a larger teacher": lambda w: {"teacher": other(w) | {"a": torch.zeros(1)}, "model": w},
     "inside two modules": lambda w: before("net.detr.", w),
     "student and EMA in one": lambda w: before("student.", other(w)) | before("ema.", w),
+    "EMA by a name with capitals": lambda w: {"modelEMA": w, "model": other(w)},
+    "no EMA by its letters": lambda w: {"swap": other(w), "average_grad": other(w), "model": w},
+    "an EMA of parameters alone in one": lambda w: {
+        **before("model.", w),
+        **{f"ema.{name}": value + 1 for name, value in w.items() if "running" not in name},
+    },
+    "EMA beside more of the loss": lambda w: {
+        **before("ema.", w),
+        **before("net.", other(w) | {"criterion.a": torch.ones(4)}),
+    },
+    "moments before them": lambda w: {"exp_avg": other(w), "best": {"momentum": other(w), "weights": w}},
+    "gradients in one": lambda w: before("grad.", other(w)) | before("weights.", w),
+    "little under a usual key": lambda w: {"net": {"scale": torch.ones(1)}, "weights": w},
     "NumPy arrays": lambda w: {"model": {key: value.numpy() for key, value in w.items()}},
 }
+
+AVERAGED = ("RT-DETR's EMA", "EMA before the model", "EMA by a name with capitals")
+"""Those whose weights are another dictionary than the model's, which is said."""
 
 
 @pytest.mark.parametrize("naming", ["facebook", "huggingface"])
@@ -110,12 +127,37 @@ def test_weights_are_found_wherever_they_are_kept(kept_as: str, naming: Naming, 
     torch.save(content, tmp_path / "last.ckpt")
     loaded = load_model(tmp_path / "last.ckpt")
     assert_same_weights(model, loaded)
-    assert ("averaged" in " ".join(loaded.notes)) == ("EMA" in kept_as and kept_as[0] in "RE")
+    assert ("averaged" in " ".join(loaded.notes)) == (kept_as in AVERAGED)
     into = build_model("detr_r50", num_classes=3, **SMALL)
     if kept_as != "NumPy arrays":
         load_state_dict(into, content)
         assert_same_weights(model, into)
     load_for_fine_tuning(into, tmp_path / "last.ckpt")
+
+
+def test_a_choice_that_nothing_says_is_told(model: DETR, weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "two.pth"
+    torch.save({"detector": weights, "epoch": 3, "best": {"detector": other(weights)}}, path)
+    loaded = load_model(path)
+    assert_same_weights(model, loaded)
+    said = f"{path}: the weights under detector are read, not those of the same names under best.detector"
+    assert said in loaded.notes and said in load_for_fine_tuning(own_model(), path).notes
+    torch.save({"teacher": other(weights), "student": weights}, path)
+    assert not any("are read" in note for note in load_model(path).notes)
+
+
+def test_names_that_would_become_one_are_kept_apart(weights: Weights) -> None:
+    twice = weights | {"module.class_embed.weight": weights["class_embed.weight"] + 1}
+    with pytest.raises(UserError, match=r"unexpected: module\.class_embed\.weight"):
+        load_state_dict(build_model("detr_r50", num_classes=3, **SMALL), twice)
+
+
+def test_dictionaries_are_followed_to_a_depth() -> None:
+    """Each has the keys that lead to it: a chain of them in a small file would fill the memory."""
+    chain: dict[str, Any] = {}
+    for _ in range(50):
+        chain = {"a": chain, "weight": torch.zeros(1)}
+    assert [len(found.place) for found in state_dicts(chain)] == list(range(DEEPEST + 1))
 
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".bin", ".safetensors", ""])

@@ -122,7 +122,10 @@ def _read_torch(path: Path) -> WeightsFile:
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     ours = "model_config" in content
     config, preprocessor = _beside(path, found.tensors)
-    place = ".".join(map(brief, found.place))
+    place, *others = (".".join(map(brief, each)) or "no key" for each in (found.place, *found.passed_over))
+    notes = [f"{path}: the averaged weights are read, under {place}"] if found.averaged and not ours else []
+    if others:
+        notes.append(f"{path}: the weights under {place} are read, not those of the same names under {listed(others)}")
     return WeightsFile(
         path,
         _require_tensors(path, found.tensors),
@@ -131,7 +134,7 @@ def _read_torch(path: Path) -> WeightsFile:
         options if isinstance(options, dict) else {},
         config,
         preprocessor,
-        notes=(f"{path}: the averaged weights are read, under {place}",) if found.averaged and not ours else (),
+        notes=tuple(notes),
     )
 
 

@@ -1,8 +1,9 @@
 """Weights as people keep them: under which key of a file they lie, and what wrappers put before their names."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from detr_fast.weights.pickles import NumpyArray, brief, listed
 
 PREFERRED = ("model", "model_state_dict", "state_dict", "net", "network", "student")
 """Keys to look at first, where several hold as much."""
-AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averag|shadow)")
+AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averag[a-z]*|shadow)(_|$)")
+NO_WEIGHTS = re.compile(r"(^|_)(exp_avg|moments?|momentum(_buffers?)?$|grads?|gradients?|optim|optimizers?)(_|$)")
+"""What an optimizer keeps under the names of weights."""
 DEEPEST = 4
 
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -29,10 +32,18 @@ class Found:
     tensors: dict[str, Tensor]
     place: tuple[str, ...] = ()
     """The keys that lead to it."""
+    passed_over: tuple[tuple[str, ...], ...] = ()
+    """Where the same names are as well, if nothing says which of them are meant."""
 
     @property
     def averaged(self) -> bool:
-        return any(AVERAGED.search(key.lower()) for key in self.place)
+        return any(says(AVERAGED, key) for key in self.place)
+
+
+def says(what: re.Pattern[str], key: str) -> bool:
+    """Whether `what` is among the words of a key, however they are joined: modelEMA and model_ema are the same."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
+    return what.search("_".join(words).lower()) is not None
 
 
 def find_weights(content: Any) -> Found:
@@ -53,7 +64,12 @@ def find_weights(content: Any) -> Found:
 
     chosen = min(trained, key=order)
     averaged = [one for one in found if one.averaged and len(one.tensors) >= len(chosen.tensors)]
-    return min(averaged, key=order, default=chosen)
+    if averaged:
+        return min(averaged, key=order)
+    if order(chosen)[0] < len(PREFERRED):
+        return chosen
+    rivals = (one.place for one in trained if one is not chosen and one.tensors.keys() == chosen.tensors.keys())
+    return replace(chosen, passed_over=tuple(rivals))
 
 
 def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
@@ -69,7 +85,8 @@ def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
         named = [(key, value) for key, value in items if isinstance(key, str)]
         if tensors := {key: tensor for key, value in named if (tensor := as_tensor(value)) is not None}:
             yield Found(tensors, place)
-        waiting += [(value, (*place, key)) for key, value in named if isinstance(value, dict)]
+        inner = [(key, value) for key, value in named if isinstance(value, dict) and not says(NO_WEIGHTS, key)]
+        waiting += [(value, (*place, key)) for key, value in inner]
 
 
 def as_tensor(value: Any) -> Tensor | None:
@@ -101,13 +118,25 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
     """Return what stands before the first of `anchors` that ends any of `names`: averaged weights' where there are
-    several, else the shortest. None where no name ends so."""
+    several and these hold as much, else the shortest. None where no name ends so."""
     names = list(names)
     for anchor in anchors:
-        prefixes = {name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}")}
+        ending = (name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}"))
+        prefixes = {prefix for prefix in ending if not says(NO_WEIGHTS, prefix)}
         if prefixes:
-            return min(prefixes, key=lambda prefix: (not AVERAGED.search(prefix.lower()), len(prefix), prefix))
+            held = Counter(prefix for name in names if (prefix := nearest(name, prefixes)) is not None)
+            most = max(held.values())
+            averaged = {prefix for prefix in prefixes if says(AVERAGED, prefix)}
+            whole = {prefix for prefix in averaged if held[prefix] == most}
+            return min(whole or prefixes - averaged or averaged, key=lambda prefix: (len(prefix), prefix))
     return None
+
+
+def nearest(name: str, prefixes: Container[str]) -> str | None:
+    """Return the longest of `prefixes` that a name of the model's own follows in `name`."""
+    ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+    found = next((name[:end] for end in reversed(ends) if name[:end] in prefixes), None)
+    return None if found is None or name.removeprefix(found).startswith(BESIDE_THE_MODEL) else found
 
 
 def unwrapped(state_dict: Mapping[str, Tensor], anchors: Iterable[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
