@@ -1,6 +1,8 @@
 """Every fact about a model or a run, stated once: frozen dataclasses, named presets, checked when made."""
 
 import difflib
+import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
@@ -36,7 +38,8 @@ class Checked:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises UserError for a key that is no field, with the nearest name, for one that is missing, and for a value
         of another type."""
-        require(isinstance(values, dict), f"{cls.__name__} is made of names and values, not of {values!r:.100}.")
+        if not isinstance(values, dict):
+            raise UserError(f"{cls.__name__} is made of names and values, not of {reprlib.repr(values)}.")
         kinds = get_type_hints(cls)
         hints = {each.name: kinds[each.name] for each in fields(cls)}
         needed = [each.name for each in fields(cls) if each.default is MISSING and each.default_factory is MISSING]
@@ -49,7 +52,7 @@ class Checked:
             try:
                 check_type(value, hints[key])
             except TypeCheckError as error:
-                raise UserError(f"{cls.__name__} key {key!r}: {value!r} {error}.") from error
+                raise UserError(f"{cls.__name__} key {key!r}: {reprlib.repr(value)} {error}.") from error
         return cls(**tupled)
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,9 +88,9 @@ class ModelConfig(Checked):
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 1, f"num_classes must be at least 1, got {self.num_classes}.")
-        require(self.num_queries >= 1, f"num_queries must be at least 1, got {self.num_queries}.")
-        require(self.decoder_layers >= 1, f"decoder_layers must be at least 1, got {self.decoder_layers}.")
+        for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "feedforward_dim", "decoder_layers"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        require(self.encoder_layers >= 0, f"encoder_layers must not be negative, got {self.encoder_layers}.")
         require(
             self.hidden_dim % (2 * self.num_heads) == 0 and self.hidden_dim % 4 == 0,
             f"hidden_dim {self.hidden_dim} must be divisible by 4 and by twice num_heads ({self.num_heads}).",
@@ -97,6 +100,12 @@ class ModelConfig(Checked):
             1 <= self.image_size <= self.max_size,
             f"image_size {self.image_size} must be between 1 and max_size {self.max_size}. "
             "Give a smaller --image-size, or a larger --max-size too.",
+        )
+        require(self.max_size < 1 << 31, f"max_size must be less than 2147483648, got {self.max_size}.")
+        finite = all(map(math.isfinite, (*self.image_mean, *self.image_std)))
+        require(
+            finite and min(self.image_std) > 0,
+            f"image_mean {self.image_mean} and image_std {self.image_std} must be finite, and image_std positive.",
         )
 
 

@@ -21,6 +21,7 @@ from detr_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from detr_fast.training.distributed import World
 from detr_fast.training.resuming import (
     FIXED,
+    NEEDED,
     ON_RESUMING,
     SAME_CONTENT,
     TAKES_EFFECT,
@@ -271,6 +272,10 @@ def test_a_checkpoint_of_another_version_is_named(shapes_root: Path, tmp_path: P
     save_checkpoint(tmp_path / "last.pt", {"optimizer": {}, "options": {}})
     with pytest.raises(UserError, match=r"another version.*lacks .*processes.*--weights"):
         load_resumed(tmp_path / "last.pt")
+    for empty in ({}, 5, None):
+        save_checkpoint(tmp_path / "last.pt", dict.fromkeys(NEEDED, empty))
+        with pytest.raises(UserError, match=r"another version.*lacks optimizer\.state.*--weights"):
+            load_resumed(tmp_path / "last.pt")
 
 
 def test_a_run_goes_on_as_asked_from_another_folder(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from detr_fast.data.coco import CocoDataset, names
 from detr_fast.data.shapes import is_shapes
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.run_folder import RunFolder
+from detr_fast.weights.pickles import listed
 
 TAKES_EFFECT = "take effect at once"
 SAME_UPDATE = "may change as long as an update keeps its number of images"
@@ -70,7 +71,25 @@ def resumed_path(resume: str | None, output: str) -> Path | None:
     return last if last.exists() else None
 
 
-NEEDED = ("optimizer", "scaler", "model", "ema", "options", "progress", "data", "processes", "categories")
+NEEDED = (
+    "optimizer",
+    "scaler",
+    "model",
+    "ema",
+    "options",
+    "progress",
+    "data",
+    "processes",
+    "categories",
+    "model_config",
+)
+PARTS = {
+    "optimizer": ("state", "param_groups"),
+    "data": ("train", "val"),
+    "options": tuple(each.name for each in fields(TrainConfig)),
+    "model_config": tuple(each.name for each in fields(ModelConfig)),
+}
+"""What is read of the parts that are dictionaries."""
 
 
 def load_resumed(path: Path | None) -> dict[str, Any] | None:
@@ -79,11 +98,16 @@ def load_resumed(path: Path | None) -> dict[str, Any] | None:
         return None
     state = load_checkpoint(path)
     require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
-    lacking = [name for name in NEEDED if name not in state]
+    lacking = [name for name in NEEDED if name not in state] or [
+        f"{part}.{key}"
+        for part, keys in PARTS.items()
+        for key in keys
+        if not (isinstance(state[part], dict) and key in state[part])
+    ]
     require(
         not lacking,
-        f"--resume {path} was written by another version of detr_fast: it lacks {', '.join(lacking)}. Continue it with "
-        f"that version, or start a new run from its weights: --weights {path} and another --output.",
+        f"--resume {path} was written by another version of detr_fast: it lacks {listed(lacking, len(NEEDED))}. "
+        f"Continue it with that version, or start a new run from its weights: --weights {path} and another --output.",
     )
     return state
 
@@ -225,8 +249,8 @@ def changes(state: dict[str, Any], options: TrainConfig) -> str:
     before, now = state["options"], options.to_dict()
     told = (*ON_RESUMING[TAKES_EFFECT], *ON_RESUMING[SAME_UPDATE])
     other = [name for name in told if name not in ("output", "resume") and now[name] != before[name]]
-    listed = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
-    return f"resumed after step {state['progress']['step']}, {listed or 'as it was'}"
+    told_of = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
+    return f"resumed after step {state['progress']['step']}, {told_of or 'as it was'}"
 
 
 def evaluates_otherwise(state: dict[str, Any], config: ModelConfig) -> bool:

@@ -95,7 +95,7 @@ def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
         if config.backbone not in OWN_BACKBONES:
             model_config(config.backbone)  # raises for what is no timm model
         return config
-    except (UserError, TypeError, AttributeError) as error:
+    except (UserError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{file.path} describes no model that can be built: {brief(error, 300)}") from error
 
 
@@ -115,7 +115,7 @@ def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, A
 def from_args(args: dict[str, Any]) -> dict[str, Any]:
     """facebookresearch's training options, as far as the shapes do not say them."""
     names = {"dilation": ("dilation", bool), "nheads": ("num_heads", int), "dropout": ("dropout", float)}
-    return {ours: args[theirs] for theirs, (ours, kind) in names.items() if isinstance(args.get(theirs), kind)}
+    return {ours: args[theirs] for theirs, (ours, kind) in names.items() if type(args.get(theirs)) is kind}
 
 
 def from_huggingface(file: WeightsFile) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import NamedWeights, counterparts
 
 COCO_NUM_CLASSES = 91
+NO_ID = -1
+"""Of a class that the data does not have."""
 
 
 def fit_class_head(
@@ -30,7 +32,7 @@ def fit_class_head(
     """
     weights = NamedWeights.recognise(state_dict)
     own = {key: value for key, value in model.state_dict().items() if key.startswith("class_embed.")}
-    if not all(key in weights and weights[key].shape[1:] == value.shape[1:] for key, value in own.items()):
+    if not has_class_head(weights, own):
         return {**weights.tensors, **{counterparts(key, weights.naming)[0]: value for key, value in own.items()}}, []
     unknown = source_categories is None or own_categories is None
     if unknown and all(weights[key].shape == value.shape for key, value in own.items()):
@@ -39,6 +41,14 @@ def fit_class_head(
     head = {key: _fitted_rows(value, weights[key], [*rows.items(), (-1, -1)]) for key, value in own.items()}
     renamed = {counterparts(key, weights.naming)[0]: value for key, value in head.items()}
     return {**weights.tensors, **renamed}, [(own_categories or ())[row].name for row in rows]
+
+
+def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
+    """Whether the weights have rows for classes as those of the model's head, `own`: one of each of its tensors."""
+    if not all(key in weights and weights[key].dim() == value.dim() for key, value in own.items()):
+        return False
+    rows = {len(weights[key]) for key in own}
+    return len(rows) == 1 and 0 not in rows and all(weights[key].shape[1:] == own[key].shape[1:] for key in own)
 
 
 def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[int, int]:
@@ -101,9 +111,12 @@ def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ..
     labels = tuple(Category(label, str(names.get(str(label), UNUSED))) for label in range(num_classes)) if names else ()
     if file.categories is not None:
         try:
-            stated = tuple(Category(id=int(entry["id"]), name=str(entry["name"])) for entry in file.categories)
-        except (TypeError, KeyError, ValueError) as error:
+            stated = tuple(Category(id=entry["id"], name=str(entry["name"])) for entry in file.categories)
+        except (TypeError, KeyError, IndexError) as error:
             raise UserError(f"{file.path}: its categories are no list of ids and names.") from error
+        ids = [one.id for one in stated if one.id != NO_ID]
+        right = all(type(one) is int for one in ids) and len(ids) == len(set(ids))
+        require(right, f"{file.path}: the ids of its categories must be whole numbers, each once.")
         if not labels or [one.name for one in labels] == [one.name for one in stated]:
             size = f"{file.path}: it names {len(stated)} categories, its class head has {num_classes}."
             require(len(stated) == num_classes, size)
@@ -115,6 +128,7 @@ def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, 
     """Read the categories of a COCO json, or those given, in ascending order of ids. Raises UserError for another
     file."""
     if not isinstance(given, str | Path):
+        require(len(given) > 0, "categories: none are given: give one for each class, or None.")
         return tuple(sorted(given, key=lambda category: category.id))
     file = Path(given)
     return annotations.read_categories(file, annotations.section(file, annotations.load_json(file), "categories"))
@@ -124,7 +138,7 @@ def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tupl
     """Return the stated classes under the ids that `categories` has for their names; under -1, which no data has, where
     it lacks the name."""
     named = {spelling(category.name): category for category in categories}
-    return tuple(named.get(spelling(one.name), Category(-1, one.name)) for one in stated)
+    return tuple(named.get(spelling(one.name), Category(NO_ID, one.name)) for one in stated)
 
 
 def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:

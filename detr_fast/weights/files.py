@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
 from detr_fast.weights.naming import NamedWeights
 from detr_fast.weights.pickles import RESAVE, brief, listed, read_pickle
 from detr_fast.weights.wrappings import find_weights
@@ -129,13 +129,25 @@ def _read_torch(path: Path) -> WeightsFile:
     return WeightsFile(
         path,
         _require_tensors(path, found.tensors),
-        content.get("model_config"),
-        content.get("categories") if ours else None,
+        _plain(path, "model_config", content.get("model_config")),
+        _plain(path, "categories", content.get("categories")) if ours else None,
         options if isinstance(options, dict) else {},
         config,
         preprocessor,
         notes=tuple(notes),
     )
+
+
+def _plain(path: Path, name: str, stated: Any) -> Any:
+    """Return what a file states, once it is known to be short to write: lists within lists can be endless. Raises
+    UserError."""
+    for entry in stated if isinstance(stated, list) else [stated]:
+        for value in (*entry.keys(), *entry.values()) if isinstance(entry, dict) else [entry]:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                short = isinstance(one, str | float | None) or (isinstance(one, int) and one.bit_length() <= 64)
+                kind = type(one).__name__
+                require(short, f"{path}: its {name} holds a {kind} that is neither text nor a number of usual size.")
+    return stated
 
 
 def _of_torch(path: Path) -> bool:
@@ -149,7 +161,8 @@ def _of_torch(path: Path) -> bool:
 def _read_safetensors(path: Path) -> WeightsFile:
     """Tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
     tensors, metadata = _open_safetensors(path)
-    ours = {name: _parse_json(path, metadata[name]) for name in ("model_config", "categories") if name in metadata}
+    names = [name for name in ("model_config", "categories") if name in metadata]
+    ours = {name: _plain(path, name, _parse_json(path, metadata[name])) for name in names}
     config, preprocessor = _beside(path, tensors)
     return WeightsFile(
         path, _require_tensors(path, tensors), **ours, huggingface_config=config, preprocessor=preprocessor
@@ -179,8 +192,8 @@ def _read_folder(folder: Path) -> WeightsFile:
     """One file, or the shards that an index lists, config.json and preprocessor_config.json."""
     config, preprocessor = (_read_json(folder / name) for name in (HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG))
     names = ("model.safetensors", "pytorch_model.bin")
-    single = [folder / name for name in names if (folder / name).exists()]
-    index = next((file for name in names if (file := folder / f"{name}.index.json").exists()), None)
+    single = [folder / name for name in names if (folder / name).is_file()]
+    index = next((file for name in names if (file := folder / f"{name}.index.json").is_file()), None)
     if not single and index is None:
         found = sorted(str(file.relative_to(folder)) for pattern in INSIDE for file in folder.glob(pattern))
         hint = f" Inside are {listed(found)}: give one." if found else ""
@@ -198,9 +211,12 @@ def _shards(index: Path) -> list[Path]:
     """The files of a sharded model, each beside its index."""
     names = _read_json(index).get("weight_map", {})
     names = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not names or any(name in ("", ".", "..") or "\0" in name or Path(name).name != name for name in names):
         raise UserError(f"{index}: weight_map must name files in the same folder.")
-    return [index.with_name(name) for name in names]
+    shards = [index.with_name(name) for name in names]
+    lacking = [shard.name for shard in shards if not shard.is_file()]
+    require(not lacking, f"{index} names {listed(lacking)}, and there is no such file: copy or download it as well.")
+    return shards
 
 
 def _read_json(path: Path) -> dict[str, Any]:

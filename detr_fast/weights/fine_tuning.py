@@ -8,7 +8,7 @@ from torch import Tensor
 from detr_fast.config import UserError, require
 from detr_fast.model.detr import DETR
 from detr_fast.weights.architecture import from_args, from_huggingface, require_detr, visible_architecture
-from detr_fast.weights.class_head import class_names, fit_class_head
+from detr_fast.weights.class_head import class_names, fit_class_head, has_class_head
 from detr_fast.weights.files import WeightsFile, read_weights_file
 from detr_fast.weights.loading import fill
 from detr_fast.weights.naming import HEADS, NamedWeights, counterparts
@@ -54,8 +54,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)
     named = NamedWeights(fitted, weights.naming)
     own = model.state_dict()
-    head = [key for key in own if key.startswith("class_embed.")]
-    fits = all(key in weights and weights[key].shape[1:] == own[key].shape[1:] for key in head)
+    fits = has_class_head(weights, {key: value for key, value in own.items() if key.startswith("class_embed.")})
     heads, new = fitted_heads(own, named)
     outside = [name for name in named.unexpected(own) if not named.in_trunk(name)]
     tensors = {name: value for name, value in named.tensors.items() if name not in outside} | heads

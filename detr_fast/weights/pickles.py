@@ -190,14 +190,36 @@ def read_pickle(path: Path, data: bytes | None = None) -> Any:
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():  # type: ignore[arg-type]
             warnings.simplefilter("ignore")  # on a pickle's protocol: what cannot be read is told here
             if data is not None:
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             # torch's older format cannot be mapped into memory, nor a file whose name is not UTF-8
-            if zipfile.is_zipfile(path) and not any("\ud800" <= letter <= "\udfff" for letter in str(path)):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
+            elif zipfile.is_zipfile(path) and not any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with path.open("rb") as file:
+                    content = torch.load(file, map_location="cpu", weights_only=True)
+            return without_attributes(content)
     except UNREADABLE as error:
         raise UserError(f"{path} {obstacle(path, error)}.") from error
+
+
+def without_attributes(content: Any) -> Any:
+    """Return `content`, its dictionaries without attributes: a file can put any value in the place of a method."""
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, OrderedDict):
+            vars(value).clear()
+        if isinstance(value, argparse.Namespace):
+            waiting.append(vars(value))
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return content
 
 
 def obstacle(path: Path, error: BaseException) -> str:

@@ -13,6 +13,8 @@ from detr_fast.weights.pickles import brief
 BILINEAR = 2
 """Pillow's number of it."""
 TO_UNIT = 1 / 255
+LARGEST = 1e6
+"""Beyond what any statistics of pixels are, also of 16 bits; its inverse is less than what scales these."""
 
 
 def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
         shorter, longer = size.get("shortest_edge"), size.get("longest_edge")
     else:
         shorter, longer = size, said.get("max_size", default.max_size)
-    if type(shorter) is int and type(longer) is int and min(shorter, longer) >= 1:
+    if type(shorter) is int and type(longer) is int and 1 <= min(shorter, longer) <= max(shorter, longer) < 1 << 31:
         return min(shorter, longer), longer
     what = "only shortest_edge and longest_edge, which keep the aspect ratio, can be followed"
     raise UserError(refused(file, "size", size, what))
@@ -69,18 +71,22 @@ def statistics(file: WeightsFile, said: dict[str, Any]) -> tuple[tuple[float, ..
     for key, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
         values = said.get(key, getattr(default, key)) if said.get("do_normalize", True) else neutral
         values = tuple(values) if isinstance(values, list | tuple) else (values,) * 3
-        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        right = len(values) == 3 and numbers and (key == "image_mean" or min(values) > 0)
+        least = -LARGEST if key == "image_mean" else 1 / LARGEST
+        right = len(values) == 3 and all(between(least, value) for value in values)
         require(right, refused(file, key, said.get(key), "three numbers are needed, for image_std positive ones"))
         found.append(values)
     factor = said.get("rescale_factor", TO_UNIT) if said.get("do_rescale", True) else 1.0
-    good = type(factor) in (int, float) and math.isfinite(factor) and factor > 0
-    require(good, refused(file, "rescale_factor", factor, "a positive number is needed"))
+    require(between(1 / LARGEST, factor), refused(file, "rescale_factor", factor, "a positive number is needed"))
     scale = TO_UNIT / factor  # (x * factor - mean) / std is (x / 255 - mean * scale) / (std * scale)
     if math.isclose(scale, 1, rel_tol=1e-6):
         scale = 1.0
     mean, std = (tuple(float(value) * scale for value in values) for values in found)
     return mean, std
+
+
+def between(least: float, value: object) -> bool:
+    """Whether `value` is a number, no less than `least` and of usual size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 def refused(file: WeightsFile, key: str, value: object, what: str) -> str:

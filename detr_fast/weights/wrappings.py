@@ -80,9 +80,7 @@ def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
         if id(values) in seen or "param_groups" in values or len(place) > DEEPEST:
             continue
         seen.add(id(values))
-        # dict's own method: a file can hide an OrderedDict's behind an attribute
-        items = dict.items(values) if isinstance(values, dict) else values.items()
-        named = [(key, value) for key, value in items if isinstance(key, str)]
+        named = [(key, value) for key, value in values.items() if isinstance(key, str)]
         if tensors := {key: tensor for key, value in named if (tensor := as_tensor(value)) is not None}:
             yield Found(tensors, place)
         inner = [(key, value) for key, value in named if isinstance(value, dict) and not says(NO_WEIGHTS, key)]

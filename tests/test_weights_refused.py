@@ -1,0 +1,133 @@
+"""Files of weights that are damaged, hostile or of another kind: one sentence each, soon, and nothing else happens."""
+
+import collections
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detr_fast import DETR, build_model, export_state_dict, load_model
+from detr_fast.config import UserError
+from detr_fast.data.annotations import Category
+from detr_fast.weights import load_for_fine_tuning
+from detr_fast.weights.pickles import read_pickle
+
+SMALL: dict[str, Any] = {
+    "hidden_dim": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "feedforward_dim": 64,
+    "num_queries": 5,
+}
+PETS = [{"id": number, "name": name} for number, name in enumerate(("dog", "parrot", "cat"))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """A ResNet-50 of all its layers, each with few channels, so that files are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(narrow: None) -> DETR:
+    return build_model("detr_r50", num_classes=3, **SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: DETR) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}
+
+
+def refused(path: Path, said: str, load: Any = load_model) -> None:
+    """Expects one short sentence that begins with the file."""
+    with pytest.raises(UserError, match=said) as raised:
+        load(path)
+    message = str(raised.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 500
+
+
+def endless() -> list[Any]:
+    """A list of 60 lists, each twice in the next: written out, it would fill any memory."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+STATED: dict[str, tuple[dict[str, Any], list[Any], str]] = {
+    "no heads": ({"num_heads": 0}, PETS, "num_heads must be at least 1"),
+    "no width": ({"hidden_dim": 0}, PETS, "hidden_dim must be at least 1"),
+    "fewer layers than none": ({"encoder_layers": -1}, PETS, "encoder_layers must not be negative"),
+    "no spread": ({"image_std": (0.0, 1.0, 1.0)}, PETS, "image_std positive"),
+    "no number": ({"image_mean": (float("nan"), 1.0, 1.0)}, PETS, "must be finite"),
+    "an image beyond memory": ({"max_size": 1 << 40}, PETS, "max_size must be less"),
+    "a longer number": ({"num_heads": 10**400}, PETS, "model_config holds a int"),
+    "lists for a number": ({"num_heads": endless()}, PETS, "model_config holds a list"),
+    "lists for an entry": ({}, [endless()], "categories holds a list"),
+    "lists for a name": ({}, [{"id": 1, "name": endless()}], "categories holds a list"),
+    "an infinite id": ({}, [{"id": float("inf"), "name": "a"}] * 3, "whole numbers, each once"),
+    "half an id": ({}, [{"id": number + 0.7, "name": "a"} for number in range(3)], "whole numbers"),
+    "a flag as id": ({}, [{"id": True, "name": "a"}, *PETS[1:]], "whole numbers"),
+    "an id twice": ({}, [PETS[1], *PETS[1:]], "each once"),
+}
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", STATED)
+def test_what_a_file_states_is_checked_before_it_is_used(
+    kind: str, ending: str, model: DETR, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    change, categories, said = STATED[kind]
+    path, config = tmp_path / f"stated{ending}", model.config.to_dict() | change
+    if ending == ".pth":
+        torch.save({"model": weights, "model_config": config, "categories": categories}, path)
+    elif "lists" in kind or "longer" in kind:
+        pytest.skip("as json, it would be as long as it says")
+    else:
+        save_file(weights, path, {"model_config": json.dumps(config), "categories": json.dumps(categories)})
+    refused(path, said)
+
+
+def test_methods_are_not_what_a_file_says(model: DETR, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    inner, outer = collections.OrderedDict(weights), collections.OrderedDict(model=None, args=None)
+    options = collections.OrderedDict(nheads=4)
+    for each in (inner, outer, options):
+        each.get = each.keys = each.values = 5  # type: ignore[method-assign, assignment]
+    outer["model"], outer["args"] = inner, options
+    torch.save([outer], tmp_path / "methods.pth")
+    assert vars(read_pickle(tmp_path / "methods.pth")[0]["model"]) == {}
+    torch.save(outer, tmp_path / "methods.pth")
+    assert load_model(tmp_path / "methods.pth").config.num_heads == 4
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0b", "inner", "gone.safetensors"])
+def test_an_index_names_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for folder, shard in ((tmp_path, name), (tmp_path / "inner", "..")):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    said = "no such file: copy" if name in ("inner", "gone.safetensors") else "must name files in the same folder"
+    refused(tmp_path, said)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(2), torch.tensor(0.0), torch.zeros(0)])
+def test_a_class_head_whose_parts_differ_is_learned_anew(
+    bias: Tensor, model: DETR, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    changed = weights | {"class_embed.bias": bias}
+    torch.save({"model": changed, "model_config": model.config.to_dict(), "categories": PETS}, tmp_path / "cut.pth")
+    own = build_model("detr_r50", num_classes=2, **SMALL)
+    own.categories = (Category(1, "cat"), Category(2, "spoon"))
+    assert load_for_fine_tuning(own, tmp_path / "cut.pth").new == ["class_embed"]
+
+
+def test_no_categories_are_none_at_all(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(weights, tmp_path / "any.pth")
+    with pytest.raises(UserError, match="one for each class"):
+        load_model(tmp_path / "any.pth", categories=[])
