@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -13,6 +14,9 @@ import tyro
 from detr_fast.config import UserError, require
 
 Options = TypeVar("Options")
+
+LEAST_COLUMNS = 40
+"""Narrower, the layout of --help needs more memory than a machine has."""
 
 
 def run(
@@ -26,13 +30,17 @@ def run(
 
     `default` gives, from the same arguments, the values of options that are not given.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(in_one_spelling(sys.argv[1:] if argv is None else argv))
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have letters, or bytes, that no terminal here can show
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        values = {} if default is None else {"default": default(argv)}
+        refuse_empty(argv)
+        helping = not {"-h", "--help"}.isdisjoint(argv)
+        values = {} if default is None or helping else {"default": default(argv)}
         options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
         refuse_idle(options, argv)
         code = main(options)
@@ -47,6 +55,23 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain on leaving
         code = 128 + signal.SIGPIPE
     sys.exit(code or 0)
+
+
+def in_one_spelling(argv: Sequence[str]) -> Iterator[str]:
+    """Yield `argv` with hyphens in the names of options, and with the user's home for `~/`, which a shell leaves as it
+    is behind `=`."""
+    for word in argv:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        value = os.path.expanduser(value) if value.startswith("~/") else value
+        yield name.replace("_", "-") + equals + value
+
+
+def refuse_empty(argv: Sequence[str]) -> None:
+    """Raises UserError for a value of no letters, as an unset variable of a shell leaves it."""
+    for before, word in zip(("", *argv), argv, strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            name = before if word == "" and before.startswith("--") else word.rstrip("=")
+            raise UserError(f"{name or 'A value'} is empty: give a value, or leave it out.")
 
 
 def refuse_idle(options: object, argv: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
@@ -337,24 +338,30 @@ class TrainConfig(DataOptions, RuntimeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "lr_drop", "eval_every", "log_every"):
-            require(
-                getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}."
-            )
-        for name in (
-            *("batch_size", "accumulate", "effective_batch"),
-            *("lr", "lr_backbone", "weight_decay", "clip", "warmup_steps", "save_every"),
-        ):
-            require(
-                getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}."
-            )
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None:
+                option = f"--{name.replace('_', '-')}"
+                require(value >= least, f"{option} must be at least {least}, got {value}.")
+                require(value <= most, f"{option} must be at most {most}, got {value}.")
         require(self.no_object_weight > 0, f"--no-object-weight must be positive, got {self.no_object_weight}.")
-        require(0 <= self.ema < 1, f"--ema must be in [0, 1), got {self.ema}.")
+        require(self.ema < 1, f"--ema must be in [0, 1), got {self.ema}.")
         require(len(self.train_sizes) > 0 and min(self.train_sizes) > 0, "--train-sizes needs positive sizes.")
+        require(min(self.crop_sizes, default=1) > 0, "--crop-sizes needs positive sizes.")
         low, high = self.crop_range
         require(0 < low <= high, f"--crop-range {low} {high}: the smaller side comes first.")
 
 
+LARGEST_INT = 2**53
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "lr_drop", "eval_every", "log_every"), (1, LARGEST_INT)),
+    **dict.fromkeys(("batch_size", "accumulate", "effective_batch", "warmup_steps", "save_every"), (0, LARGEST_INT)),
+    **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
+    **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
+    **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1)},
+    **{"workers": (0, 1024), "seed": (-(2**63), 2**63 - 1)},
+}
+"""Least and most of every number that training is given; NaN is neither."""
 RECIPE_BATCH = 16
 """Images an update that the recipes' learning rates are made for: the original's published runs have 2 on each of 8
 GPUs."""

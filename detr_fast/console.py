@@ -13,6 +13,10 @@ class Console(rich.console.Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to `detr_fast.command.run`, where rich would exit with 1."""
+        raise BrokenPipeError
+
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
         """As rich's, but text is not broken into lines, so that a path in it can be copied; tables are."""
         if soft_wrap is None:

@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         return 0
     progress = progress_of(state, options, config, schedule.total_steps)
     if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
-        console.print(f"{options.output} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
+        console.print(f"{resumed} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
         return 0
     if state:
         console.print(changes(state, options))
@@ -130,10 +130,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             metadata=metadata
             | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
-        with deferred_interruption() as interruption, loop.display:
+        with closing(log) if log else nullcontext(), deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)
-        if log:
-            log.close()
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)
             console.print(last_line(folder, loop.progress))
@@ -151,8 +149,11 @@ def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_s
         f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
         f"{total_steps}. Give more --epochs.",
     )
-    if state and evaluates_otherwise(state, config):
+    otherwise = state is not None and evaluates_otherwise(state, config)
+    if otherwise:
         progress.best_ap = -math.inf
+    if progress.step == total_steps and (otherwise or not RunFolder(Path(options.output)).evaluation.exists()):
+        progress.evaluated_step = -1  # once more: the first was killed before it was written, or of another size
     return progress
 
 

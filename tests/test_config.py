@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
-from detr_fast.config import MODELS, RECIPES, ModelConfig, TrainConfig, UserError, model_config
+from detr_fast.config import LIMITS, MODELS, RECIPES, ModelConfig, TrainConfig, UserError, model_config
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RECIPES.values()])
@@ -31,6 +33,20 @@ def test_a_value_of_another_type_is_refused_with_its_key(values: dict) -> None:
 def test_senseless_sizes_are_refused(values: dict) -> None:
     with pytest.raises(UserError, match=next(iter(values))):
         ModelConfig(**values)
+
+
+def test_every_number_has_limits() -> None:
+    """And what is beyond, endless or no number at all is refused by name; so are sizes."""
+    numbers = {each.name for each in fields(TrainConfig) if {int, float} & {each.type, *get_args(each.type)}}
+    assert numbers - {"train_sizes", "crop_sizes", "crop_range"} == LIMITS.keys()
+    for name, (least, most) in LIMITS.items():
+        option = f"--{name.replace('_', '-')} must be at "
+        for value in (least - 1, most * 2 if most < 1e300 else float("inf"), float("nan")):
+            with pytest.raises(UserError, match=option):
+                TrainConfig(**{name: value})
+    for sizes in ({"train_sizes": (0,)}, {"crop_sizes": (-5,)}, {"crop_range": (9, 3)}):
+        with pytest.raises(UserError, match="--" + next(iter(sizes)).replace("_", "-")):
+            TrainConfig(**sizes)
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

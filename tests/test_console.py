@@ -13,9 +13,10 @@ from rich.text import Text
 
 from detr_fast.check_data import print_lines
 from detr_fast.command import run
-from detr_fast.config import UserError
+from detr_fast.config import TrainConfig, UserError
 from detr_fast.console import Console
 from detr_fast.doctor import DoctorConfig
+from detr_fast.train import default_options
 
 CHECKOUT = Path(__file__).parents[1]
 AWKWARD = ("try [v2]", "x[/old]", "[red]", "[/]", "a:smile:.jpg", "[link=x]y[/link]", "x" * 300)
@@ -85,13 +86,19 @@ def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("ending", "code"),
-    [("os.kill(os.getpid(), signal.SIGINT)", 130), ("os.close(read); print('x' * 100_000)", 141), ("0 / 0", 1)],
-    ids=["interrupted", "no longer read", "a fault of ours"],
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", 130),
+        ("os.close(read); print('x' * 100_000)", 141),
+        ("0 / 0", 1),
+        ("os.close(read); Console().print('x' * 100_000)", 141),
+    ],
+    ids=["interrupted", "no longer read", "a fault of ours", "no longer read, printed by rich"],
 )
 def test_how_a_command_ends_that_is_stopped(ending: str, code: int) -> None:
     """Ours alone shows where it happened."""
     program = (
         "import os, signal; from dataclasses import dataclass; from detr_fast.command import run\n"
+        "from detr_fast.console import Console\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(write)\n"
         f"def main(options):\n    {ending}\n"
         "Options = dataclass(type('Options', (), {}))\n"
@@ -102,3 +109,41 @@ def test_how_a_command_ends_that_is_stopped(ending: str, code: int) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
     )
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done.stderr
+
+
+def parsed(*argv: str) -> TrainConfig:
+    """The options that `train` gets from a command line."""
+    got: list[TrainConfig] = []
+    with pytest.raises(SystemExit) as ending:
+        run(got.append, TrainConfig, default_options, argv)
+    assert ending.value.code == 0
+    return got[0]
+
+
+def test_options_have_one_meaning_in_any_spelling() -> None:
+    """The recipe depends on some of them, before they are parsed."""
+    argv = ["--train-images", "a_b", "--train-annotations=c_d.json", "--val-images", "e", "--val-annotations", "f"]
+    respelled = [word.replace("-images", "_images").replace("-annotations", "_annotations") for word in argv]
+    assert argv != respelled and parsed(*argv) == parsed(*respelled)
+    assert (parsed(*argv).model, parsed(*argv).train_images) == ("detr_r50", "a_b")
+    assert parsed("--output=~/runs").output == parsed("--output", os.path.expanduser("~/runs")).output
+
+
+@pytest.mark.parametrize("argv", [["--resume", ""], ["--output="], ["--data", "shapes:64", "--weights", ""]])
+def test_an_empty_value_is_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        run(lambda options: None, TrainConfig, default_options, argv)
+    assert ending.value.code == 2
+    assert f"{argv[-2] if argv[-1] == '' else '--output'} is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["1", "39", "80"])
+def test_help_ends_on_any_terminal(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one column tyro's layout takes all memory. A run to resume that is not there is no reason to give none."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as ending:
+        run(lambda options: None, TrainConfig, default_options, ["--help", "--resume", "nowhere"])
+    assert ending.value.code == 0 and os.environ["COLUMNS"] == ("80" if columns == "80" else "40")
+    assert "--epochs" in capsys.readouterr().out

@@ -157,8 +157,17 @@ def test_an_option_that_never_has_an_effect_is_not_there(options_type: type, arg
     assert ending.value.code == 2
 
 
-@pytest.mark.parametrize("values", [{"image_size": 128}, {"max_size": 32}, {"image_size": 0}])
-@pytest.mark.parametrize("kind", [TrainConfig, EvaluateConfig])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *(
+            (kind, values)
+            for kind in (TrainConfig, EvaluateConfig)
+            for values in ({"image_size": 128}, {"max_size": 32})
+        ),
+        (EvaluateConfig, {"image_size": 0}),
+    ],
+)
 def test_an_image_size_above_the_largest_is_refused(kind: Any, values: dict[str, int], shapes_root: Path) -> None:
     options = kind(data=str(shapes_root), **values, **({"weights": "w"} if kind is EvaluateConfig else {}))
     model = default_options(["--model", "detr_tiny"])

@@ -97,22 +97,28 @@ def test_without_a_folder_for_temporary_files_one_message_says_so(
     assert "error: No usable temporary directory found in ['/tmp']. Set TMPDIR" in capsys.readouterr().err
 
 
-def test_a_user_without_name_home_or_cache_can_import_all_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("home", [None, "file"], ids=["no home", "a home that cannot be written"])
+def test_a_user_without_name_home_or_cache_can_import_all_of_it(home: str | None, tmp_path: Path) -> None:
     """As in `docker run --user 12345`: each of these kills torch's import, were it the first."""
-    code = """
+    code = f"""
 import os, pwd
-for name in ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME"):
+for name in ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME"):
     os.environ.pop(name, None)
+if {home!r}:
+    os.environ["HOME"] = {str(tmp_path / str(home))!r}
 def unknown(uid):
-    raise KeyError(f"getpwuid(): uid not found: {uid}")
+    raise KeyError("getpwuid(): uid not found")
 pwd.getpwuid = unknown
 import detr_kernels, detr_fast.doctor, detr_profiling.suite
-import getpass, torch
-print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir())
+import getpass, matplotlib, torch
+from detr_fast.data.shapes import cache_folder
+print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir(), matplotlib.get_cachedir())
+print(cache_folder(), os.environ["TRITON_HOME"])
 """
     (tmp_path / "file").touch()
     lacking = str(tmp_path / "file" / "folder")
-    name, cache, downloads = run_python(code, TORCHINDUCTOR_CACHE_DIR=lacking, TMPDIR=str(tmp_path)).split()
-    assert name == str(os.getuid())
-    assert downloads.startswith(f"{tmp_path}/cache_")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": lacking, "TMPDIR": str(tmp_path), "DETR_FAST_CACHE": ""}
+    name, cache, *others = run_python(code, **environment).split()
+    assert name == str(os.getuid()) and len(others) == 4
+    assert all(folder.startswith(f"{tmp_path}/cache_") for folder in others)
     assert Path(cache).parent == tmp_path and Path(cache).is_dir()

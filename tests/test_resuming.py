@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -74,7 +75,7 @@ def state_of(options: TrainConfig, processes: int = 1) -> dict[str, Any]:
 
 def ask(state: dict[str, Any], processes: int = 1, **asked: Any) -> TrainConfig:
     """The options that a run resumed from `state` has, where `asked` are given."""
-    options = located(replace(TrainConfig.from_dict(state["options"]), **asked))
+    options = located(replace(stored_defaults(state, Path("last.pt"), data_asked=False), **asked))
     train_set, val_set, config = make_data(options)
     check_resumed(state, options, config, train_set, val_set)
     return with_batches(continued(options, state, processes), config, "cpu", processes, len(train_set))
@@ -155,6 +156,10 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
         (2, {"accumulate": 1}, (16, 1)),
         (2, {"batch_size": 16, "accumulate": 1}, (16, 1)),
         (2, {"batch_size": 0, "accumulate": 0}, (8, 2)),
+        (2, {"batch_size": 8}, (8, 2)),
+        (2, {"batch_size": 8, "accumulate": 2, "effective_batch": 32}, (8, 2)),
+        (4, {"batch_size": 8}, (8, 1)),
+        (4, {"batch_size": 8, "accumulate": 2}, None),
         (2, {"effective_batch": 32}, (8, 2)),
         (32, {}, (1, 1)),
         (3, {}, None),
@@ -214,6 +219,8 @@ def other_names_of_files(document: dict[str, Any], split: str) -> None:
         row["file_name"] = f"../{split}/{row['file_name']}" if number % 2 else f"./{row['file_name']}"
     for row in document["annotations"]:
         row["id"] += 100
+    for rows in document.values():
+        rows.reverse()
 
 
 @pytest.mark.parametrize(
@@ -247,7 +254,9 @@ def test_the_content_tells_what_evaluation_reads_as_well(shapes_root: Path, tmp_
     assert all(one[split]["digest"] != two[split]["digest"] for split in ("train", "val"))
 
 
-def test_what_a_resumed_run_takes_for_granted(shapes_root: Path, tmp_path: Path) -> None:
+def test_what_a_resumed_run_takes_for_granted(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own options; its folder where it lies now; and with another --data none of the folders given before."""
     place = tmp_path / "moved" / "checkpoints" / "last.pt"
     images, file = str(shapes_root / "train"), str(shapes_root / "annotations" / "train.json")
@@ -258,6 +267,10 @@ def test_what_a_resumed_run_takes_for_granted(shapes_root: Path, tmp_path: Path)
     assert (kept.lr, kept.output, kept.train_images) == (3e-4, str(tmp_path / "moved"), images)
     assert {getattr(stored_defaults(state, place, True), name) for name in ON_RESUMING[SAME_CONTENT][1:]} == {None}
     assert stored_defaults(state, tmp_path / "copied.pt", False).output == "gone"
+    (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
+    for here, output in (("moved/checkpoints", ".."), ("moved", "."), (".", "moved")):
+        monkeypatch.chdir(tmp_path / here)
+        assert stored_defaults(state, Path(os.path.relpath(place)), False).output == output
 
 
 def test_stored_paths_hold_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -266,6 +279,42 @@ def test_stored_paths_hold_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (options.data, options.weights) == (str(tmp_path / "base"), str(tmp_path / "w.pth"))
     assert (options.backbone_weights, options.output) == ("imagenet", "runs/one")
     assert located(TrainConfig(data="shapes:64")).data == "shapes:64"
+
+
+def test_weights_that_are_not_read_any_more_may_lie_elsewhere(shapes_root: Path) -> None:
+    state = state_of(begun(shapes_root, weights="/there/w.pth"))
+    ask(state, weights="here/w.pth")
+    with pytest.raises(UserError, match=r"--weights other\.pth cannot be had .* has --weights w\.pth"):
+        ask(state, weights="here/other.pth")
+
+
+def test_the_advice_for_a_new_run_makes_one(shapes_root: Path, tmp_path: Path) -> None:
+    """Of every refusal: without --resume, with the weights that it names and another output."""
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert main(begun(shapes_root, output=str(tmp_path / "run"))) == 0
+    fewer = rewritten(shapes_root, tmp_path / "fewer", fewer_images)
+    for number, asked in enumerate(({"seed": 7}, {"batch_size": 5}, {"data": str(fewer)})):
+        refused = replace(default_options(["--resume", str(last)]), resume=str(last), **asked)
+        with pytest.raises(UserError) as told:
+            main(refused)
+        new = replace(begun(shapes_root, output=str(tmp_path / str(number))), **asked)
+        words = str(told.value).split("--weights ")
+        for word in ("leave --resume out", "another --output"):
+            assert word in words[0] or number == 1
+        assert main(replace(new, weights=words[1].rstrip(".") if len(words) > 1 else None)) == 0
+
+
+def test_a_finished_run_makes_up_for_what_was_not_written(shapes_root: Path, tmp_path: Path) -> None:
+    assert main(begun(shapes_root, output=str(tmp_path))) == 0
+    resumed = replace(default_options(["--resume", str(tmp_path)]), resume="auto")
+    evaluation, last = tmp_path / "evaluation.json", tmp_path / "checkpoints" / "last.pt"
+    step = load_checkpoint(last)["progress"]["step"]
+    evaluation.unlink()
+    assert main(resumed) == 0 and evaluation.exists()
+    evaluation.write_text("old")
+    assert main(resumed) == 0 and evaluation.read_text() == "old"
+    assert main(replace(resumed, image_size=48)) == 0 and evaluation.read_text() != "old"
+    assert load_checkpoint(last)["progress"]["step"] == step
 
 
 def test_a_checkpoint_of_another_version_is_named(shapes_root: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from detr_fast.config import UserError
-from detr_fast.training.metrics_log import MetricsLog
+from detr_fast.training.metrics_log import MetricsLog, read_rows
 from detr_fast.training.run_folder import held_run_folder
 
+SEMICOLONS = b"kind;epoch;step;seconds\ntrain;1;2;3\n"
+FLOATS = b"kind,epoch,step,seconds\ntrain,1,2.0,3\ntrain,1,4.0,5\n"
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -67,7 +69,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", [b"kind;epoch;step;seconds\ntrain;1;2;3\n", b"\xff\xfek\0i\0", b"a,b\n1,2\n"])
+@pytest.mark.parametrize("content", [SEMICOLONS, b"\xff\xfek\0i\0", b"a,b\n1,2\n", FLOATS])
 def test_metrics_that_another_program_has_rewritten_are_named_and_kept(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "metrics.csv"
     file.write_bytes(content)
@@ -81,3 +83,10 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=r"caf.*not UTF-8"), held_run_folder(root, False, 0):
         pass
     assert not root.exists()
+
+
+def test_a_torn_last_row_and_a_byte_order_mark_lose_no_other_row(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("\ufeffkind,epoch,step,seconds\ntrain,1,2,3\ntrain,1,4,5\ntrain,1", encoding="utf-8")
+    MetricsLog(file, tmp_path / "tensorboard", ("AP",), resumed_step=4).close()
+    assert [row["step"] for row in read_rows(file)] == ["2", "4"]

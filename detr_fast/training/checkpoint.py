@@ -99,4 +99,5 @@ def is_checkpoint(path: Path) -> bool:
 def previous(path: Path) -> str:
     """A hint at the other checkpoint beside `path`, where there is one."""
     others = sorted(other for other in path.parent.glob("*.pt") if other != path)
-    return f" Beside it is {others[0]}, to start from with --weights." if others else ""
+    start = "leave --resume out, and give --weights FILE and another --output"
+    return f" Beside it is {others[0]}, to start a new run from: {start}." if others else ""

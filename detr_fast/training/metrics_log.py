@@ -55,7 +55,7 @@ def read_rows(csv_file: Path) -> list[dict[str, str]]:
         return []
     advice = "Was it saved by another program? Undo that, or move it away to go on without its rows."
     try:
-        with csv_file.open(newline="", encoding="utf-8") as file:
+        with csv_file.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{csv_file} cannot be read as a run's metrics: {error}. {advice}") from error
@@ -63,4 +63,10 @@ def read_rows(csv_file: Path) -> list[dict[str, str]]:
         not rows or set(PLACE_COLUMNS) <= rows[0].keys(),
         f"{csv_file} has not the columns {', '.join(PLACE_COLUMNS)}. {advice}",
     )
-    return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
+    whole = [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
+    torn = [row["step"] for row in rows if row not in whole]
+    require(
+        whole == rows[: len(whole)] and len(torn) <= 1,
+        f"{csv_file} has {len(torn)} rows that no run writes, the first of step {torn[0] if torn else ''}. {advice}",
+    )
+    return whole

@@ -1,6 +1,7 @@
 """Going on with a run: which options may change, what has to stay, and what the checkpoint says about both."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from detr_fast.data.coco import CocoDataset, names
 from detr_fast.data.shapes import is_shapes
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.run_folder import RunFolder
-from detr_fast.weights.pickles import listed
 
 TAKES_EFFECT = "take effect at once"
 SAME_UPDATE = "may change as long as an update keeps its number of images"
@@ -65,24 +65,22 @@ def options_table() -> str:
 def resumed_path(resume: str | None, output: str) -> Path | None:
     """Find the checkpoint to continue, also by its run's folder; None where none is asked for, or `auto` finds none."""
     if resume != "auto":
-        path = Path(resume) if resume else None
-        return RunFolder(path).last if path and path.is_dir() else path
+        path = Path(resume) if resume not in (None, "None") else None
+        if path and path.is_dir():
+            return next((last for last in (RunFolder(path).last, path / "last.pt") if last.exists()), path)
+        return path
     last = RunFolder(Path(output)).last
     return last if last.exists() else None
 
 
-NEEDED = (
-    "optimizer",
-    "scaler",
-    "model",
-    "ema",
-    "options",
-    "progress",
-    "data",
-    "processes",
-    "categories",
-    "model_config",
-)
+NEW_RUN = "For a new run leave --resume out, and give another --output."
+
+
+def from_weights(path: Path) -> str:
+    return f"{NEW_RUN} It may start from these weights: --weights {path}."
+
+
+NEEDED = ("optimizer", "scaler", "model", "ema", "options", "progress", "data", "processes", "categories")
 PARTS = {
     "optimizer": ("state", "param_groups"),
     "data": ("train", "val"),
@@ -97,17 +95,18 @@ def load_resumed(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     state = load_checkpoint(path)
-    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt, or start with --weights.")
+    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt. {from_weights(path)}")
     lacking = [name for name in NEEDED if name not in state] or [
         f"{part}.{key}"
         for part, keys in PARTS.items()
         for key in keys
-        if not (isinstance(state[part], dict) and key in state[part])
+        if not (isinstance(state.get(part), dict) and key in state[part])
     ]
+    named = ", ".join(lacking[: len(NEEDED)])
     require(
         not lacking,
-        f"--resume {path} was written by another version of detr_fast: it lacks {listed(lacking, len(NEEDED))}. "
-        f"Continue it with that version, or start a new run from its weights: --weights {path} and another --output.",
+        f"--resume {path} was written by another version of detr_fast: it lacks {named}. Continue it with "
+        f"that version. {from_weights(path)}",
     )
     return state
 
@@ -121,7 +120,8 @@ def stored_defaults(state: dict[str, Any], path: Path, data_asked: bool) -> Trai
     options = TrainConfig.from_dict(state["options"])
     folder = path.absolute().parent.parent
     if path.absolute() == RunFolder(folder).last:
-        options = replace(options, output=str(path.parent.parent))
+        options = replace(options, output=str(folder) if path.is_absolute() else os.path.relpath(folder))
+    options = replace(options, batch_size=0, accumulate=0, effective_batch=0)  # so that others are asked for
     if data_asked:
         nowhere: dict[str, Any] = dict.fromkeys(ON_RESUMING[SAME_CONTENT][1:])
         options = replace(options, **nowhere)
@@ -149,10 +149,11 @@ class Content(Checked):
         """Digest ids and sizes of images, boxes, areas, crowds and classes; not names of files."""
         found = dataset.annotations
         sizes = np.array([(image.id, image.width, image.height) for image in found.images], dtype=np.int64)
-        columns = (found.image_ids, found.category_ids, found.boxes_xywh_px, found.areas, found.crowd)
+        columns = (found.crowd, found.areas, *found.boxes_xywh_px.T, found.category_ids, found.image_ids)
+        order = np.lexsort(columns)  # of the annotations in the file does not matter
         digest = hashlib.sha256(sizes.tobytes())
         for column in columns:
-            digest.update(column.tobytes())
+            digest.update(column[order].tobytes())
         return cls(len(found.images), len(found.ids), digest.hexdigest())
 
     def __str__(self) -> str:
@@ -176,10 +177,9 @@ def continued(options: TrainConfig, state: dict[str, Any], processes: int) -> Tr
     require(
         options.effective_batch in (0, before["effective_batch"], update),
         f"The run to resume has {update} images an update, asked for is --effective-batch {options.effective_batch}. "
-        f"Give --effective-batch {update}, or another --output for a new run.",
+        f"Give --effective-batch {update}. {NEW_RUN}",
     )
-    asked: dict[str, Any] = {name: getattr(options, name) for name in ("batch_size", "accumulate")}
-    asked = {name: value for name, value in asked.items() if value not in (0, before[name])}
+    asked: dict[str, Any] = {name: value for name in ("batch_size", "accumulate") if (value := getattr(options, name))}
     if not asked and batch % processes == 0:
         own = {name: before[name] for name in ("accumulate", "effective_batch")}
         return replace(options, batch_size=batch // processes, **own)
@@ -198,13 +198,10 @@ def check_resumed(
 ) -> None:
     """Raises UserError where the options would not continue the checkpoint's run but start another one."""
     for before, now in differing(state, options, config):
-        raise UserError(
-            f"{now} cannot be had on resuming: the run to resume has {before}. Keep to that, or for a new run give "
-            "another --output."
-        )
+        raise UserError(f"{now} cannot be had on resuming: the run to resume has {before}. Keep to that. {NEW_RUN}")
     anew = (
-        f"Give the run's data, wherever it lies now; or start a new run from its weights, which keeps what the classes "
-        f"share: --weights {resumed_path(options.resume, options.output)} and another --output."
+        f"Give the run's data, wherever it lies now. {NEW_RUN} It may start from this one's weights, and keeps what "
+        f"the classes share: --weights {resumed_path(options.resume, options.output)}."
     )
     check_classes(state["categories"], train_set, anew)
     for split, dataset in (("train", train_set), ("val", val_set)):
@@ -223,6 +220,8 @@ def differing(state: dict[str, Any], options: TrainConfig, config: ModelConfig) 
     stored, stored_model = state["options"], state["model_config"]
     for name in ON_RESUMING[FIXED]:
         before, now = stored[name], getattr(options, name)
+        if name in ("weights", "backbone_weights") and before and now:  # not read any more: may lie elsewhere
+            before, now = Path(before).name, Path(now).name
         if name in stored_model and before != now:
             before, now = stored_model[name], getattr(config, name)
         if before != now:
@@ -247,10 +246,10 @@ def check_classes(before: Sequence[dict[str, Any]] | None, train_set: CocoDatase
 def changes(state: dict[str, Any], options: TrainConfig) -> str:
     """Say what is another than it was in the stored run, and takes effect."""
     before, now = state["options"], options.to_dict()
-    told = (*ON_RESUMING[TAKES_EFFECT], *ON_RESUMING[SAME_UPDATE])
+    told = (*ON_RESUMING[TAKES_EFFECT], "batch_size", "accumulate")
     other = [name for name in told if name not in ("output", "resume") and now[name] != before[name]]
-    told_of = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
-    return f"resumed after step {state['progress']['step']}, {told_of or 'as it was'}"
+    listed = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
+    return f"resumed after step {state['progress']['step']}, {listed or 'as it was'}"
 
 
 def evaluates_otherwise(state: dict[str, Any], config: ModelConfig) -> bool:

@@ -11,11 +11,14 @@ import warnings
 from pathlib import Path
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+CACHES = {"XDG_CACHE_HOME": "", "MPLCONFIGDIR": "/matplotlib", "TRITON_HOME": "/triton"}
+"""Variables that lead what torch, matplotlib and Triton keep to another folder than the user's home."""
 
 
 def prepare_account() -> None:
-    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folder of caches
-    to a temporary one where there is no home, and torch's own to a new one where the usual one cannot be written.
+    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folders of
+    caches to temporary ones where there is no home that can be written, and torch's own to a new one where the usual
+    one cannot be.
 
     Exits where there is no folder for temporary files, without which torch's compiler cannot be imported.
     """
@@ -28,8 +31,10 @@ def prepare_account() -> None:
     except FileNotFoundError as error:
         print(f"error: {error.strerror}. Set TMPDIR to a folder that can be written.", file=sys.stderr)
         sys.exit(2)
-    if os.path.expanduser("~") == "~":  # no home: torch would make a folder of that name for what it downloads
-        os.environ.setdefault("XDG_CACHE_HOME", f"{temporary}/cache_{name}")
+    home = os.path.expanduser("~")  # without one "~" itself, of which torch would make a folder for what it downloads
+    if home == "~" or not can_be_written(Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"))):
+        for variable, place in CACHES.items():
+            os.environ.setdefault(variable, f"{temporary}/cache_{name}{place}")
     folder = Path(os.environ.get(CACHE) or Path(temporary, f"torchinductor_{name}"))
     if not can_be_written(folder):
         os.environ[CACHE] = tempfile.mkdtemp(prefix="torchinductor_")
