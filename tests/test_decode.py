@@ -1,6 +1,7 @@
 """Every kind of file that is found in the wild, under the name it is found under (faults 12 to 15 and 17)."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from detr_fast.data import decode
 from detr_fast.data.decode import decode_image, faults_named, rgb_pixels
 from detr_fast.data.formats import READ_FORMATS
 from detr_fast.data.headers import read_header
+from detr_fast.data.photographs import why_passed_over
+from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.weights.files import read_weights_file
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.stack(np.broadcast_arrays(np.arange(60) * 4, np.arange(40)[:, None] * 6, 90), axis=-1).astype(np.uint8)
@@ -147,6 +151,9 @@ import sys, threading
 from pathlib import Path
 from detr_fast.data.decode import decode_image
 from detr_fast.data.headers import read_header
+from detr_fast.data.photographs import why_passed_over
+from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.weights.files import read_weights_file
 paths = sorted(Path(sys.argv[1]).iterdir())
 threads = [threading.Thread(target=lambda path=path: (read_header(path), decode_image(path))) for path in 2 * paths]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
@@ -278,3 +285,29 @@ def test_a_header_that_is_none_has_no_size(tmp_path: Path, monkeypatch: pytest.M
     assert read_header(tmp_path / "missing.jpg") is None and read_header(tmp_path) is None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert read_header(write(tmp_path, photograph())) is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    """Reading a pipe waits for someone to write; a device may have no end."""
+    path = tmp_path / "any.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert why_passed_over(path) == "no regular file" and read_header(path) is None
+    for read in (decode_image, read_weights_file, load_checkpoint):
+        with pytest.raises(UserError, match=r"any\.png.* \(?(is |it is )?no regular file"):
+            read(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "gone.png")
+    assert why_passed_over(path) is None  # and reading it says that it is missing
+
+
+@pytest.mark.parametrize("kept", [40, 0.5])
+def test_a_cut_avif_is_not_said_to_be_unread(kept: float, tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(SMOOTH), "AVIF")
+    path = write(tmp_path, data[: int(kept if kept > 1 else len(data) * kept)])
+    with pytest.raises(UserError, match=r"image\.jpg: cannot be decoded \(a broken AVIF, or cut off") as raised:
+        decode_image(path)
+    assert "not read" not in str(raised.value) and "convert" not in str(raised.value)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import simplejpeg
@@ -55,6 +56,8 @@ def decode_file(path: Path, shrunk: int = 1) -> Decoded:
     Raises UserError, naming the file, where it is missing, no image, truncated, corrupt or over `MOST_PIXELS`.
     """
     with faults_named(str(path)):
+        if not S_ISREG(path.stat().st_mode):  # a pipe or a device may be read for ever
+            raise ValueError("no regular file")
         return decode_bytes(path.read_bytes(), shrunk)
 
 

@@ -1,5 +1,7 @@
 """What a file is by its first bytes: the formats that are read, and a name for others that people have."""
 
+from PIL import features
+
 READ_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
 """As Pillow calls them. Each is told by its content, and decoded without running other programs."""
 START_BYTES = 512
@@ -34,8 +36,9 @@ def described(start: bytes) -> str | None:
         return "empty"
     if start[4:8] == b"ftyp":
         kind = next((kind for kind, brands in BOXES.items() if start[8:12] in brands), None)
-        article = "an" if kind == "AVIF" else "a"
-        return f"{article} {kind}, which is not read: {CONVERT}" if kind else STARTS[b"\x1aE\xdf\xa3"]
+        if kind == "AVIF":
+            return "a broken AVIF, or cut off" if features.check("avif") else f"an AVIF, without its decoder: {CONVERT}"
+        return f"a {kind}, which is not read: {CONVERT}" if kind else STARTS[b"\x1aE\xdf\xa3"]
     if start[128:132] == b"DICM":
         return f"a DICOM file: {CONVERT}"
     for beginning, description in STARTS.items():

@@ -32,6 +32,8 @@ class Header:
 
 def read_header(path: Path) -> Header | None:
     """Return what the file's header says, or None where none can be read. Never raises for what a file holds."""
+    if not path.is_file():
+        return None
     try:
         with faults_named(str(path)), Image.open(path, formats=READ_FORMATS) as image:
             return Header((image.height, image.width), orientation_of(image), applied=image.format == "TIFF")

@@ -49,6 +49,8 @@ def why_passed_over(file: Path) -> str | None:
         return "folders are not entered"
     if file.name.startswith("._"):
         return "a note of macOS on another file"
+    if file.exists() and not file.is_file():
+        return "no regular file"
     if file.suffix.lower() in IMAGE_ENDINGS:
         return None
     if not file.is_file():

@@ -59,6 +59,7 @@ def read_weights_file(path: Path) -> WeightsFile:
         return _read_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file of weights.")
+    require(path.is_file(), f"{path} is no regular file, but a pipe or a device: save the weights in a file.")
     try:
         with path.open("rb") as file:
             start = file.read(512)
