@@ -1,4 +1,4 @@
-"""Files of weights that are damaged, hostile or of another kind: one sentence each, soon, and nothing else happens."""
+"""Weights that are damaged, hostile or of another kind: one sentence each, soon, and nothing else happens."""
 
 import collections
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detr_fast import DETR, build_model, export_state_dict, load_model
+from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.weights import load_for_fine_tuning
@@ -79,8 +79,13 @@ STATED: dict[str, tuple[dict[str, Any], list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kind", STATED)
+BY_ENDING = [(kind, ending) for kind in STATED for ending in (".pth", ".safetensors")]
+"""As json, what is endless would be as long as it says."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [one for one in BY_ENDING if one[1] == ".pth" or not one[0].startswith(("lists", "a longer"))]
+)
 def test_what_a_file_states_is_checked_before_it_is_used(
     kind: str, ending: str, model: DETR, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -88,8 +93,6 @@ def test_what_a_file_states_is_checked_before_it_is_used(
     path, config = tmp_path / f"stated{ending}", model.config.to_dict() | change
     if ending == ".pth":
         torch.save({"model": weights, "model_config": config, "categories": categories}, path)
-    elif "lists" in kind or "longer" in kind:
-        pytest.skip("as json, it would be as long as it says")
     else:
         save_file(weights, path, {"model_config": json.dumps(config), "categories": json.dumps(categories)})
     refused(path, said)
@@ -131,3 +134,49 @@ def test_no_categories_are_none_at_all(weights: dict[str, Tensor], tmp_path: Pat
     torch.save(weights, tmp_path / "any.pth")
     with pytest.raises(UserError, match="one for each class"):
         load_model(tmp_path / "any.pth", categories=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["class_embed.bias", "class_embed.weight", "backbone.0.body.bn1.running_var"])
+def test_numbers_of_another_kind_are_no_weights(
+    name: str, dtype: torch.dtype, model: DETR, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    changed = weights | {name: torch.ones_like(weights[name], dtype=dtype)}
+    torch.save(changed, tmp_path / "other.pth")
+    own = build_model("detr_r50", num_classes=3, **SMALL)
+    uses = (
+        lambda: load_model(tmp_path / "other.pth"),
+        lambda: load_for_fine_tuning(own, tmp_path / "other.pth"),
+        lambda: load_state_dict(own, changed),
+    )
+    for use in uses:
+        with pytest.raises(UserError, match="complex or quantised"):
+            use()
+
+
+def test_repeated_numbers_are_read_as_far_as_a_model_has_them(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    name, path = "transformer.decoder.norm.weight", tmp_path / "expanded.pth"
+    torch.save(weights | {name: torch.full((1,), 0.5).expand(32)}, path)
+    assert torch.equal(load_model(path).transformer.decoder.norm.weight, torch.full((32,), 0.5))
+    torch.save(weights | {name: torch.zeros(1).expand(10**12)}, path)
+    refused(path, "is damaged: transformer.decoder.norm.weight has fewer numbers")
+
+
+def test_shapes_are_said_however_long_a_name_is(model: DETR, weights: dict[str, Tensor]) -> None:
+    name = "transformer.decoder.layers.0.multihead_attn.out_proj.weight"
+    with pytest.raises(UserError, match=r"out_proj\.weight \(3, 4, 5, 6, 7, 8, 9\) instead of \(32, 32\)"):
+        load_state_dict(model, weights | {name: torch.zeros(3, 4, 5, 6, 7, 8, 9)})
+
+
+@pytest.mark.parametrize("kept", [9, 300, -100])
+def test_a_cut_safetensors_file_is_to_be_copied_again(kept: int, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "cut.safetensors")
+    data = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:kept])
+    refused(tmp_path / "cut.safetensors", "copy or download it again")
+
+
+@pytest.mark.parametrize(("text", "said"), [("<html>", "is a web page"), ("404: not found", "is text")])
+def test_a_mark_of_byte_order_hides_nothing(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text(text, encoding="utf-8-sig")
+    refused(tmp_path / "page.pth", said)

@@ -4,7 +4,9 @@ import argparse
 import json
 import struct
 import zipfile
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from detr_fast.weights.wrappings import find_weights
 
 LARGEST_JSON = 64 << 20
 """Bytes; an index of shards, the largest of these files, has a few hundred thousand."""
+LARGEST_REPEATED = 16 << 20
+"""Bytes of a tensor that repeats its numbers, as `expand` makes it: a small file can hold one of any size."""
 HUGGING_FACE_CONFIG = "config.json"
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
@@ -90,6 +94,7 @@ def _something_else(start: bytes) -> str | None:
     """What a file that begins so is, if it is no weights, as the rest of a sentence."""
     if not start:
         return "is empty: copy or download it again"
+    start = start.removeprefix(BOM_UTF8)
     for beginning, kind in TEXTS.items():
         if start.lstrip().startswith(beginning):
             return kind
@@ -186,7 +191,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable .safetensors file: {brief(error, 120)}") from error
+        reason = brief(error, 120).rstrip(".")
+        raise UserError(f"{path} is no readable .safetensors file ({reason}): copy or download it again.") from error
 
 
 def _read_folder(folder: Path) -> WeightsFile:
@@ -251,9 +257,13 @@ def _require_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
             f"{path} holds LoRA adapters, not a whole model: merge them into it, and save its state_dict()."
         )
     for name, value in tensors.items():
-        if name.endswith(".weight") and not value.is_floating_point():
+        if name.endswith((".weight", ".bias")) and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{path} is quantised ({brief(name)} is {kind}): give the weights before quantisation.")
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise UserError(
+                f"{path} is complex or quantised ({brief(name)} is {kind}): give the weights in floating-point numbers."
+            )
+        held = prod(size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+        repeated = held < value.numel() and value.nbytes > LARGEST_REPEATED
+        if repeated or value.untyped_storage().nbytes() < held * value.element_size():
             raise UserError(f"{path} is damaged: {brief(name)} has fewer numbers than its shape {tuple(value.shape)}.")
     return tensors

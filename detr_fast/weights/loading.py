@@ -16,7 +16,7 @@ from detr_fast.weights.backbone_weights import load_backbone_weights
 from detr_fast.weights.class_head import Given, class_names
 from detr_fast.weights.files import read_weights_file
 from detr_fast.weights.naming import NamedWeights, Naming, to_naming
-from detr_fast.weights.pickles import listed
+from detr_fast.weights.pickles import brief, listed
 from detr_fast.weights.wrappings import find_weights
 
 
@@ -106,14 +106,20 @@ def fill(model: DETR, weights: NamedWeights) -> None:
     unexpected = weights.unexpected(own)
     found = {key: weights[key] for key in own if key in weights}
     differing = [
-        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        f"{brief(key)} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
         for key, value in found.items()
         if value.shape != own[key].shape
     ]
     require(len(found) > 0, f"It {no_detr(weights)}")
+    unlike = [
+        f"{key} ({str(value.dtype).removeprefix('torch.')})"
+        for key, value in found.items()
+        if own[key].is_floating_point() and not value.is_floating_point()
+    ]
+    require(not unlike, f"the weights are complex or quantised: {listed(unlike)}. Give floating-point numbers.")
     if missing or unexpected or differing:
         lists = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
-        lines = [f"{len(keys)} {what}: {listed(keys)}" for what, keys in lists.items() if keys]
+        lines = [f"{len(keys)} {what}: {listed(keys, longest=160)}" for what, keys in lists.items() if keys]
         options = agreeing_options(model.config, visible_architecture(weights))
         hint = "This is another architecture."
         if options:

@@ -50,11 +50,11 @@ def brief(text: object, longest: int = 60) -> str:
     return plain if len(plain) <= longest else f"{plain[: longest - 3]}..."
 
 
-def listed(names: Iterable[object], shown: int = 4) -> str:
-    """Join the first `shown` names, and say how many more there are."""
+def listed(names: Iterable[object], shown: int = 4, longest: int = 60) -> str:
+    """Join the first `shown` names, each shortened to `longest`, and say how many more there are."""
     every = list(names)
     more = f", and {len(every) - shown} more" if len(every) > shown else ""
-    return ", ".join(brief(name) for name in every[:shown]) + more
+    return ", ".join(brief(name, longest) for name in every[:shown]) + more
 
 
 class Inert:
