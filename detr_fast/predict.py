@@ -19,6 +19,7 @@ from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
+from detr_fast.weights.pickles import listed
 
 
 def main(options: PredictConfig) -> int:
@@ -55,7 +56,15 @@ def main(options: PredictConfig) -> int:
     objects = sum(len(one["detections"]) for one in entries)
     failed = f", {len(bad)} with an error" if bad else ""
     print(f"{objects} objects on {len(entries)} images{failed}: predictions.json and pictures/ are in {out}")
+    if older := older_pictures(pictures, entries):
+        print(f"older pictures, of images that are not among these, are left in {pictures}: {listed(older)}")
     return 2 if bad else 0
+
+
+def older_pictures(pictures: Path, entries: Sequence[dict[str, Any]]) -> list[str]:
+    """List the names of pictures of none of `entries`, which an earlier run left."""
+    drawn = {f"{one['file_name']}.png" for one in entries}
+    return sorted(file.name for file in pictures.glob("*.png") if file.name not in drawn)
 
 
 def read_batches(batches: Iterable[list[Path]], bad: set[Path]) -> Iterator[list[tuple[Path, Tensor]]]:

@@ -320,3 +320,19 @@ def test_evaluation_pictures_are_without_an_image_that_was_taken_away(shapes_roo
     with pytest.warns(UserWarning, match=r"gone\.jpg"):
         shown = pictures(evaluate_detections(data.coco_document(), rows), data, names)
     assert [each.title for each in shown] == [data.records[1].path.name]
+
+
+def test_predict_says_which_pictures_are_older(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(images / name)
+    assert run_predict(images, "--weights", weights, "--out", out) == 0
+    assert "older" not in capsys.readouterr().out
+    (images / "a.png").unlink()
+    assert run_predict(images, "--weights", weights, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "older pictures" in said and said.rstrip().endswith("pictures: a.png.png")
+    assert (out / "pictures" / "a.png.png").exists()  # a person may have put one there
