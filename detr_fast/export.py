@@ -62,7 +62,8 @@ def main(options: ExportConfig) -> int:
 
 
 def write_weights(model: DETR, out: Path, naming: Naming) -> None:
-    """The weights with, beside them, the architecture and the classes, which `load_model` reads and others ignore."""
+    """Write the weights with, beside them, the architecture and the classes, which `load_model` reads and others
+    ignore."""
     state_dict = {key: value.contiguous() for key, value in export_state_dict(model, naming).items()}
     facts = {"model_config": model.config.to_dict(), "categories": described_categories(model)}
     partial = out.with_name(out.name + ".partial")  # a kill leaves the old file or the new one, never a torn one
@@ -77,14 +78,14 @@ def write_weights(model: DETR, out: Path, naming: Naming) -> None:
 
 
 def described_categories(model: DETR) -> list[dict[str, Any]] | None:
-    """The model's classes as plain values, in label order."""
+    """Return the model's classes as plain values, in label order."""
     if model.categories is None:
         return None
     return [{"id": category.id, "name": category.name} for category in model.categories]
 
 
 def huggingface_config(model: DETR) -> dict[str, Any]:
-    """What transformers' DetrConfig needs to build this model with a timm backbone."""
+    """Return what transformers' DetrConfig needs to build this model with a timm backbone."""
     config = model.config
     names = [category.name for category in model.categories or ()]
     names = names or [f"LABEL_{label}" for label in range(config.num_classes)]

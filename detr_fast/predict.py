@@ -23,7 +23,8 @@ from detr_fast.weights.pickles import listed
 
 
 def main(options: PredictConfig) -> int:
-    """An image that cannot be read or drawn is named, and makes the exit code 2; the others are done all the same."""
+    """Find objects on every image. One that cannot be read or drawn is named, and makes the exit code 2; the others are
+    done all the same."""
     require(options.batch_size >= 1, f"--batch-size must be at least 1, got {options.batch_size}.")
     files, passed_over = find_images(Path(options.images))
     out = Path(options.out)
@@ -90,7 +91,7 @@ def named(file: Path, bad: set[Path]) -> Iterator[None]:
 
 
 def entry(file: Path, pixels: Tensor, detections: Detections) -> dict[str, Any]:
-    """What predictions.json says of an image."""
+    """Return what predictions.json says of an image."""
     height, width = pixels.shape[1:]
     return {"file_name": file.name, "width": width, "height": height, **detections.to_dict()}
 

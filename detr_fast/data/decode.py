@@ -46,12 +46,12 @@ class Decoded:
 
 
 def decode_image(path: Path) -> Tensor:
-    """The whole image as uint8 (3, h, w). Raises UserError as `decode_file`."""
+    """Return the whole image as uint8 (3, h, w). Raises UserError as `decode_file`."""
     return decode_file(path).image
 
 
 def decode_file(path: Path, shrunk: int = 1) -> Decoded:
-    """The image, or, of a JPEG, one 1, 2, 4 or 8 times smaller, which costs less than the whole.
+    """Decode the image, or, of a JPEG, one 1, 2, 4 or 8 times smaller, which costs less than the whole.
 
     Raises UserError, naming the file, where it is missing, no image, truncated, corrupt or over `MOST_PIXELS`.
     """
@@ -76,7 +76,7 @@ def faults_named(image: str) -> Iterator[None]:
 
 
 def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
-    """As `decode_file`, of a file's content. Raises what the decoders do."""
+    """Do as `decode_file`, of a file's content. Raises what the decoders do."""
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(JPEG_START):
@@ -85,7 +85,8 @@ def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
 
 
 def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
-    """Whatever makes the decoder warn is an error: a scan of garbage and a few stray bytes give the same warning.
+    """Decode strictly: whatever makes the decoder warn is an error, as a scan of garbage and a few stray bytes give the
+    same warning.
 
     Forms that it does not know, as rare samplings of the colours, are Pillow's to read, or to say why not.
     """

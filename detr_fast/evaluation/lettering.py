@@ -35,7 +35,7 @@ class Lettering:
         return "".join(sorted(self._missing(text)))
 
     def _missing(self, text: str) -> set[str]:
-        """Letters that no font taken so far has; marks that are not seen by themselves are none."""
+        """Return letters that no font taken so far has; marks that are not seen by themselves are none."""
         return {
             letter
             for letter in text
@@ -123,7 +123,7 @@ def unseen(letter: str) -> bool:
 
 
 def escaped(letter: str) -> str:
-    """As in Python; a byte of a file name that is no letter, as that byte."""
+    """Escape as Python does; a byte of a file name that is no letter, as that byte."""
     code = ord(letter)
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else letter.encode("unicode_escape").decode()
 

@@ -40,7 +40,8 @@ class Picture:
 
 
 def draw_detections(pictures: Sequence[Picture], path: Path, columns: int = 4, note: str = "") -> None:
-    """A PNG of all `pictures` in a grid: true boxes dashed and white, predicted ones solid, in a colour of their class.
+    """Write a PNG of all `pictures` in a grid: true boxes dashed and white, predicted ones solid, in a colour of their
+    class.
 
     `note` is added to the legend. Images are enlarged or reduced, so that the names on them are legible; all text is
     literal. Raises UserError if `path` cannot be written.
@@ -72,7 +73,7 @@ def draw_detections(pictures: Sequence[Picture], path: Path, columns: int = 4, n
 
 
 def image_scale(picture: Picture, alone: bool) -> float:
-    """Drawn pixels for each pixel of the image."""
+    """Return drawn pixels for each pixel of the image."""
     longer = max(picture.image.shape[:2])
     return (min(max(longer, SMALLEST_PX), LARGEST_PX) if alone else GRID_CELL_PX) / longer
 
@@ -111,7 +112,8 @@ def draw_box(axes: Axes, box_xyxy: np.ndarray, **style: object) -> None:
 
 
 def draw_name(axes: Axes, box_xyxy: np.ndarray, scale: float, text: str, below: bool, **style: object) -> None:
-    """`text` at the box's lower or upper edge: outside of it, or inside where the image ends; never past a side."""
+    """Draw `text` at the box's lower or upper edge: outside of it, or inside where the image ends; never past a
+    side."""
     width, height = axes.get_images()[0].get_extent()[1:3]
     x0, y0, x1, y1 = (float(edge) for edge in box_xyxy)
     line = LINE_PX * 0.8 / scale  # in the image's pixels

@@ -46,7 +46,7 @@ class Detections:
         return len(self.names)
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        """One entry an object, of plain numbers and text."""
+        """Return one entry an object, of plain numbers and text."""
         columns = (self.labels.tolist(), self.names, self.scores.tolist(), self.boxes_xyxy_px.tolist())
         keys = ("label", "name", "score", "box_xyxy_px")
         return {"detections": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
@@ -59,7 +59,7 @@ def predict(
     batch_size: int = 1,
     runtime: Runtime | None = None,
 ) -> list[Detections]:
-    """The objects with at least `threshold` as score on one image or several, one Detections an image.
+    """Find the objects with at least `threshold` as score on one image or several, one Detections an image.
 
     More than one image a batch is faster. Images of like shape share one, whatever their order here; those that are
     smaller are then padded, which changes the numbers a little.
@@ -96,7 +96,7 @@ def size_of(image: ImageLike) -> tuple[int, int]:
 def predict_batch(
     model: DETR, pixels: Sequence[Tensor], threshold: float, runtime: Runtime | None = None
 ) -> list[Detections]:
-    """As `predict`, of decoded images uint8 (3, h, w) in one batch."""
+    """Do as `predict`, of decoded images uint8 (3, h, w) in one batch."""
     require(0 <= threshold <= 1, f"The threshold must be between 0 and 1, got {threshold}.")
     runtime = runtime or runtime_of(model)
     batch = make_batch(pixels, model.config.image_size, model.config.max_size).to(runtime.device)
@@ -108,7 +108,7 @@ def predict_batch(
 
 
 def read_pixels(image: ImageLike) -> Tensor:
-    """uint8 (3, h, w). Raises UserError for what is no image."""
+    """Return uint8 (3, h, w). Raises UserError for what is no image."""
     if isinstance(image, str | Path):
         return decode_image(Path(image))
     array = read_pil(image) if isinstance(image, Image.Image) else image
@@ -120,13 +120,13 @@ def read_pixels(image: ImageLike) -> Tensor:
 
 
 def read_pil(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; a PIL image may not have been read from its file yet."""
+    """Return (H, W, 3) uint8; a PIL image may not have been read from its file yet."""
     with faults_named(f"The PIL image {getattr(image, 'filename', '')}"):
         return rgb_pixels(image)
 
 
 def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:
-    """Images uint8 (3, h, w) as at evaluation; they are numbered from 0 and have no targets."""
+    """Collate images uint8 (3, h, w) as at evaluation; they are numbered from 0 and have no targets."""
     no_labels, no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
     own = [(image.shape[1], image.shape[2]) for image in pixels]
     resized = resized_sizes(np.array(own), size, max_size).tolist()
@@ -139,7 +139,7 @@ def make_batch(pixels: Sequence[Tensor], size: int, max_size: int) -> Batch:
 
 
 def keep_best(model: DETR, threshold: float, scores: Tensor, labels: Tensor, boxes_xyxy_px: Tensor) -> Detections:
-    """Of one image's queries, those with at least `threshold` as score, best first."""
+    """Return, of one image's queries, those with at least `threshold` as score, best first."""
     # a NaN compares as below any threshold: without this, a broken model would find nothing and look healthy
     if not (scores.isfinite().all() and boxes_xyxy_px.isfinite().all()):
         raise UserError(
@@ -153,7 +153,8 @@ def keep_best(model: DETR, threshold: float, scores: Tensor, labels: Tensor, box
 
 
 def runtime_of(model: DETR) -> Runtime:
-    """Where the model is and as it is: nothing moved or compiled, autocast for half-precision weights alone."""
+    """Describe the model where it is and as it is: nothing moved or compiled, autocast for half-precision weights
+    alone."""
     weight = next(model.parameters())
     half = weight.dtype in (torch.bfloat16, torch.float16)
     return Runtime(

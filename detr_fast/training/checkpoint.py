@@ -63,7 +63,8 @@ def sweep_partial(folder: Path) -> None:
 
 
 def stored_digest(data: memoryview | bytes) -> tuple[int, str] | None:
-    """Where the archive's comment length stands, and the digest in the comment; None where there is no such comment."""
+    """Find where the archive's comment length stands, and the digest in the comment; None where there is no such
+    comment."""
     tail = bytes(data[-(22 + len(MARK) + 64) :])
     if not tail.startswith(END_RECORD) or MARK not in tail:
         return None
@@ -71,8 +72,8 @@ def stored_digest(data: memoryview | bytes) -> tuple[int, str] | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Raises UserError where the file is missing, cut, changed, or no checkpoint of
-    ours."""
+    """Return what `save_checkpoint` wrote. Raises UserError where the file is missing, cut, changed, or no checkpoint
+    of ours."""
     require(path.is_file() or not path.exists(), f"Cannot read checkpoint {path}: it is no regular file.")
     try:
         data = path.read_bytes()
@@ -98,7 +99,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def previous(path: Path) -> str:
-    """A hint at the other checkpoint beside `path`, where there is one."""
+    """Hint at the other checkpoint beside `path`, where there is one."""
     others = sorted(other for other in path.parent.glob("*.pt") if other != path)
     start = "leave --resume out, and give --weights FILE and another --output"
     return f" Beside it is {others[0]}, to start a new run from: {start}." if others else ""

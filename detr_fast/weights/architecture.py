@@ -16,7 +16,7 @@ STAGE3_DEPTHS = {depths[2]: name for name, depths in DEPTHS.items()}
 
 
 def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
-    """The fields of ModelConfig that can be seen in names and shapes. DC5 and the number of heads cannot."""
+    """Return the fields of ModelConfig that can be seen in names and shapes. DC5 and the number of heads cannot."""
 
     def size(key: str, axis: int) -> int | None:
         return weights[key].shape[axis] if key in weights and weights[key].dim() > axis else None
@@ -38,7 +38,8 @@ def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
 
 
 def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None = None) -> ModelConfig:
-    """The architecture of `weights`, read from `file`. Raises UserError where it is not DETR's or cannot be told.
+    """Return the architecture of `weights`, read from `file`. Raises UserError where it is not DETR's or cannot be
+    told.
 
     What we wrote says it itself; a preprocessor_config.json says what becomes of images. Otherwise shapes say most of
     it, and `dilation` (DC5) comes from the argument, else from the file's training options or config.json, else from
@@ -89,7 +90,7 @@ def without_heads(lacking: Iterable[str]) -> str:
 
 
 def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
-    """ModelConfig.from_dict with a backbone that exists; the file's name is in what it raises."""
+    """Make a ModelConfig with a backbone that exists; the file's name is in what it raises."""
     try:
         config = ModelConfig.from_dict(values)
         if config.backbone not in OWN_BACKBONES:
@@ -113,13 +114,13 @@ def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, A
 
 
 def from_args(args: dict[str, Any]) -> dict[str, Any]:
-    """facebookresearch's training options, as far as the shapes do not say them."""
+    """Read facebookresearch's training options, as far as the shapes do not say them."""
     names = {"dilation": ("dilation", bool), "nheads": ("num_heads", int), "dropout": ("dropout", float)}
     return {ours: args[theirs] for theirs, (ours, kind) in names.items() if type(args.get(theirs)) is kind}
 
 
 def from_huggingface(file: WeightsFile) -> dict[str, Any]:
-    """Hugging Face's config.json, as far as the shapes do not say it."""
+    """Read Hugging Face's config.json, as far as the shapes do not say it."""
     config = file.huggingface_config
     if not config:
         return {}
@@ -142,7 +143,7 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
 
 
 def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
-    """The command line's options, or fields of ModelConfig, under which a model would have the `visible` sizes."""
+    """List the command line's options, or fields of ModelConfig, under which a model would have the `visible` sizes."""
     # where no layer has a name that is known, 0 says nothing
     differing = {name: value for name, value in visible.items() if getattr(config, name) != value and value}
     options = []

@@ -27,7 +27,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
 
 
 def download_weights(name: str) -> dict[str, Tensor]:
-    """ImageNet weights of `name`. Raises UserError that names the two ways without a download."""
+    """Fetch ImageNet's weights of `name`. Raises UserError that names the two ways without a download."""
     try:
         if name in DEPTHS:
             import torchvision

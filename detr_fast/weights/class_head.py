@@ -24,7 +24,8 @@ def fit_class_head(
     source_categories: Sequence[Category] | None,
     own_categories: Sequence[Category] | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """`state_dict`, in the naming it came in, with a class head for the model's classes, and the names of those kept.
+    """Return `state_dict`, in the naming it came in, with a class head for the model's classes; and the names of those
+    kept.
 
     A row of the source is kept where the class's name agrees, whatever the case; "no object" is always kept; the other
     rows are the model's own. Where either side's names are unknown and the sizes agree, the whole head is kept; a head
@@ -52,7 +53,8 @@ def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
 
 
 def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[int, int]:
-    """Own row to source row of the classes whose names agree: the same row where it can be, as COCO has many "N/A"."""
+    """Map own rows to source rows of the classes whose names agree: the same row where it can be, as COCO has many
+    "N/A"."""
     theirs = [spelling(category.name) for category in source]
     place = {name: row for row, name in enumerate(theirs)}
     names = [spelling(category.name) for category in own]
@@ -62,7 +64,7 @@ def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[
 
 
 def _fitted_rows(own: Tensor, source: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """`own` with `rows` of `source` in it."""
+    """Return `own` with `rows` of `source` in it."""
     fitted = own.clone()
     mine, theirs = (list(side) for side in zip(*rows, strict=True))
     fitted[mine] = source[theirs].to(own)
@@ -159,7 +161,8 @@ def by_label(categories: Sequence[Category], num_classes: int, source: str) -> t
 
 
 def coco_categories() -> tuple[Category, ...]:
-    """COCO's classes by raw id, 0 to 90, as torchvision lists them; ids that COCO does not use are called N/A."""
+    """Return COCO's classes by raw id, 0 to 90, as torchvision lists them; ids that COCO does not use are called
+    N/A."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

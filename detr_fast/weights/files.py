@@ -47,7 +47,7 @@ class WeightsFile:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in `path` under the file's own names, averaged ones (EMA) where it has them; see
+    """Return the weights in `path` under the file's own names, averaged ones (EMA) where it has them; see
     `read_weights_file`."""
     return read_weights_file(path).state_dict
 
@@ -91,7 +91,7 @@ ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"Rar!")
 
 
 def _something_else(start: bytes) -> str | None:
-    """What a file that begins so is, if it is no weights, as the rest of a sentence."""
+    """Say what a file that begins so is, if it is no weights, as the rest of a sentence."""
     if not start:
         return "is empty: copy or download it again"
     start = start.removeprefix(BOM_UTF8)
@@ -113,8 +113,8 @@ def _is_safetensors(start: bytes, size: int) -> bool:
 
 
 def _read_torch(path: Path) -> WeightsFile:
-    """One of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a state dict, plain
-    or wherever it lies in the file."""
+    """Read one of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a state dict,
+    plain or wherever it lies in the file."""
     from detr_fast.training.checkpoint import is_checkpoint, load_checkpoint
 
     if zipfile.is_zipfile(path) and not _of_torch(path):
@@ -165,7 +165,7 @@ def _of_torch(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> WeightsFile:
-    """Tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
+    """Read tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
     tensors, metadata = _open_safetensors(path)
     names = [name for name in ("model_config", "categories") if name in metadata]
     ours = {name: _plain(path, name, _parse_json(path, metadata[name])) for name in names}
@@ -196,7 +196,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_folder(folder: Path) -> WeightsFile:
-    """One file, or the shards that an index lists, config.json and preprocessor_config.json."""
+    """Read one file, or the shards that an index lists, config.json and preprocessor_config.json."""
     config, preprocessor = (_read_json(folder / name) for name in (HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG))
     names = ("model.safetensors", "pytorch_model.bin")
     single = [folder / name for name in names if (folder / name).is_file()]
@@ -215,7 +215,7 @@ def _read_folder(folder: Path) -> WeightsFile:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files of a sharded model, each beside its index."""
+    """List the files of a sharded model, each beside its index."""
     names = _read_json(index).get("weight_map", {})
     names = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
     if not names or any(name in ("", ".", "..") or "\0" in name or Path(name).name != name for name in names):
@@ -227,7 +227,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty where there is no such file."""
+    """Return the object in `path`, empty where there is no such file."""
     if not path.exists():
         return {}
     if path.stat().st_size > LARGEST_JSON:
@@ -249,7 +249,8 @@ def _parse_json(path: Path, text: str) -> Any:
 
 
 def _require_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, once they are known to be whole weights. Raises UserError in one sentence that says what they are."""
+    """Return `tensors`, once they are known to be whole weights. Raises UserError in one sentence that says what they
+    are."""
     if not tensors:
         raise UserError(f"{path} holds no tensors: save model.state_dict() in it.")
     if any(".lora_A." in name or ".lora_B." in name for name in tensors):

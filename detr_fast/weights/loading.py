@@ -21,7 +21,7 @@ from detr_fast.weights.wrappings import find_weights
 
 
 def build_model(name: str, num_classes: int | None = None, backbone_weights: str = "none", **changes: Any) -> DETR:
-    """A new model: a preset's name or a timm backbone's, with random weights but for the backbone's, where given.
+    """Make a new model: a preset's name or a timm backbone's, with random weights but for the backbone's, where given.
 
     `num_classes` counts without "no object" (presets: 91); `backbone_weights` is "none", "imagenet" or a file;
     `changes` are ModelConfig fields. Raises UserError for an unknown name or weights that cannot be had.
@@ -40,9 +40,9 @@ def load_model(
     optimize: bool = False,
     categories: Given = None,
 ) -> DETR:
-    """The model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights, where
-    it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save them,
-    under another key or from within a wrapper.
+    """Load the model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights,
+    where it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save
+    them, under another key or from within a wrapper.
 
     Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
     91 classes that does not name them gets COCO's names; `categories`, a COCO json or a sequence of Category, names
@@ -86,7 +86,7 @@ def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Tensor]:
-    """The model's weights under the names of `naming`, bit-equal; most share memory with the model.
+    """Return the model's weights under the names of `naming`, bit-equal; most share memory with the model.
 
     Raises UserError where the other implementation has no such model.
     """

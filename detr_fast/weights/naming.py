@@ -92,8 +92,8 @@ def rename(key: str, renames: Renames) -> str:
 
 
 def counterparts(key: str, naming: FoundNaming) -> tuple[str, ...]:
-    """The keys in `naming` whose tensors, joined along their first axis, are ours under `key`: three for a query-key-
-    value projection at Hugging Face, else one."""
+    """Return the keys in `naming` whose tensors, joined along their first axis, are ours under `key`: three for a
+    query-key-value projection at Hugging Face, else one."""
     if naming == "detr_fast":
         return (key,)
     if key.startswith("backbone."):
@@ -110,7 +110,7 @@ def counterparts(key: str, naming: FoundNaming) -> tuple[str, ...]:
 
 
 def naming_of(keys: Iterable[str]) -> FoundNaming:
-    """Which naming the keys of a state dict follow; ours where nothing speaks for another."""
+    """Tell which naming the keys of a state dict follow; ours where nothing speaks for another."""
     keys = list(keys)
     if any(key.startswith(("model.backbone.", "class_labels_classifier.")) for key in keys):
         return "huggingface_resnet" if any(".embedder.embedder." in key for key in keys) else "huggingface"
@@ -130,7 +130,7 @@ class NamedWeights:
 
     @classmethod
     def recognise(cls, state_dict: Mapping[str, Tensor]) -> "NamedWeights":
-        """The weights without what wrappers put before and into their names."""
+        """Return the weights without what wrappers put before and into their names."""
         tensors, left_out = unwrapped(state_dict, ANCHORS)
         if HEADLESS_ANCHOR in tensors:
             tensors = {f"model.{name}": value for name, value in tensors.items()}
@@ -147,7 +147,7 @@ class NamedWeights:
         return transformer and any(name.startswith(IMAGE_SIDE) for name in self.tensors)
 
     def lacking(self, keys: Iterable[str]) -> list[str]:
-        """Those of HEADS of which any of our `keys` is missing here."""
+        """Return those of HEADS of which any of our `keys` is missing here."""
         return [head for head in HEADS if any(key.startswith(f"{head}.") and key not in self for key in keys)]
 
     def in_trunk(self, name: str) -> bool:
@@ -158,12 +158,12 @@ class NamedWeights:
         return all(name in self.tensors for name in counterparts(key, self.naming))
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor under our `key`. Raises KeyError."""
+        """Return the tensor under our `key`. Raises KeyError."""
         parts = [self.tensors[name] for name in counterparts(key, self.naming)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unexpected(self, keys: Iterable[str]) -> list[str]:
-        """The names, as they are in the file, that are no counterpart of any of our `keys`.
+        """Return the names, as they are in the file, that are no counterpart of any of our `keys`.
 
         A batch norm's count of batches is left aside: a frozen one has no use for it.
         """
@@ -172,7 +172,7 @@ class NamedWeights:
 
 
 def to_naming(state_dict: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
-    """Our state dict under the names of `naming`; what is split is copied, the rest shares memory."""
+    """Return our state dict under the names of `naming`; what is split is copied, the rest shares memory."""
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         names = counterparts(key, naming)

@@ -96,7 +96,7 @@ class NumpyDtype:
 
 
 def no_bytes(*_: Any) -> bytes:
-    """Return what torch's files say so: they hold empty bytes as a call of `bytes`, and no others."""
+    """Return empty bytes, the only ones that torch's files hold as a call of `bytes`."""
     return b""
 
 
