@@ -111,6 +111,7 @@ KEPT_AS: dict[str, Callable[[Weights], Any]] = {
         **before("net.", other(w) | {"criterion.a": torch.ones(4)}),
     },
     "moments before them": lambda w: {"exp_avg": other(w), "best": {"momentum": other(w), "weights": w}},
+    "another network in one": lambda w: before("d.", other(w)) | before("model.", w),
     "gradients in one": lambda w: before("grad.", other(w)) | before("weights.", w),
     "little under a usual key": lambda w: {"net": {"scale": torch.ones(1)}, "weights": w},
     "NumPy arrays": lambda w: {"model": {key: value.numpy() for key, value in w.items()}},

@@ -116,7 +116,7 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
     """Return what stands before the first of `anchors` that ends any of `names`: averaged weights' where there are
-    several and these hold as much, else the shortest. None where no name ends so."""
+    several and these hold as much, else a usual key, else the shortest. None where no name ends so."""
     names = list(names)
     for anchor in anchors:
         ending = (name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}"))
@@ -126,8 +126,12 @@ def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
             most = max(held.values())
             averaged = {prefix for prefix in prefixes if says(AVERAGED, prefix)}
             whole = {prefix for prefix in averaged if held[prefix] == most}
-            return min(whole or prefixes - averaged or averaged, key=lambda prefix: (len(prefix), prefix))
+            return min(whole or prefixes - averaged or averaged, key=lambda it: (not usual(it), len(it), it))
     return None
+
+
+def usual(prefix: str) -> bool:
+    return prefix.removesuffix(".").rpartition(".")[2] in PREFERRED
 
 
 def nearest(name: str, prefixes: Container[str]) -> str | None:
