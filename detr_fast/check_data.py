@@ -174,7 +174,10 @@ def respelled(dataset: CocoDataset) -> Iterator[str]:
 
 
 def main(options: CheckDataConfig) -> int:
-    """Prints what is wrong; returns 0 if nothing is, else 2. Raises UserError where there is no data set at all."""
+    """Prints what is wrong; returns 0 if nothing is, else 2.
+
+    A split that training needs and that is not there is a problem; of splits given one by one, one may be alone.
+    """
     console = Console()
     findings = Findings()
     datasets: dict[Location, CocoDataset] = {}
@@ -182,6 +185,8 @@ def main(options: CheckDataConfig) -> int:
     for split in ("train", "val", "test"):
         try:
             location = find_split(options, split)
+            if location is None and split != "test" and not (options.train_images or options.val_images):
+                require_split(options, split)
             if location is None or location in datasets:
                 continue
             dataset = datasets[location] = CocoDataset(
@@ -202,8 +207,6 @@ def main(options: CheckDataConfig) -> int:
         notes = [*annotation_notes(dataset, split), *orientation_notes(images), *content_notes(split, images, seen)]
         findings.problems += [(split, line) for line in problems]
         findings.notes += [(split, line) for line in notes]
-    if not datasets and not findings.problems:
-        require_split(options, "train")
     print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:
