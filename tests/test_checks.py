@@ -57,6 +57,40 @@ def test_another_form_of_boxes_is_told(order: str, unit: float | None, words: st
     assert forms_of(in_form(boxes_xywh(200, seed), order, unit)) == [(words, 200)]
 
 
+def small_boxes(count: int, largest: float, seed: int) -> np.ndarray:
+    """Boxes (N, 4) of 8 to `largest` pixels inside an image of WIDTH x HEIGHT."""
+    rng = np.random.default_rng(seed)
+    extent = rng.uniform(8, largest, (count, 2))
+    return np.hstack((rng.uniform(0, np.array([WIDTH, HEIGHT]) - extent), extent))
+
+
+@pytest.mark.parametrize("largest", [30, 80, 200])
+@pytest.mark.parametrize("unit", [None, 1])
+def test_centres_are_told_of_small_objects_too(largest: float, unit: float | None) -> None:
+    words = "centre x, centre y, width, height"
+    for seed in range(20):
+        boxes = in_form(small_boxes(400, largest, seed), "centre", unit)
+        assert forms_of(boxes) == [(words if unit is None else f"relative {words} (0 to 1)", 400)]
+
+
+@pytest.mark.parametrize(("order", "words"), [("coco", "y, x, height, width"), ("corners", "y0, x0, y1, x1")])
+def test_y_before_x_is_told_unless_images_are_square(order: str, words: str) -> None:
+    for largest in (30, 200):
+        boxes = in_form(small_boxes(200, largest, 0), order, None)
+        assert forms_of(boxes[:, [1, 0, 3, 2]]) == [(words, 200)]
+    square = small_boxes(200, 200, 0) * ([1, 0.75, 1, 1] if order == "coco" else 1)
+    assert forms_of(square[:, [1, 0, 3, 2]], (WIDTH, WIDTH)) == []
+
+
+@pytest.mark.parametrize("largest", [12, 30, 100, 300])
+def test_careless_boxes_are_of_no_other_form(largest: float) -> None:
+    """A tenth of them reach past what they enclose, and some of those past their image."""
+    for seed in range(20):
+        boxes = small_boxes(3000, largest, seed)
+        boxes[::10, 2:] += np.random.default_rng(seed).uniform(0, 40, (300, 2))
+        assert forms_of(boxes) == []
+
+
 def test_a_single_box_may_be_relative() -> None:
     assert forms_of(np.array([[0.4, 0.4, 0.2, 0.2]])) == [("relative ones (0 to 1, as YOLO has them)", 1)]
 
