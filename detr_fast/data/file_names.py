@@ -109,10 +109,8 @@ class ImageFolder:
     @cached_property
     def _files(self) -> list[str]:
         """Every file of the folder, by its path in it, the shallowest first."""
-        walked = os.walk(self.root)
-        paths = [
-            os.path.relpath(os.path.join(folder, file), self.root) for folder, _, files in walked for file in files
-        ]
+        walked = ((os.path.relpath(folder, self.root), files) for folder, _, files in os.walk(self.root))
+        paths = [os.path.normpath(os.path.join(folder, file)) for folder, files in walked for file in files]
         return sorted(paths, key=lambda path: (path.count("/"), path))
 
     @cached_property
@@ -137,7 +135,7 @@ class ImageFolder:
         alike = next((self._listed[end] for end in ends_of(wanted) if end in self._listed), None)
         if alike is None:
             ends = ends_of(os.path.splitext(wanted)[0])
-            alike = next((found for end in ends if (found := self._listed_without_ending.get(end))), None)
+            alike = next((paths for end in ends if (paths := self._listed_without_ending.get(end))), None)
         if alike is None:
             some = f", such as {self._files[0]!r}" if self._files else ""
             return f": the folder has {len(self._files)} files{some}, and none like it"
