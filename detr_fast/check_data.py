@@ -13,7 +13,7 @@ from detr_fast.command import run
 from detr_fast.config import DataLocation, UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
-from detr_fast.data.checks import beyond_coco, class_notes, without_objects
+from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling_hint
 from detr_fast.data.corrections import shortened
 from detr_fast.data.doubles import find_doubles
@@ -144,10 +144,7 @@ def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, 
     if inside:
         yield f"{len(inside)} images have the content of another one ({shortened(inside, NAMED)}): keep one of each"
     if across:
-        yield (
-            f"{len(across)} images are another split's, too ({shortened(across, NAMED)}): "
-            "numbers measured on images that were trained on say nothing of new ones"
-        )
+        yield (f"{len(across)} images are another split's, too ({shortened(across, NAMED)}): {TRAINED_ON}")
 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
@@ -173,6 +170,12 @@ def respelled(dataset: CocoDataset) -> Iterator[str]:
         yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
 
 
+def locate(options: CheckDataConfig, split: str) -> Location | None:
+    """Return where `split` lies; None where it need not be there. Raises UserError where training would miss it."""
+    given_by_themselves = options.train_images or options.val_images
+    return find_split(options, split) if split == "test" or given_by_themselves else require_split(options, split)
+
+
 def main(options: CheckDataConfig) -> int:
     """Prints what is wrong; returns 0 if nothing is, else 2.
 
@@ -184,10 +187,12 @@ def main(options: CheckDataConfig) -> int:
     seen: dict[bytes, tuple[str, Path]] = {}
     for split in ("train", "val", "test"):
         try:
-            location = find_split(options, split)
-            if location is None and split != "test" and not (options.train_images or options.val_images):
-                require_split(options, split)
-            if location is None or location in datasets:
+            location = locate(options, split)
+            if location is None:
+                continue
+            if location in datasets:
+                same = datasets[location]
+                findings.notes += [(split, str(trained_on(same, same)))] * (split == "val")
                 continue
             dataset = datasets[location] = CocoDataset(
                 *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links

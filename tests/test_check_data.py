@@ -12,6 +12,7 @@ from PIL import Image
 from detr_fast.check_data import CheckDataConfig, main
 from detr_fast.command import run
 from detr_fast.config import DataOptions, UserError
+from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import build_dataset
 
 
@@ -216,6 +217,22 @@ def test_a_split_that_training_would_miss_is_a_problem(
     assert (f"{split}ing.json" in text) == (kind == "absent")  # what there is instead
     with pytest.raises(UserError, match=re.escape(said.format(split=split))):
         build_dataset(DataOptions(data=str(tmp_path)), split)
+
+
+def test_validation_on_what_was_trained_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same folder and file, or by links to them."""
+    write_split(tmp_path, "train")
+    (tmp_path / "val").symlink_to("train")
+    (tmp_path / "annotations" / "val.json").symlink_to("train.json")
+    given = [tmp_path / "train", tmp_path / "annotations" / "train.json"]
+    names = ("train_images", "train_annotations", "val_images", "val_annotations")
+    twice = {name: str(path) for name, path in zip(names, given * 2, strict=True)}
+    for options in ({"data": str(tmp_path)}, twice):
+        assert main(CheckDataConfig(**options)) == 0
+        assert "numbers measured on images that were trained on" in capsys.readouterr().out
+        splits = [build_dataset(DataOptions(**options), split) for split in ("train", "val")]
+        with pytest.warns(UserWarning, match=r"2 of 2 images are trained on, too \(1\.jpg, 2\.jpg\)"):
+            warn_before_training(*splits)
 
 
 def test_a_split_given_by_itself_may_be_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

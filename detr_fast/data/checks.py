@@ -19,6 +19,7 @@ RARE_FACTOR = 100
 MOST_HEADERS = 32
 """Files of a split that are looked at before the first step."""
 NAMED = 5
+TRAINED_ON = "numbers measured on images that were trained on say nothing of new ones"
 
 
 def without_objects(annotations: Annotations) -> str | None:
@@ -86,6 +87,15 @@ def alike_names(categories: Sequence[Category]) -> Iterator[str]:
             )
 
 
+def trained_on(train_set: CocoDataset, val_set: CocoDataset) -> str | None:
+    """Say how many files of `val_set` are `train_set`'s as well; None where none is."""
+    files = {record.path for record in train_set.records}
+    shared = [record.path.name for record in val_set.records if record.path in files]
+    if not shared:
+        return None
+    return f"{len(shared)} of {len(val_set)} images are trained on, too ({shortened(shared, NAMED)}): {TRAINED_ON}"
+
+
 def check_files(dataset: CocoDataset) -> None:
     """Find out before the first step what reading would find much later: of a few files whether they can be read, have
     the annotations' size and stand upright.
@@ -124,6 +134,9 @@ def warn_before_training(train_set: CocoDataset, val_set: CocoDataset) -> None:
     reason = without_objects(train_set.annotations)
     if reason:
         warnings.warn(f"{train_set.annotation_file}: there is nothing to train on: {reason}.")
+    shared = trained_on(train_set, val_set)
+    if shared:
+        warnings.warn(f"{val_set.annotation_file}: {shared}.")
     warn_before_evaluation(val_set, "; best.pt is then always the latest weights")
 
 
