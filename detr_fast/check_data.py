@@ -21,6 +21,8 @@ from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
+NARROW_SPAN = 32
+"""Of 256 values."""
 NAMED = 5
 """Images that a line names."""
 
@@ -57,6 +59,8 @@ class CheckedImage:
     header: Header | None
     digest: bytes | None
     """Of its content; None where it cannot be read."""
+    span: int = 0
+    """Its brightest value less its darkest, as it is read"""
 
 
 def annotation_problems(dataset: CocoDataset, split: str, num_queries: int) -> Iterator[str]:
@@ -93,7 +97,8 @@ def check_image(record: ImageRecord) -> CheckedImage:
         return CheckedImage(record, str(error), header, None)
     size = (image.shape[1], image.shape[2])
     problem = None if size == (record.height, record.width) else size_mismatch(record, size)
-    return CheckedImage(record, problem, header, hashlib.sha256(record.path.read_bytes()).digest())
+    span = int(image.max()) - int(image.min())
+    return CheckedImage(record, problem, header, hashlib.sha256(record.path.read_bytes()).digest(), span)
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
@@ -127,6 +132,20 @@ def orientation_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
         ]
         if names:
             yield f"{len(names)} " + text.format(shortened(names, NAMED))
+
+
+def depth_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
+    """Yield a line on images of 12 bits in 16, or of 8 in 32: the upper bits, which are read, are nearly empty."""
+    dark = [
+        one.record.path.name
+        for one in images
+        if one.header and one.header.deep and one.digest and one.span < NARROW_SPAN
+    ]
+    if dark:
+        yield (
+            f"{len(dark)} images with 16 bits or more hold less than an eighth of the range "
+            f"({shortened(dark, NAMED)}), of which the upper 8 of 16 bits are read: scale them to the whole range, or convert them to 8 bits"
+        )
 
 
 def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, tuple[str, Path]]) -> Iterator[str]:
@@ -209,7 +228,12 @@ def main(options: CheckDataConfig) -> int:
             *image_problems(dataset, images),
             *check_categories(dataset.annotations.categories, first.annotations.categories),
         ]
-        notes = [*annotation_notes(dataset, split), *orientation_notes(images), *content_notes(split, images, seen)]
+        notes = [
+            *annotation_notes(dataset, split),
+            *orientation_notes(images),
+            *depth_notes(images),
+            *content_notes(split, images, seen),
+        ]
         findings.problems += [(split, line) for line in problems]
         findings.notes += [(split, line) for line in notes]
     print_lines("to look at, though it may be meant", findings.notes, console)

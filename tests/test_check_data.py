@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -125,6 +126,21 @@ def test_what_may_be_meant_is_told_but_no_problem(tmp_path: Path, capsys: pytest
         "val    1 images are another split's, too (1.jpg is train's 2.jpg)",
     ):
         assert line in text, line
+
+
+@pytest.mark.parametrize(
+    ("most", "dtype", "told"),
+    [(4095, np.uint16, 1), (255, np.int32, 1), (255, np.uint16, 1), (65535, np.uint16, 0), (65535, np.int32, 0)],
+)
+def test_images_of_fewer_bits_than_their_file_has_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, dtype: type, told: int
+) -> None:
+    write_split(tmp_path, "train")
+    write_split(tmp_path, "val")
+    pixels = np.linspace(0, most, 40 * 60).astype(dtype).reshape(40, 60)
+    Image.fromarray(pixels).save(tmp_path / "train" / "1.jpg", "TIFF")
+    code, text = check(tmp_path, capsys)
+    assert code == 0 and text.count("hold less than an eighth of the range (1.jpg)") == told
 
 
 def test_categories_that_differ_in_case_or_id_are_named_in_pairs(
