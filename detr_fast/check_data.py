@@ -144,7 +144,8 @@ def depth_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
     if dark:
         yield (
             f"{len(dark)} images with 16 bits or more hold less than an eighth of the range "
-            f"({shortened(dark, NAMED)}), of which the upper 8 of 16 bits are read: scale them to the whole range, or convert them to 8 bits"
+            f"({shortened(dark, NAMED)}), of which the upper 8 of 16 bits are "
+            "read: scale them to the whole range, or convert them to 8 bits"
         )
 
 
