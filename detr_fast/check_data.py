@@ -171,10 +171,7 @@ def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Ite
     """Yield categories that the first split does not have: a model trained on it cannot know them."""
     for category in ours:
         if category not in known:
-            yield (
-                f"category {category.id} {category.name!r} is not among those of the training split."
-                f"{spelling_hint([category], known)}"
-            )
+            yield (f"category {category} is not among those of the training split.{spelling_hint([category], known)}")
 
 
 def summary(dataset: CocoDataset) -> str:

@@ -70,7 +70,7 @@ def class_notes(annotations: Annotations) -> Iterator[str]:
         f"classes have less than 1 object for {RARE_FACTOR} of the most frequent class": rare,
     }
     for text, mask in kinds.items():
-        names = [f"{annotations.categories[k].name!r}" for k in np.flatnonzero(mask).tolist()]
+        names = [f"{annotations.categories[k].name!r:.100}" for k in np.flatnonzero(mask).tolist()]
         if names and objects.any():
             yield f"{len(names)} {text}: {shortened(names, NAMED)}"
     yield from alike_names(annotations.categories)
@@ -82,7 +82,7 @@ def alike_names(categories: Sequence[Category]) -> Iterator[str]:
         other = first.setdefault(spelling(category.name), category)
         if other is not category:
             yield (
-                f"categories {other.id} {other.name!r} and {category.id} {category.name!r} differ in case or spaces at "
+                f"categories {other} and {category} differ in case or spaces at "
                 "most: where they mean one class, give one id"
             )
 

@@ -225,14 +225,14 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
 
 
 def names(categories: Sequence[Category]) -> str:
-    return shortened([f"{category.id} {category.name!r}" for category in categories], 10)
+    return shortened(categories, 10)
 
 
 def spelling_hint(unknown: Sequence[Category], known: Sequence[Category]) -> str:
     """A sentence on categories that differ in id, case or spaces alone; empty where there are none."""
     name_of = {spelling(category.name): category for category in known}
     pairs = [(one, name_of[spelling(one.name)]) for one in unknown if spelling(one.name) in name_of]
-    alike = [f"{one.id} {one.name!r} and {other.id} {other.name!r}" for one, other in pairs]
+    alike = [f"{one} and {other}" for one, other in pairs]
     return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""
 
 
@@ -255,7 +255,7 @@ def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[i
         try:
             path, absent = folder.find(image.file_name)
         except OutsideError as error:
-            refused.append(f"image {image.id}: 'file_name' {image.file_name!r} {error}")
+            refused.append(f"image {image.id}: 'file_name' {image.file_name!r:.100} {error}")
         else:
             each = image.id, path, image.width, image.height, labels[start:end], boxes[start:end], absent
             records.append(ImageRecord(*each))

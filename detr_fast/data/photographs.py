@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from detr_fast.config import UserError, require
-from detr_fast.data.annotations import shortened
+from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import JPEG_START
 from detr_fast.data.formats import START_BYTES, described
 from detr_fast.data.headers import read_header
