@@ -14,7 +14,7 @@ from detr_fast.config import DataLocation, UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling_hint
+from detr_fast.data.coco import CocoDataset, ImageRecord, by_spelling, size_mismatch, spelling_hint
 from detr_fast.data.corrections import shortened
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, Header, read_header
@@ -169,9 +169,12 @@ def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
     """Yield categories that the first split does not have: a model trained on it cannot know them."""
+    known_ones, spellings = set(known), by_spelling(known)
     for category in ours:
-        if category not in known:
-            yield (f"category {category} is not among those of the training split.{spelling_hint([category], known)}")
+        if category not in known_ones:
+            yield (
+                f"category {category} is not among those of the training split.{spelling_hint([category], spellings)}"
+            )
 
 
 def summary(dataset: CocoDataset) -> str:

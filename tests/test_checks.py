@@ -1,6 +1,7 @@
 """What is silently wrong with data is found, each kind in all its forms, and nothing is said of data that are right."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detr_fast.check_data import check_categories
 from detr_fast.config import UserError
-from detr_fast.data.annotations import Annotations, read_annotations
+from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.box_forms import likely_forms
 from detr_fast.data.checks import beyond_coco, check_files, class_notes, warn_before_training, without_objects
-from detr_fast.data.coco import CocoDataset
+from detr_fast.data.coco import CocoDataset, label_map
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, orientation_of, read_header
 from detr_fast.data.transforms import EvaluationTransform
@@ -178,6 +180,26 @@ def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> 
     }
     assert set(found.equal.tolist()) == equal and len(equal) > 5
     assert len(find_doubles(read(tmp_path)).equal) == 0
+
+
+def test_doubles_among_many_boxes_of_one_sum_are_found(tmp_path: Path) -> None:
+    """And beside a box so large that a sum with it has no room for theirs."""
+    for step, extent in ((1, [8, 8]), (1.1, [8.125, 7.9])):
+        boxes = [[step * i, step * (400 - i), *extent] for i in range(400)] * 2
+        rows = [annotation(i, 1, box) for i, box in enumerate([[0, 0, 9e15, 5], *boxes], 1)]
+        assert find_doubles(read(tmp_path, *rows)).equal.tolist() == list(range(402, 802))
+
+
+def test_many_classes_cost_no_look_at_each_others(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(20_000)]
+    found = read(tmp_path, annotation(1, 1, [1, 1, 9, 9]), annotation(2, 1, [1, 1, 9, 9], 19_999), names=(*names,))
+    began = time.process_time()
+    assert "19998 classes have no object" in next(class_notes(found))
+    swapped = [Category(one.id, f"{one.name} ") for one in found.categories]
+    assert len(list(check_categories(swapped, found.categories))) == 20_000
+    with pytest.raises(UserError, match="19999 'class 19998'"):
+        label_map(found, swapped)
+    assert time.process_time() - began < 2
 
 
 def test_relative_boxes_are_no_doubles_for_being_small(tmp_path: Path) -> None:

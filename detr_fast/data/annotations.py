@@ -235,8 +235,8 @@ def read_areas(file: Path, rows: list[Row], boxes_xywh_px: np.ndarray) -> np.nda
 
 
 def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation sorts
-    objects by area into small, medium and large."""
+    """Return areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation
+    sorts objects by area into small, medium and large."""
     of_boxes, of_images = boxes_xywh_px[:, 2:].prod(axis=1), sizes_wh.astype(np.float64).prod(axis=1)
     relative = (areas < 1) & (of_boxes >= RELATIVE_AREA_LEAST_PX)
     wrong = ((areas <= 0) | relative | (areas > of_images)) & (areas != of_boxes)

@@ -77,8 +77,8 @@ def likely_order(boxes_px: np.ndarray, sizes_wh: np.ndarray) -> str:
 
 
 def look_relative(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
-    """Which boxes (N,) look relative to the image: all that lie within its first pixel, where nearly all do; else those
-    that are less than a pixel, and not cut off by the image's corner."""
+    """Tell which boxes (N,) look relative to the image: all that lie within its first pixel, where nearly all do; else
+    those that are less than a pixel, and not cut off by the image's corner."""
     inside = ((boxes >= 0) & (boxes <= 1.001)).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
     inside &= (sizes_wh >= RELATIVE_LEAST_SIDE_PX).all(axis=1)
     if inside.mean() <= 0.9:
@@ -87,7 +87,7 @@ def look_relative(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
 
 
 def look_like_percent(boxes: np.ndarray, sizes_wh: np.ndarray) -> bool:
-    """Whether many boxes, spread from 0 to 100 both ways, leave all the rest of far larger images empty."""
+    """Tell whether many boxes, spread from 0 to 100 both ways, leave all the rest of far larger images empty."""
     if len(boxes) < PERCENT_LEAST_BOXES or sizes_wh.min() < PERCENT_LEAST_SIDE_PX:
         return False
     low, extent = np.split(boxes, 2, axis=1)

@@ -58,9 +58,10 @@ def beyond_coco(annotations: Annotations) -> str | None:
 
 def class_notes(annotations: Annotations) -> Iterator[str]:
     """Yield lines on classes that cannot be learned or measured well, and on names that are nearly the same."""
+    classes = np.searchsorted([one.id for one in annotations.categories], annotations.category_ids)
     objects, crowds = (
-        np.array([np.count_nonzero(ids == category.id) for category in annotations.categories])
-        for ids in (annotations.category_ids[~annotations.crowd], annotations.category_ids[annotations.crowd])
+        np.bincount(classes[mask], minlength=len(annotations.categories))
+        for mask in (~annotations.crowd, annotations.crowd)
     )
     rare = (objects > 0) & (objects * RARE_FACTOR < objects.max())
     none = objects == 0

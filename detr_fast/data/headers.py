@@ -28,7 +28,7 @@ class Header:
 
     @property
     def turned(self) -> bool:
-        """Whether other programs show the image in another way than it is read here."""
+        """Tell whether other programs show the image in another way than it is read here."""
         return self.orientation != UPRIGHT and not self.applied
 
 

@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def measured(self) -> dict[str, float]:
-        """The metrics that the data bears on; none where it has no object."""
+        """Return the metrics that the data bears on; none where it has no object."""
         return {name: value for name, value in self.metrics.items() if value > ABSENT}
 
     @property
@@ -71,7 +71,7 @@ class Evaluation:
         return {**note, **without_absent(found)}
 
     def line(self) -> str:
-        """The numbers that matter most."""
+        """Write the numbers that matter most."""
         shown = {name: value for name, value in self.measured.items() if name in ("AP", "AP50")} | self.unlimited
         return "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) or NOTHING_MEASURED
 
@@ -140,7 +140,7 @@ def evaluate_detections(
 
 
 def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Evaluator) -> dict[str, float]:
-    """The UNLIMITED numbers: AP, AP50 and recall where all detections count."""
+    """Return the UNLIMITED numbers: AP, AP50 and recall where all detections count."""
     _, counts = np.unique(detections[:, IMAGE_ID], return_counts=True)
     _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
     found = precision[..., ALL_AREAS, MOST_DETECTIONS]
@@ -149,7 +149,7 @@ def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Eval
 
 
 def most_objects(document: dict[str, Any]) -> int:
-    """Of one class on one image, crowds left out."""
+    """Count the objects of one class on one image where they are most, crowds left out."""
     groups = Counter((one["image_id"], one["category_id"]) for one in document["annotations"] if not one["iscrowd"])
     return max(groups.values(), default=0)
 
