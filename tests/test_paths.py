@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from detr_fast.config import DataOptions, UserError
 from detr_fast.data.photographs import find_images
 from detr_fast.data.splits import find_split
 from detr_fast.paths import kind_of
 from detr_fast.training.resuming import load_resumed, resumed_path
+from detr_fast.tuning import entries_of
 from detr_fast.weights.files import read_weights_file
 
 
@@ -23,6 +25,11 @@ def test_kinds(tmp_path: Path) -> None:
     assert [kind_of(tmp_path / name) for name in names] == [
         *("file", "file", "broken link", "special file", "folder", "nothing", "nothing")
     ]
+
+
+def test_a_cache_that_may_not_be_looked_at_has_no_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path / ("x" * 300)))
+    assert list(entries_of(torch.device("cpu"))) == []
 
 
 LONG, LOOP, CLOSED = "x" * 300, "loop", "closed/inside"

@@ -93,7 +93,8 @@ def single_files(folder: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_a_file_of_a_folder_is_read_as_the_folder(single_files: list[Path], folder: Path) -> None:
-    there = configured(said(single_files[0].parent, size=480, max_size=640), encoder_attention_heads=4, dilation=True)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    there = configured(said(single_files[0].parent, size=480, max_size=640), **heads, dilation=True)
     whole = load_model(there)
     assert (whole.config.num_heads, whole.config.dilation, whole.config.image_size) == (4, True, 480)
     for file in single_files:

@@ -269,6 +269,9 @@ def test_config_that_computes_something_else_is_refused(model: DETR, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", "auxiliary_loss": True}))
     with pytest.raises(UserError, match="auxiliary_loss=True"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", "decoder_attention_heads": 4}))
+    with pytest.raises(UserError, match="only the same number"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
         load_model(tmp_path)

@@ -131,11 +131,18 @@ def from_huggingface(file: WeightsFile) -> dict[str, Any]:
                 f"{file.path}: its config.json has {name}={brief(config[name])}, which computes something else than "
                 f"DETR; only {value!r} can be loaded."
             )
+    heads = config.get("encoder_attention_heads", 8)
+    decoder_heads = config.get("decoder_attention_heads", heads)
+    require(
+        decoder_heads == heads,
+        f"{file.path}: its config.json has encoder_attention_heads={brief(heads)} and decoder_attention_heads="
+        f"{brief(decoder_heads)}; only the same number can be loaded.",
+    )
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, dict) else {}
     found = {
         "dilation": bool(config.get("dilation")) or backbone.get("output_stride") == 16,
-        "num_heads": config.get("encoder_attention_heads", 8),
+        "num_heads": heads,
         "dropout": config.get("dropout", 0.1),
     }
     timm_name = backbone.get("backbone") or config.get("backbone")
