@@ -53,8 +53,8 @@ def planted(monkeypatch):
     from detr_fast.training.criterion import SetCriterion
     read, evaluate, forward = CocoDataset.read, coco_metrics.run_hotcoco, SetCriterion.forward
 
-    def off_in_the_last_bit(truth, detections):
-        numbers, *rest = evaluate(truth, detections)
+    def off_in_the_last_bit(truth, detections, most):
+        numbers, *rest = evaluate(truth, detections, most)
         return numbers * (1 + 2**-52), *rest
 
     def off_by_one_percent(self, *arguments):

@@ -37,7 +37,8 @@ def test_reading_is_compared_with_an_earlier_runs_training(tmp_path: Path) -> No
     """Its log has 80 images/s on two devices, where a fifth of the time went by waiting: without, each takes 50."""
     assert data_rate.training_rate(tmp_path / "none.csv", 1) is None
     log = tmp_path / "metrics.csv"
-    log.write_text("kind,step,images_per_second,data_wait_share\ntrain,1,80,0.2\nval,1,,\ntrain,2,80,0.2\n")
+    columns = "kind,epoch,step,seconds,images_per_second,data_wait_share"
+    log.write_text(f"{columns}\ntrain,1,1,1,80,0.2\nval,1,1,1,,\ntrain,1,2,2,80,0.2\n")
     assert data_rate.training_rate(log, 2) == pytest.approx(50)
     assert data_rate.verdict(60, 50) == "reading keeps up" and "--workers" in data_rate.verdict(40, 50)
 
