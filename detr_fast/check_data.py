@@ -13,14 +13,16 @@ from detr_fast.command import run
 from detr_fast.config import DataLocation, UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
-from detr_fast.data.checks import beyond_coco, class_notes, without_objects
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling_hint
+from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
+from detr_fast.data.coco import CocoDataset, ImageRecord, by_spelling, size_mismatch, spelling_hint
 from detr_fast.data.corrections import shortened
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
+NARROW_SPAN = 32
+"""Of 256 values."""
 NAMED = 5
 """Images that a line names."""
 
@@ -57,6 +59,8 @@ class CheckedImage:
     header: Header | None
     digest: bytes | None
     """Of its content; None where it cannot be read."""
+    span: int = 0
+    """Its brightest value less its darkest, as it is read"""
 
 
 def annotation_problems(dataset: CocoDataset, split: str, num_queries: int) -> Iterator[str]:
@@ -93,7 +97,8 @@ def check_image(record: ImageRecord) -> CheckedImage:
         return CheckedImage(record, str(error), header, None)
     size = (image.shape[1], image.shape[2])
     problem = None if size == (record.height, record.width) else size_mismatch(record, size)
-    return CheckedImage(record, problem, header, hashlib.sha256(record.path.read_bytes()).digest())
+    span = int(image.max()) - int(image.min())
+    return CheckedImage(record, problem, header, hashlib.sha256(record.path.read_bytes()).digest(), span)
 
 
 def check_images(split: str, records: Sequence[ImageRecord], workers: int, console: Console) -> list[CheckedImage]:
@@ -129,6 +134,21 @@ def orientation_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
             yield f"{len(names)} " + text.format(shortened(names, NAMED))
 
 
+def depth_notes(images: Sequence[CheckedImage]) -> Iterator[str]:
+    """Yield a line on images of 12 bits in 16, or of 8 in 32: the upper bits, which are read, are nearly empty."""
+    dark = [
+        one.record.path.name
+        for one in images
+        if one.header and one.header.deep and one.digest and one.span < NARROW_SPAN
+    ]
+    if dark:
+        yield (
+            f"{len(dark)} images with 16 bits or more hold less than an eighth of the range "
+            f"({shortened(dark, NAMED)}), of which the upper 8 of 16 bits are "
+            "read: scale them to the whole range, or convert them to 8 bits"
+        )
+
+
 def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, tuple[str, Path]]) -> Iterator[str]:
     """Yield lines on files with the content of another one, of this split or of one before; `seen` grows."""
     inside, across = [], []
@@ -144,19 +164,16 @@ def content_notes(split: str, images: Sequence[CheckedImage], seen: dict[bytes, 
     if inside:
         yield f"{len(inside)} images have the content of another one ({shortened(inside, NAMED)}): keep one of each"
     if across:
-        yield (
-            f"{len(across)} images are another split's, too ({shortened(across, NAMED)}): "
-            "numbers measured on images that were trained on say nothing of new ones"
-        )
+        yield (f"{len(across)} images are another split's, too ({shortened(across, NAMED)}): {TRAINED_ON}")
 
 
 def check_categories(ours: Sequence[Category], known: Sequence[Category]) -> Iterator[str]:
     """Yield categories that the first split does not have: a model trained on it cannot know them."""
+    known_ones, spellings = set(known), by_spelling(known)
     for category in ours:
-        if category not in known:
+        if category not in known_ones:
             yield (
-                f"category {category.id} {category.name!r} is not among those of the training split."
-                f"{spelling_hint([category], known)}"
+                f"category {category} is not among those of the training split.{spelling_hint([category], spellings)}"
             )
 
 
@@ -173,16 +190,29 @@ def respelled(dataset: CocoDataset) -> Iterator[str]:
         yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
 
 
+def locate(options: CheckDataConfig, split: str) -> Location | None:
+    """Return where `split` lies; None where it need not be there. Raises UserError where training would miss it."""
+    given_by_themselves = options.train_images or options.val_images
+    return find_split(options, split) if split == "test" or given_by_themselves else require_split(options, split)
+
+
 def main(options: CheckDataConfig) -> int:
-    """Prints what is wrong; returns 0 if nothing is, else 2. Raises UserError where there is no data set at all."""
+    """Prints what is wrong; returns 0 if nothing is, else 2.
+
+    A split that training needs and that is not there is a problem; of splits given one by one, one may be alone.
+    """
     console = Console()
     findings = Findings()
     datasets: dict[Location, CocoDataset] = {}
     seen: dict[bytes, tuple[str, Path]] = {}
     for split in ("train", "val", "test"):
         try:
-            location = find_split(options, split)
-            if location is None or location in datasets:
+            location = locate(options, split)
+            if location is None:
+                continue
+            if location in datasets:
+                same = datasets[location]
+                findings.notes += [(split, str(trained_on(same, same)))] * (split == "val")
                 continue
             dataset = datasets[location] = CocoDataset(
                 *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links
@@ -199,11 +229,14 @@ def main(options: CheckDataConfig) -> int:
             *image_problems(dataset, images),
             *check_categories(dataset.annotations.categories, first.annotations.categories),
         ]
-        notes = [*annotation_notes(dataset, split), *orientation_notes(images), *content_notes(split, images, seen)]
+        notes = [
+            *annotation_notes(dataset, split),
+            *orientation_notes(images),
+            *depth_notes(images),
+            *content_notes(split, images, seen),
+        ]
         findings.problems += [(split, line) for line in problems]
         findings.notes += [(split, line) for line in notes]
-    if not datasets and not findings.problems:
-        require_split(options, "train")
     print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:

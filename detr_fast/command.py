@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar, get_type_hints
 import tyro
 
 from detr_fast.config import UserError, require
+from detr_fast.console import legible
 
 Options = TypeVar("Options")
 
@@ -36,7 +37,7 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have letters, or bytes, that no terminal here can show
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {legible(str(message))}\n"
     try:
         refuse_empty(argv)
         helping = not {"-h", "--help"}.isdisjoint(argv)
@@ -46,7 +47,7 @@ def run(
         code = main(options)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {legible(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,9 +1,18 @@
-"""The only way in which tables and lines are printed: whatever text holds is shown as it is."""
+"""The only way in which tables and lines are printed: whatever text holds is shown as it is, and moves no cursor."""
 
+import re
 from typing import Any
 
 import rich.console
 from rich.text import Text
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that a terminal acts on; not the new line and the tab."""
+
+
+def legible(text: str) -> str:
+    """Return `text` with escapes for the control characters that a file's or a class's name may hold."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Console(rich.console.Console):
@@ -16,6 +25,10 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Leave it to `detr_fast.command.run`, where rich would exit with 1."""
         raise BrokenPipeError
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's, which makes of all text, in lines and in tables, what is shown."""
+        return super().render_str(legible(text), **options)
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
         """As rich's, but text is not broken into lines, so that a path in it can be copied; tables are."""

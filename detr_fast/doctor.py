@@ -131,8 +131,8 @@ def check_disk(folder: Path) -> Finding:
 
 def check_cache(folder: Path) -> Finding:
     """Whether the embedded data set can be written to `folder`, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
         todo = "the embedded data set cannot be kept: set DETR_FAST_CACHE to a writable folder"
         return Finding("cache", f"{folder} cannot be written", todo, missing=True)
     return Finding("cache", str(folder), "holds the embedded data set; safe to delete")

@@ -16,7 +16,7 @@ from detr_fast.data.batching import Batch, evaluation_loader
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.sampler import EpochSampler
 from detr_fast.data.shapes import is_shapes, parse_shapes
-from detr_fast.evaluation.coco_metrics import METRICS, Evaluation, evaluate_model
+from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_model
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
@@ -115,7 +115,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         if world.is_main:  # nothing can be refused any more: these are the options that run
             with writing(folder.config):
                 folder.config.write_text(json.dumps({"options": options.to_dict(), **metadata}, indent=2))
-        log = MetricsLog(folder.metrics, folder.tensorboard, METRICS, progress.step) if world.is_main else None
+        columns = METRICS + UNLIMITED  # the latter stay empty where COCO's limit is never met
+        log = MetricsLog(folder.metrics, folder.tensorboard, columns, progress.step) if world.is_main else None
         loop = TrainingLoop(
             options=options,
             step=step,

@@ -237,8 +237,8 @@ def find(device: torch.device, case: Case) -> Tuning | None:
 
 def entries_of(device: torch.device) -> Iterator[Tuning]:
     """Yield all entries that hold on `device` now."""
-    here = environment(device)
-    for path in sorted((cache_folder() / "tuned").glob("*.json")):
+    here, folder = environment(device), cache_folder() / "tuned"
+    for path in sorted(folder.glob("*.json")) if os.path.isdir(folder) else ():  # it may lie where nobody may look
         entry = read_entry(path)
         if entry is not None and entry.environment == here:
             yield entry

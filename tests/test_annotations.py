@@ -74,6 +74,56 @@ def test_the_largest_ids_are_evaluated(tmp_path: Path) -> None:
     assert evaluate_detections(found.document(), rows).metrics["AP"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("annotations", "bbox", None, "'bbox' must be four finite numbers x, y, width, height, but is null or missing"),
+        (
+            "annotations",
+            "bbox",
+            [[1, 2]] * 50_000,
+            "'bbox' must be four finite numbers x, y, width, height, not [[1, 2]",
+        ),
+        ("annotations", "bbox", ["1", 2, 3, 4], "'bbox' must be four finite numbers x, y, width, height, not ['1', 2"),
+        ("annotations", "area", "12", "'area' must be a finite number, not '12'"),
+        ("annotations", "area", {"a": "b" * 10_000}, "'area' must be a finite number, not {'a': 'bbb"),
+        ("annotations", "iscrowd", 2, "'iscrowd' must be 0 or 1, not 2"),
+        ("annotations", "iscrowd", ["x"] * 50_000, "'iscrowd' must be 0 or 1, not ['x'"),
+        ("images", "file_name", {"a": ["b"] * 50_000}, "'file_name' must be a name, not {'a': ['b'"),
+        ("images", "file_name", None, "'file_name' must be a name, but is null or missing"),
+        ("images", "width", 0, "'width' must be positive, not 0"),
+        ("categories", "name", [["a"] * 50_000], "'name' must be text, not [['a'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_once_and_shortened(
+    tmp_path: Path, part: str, key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        read_with(tmp_path, part, key, value)
+    assert message in str(raised.value) and str(raised.value).endswith("So it is with 2 of 2.")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 300
+
+
+def test_a_row_with_an_object_for_an_id_is_named_briefly(tmp_path: Path) -> None:
+    read_with(tmp_path, "annotations", "id", {"a": "b" * 10_000})  # renumbered
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["annotations"][0]["bbox"] = [1, 1, 0, 0]
+    content["annotations"][1] |= {"bbox": None, "segmentation": [[1, 1, 5, 1, 5, 5]]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"annotation {'a': 'b+: 'bbox' .*of a segmentation without one.*missing\.$"):
+        read_annotations(tmp_path / "a.json")
+    content["annotations"].pop()
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert len(read_annotations(tmp_path / "a.json").corrections.faults()[0]) < 300
+
+
+@pytest.mark.parametrize("name", [None, 7])
+def test_a_category_without_a_name_is_called_by_its_id(tmp_path: Path, name: int | None) -> None:
+    found = read_with(tmp_path, "categories", "name", name)
+    assert [category.name for category in found.categories] == (["1", "2"] if name is None else ["7", "7"])
+    assert ("2 categories without a name" in "".join(found.corrections.lines())) == (name is None)
+
+
 @pytest.mark.parametrize(("part", "kind"), [("images", "image"), ("categories", "category")])
 def test_negative_ids_are_refused(tmp_path: Path, part: str, kind: str) -> None:
     with pytest.raises(UserError, match=f"{kind} -1, -2: ids must not be negative"):

@@ -1,16 +1,20 @@
 """`check_data` names every fault of a data set at once (fault 16), and is silent about one without."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from detr_fast.check_data import CheckDataConfig, main
 from detr_fast.command import run
-from detr_fast.config import UserError
+from detr_fast.config import DataOptions, UserError
+from detr_fast.data.checks import warn_before_training
+from detr_fast.data.coco import build_dataset
 
 
 def annotation(id: int, image_id: int, bbox: list[float], category_id: int = 1) -> dict[str, Any]:
@@ -124,6 +128,21 @@ def test_what_may_be_meant_is_told_but_no_problem(tmp_path: Path, capsys: pytest
         assert line in text, line
 
 
+@pytest.mark.parametrize(
+    ("most", "dtype", "told"),
+    [(4095, np.uint16, 1), (255, np.int32, 1), (255, np.uint16, 1), (65535, np.uint16, 0), (65535, np.int32, 0)],
+)
+def test_images_of_fewer_bits_than_their_file_has_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, dtype: type, told: int
+) -> None:
+    write_split(tmp_path, "train")
+    write_split(tmp_path, "val")
+    pixels = np.linspace(0, most, 40 * 60).astype(dtype).reshape(40, 60)
+    Image.fromarray(pixels).save(tmp_path / "train" / "1.jpg", "TIFF")
+    code, text = check(tmp_path, capsys)
+    assert code == 0 and text.count("hold less than an eighth of the range (1.jpg)") == told
+
+
 def test_categories_that_differ_in_case_or_id_are_named_in_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +164,7 @@ def test_long_lines_are_not_broken(
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_number_of_workers_finds_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int) -> None:
     write_split(tmp_path, "train", images=6)
+    write_split(tmp_path, "val")
     for i in (2, 5):
         (tmp_path / "train" / f"{i}.jpg").write_bytes(b"<html>")
     filters = list(warnings.filters)
@@ -156,6 +176,7 @@ def test_any_number_of_workers_finds_the_same(tmp_path: Path, capsys: pytest.Cap
 def test_harmless_defaults_are_told_but_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = {key: value for key, value in annotation(0, 1, [1, 1, 9, 9]).items() if key not in ("area", "iscrowd")}
     write_split(tmp_path, "train", bare)
+    write_split(tmp_path, "val")
     code, text = check(tmp_path, capsys)
     assert code == 0
     assert "1 annotations without iscrowd" in text and "without area" in text and "renumbered" in text
@@ -176,18 +197,74 @@ def test_where_val_is_test_it_is_checked_once(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_no_data_set_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"No train split. Looked for"):
-        check(tmp_path, capsys)
+    code, text = check(tmp_path, capsys)
+    assert code == 2 and "No train split. Looked for" in text and "No val split. Looked for" in text
     code, text = check(tmp_path / "absent", capsys)
     assert code == 2 and text.count("no such folder") == 1
+
+
+def replace_by(file: Path, kind: str) -> None:
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "broken link":
+        file.symlink_to("gone")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("absent", "No {split} split. Looked for"),
+        ("folder", "{split}.json: it is a folder, not a file"),
+        ("broken link", "{split}.json: it is a broken link, not a file"),
+    ],
+)
+def test_a_split_that_training_would_miss_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, kind: str, said: str
+) -> None:
+    for each in ("train", "val"):
+        write_split(tmp_path, each)
+    file = tmp_path / "annotations" / f"{split}.json"
+    file.with_name(f"{split}ing.json").write_text("{}")
+    replace_by(file, kind)
+    code, text = check(tmp_path, capsys)
+    assert code == 2 and said.format(split=split) in text and "Nothing is wrong" not in text
+    assert (f"{split}ing.json" in text) == (kind == "absent")  # what there is instead
+    with pytest.raises(UserError, match=re.escape(said.format(split=split))):
+        build_dataset(DataOptions(data=str(tmp_path)), split)
+
+
+def test_validation_on_what_was_trained_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same folder and file, or by links to them."""
+    write_split(tmp_path, "train")
+    (tmp_path / "val").symlink_to("train")
+    (tmp_path / "annotations" / "val.json").symlink_to("train.json")
+    given = [tmp_path / "train", tmp_path / "annotations" / "train.json"]
+    names = ("train_images", "train_annotations", "val_images", "val_annotations")
+    twice = {name: str(path) for name, path in zip(names, given * 2, strict=True)}
+    for options in ({"data": str(tmp_path)}, twice):
+        assert main(CheckDataConfig(**options)) == 0
+        assert "numbers measured on images that were trained on" in capsys.readouterr().out
+        splits = [build_dataset(DataOptions(**options), split) for split in ("train", "val")]
+        with pytest.warns(UserWarning, match=r"2 of 2 images are trained on, too \(1\.jpg, 2\.jpg\)"):
+            warn_before_training(*splits)
+
+
+def test_a_split_given_by_itself_may_be_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split(tmp_path, "val")
+    given = {"val_images": str(tmp_path / "val"), "val_annotations": str(tmp_path / "annotations" / "val.json")}
+    assert main(CheckDataConfig(**given)) == 0
+    assert check(tmp_path, capsys)[0] == 2
 
 
 def test_the_command_exits_with_a_message_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
         run(main, CheckDataConfig, argv=["--data", str(tmp_path)])
     assert ending.value.code == 2
-    assert "No train split" in capsys.readouterr().err
-    write_split(tmp_path, "train")
+    assert "No train split" in capsys.readouterr().out
+    for split in ("train", "val"):
+        write_split(tmp_path, split)
     with pytest.raises(SystemExit) as ending:
         run(main, CheckDataConfig, argv=["--data", str(tmp_path), "--num-queries", "3"])
     assert ending.value.code == 0

@@ -1,6 +1,7 @@
 """What is silently wrong with data is found, each kind in all its forms, and nothing is said of data that are right."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detr_fast.check_data import check_categories
 from detr_fast.config import UserError
-from detr_fast.data.annotations import Annotations, read_annotations
+from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.box_forms import likely_forms
 from detr_fast.data.checks import beyond_coco, check_files, class_notes, warn_before_training, without_objects
-from detr_fast.data.coco import CocoDataset
+from detr_fast.data.coco import CocoDataset, label_map
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, orientation_of, read_header
 from detr_fast.data.transforms import EvaluationTransform
@@ -55,6 +57,40 @@ def forms_of(boxes: np.ndarray, side: tuple[int, int] = (WIDTH, HEIGHT)) -> list
 )
 def test_another_form_of_boxes_is_told(order: str, unit: float | None, words: str, seed: int) -> None:
     assert forms_of(in_form(boxes_xywh(200, seed), order, unit)) == [(words, 200)]
+
+
+def small_boxes(count: int, largest: float, seed: int) -> np.ndarray:
+    """Boxes (N, 4) of 8 to `largest` pixels inside an image of WIDTH x HEIGHT."""
+    rng = np.random.default_rng(seed)
+    extent = rng.uniform(8, largest, (count, 2))
+    return np.hstack((rng.uniform(0, np.array([WIDTH, HEIGHT]) - extent), extent))
+
+
+@pytest.mark.parametrize("largest", [30, 80, 200])
+@pytest.mark.parametrize("unit", [None, 1])
+def test_centres_are_told_of_small_objects_too(largest: float, unit: float | None) -> None:
+    words = "centre x, centre y, width, height"
+    for seed in range(20):
+        boxes = in_form(small_boxes(400, largest, seed), "centre", unit)
+        assert forms_of(boxes) == [(words if unit is None else f"relative {words} (0 to 1)", 400)]
+
+
+@pytest.mark.parametrize(("order", "words"), [("coco", "y, x, height, width"), ("corners", "y0, x0, y1, x1")])
+def test_y_before_x_is_told_unless_images_are_square(order: str, words: str) -> None:
+    for largest in (30, 200):
+        boxes = in_form(small_boxes(200, largest, 0), order, None)
+        assert forms_of(boxes[:, [1, 0, 3, 2]]) == [(words, 200)]
+    square = small_boxes(200, 200, 0) * ([1, 0.75, 1, 1] if order == "coco" else 1)
+    assert forms_of(square[:, [1, 0, 3, 2]], (WIDTH, WIDTH)) == []
+
+
+@pytest.mark.parametrize("largest", [12, 30, 100, 300])
+def test_careless_boxes_are_of_no_other_form(largest: float) -> None:
+    """A tenth of them reach past what they enclose, and some of those past their image."""
+    for seed in range(20):
+        boxes = small_boxes(3000, largest, seed)
+        boxes[::10, 2:] += np.random.default_rng(seed).uniform(0, 40, (300, 2))
+        assert forms_of(boxes) == []
 
 
 def test_a_single_box_may_be_relative() -> None:
@@ -144,6 +180,29 @@ def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> 
     }
     assert set(found.equal.tolist()) == equal and len(equal) > 5
     assert len(find_doubles(read(tmp_path)).equal) == 0
+
+
+def test_doubles_among_many_boxes_of_one_sum_are_found(tmp_path: Path) -> None:
+    """And beside a box so large that a sum with it has no room for theirs."""
+    for step, extent in ((1, [8, 8]), (1.1, [8.125, 7.9])):
+        boxes = [[step * i, step * (400 - i), *extent] for i in range(400)] * 2
+        rows = [annotation(i, 1, box) for i, box in enumerate([[0, 0, 9e15, 5], *boxes], 1)]
+        assert find_doubles(read(tmp_path, *rows)).equal.tolist() == list(range(402, 802))
+
+
+def test_many_classes_cost_no_look_at_each_others(tmp_path: Path) -> None:
+    count = 10_000
+    rows = [annotation(i, 1, [1, 1, 9, 9], i) for i in range(1, count)]
+    found = read(tmp_path, *rows, names=tuple(f"class {i}" for i in range(count)))
+    swapped = [Category(one.id, f"{one.name} ") for one in found.categories]
+    began = time.process_time()
+    assert f"1 classes have no object: not learned from this split, nor measured on it: 'class {count - 1}'" in next(
+        class_notes(found)
+    )
+    assert len(list(check_categories(swapped, found.categories))) == count
+    with pytest.raises(UserError, match=r"1 'class 0', 2 'class 1', .* and 9989 more"):
+        label_map(found, swapped)
+    assert time.process_time() - began < 2
 
 
 def test_relative_boxes_are_no_doubles_for_being_small(tmp_path: Path) -> None:

@@ -130,6 +130,22 @@ def test_classes_of_one_name_are_told_apart() -> None:
     assert per_class["three (8)"]["AP50"] == ABSENT
 
 
+def test_names_given_to_classes_of_one_name_are_no_other_classs() -> None:
+    document = one_object()
+    document["categories"] = [{"id": id_, "name": name} for id_, name in ((1, "a"), (3, "a"), (4, "a (1)"))]
+    per_class = evaluate_detections(document, PERFECT).per_class
+    assert len(per_class) == 3 and [one["AP"] for one in per_class.values() if one["AP"] > ABSENT] == [pytest.approx(1)]
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_names_that_no_encoding_has_are_no_evaluators_concern(evaluator: Any) -> None:
+    document = one_object()
+    document["images"][0]["file_name"] = "caf\udce9.jpg"
+    document["categories"][0]["name"] = "\ud800x"
+    evaluation = evaluate_detections(document, PERFECT, evaluator)
+    assert evaluation.per_class["\ud800x"]["AP"] == pytest.approx(1.0) and evaluation.curves.names == ("\ud800x",)
+
+
 def dense(objects: int, classes: int = 1) -> tuple[dict[str, Any], np.ndarray]:
     """One image with so many objects, and detections that are the objects themselves."""
     boxes = [[float(16 * (i % 15)), float(16 * (i // 15)), 10.0, 10.0] for i in range(objects)]

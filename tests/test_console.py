@@ -14,7 +14,7 @@ from rich.text import Text
 from detr_fast.check_data import print_lines
 from detr_fast.command import run
 from detr_fast.config import TrainConfig, UserError
-from detr_fast.console import Console
+from detr_fast.console import Console, legible
 from detr_fast.doctor import DoctorConfig
 from detr_fast.train import default_options
 
@@ -38,6 +38,15 @@ def test_text_is_printed_as_it_is(text: str) -> None:
     file = io.StringIO()
     print_lines("problems", [(text, f"{text} is wrong")], Console(file=file, width=1000))
     assert file.getvalue().count(text) == 2
+
+
+def test_no_name_moves_the_cursor() -> None:
+    """In a line, in a table and in what a command ends with."""
+    name, shown = "evil\x1b[2J\r\x9b\x7f.jpg", "evil\\x1b[2J\\r\\x9b\\x7f.jpg"
+    table = Table(name, title=name)
+    table.add_row(name)
+    assert printed(name) == f"{shown}\n" and printed(table).count(shown) == 3
+    assert legible("a\n\tb\u00a0c\u200d") == "a\n\tb\u00a0c\u200d"
 
 
 def test_lines_are_not_broken_and_tables_are() -> None:
@@ -75,13 +84,13 @@ def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.Monk
 
     def main(options: DoctorConfig) -> None:
         Console().print("\u7ec4\udce9")
-        raise UserError("\u7ec4\udce9")
+        raise UserError("\u7ec4\udce9\x1b[2J")
 
     with pytest.raises(SystemExit) as stopped:
         run(main, DoctorConfig, argv=[])
     out, err = (stream.detach() for stream in streams)
     assert stopped.value.code == 2
-    assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\n")
+    assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\\x1b[2J\n")
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,13 @@ def test_fault_14_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
     assert np.array_equal(decoded[1].numpy(), (values >> 8).astype(np.uint8))
 
 
+def test_fault_14_floating_point_pixels_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path, encoded(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"))
+    with pytest.raises(UserError, match=r"floating-point numbers, .* scale them to 8 bits"):
+        decode_image(path)
+    assert read_header(path) is None  # so that training asks why before its first step
+
+
 def test_fault_15_exif_rotation_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated by a quarter

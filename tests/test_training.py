@@ -18,7 +18,7 @@ import torch
 
 from detr_fast import load_model
 from detr_fast.config import RECIPES, TrainConfig, UserError
-from detr_fast.evaluation.coco_metrics import ABSENT
+from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
 from detr_fast.train import default_options, last_line, main
 from detr_fast.training.assembly import make_data
 from detr_fast.training.checkpoint import load_checkpoint
@@ -83,6 +83,7 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
         assert (tmp_path / name).is_file(), name
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert len(list((tmp_path / "plots").glob("*.png"))) >= 3
+    assert {*METRICS, *UNLIMITED} <= set((tmp_path / "metrics.csv").read_text().splitlines()[0].split(","))
     values = [float(loss) for _, loss in losses(tmp_path)]
     assert sum(values[-6:]) < 0.98 * sum(values[:6])
     assert 0 <= json.loads((tmp_path / "evaluation.json").read_text())["AP50"] <= 1
@@ -289,7 +290,8 @@ def evaluated(step: int, ap: float) -> Any:
     """An evaluation after `step` that found `ap`, or, where that is ABSENT, nothing to measure."""
     metrics = {"AP": ap, "AP50": ap}
     measured = {} if ap == ABSENT else metrics
-    return SimpleNamespace(metrics=metrics, measured=measured, line=lambda: f"{step}: {ap}")
+    unlimited = {"AP_all_detections": 0.5}
+    return SimpleNamespace(metrics=metrics, measured=measured, unlimited=unlimited, line=lambda: f"{step}: {ap}")
 
 
 @pytest.mark.parametrize(
@@ -314,6 +316,6 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)
         loop._evaluate()
     assert saved[-1] == best
-    assert loop.log.write.call_args_list[0].args[-1] == evaluated(1, aps[0]).measured
+    assert loop.log.write.call_args_list[0].args[-1] == evaluated(1, aps[0]).measured | {"AP_all_detections": 0.5}
     recommended = "see plots/" in last_line(RunFolder(tmp_path), progress)
     assert recommended == (max(aps) >= 0)

@@ -1,8 +1,7 @@
 """A COCO json read, checked and cleaned: what cannot be right is an error that names the id, what can be mended is."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,18 @@ import numpy as np
 
 from detr_fast.config import UserError, require
 from detr_fast.data.box_forms import ROUNDING_PX, likely_forms
-from detr_fast.data.corrections import Corrections, shortened
+from detr_fast.data.corrections import Corrections
+from detr_fast.data.rows import (
+    LARGEST_NUMBER,
+    Row,
+    is_number,
+    name_of,
+    refuse_double,
+    refuse_negative,
+    require_rows,
+    whole_numbers,
+)
 
-LARGEST_NUMBER = 2**53
-"""Beyond it float64 does not hold every whole number; NaN and infinities fail the comparison with it as well."""
 RELATIVE_AREA_LEAST_PX = 100
 """Of boxes this large, an area below a square pixel is one relative to the image."""
 
@@ -25,6 +32,10 @@ class Category:
 
     id: int
     name: str
+
+    def __str__(self) -> str:
+        """Return both, as messages have them."""
+        return f"{self.id} {self.name!r:.100}"
 
 
 @dataclass(frozen=True)
@@ -106,16 +117,15 @@ def read_annotations(file: Path) -> Annotations:
         corrected_area=ids_where(rows, keep & wrong_area),
         likely_forms=tuple((words, names_of(rows, places)) for words, places in forms),
         below_pixel=ids_where(rows, below_pixel),
+        unnamed=sum(row.get("name") is None for row in document["categories"]),
     )
     kept = {name: column[keep] for name, column in columns.items()}
     return Annotations(file=file, images=images, categories=categories, corrections=corrections, **kept)
 
 
-def read_crowd(file: Path, rows: list[dict[str, Any]]) -> np.ndarray:
-    """(N,) bool. Raises UserError for an `iscrowd` that is neither 0 nor 1."""
-    for row in rows:
-        value = row.get("iscrowd", 0)
-        require(value in (0, 1), f"{file}: annotation {row.get('id')}: 'iscrowd' must be 0 or 1, not {value!r}.")
+def read_crowd(file: Path, rows: list[Row]) -> np.ndarray:
+    """Return (N,) bool. Raises UserError for an `iscrowd` that is neither 0 nor 1."""
+    require_rows(file, "annotation", rows, lambda row: row.get("iscrowd", 0) in (0, 1), "iscrowd", "0 or 1")
     return np.array([row.get("iscrowd", 0) for row in rows], dtype=bool)
 
 
@@ -139,7 +149,7 @@ def load_json(file: Path) -> dict[str, Any]:
     return document
 
 
-def section(file: Path, document: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def section(file: Path, document: dict[str, Any], key: str) -> list[Row]:
     """The list of objects under `key`."""
     rows = document.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -147,99 +157,54 @@ def section(file: Path, document: dict[str, Any], key: str) -> list[dict[str, An
     return rows
 
 
-def name_of(row: dict[str, Any], position: int) -> Any:
-    """What messages call an annotation: its id, or its place in the file, counted from 0."""
-    id_ = row.get("id")
-    return f"number {position}" if id_ is None else id_
-
-
-def names_of(rows: list[dict[str, Any]], places: np.ndarray) -> tuple[Any, ...]:
+def names_of(rows: list[Row], places: np.ndarray) -> tuple[Any, ...]:
     return tuple(name_of(rows[position], position) for position in places.tolist())
 
 
-def ids_where(rows: list[dict[str, Any]], mask: np.ndarray) -> tuple[Any, ...]:
+def ids_where(rows: list[Row], mask: np.ndarray) -> tuple[Any, ...]:
     return names_of(rows, np.flatnonzero(mask))
 
 
-def distinct_ids(rows: list[dict[str, Any]]) -> np.ndarray:
+def distinct_ids(rows: list[Row]) -> np.ndarray:
     """(rows,) int64: the annotations' ids, or 1, 2, ... where they are not distinct whole numbers from 1 on."""
     ids = [row.get("id") for row in rows]
     usable = all(type(id_) is int and 1 <= id_ < LARGEST_NUMBER for id_ in ids) and len(set(ids)) == len(ids)
     return np.array(ids if usable else range(1, len(rows) + 1), dtype=np.int64)
 
 
-def whole_numbers(file: Path, rows: Sequence[dict[str, Any]], kind: str, key: str) -> np.ndarray:
-    """(rows,) int64, also from floats without a fraction. Raises UserError naming the first row whose `key` is missing
-    or no whole number, and how many there are."""
-    values = [row.get(key) for row in rows]
-    if not all(type(value) is int and abs(value) < LARGEST_NUMBER for value in values):
-        values = [whole(value) for value in values]
-    wrong = [position for position, value in enumerate(values) if value is None]
-    if wrong:
-        row, value = rows[wrong[0]], rows[wrong[0]].get(key)
-        more = f" So it is with {len(wrong)} of {len(rows)}." if len(wrong) > 1 else ""
-        name = name_of(row, wrong[0])
-        raise UserError(f"{file}: {kind} {name}: {key!r} {why_not_whole(value, key)}{more}")
-    return np.array(values, dtype=np.int64)
-
-
-def whole(value: Any) -> int | None:
-    """Return a whole number that float64 holds, of an int or a float; None for anything else."""
-    if type(value) not in (int, float) or not abs(value) < LARGEST_NUMBER or value != int(value):
-        return None
-    return int(value)
-
-
-def why_not_whole(value: Any, key: str) -> str:
-    """Say why `value` is no whole number that can be used, and what to do about it."""
-    is_id = key.endswith("id")
-    if type(value) is int:
-        advice = "Number them 1, 2, ... in the file, wherever they stand" if is_id else "Correct it"
-        return (
-            f"{value!s:.40} is too large: at most {LARGEST_NUMBER - 1} (2**53 - 1), since evaluation computes in "
-            f"float64, as COCO's own tools do, where larger numbers run into each other. {advice}."
-        )
-    if isinstance(value, str):
-        advice = " Number them 1, 2, ... in the file, wherever they stand." if is_id else " Write it without quotes."
-        return f"must be a whole number, not the text {value!r:.100}{': ids in COCO json are numbers' * is_id}.{advice}"
-    return f"must be a whole number, {'but is null or missing' if value is None else f'not {value!r:.100}'}."
-
-
-def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
-    double = [str(id_) for id_, count in Counter(ids).items() if count > 1]
-    require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
-
-
-def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:
-    negative = [str(id_) for id_ in ids if id_ < 0]
-    require(not negative, f"{file}: {kind} {shortened(negative, 5)}: ids must not be negative.")
-
-
-def read_images(file: Path, rows: list[dict[str, Any]]) -> tuple[ImageEntry, ...]:
+def read_images(file: Path, rows: list[Row]) -> tuple[ImageEntry, ...]:
     columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
     refuse_double(file, "image", columns[0])
     refuse_negative(file, "image", columns[0])
-    images = []
-    for row, id_, width, height in zip(rows, *columns, strict=True):
-        name = row.get("file_name")
-        require(isinstance(name, str) and name != "", f"{file}: image {id_}: 'file_name' must be a name, not {name!r}.")
-        require(width > 0 and height > 0, f"{file}: image {id_}: its size {width} x {height} must be positive.")
-        images.append(ImageEntry(id_, name, width, height))
-    require(len(images) > 0, f"{file}: lists no images.")
+    require_rows(file, "image", rows, lambda row: is_text(row.get("file_name")), "file_name", "a name")
+    for key in ("width", "height"):
+        require_rows(file, "image", rows, lambda row, key=key: row[key] > 0, key, "positive")  # type: ignore[misc]
+    require(len(rows) > 0, f"{file}: lists no images.")
+    names = [row["file_name"] for row in rows]
+    images = [ImageEntry(id_, *others) for id_, *others in zip(columns[0], names, *columns[1:], strict=True)]
     return tuple(sorted(images, key=lambda image: image.id))
 
 
-def read_categories(file: Path, rows: list[dict[str, Any]]) -> tuple[Category, ...]:
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def read_categories(file: Path, rows: list[Row]) -> tuple[Category, ...]:
+    """Return them by ascending id; one without a name is called by its id."""
     ids = whole_numbers(file, rows, "category", "id").tolist()
     refuse_double(file, "category", ids)
     require(len(ids) > 0, f"{file}: lists no categories.")
     refuse_negative(file, "category", ids)
-    categories = (Category(id_, str(row.get("name", id_))) for id_, row in zip(ids, rows, strict=True))
+    require_rows(
+        file, "category", rows, lambda row: isinstance(row.get("name"), str | int | float | None), "name", "text"
+    )
+    names = [id_ if row.get("name") is None else row["name"] for id_, row in zip(ids, rows, strict=True)]
+    categories = (Category(id_, str(name)) for id_, name in zip(ids, names, strict=True))
     return tuple(sorted(categories, key=lambda category: category.id))
 
 
 def refuse_unlisted_categories(
-    file: Path, rows: list[dict[str, Any]], category_ids: np.ndarray, categories: Sequence[Category]
+    file: Path, rows: list[Row], category_ids: np.ndarray, categories: Sequence[Category]
 ) -> None:
     known = [category.id for category in categories]
     unlisted = np.flatnonzero(~np.isin(category_ids, known)).tolist()
@@ -248,39 +213,30 @@ def refuse_unlisted_categories(
         raise UserError(f"{file}: {len(unlisted)} annotations have a category that 'categories' lacks: {examples}.")
 
 
-def is_number(value: Any) -> bool:
-    """Finite, that is, and no bool or text."""
-    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
-
-
-def read_boxes(file: Path, rows: list[dict[str, Any]]) -> np.ndarray:
-    """(rows, 4) float64."""
-    for position, row in enumerate(rows):
-        box = row.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
-            raise UserError(
-                f"{file}: annotation {name_of(row, position)}: 'bbox' must be four finite numbers "
-                f"x, y, width, height, not {box!r}."
-            )
+def read_boxes(file: Path, rows: list[Row]) -> np.ndarray:
+    """Return (rows, 4) float64."""
+    must = "four finite numbers x, y, width, height"
+    if any(row.get("bbox") is None and row.get("segmentation") for row in rows):
+        must += " (of a segmentation without one: its least x and y, and how far it reaches from there)"
+    require_rows(file, "annotation", rows, lambda row: is_box(row.get("bbox")), "bbox", must)
     return np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
 
 
-def read_areas(file: Path, rows: list[dict[str, Any]], boxes_xywh_px: np.ndarray) -> np.ndarray:
-    """(rows,) float64, from the boxes where the file has none."""
-    areas = boxes_xywh_px[:, 2] * boxes_xywh_px[:, 3]
-    for position, row in enumerate(rows):
-        if row.get("area") is not None:
-            require(
-                is_number(row["area"]),
-                f"{file}: annotation {name_of(row, position)}: 'area' must be a finite number, not {row['area']!r}.",
-            )
-            areas[position] = row["area"]
-    return areas
+def is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def read_areas(file: Path, rows: list[Row], boxes_xywh_px: np.ndarray) -> np.ndarray:
+    """Return (rows,) float64, from the boxes where the file has none."""
+    good = lambda row: row.get("area") is None or is_number(row["area"])  # noqa: E731 (one line, used once)
+    require_rows(file, "annotation", rows, good, "area", "a finite number")
+    given = np.array([np.nan if row.get("area") is None else row["area"] for row in rows], dtype=np.float64)
+    return np.where(np.isnan(given), boxes_xywh_px[:, 2:].prod(axis=1), given)
 
 
 def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation sorts
-    objects by area into small, medium and large."""
+    """Return areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation
+    sorts objects by area into small, medium and large."""
     of_boxes, of_images = boxes_xywh_px[:, 2:].prod(axis=1), sizes_wh.astype(np.float64).prod(axis=1)
     relative = (areas < 1) & (of_boxes >= RELATIVE_AREA_LEAST_PX)
     wrong = ((areas <= 0) | relative | (areas > of_images)) & (areas != of_boxes)

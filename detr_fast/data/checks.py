@@ -19,6 +19,7 @@ RARE_FACTOR = 100
 MOST_HEADERS = 32
 """Files of a split that are looked at before the first step."""
 NAMED = 5
+TRAINED_ON = "numbers measured on images that were trained on say nothing of new ones"
 
 
 def without_objects(annotations: Annotations) -> str | None:
@@ -57,9 +58,10 @@ def beyond_coco(annotations: Annotations) -> str | None:
 
 def class_notes(annotations: Annotations) -> Iterator[str]:
     """Yield lines on classes that cannot be learned or measured well, and on names that are nearly the same."""
+    classes = np.searchsorted([one.id for one in annotations.categories], annotations.category_ids)
     objects, crowds = (
-        np.array([np.count_nonzero(ids == category.id) for category in annotations.categories])
-        for ids in (annotations.category_ids[~annotations.crowd], annotations.category_ids[annotations.crowd])
+        np.bincount(classes[mask], minlength=len(annotations.categories))
+        for mask in (~annotations.crowd, annotations.crowd)
     )
     rare = (objects > 0) & (objects * RARE_FACTOR < objects.max())
     none = objects == 0
@@ -69,7 +71,7 @@ def class_notes(annotations: Annotations) -> Iterator[str]:
         f"classes have less than 1 object for {RARE_FACTOR} of the most frequent class": rare,
     }
     for text, mask in kinds.items():
-        names = [f"{annotations.categories[k].name!r}" for k in np.flatnonzero(mask).tolist()]
+        names = [f"{annotations.categories[k].name!r:.100}" for k in np.flatnonzero(mask).tolist()]
         if names and objects.any():
             yield f"{len(names)} {text}: {shortened(names, NAMED)}"
     yield from alike_names(annotations.categories)
@@ -81,9 +83,18 @@ def alike_names(categories: Sequence[Category]) -> Iterator[str]:
         other = first.setdefault(spelling(category.name), category)
         if other is not category:
             yield (
-                f"categories {other.id} {other.name!r} and {category.id} {category.name!r} differ in case or spaces at "
+                f"categories {other} and {category} differ in case or spaces at "
                 "most: where they mean one class, give one id"
             )
+
+
+def trained_on(train_set: CocoDataset, val_set: CocoDataset) -> str | None:
+    """Say how many files of `val_set` are `train_set`'s as well; None where none is."""
+    files = {record.path for record in train_set.records}
+    shared = [record.path.name for record in val_set.records if record.path in files]
+    if not shared:
+        return None
+    return f"{len(shared)} of {len(val_set)} images are trained on, too ({shortened(shared, NAMED)}): {TRAINED_ON}"
 
 
 def check_files(dataset: CocoDataset) -> None:
@@ -124,6 +135,9 @@ def warn_before_training(train_set: CocoDataset, val_set: CocoDataset) -> None:
     reason = without_objects(train_set.annotations)
     if reason:
         warnings.warn(f"{train_set.annotation_file}: there is nothing to train on: {reason}.")
+    shared = trained_on(train_set, val_set)
+    if shared:
+        warnings.warn(f"{val_set.annotation_file}: {shared}.")
     warn_before_evaluation(val_set, "; best.pt is then always the latest weights")
 
 

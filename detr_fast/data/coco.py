@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -213,11 +213,13 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
     if categories is None:
         return {category.id: category.id for category in annotations.categories}
     used = set(annotations.category_ids.tolist())
-    unknown = [category for category in annotations.categories if category.id in used and category not in categories]
+    known = set(categories)
+    unknown = [category for category in annotations.categories if category.id in used and category not in known]
     if unknown:
+        hint = spelling_hint(unknown, by_spelling(categories))
         raise UnknownCategories(
             f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names.{spelling_hint(unknown, categories)}",
+            f"It knows {names(categories)}. Give data with the same ids and names.{hint}",
             annotations.file,
             unknown,
         )
@@ -225,14 +227,18 @@ def label_map(annotations: Annotations, categories: Sequence[Category] | None) -
 
 
 def names(categories: Sequence[Category]) -> str:
-    return shortened([f"{category.id} {category.name!r}" for category in categories], 10)
+    return shortened(categories, 10)
 
 
-def spelling_hint(unknown: Sequence[Category], known: Sequence[Category]) -> str:
-    """A sentence on categories that differ in id, case or spaces alone; empty where there are none."""
-    name_of = {spelling(category.name): category for category in known}
-    pairs = [(one, name_of[spelling(one.name)]) for one in unknown if spelling(one.name) in name_of]
-    alike = [f"{one.id} {one.name!r} and {other.id} {other.name!r}" for one, other in pairs]
+def by_spelling(categories: Sequence[Category]) -> dict[str, Category]:
+    return {spelling(category.name): category for category in categories}
+
+
+def spelling_hint(unknown: Sequence[Category], known: Mapping[str, Category]) -> str:
+    """Write a sentence on categories that differ from `known`, by spelling, in id, case or spaces alone; empty where
+    there are none."""
+    pairs = [(one, known[spelling(one.name)]) for one in unknown if spelling(one.name) in known]
+    alike = [f"{one} and {other}" for one, other in pairs]
     return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""
 
 
@@ -255,7 +261,7 @@ def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[i
         try:
             path, absent = folder.find(image.file_name)
         except OutsideError as error:
-            refused.append(f"image {image.id}: 'file_name' {image.file_name!r} {error}")
+            refused.append(f"image {image.id}: 'file_name' {image.file_name!r:.100} {error}")
         else:
             each = image.id, path, image.width, image.height, labels[start:end], boxes[start:end], absent
             records.append(ImageRecord(*each))

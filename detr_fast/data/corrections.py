@@ -27,6 +27,8 @@ class Corrections:
     """What boxes look like instead of COCO's x, y, width, height in pixels, and which: nothing is mended."""
     below_pixel: tuple[Any, ...] = ()
     """Less than a pixel wide or high, and not for their form."""
+    unnamed: int = 0
+    """Categories without a name, called by their ids."""
 
     def faults(self, ids_shown: int = 5) -> list[str]:
         """What is wrong with the data, a line for each kind, with the first annotations' ids."""
@@ -53,6 +55,7 @@ class Corrections:
         kinds = {
             "annotations without iscrowd: taken as 0": self.defaulted_crowd,
             "annotations without area: taken as width times height": self.defaulted_area,
+            "categories without a name: called by their ids": self.unnamed,
         }
         lines = [f"{count} {text}" for text, count in kinds.items() if count]
         if self.renumbered:

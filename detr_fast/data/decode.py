@@ -1,9 +1,10 @@
 """Image files to RGB pixels, one rule for every kind of file.
 
 The content decides how a file is read, never its ending. Gray and palette images become RGB, alpha is dropped without
-blending, CMYK goes through Pillow's conversion, 16-bit gray keeps its upper 8 bits, an animation gives its first frame.
-EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they are stored. A TIFF's own orientation
-is applied. Decoders are others' code: whatever they raise is the image's fault, one UserError that names it.
+blending, CMYK goes through Pillow's conversion, 16-bit gray keeps its upper 8 bits, floating-point pixels are refused,
+an animation gives its first frame. EXIF rotation is ignored, as COCO's own tools do: boxes refer to the pixels as they
+are stored. A TIFF's own orientation is applied. Decoders are others' code: whatever they raise is the image's fault,
+one UserError that names it.
 """
 
 import io
@@ -132,13 +133,20 @@ def decode_with_pillow(data: bytes) -> Decoded:
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """(h, w, 3) uint8."""
+    """Return (h, w, 3) uint8. Raises ValueError for pixels that are no whole numbers."""
+    refuse_floats(image)
     if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
         upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(upper[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:  # else Pillow warns, and gives the same
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
+
+
+def refuse_floats(image: Image.Image) -> None:
+    """Raises ValueError for an image whose range is not known: 1 may be white, or nearly black."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of a range that is not known: scale them to 8 bits")
 
 
 def refuse_bomb(height: int, width: int) -> None:

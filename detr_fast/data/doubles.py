@@ -53,18 +53,19 @@ class Doubles:
             )
 
     def named(self, ids: np.ndarray) -> str:
-        """The first ids; as other messages do, the place in the file counted from 0 where its ids are no use."""
+        """Return the first ids; as other messages do, the place in the file counted from 0 where its ids are no use."""
         names = [f"number {id_ - 1}" for id_ in ids.tolist()] if self.renumbered else ids.tolist()
         return f"annotations {shortened(names, NAMED)}"
 
 
 def find_doubles(annotations: Annotations) -> Doubles:
     """Compare each box with those of its image whose edges have nearly its sum: few others have, and all that nearly
-    equal it. Takes 0.2 s for COCO's 860,000."""
+    equal it. Takes 0.3 s for COCO's 860,000."""
     boxes = annotations.boxes_xywh_px
     images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
-    edges = boxes @ np.array([2, 2, 1, 1])  # x0 + x1 + y0 + y1
-    order = np.argsort(images * (np.ptp(edges) + 1) + edges) if len(boxes) else np.arange(0)
+    edges = (boxes * [2, 2, 1, 1]).sum(axis=1)  # x0 + x1 + y0 + y1, of equal boxes the same to the last bit
+    other_sum = (boxes * [1, 2, 4, 7]).sum(axis=1)  # brings equal boxes together among those of one sum of edges
+    order = np.lexsort((other_sum, edges, images))
     images, edges, boxes = images[order], edges[order], boxes[order]
     # an edge differs by (1 - IoU) of the larger box's side at most, which is 1 / IoU of the smaller one's
     reach = edges + 2 * (1 / NEARLY_EQUAL_IOU - 1) * boxes[:, 2:].sum(axis=1) + ROUNDING_PX
@@ -101,7 +102,7 @@ def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
 
 
 def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
-    """(N,) of boxes (N, 4) with positive extents."""
+    """Return (N,) of boxes (N, 4) with positive extents."""
     low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
     high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
     shared = np.maximum(high - low, 0).prod(axis=1)

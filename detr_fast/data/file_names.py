@@ -49,7 +49,7 @@ class ImageFolder:
         path = self._within(file_name)
         if (mode := mode_of(path)) is not None:
             return self._followed(path, mode)
-        for spelling in spellings(file_name):
+        for spelling in filter(is_file_name, self._spellings(file_name)):
             other = self._within(spelling)
             if ntpath.isabs(spelling):
                 raise self._outside(file_name)
@@ -98,42 +98,57 @@ class ImageFolder:
             self._safe_parents.add(parent)
         return Found(Path(path))
 
+    def _spellings(self, name: str) -> Iterator[str]:
+        """Yield what `name` may mean: first guesses, each of which costs a call of the file system; then the one file
+        of the folder, if there is but one, that has the name in a mixture of their forms."""
+        yield from spellings(name)
+        alike = [path for path in self._listed.get(same_spelling(name), ()) if plain(path) == plain(name)]
+        if len(alike) == 1:
+            yield alike[0]
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Every file of the folder, by its path in it, the shallowest first."""
+        walked = ((os.path.relpath(folder, self.root), files) for folder, _, files in os.walk(self.root))
+        paths = [os.path.normpath(os.path.join(folder, file)) for folder, files in walked for file in files]
+        return sorted(paths, key=lambda path: (path.count("/"), path))
+
     @cached_property
     def _listed(self) -> dict[str, list[str]]:
-        """Every file of the folder, by its name without the ending, in any spelling."""
+        """The files by their path in any spelling, and by what is left of it without the first folders."""
         listed: dict[str, list[str]] = {}
-        for folder, _, files in os.walk(self.root):
-            for file in files:
-                path = os.path.relpath(os.path.join(folder, file), self.root)
-                listed.setdefault(stem_of(path), []).append(path)
+        for path in self._files:
+            for end in ends_of(same_spelling(path)):
+                listed.setdefault(end, []).append(path)
         return listed
 
     @cached_property
-    def _in_all(self) -> str:
-        some = next((f", such as {paths[0]!r}" for paths in self._listed.values()), "")
-        return f": the folder has {sum(map(len, self._listed.values()))} files{some}, and none like it"
+    def _listed_without_ending(self) -> dict[str, list[str]]:
+        listed: dict[str, list[str]] = {}
+        for end, paths in self._listed.items():
+            listed.setdefault(os.path.splitext(end)[0], []).extend(paths)
+        return listed
 
     def _nearest(self, name: str) -> str:
         """Say which file there is whose name is like `name`, and how the two differ; else what is there at all."""
-        wanted = same_spelling(name)
-        alike = self._listed.get(stem_of(name))
-        if not alike:
-            return self._in_all
-
-        def agrees(path: str) -> tuple[bool, bool, int]:
-            found = same_spelling(path)
-            return found == wanted, os.path.basename(found) == os.path.basename(wanted), -len(path)
-
-        nearest = max(alike, key=agrees)
-        same, same_file, _ = agrees(nearest)
-        folder = os.path.basename(self.root)
-        if same:
-            how = "other upper and lower case, or another Unicode form"
-        elif same_file and wanted == same_spelling(f"{folder}/{nearest}"):
+        wanted, folder = same_spelling(name), os.path.basename(self.root)
+        alike = next((self._listed[end] for end in ends_of(wanted) if end in self._listed), None)
+        if alike is None:
+            ends = ends_of(os.path.splitext(wanted)[0])
+            alike = next((paths for end in ends if (paths := self._listed_without_ending.get(end))), None)
+        if alike is None:
+            some = f", such as {self._files[0]!r}" if self._files else ""
+            return f": the folder has {len(self._files)} files{some}, and none like it"
+        found = same_spelling(alike[0])
+        if found == wanted:
+            how = "other upper and lower case, percent signs, or another Unicode form"
+        elif wanted == same_spelling(f"{folder}/{alike[0]}"):
             how = f"without the images' folder {folder}/ itself"
+        elif os.path.basename(found) == os.path.basename(wanted):
+            how = f"in another folder{f', as {len(alike) - 1} others of this name are' if len(alike) > 1 else ''}"
         else:
-            how = "in another folder" if same_file else "with another ending"
-        return f": there is {nearest!r} ({how}); correct 'file_name', or move the file"
+            how = "with another ending"
+        return f": there is {alike[0]!r} ({how}); correct 'file_name', or move the file"
 
 
 def is_file_name(text: str) -> bool:
@@ -169,15 +184,27 @@ def why_not_opened(path: str) -> str | None:
 def spellings(name: str) -> Iterator[str]:
     """Yield what may be meant: slashes for back-slashes (Windows), the composed and the decomposed form of Unicode
     (macOS), and each without percent signs (Label Studio)."""
-    for text in dict.fromkeys((name, unquote(name))):
+    for text in dict.fromkeys((name, without_percent(name))):
         slashed = text.replace("\\", "/")
         yield from dict.fromkeys((slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))))
 
 
+def without_percent(name: str) -> str:
+    """Return `name` without percent signs, in which bytes that are no UTF-8 are what they are in other file names."""
+    return unquote(name, errors="surrogateescape")
+
+
+def plain(name: str) -> str:
+    """Return `name` in a form that all its spellings have."""
+    return os.path.normpath(unicodedata.normalize("NFC", without_percent(name).replace("\\", "/")))
+
+
 def same_spelling(name: str) -> str:
-    """Return `name` in a form that all its spellings have, upper and lower case too."""
-    return os.path.normpath(unicodedata.normalize("NFC", unquote(name).replace("\\", "/")).casefold())
+    """Return the same without upper and lower case."""
+    return plain(name).casefold()
 
 
-def stem_of(name: str) -> str:
-    return os.path.splitext(os.path.basename(same_spelling(name)))[0]
+def ends_of(path: str) -> Iterator[str]:
+    """Yield `path`, and what is left of it without the first folder, the first two, and so on."""
+    parts = path.split("/")
+    return ("/".join(parts[first:]) for first in range(len(parts)))

@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from detr_fast.config import UserError
-from detr_fast.data.decode import faults_named
+from detr_fast.data.decode import faults_named, refuse_floats
 from detr_fast.data.formats import READ_FORMATS
+from detr_fast.paths import kind_of
 
 UPRIGHT = 1
 """EXIF's orientation of an image that is stored as it is to be seen; 2 to 8 mirror it, turn it, or both."""
@@ -23,20 +24,25 @@ class Header:
     """1 to 8, EXIF's"""
     applied: bool
     """Whether reading the image turns it by its orientation: of a TIFF, whose own tag it is; never of other files."""
+    deep: bool = False
+    """Whether it is gray with more than 8 bits, of which the upper 8 of 16 are read"""
 
     @property
     def turned(self) -> bool:
-        """Whether other programs show the image in another way than it is read here."""
+        """Tell whether other programs show the image in another way than it is read here."""
         return self.orientation != UPRIGHT and not self.applied
 
 
 def read_header(path: Path) -> Header | None:
-    """Return what the file's header says, or None where none can be read. Never raises for what a file holds."""
-    if not path.is_file():
-        return None
+    """Return what the file's header says, or None where it, or what it says of the pixels, cannot be read. Never raises
+    for what a file holds."""
     try:
+        if kind_of(path) != "file":
+            return None
         with faults_named(str(path)), Image.open(path, formats=READ_FORMATS) as image:
-            return Header((image.height, image.width), orientation_of(image), applied=image.format == "TIFF")
+            refuse_floats(image)
+            size, tiff, deep = (image.height, image.width), image.format == "TIFF", image.mode.startswith("I")
+            return Header(size, orientation_of(image), applied=tiff, deep=deep)
     except UserError:
         return None
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from detr_fast.config import UserError, require
-from detr_fast.data.annotations import shortened
+from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import JPEG_START
 from detr_fast.data.formats import START_BYTES, described
 from detr_fast.data.headers import read_header
+from detr_fast.paths import kind_of
 
 IMAGE_ENDINGS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".png", ".gif", ".bmp"),
@@ -20,8 +21,10 @@ NAMED_AT_MOST = 5
 def find_images(path: Path) -> tuple[list[Path], list[str]]:
     """Return the file, or the images of a folder by name, without those of its subfolders; and what is passed over, one
     line a reason. Raises UserError if there is no image."""
-    if not path.is_dir():
-        require(path.exists(), f"{path}: there is no such file or folder.")
+    kind = kind_of(path)
+    if kind != "folder":
+        require(kind != "nothing", f"{path}: there is no such file or folder.")
+        require(kind != "broken link", f"{path} is a broken link.")
         return [path], []
     files: list[Path] = []
     passed_over: dict[str, list[str]] = {}
@@ -45,7 +48,8 @@ def find_images(path: Path) -> tuple[list[Path], list[str]]:
 
 def why_passed_over(file: Path) -> str | None:
     """Say why `file`, in a folder of images, is not to be read; None for an image, whole or broken."""
-    if file.is_dir():
+    kind = kind_of(file)
+    if kind == "folder":
         return "folders are not entered"
     if file.name.startswith("._"):
         return "a note of macOS on another file"
@@ -53,7 +57,7 @@ def why_passed_over(file: Path) -> str | None:
         return "no regular file"
     if file.suffix.lower() in IMAGE_ENDINGS:
         return None
-    if not file.is_file():
+    if kind != "file":
         return "no file that can be read"
     try:
         with file.open("rb") as opened:

@@ -222,9 +222,9 @@ def ensure_shapes(side: int, seed: int = 0, sizes: dict[str, int] | None = None)
     sizes = sizes or SPLIT_SIZES
     counts = "-".join(str(count) for count in sizes.values())
     root = cache_folder() / f"shapes-v{VERSION}-{side}px-seed{seed}-{counts}"
-    if root.is_dir():
-        return root
     try:
+        if root.is_dir():
+            return root
         root.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root.parent))
     except OSError as error:

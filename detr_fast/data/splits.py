@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from detr_fast.config import DataLocation, UserError, require
+from detr_fast.data.corrections import shortened
 from detr_fast.data.shapes import ensure_shapes, is_shapes, parse_shapes
+from detr_fast.paths import kind_of, require_kind
 
 Split = Literal["train", "val", "test"]
 Location = tuple[Path, Path]
@@ -25,7 +27,7 @@ def find_split(options: DataLocation, split: str) -> Location | None:
         given_otherwise = options.train_images is not None or options.val_images is not None
         return None if given_otherwise or split == "test" else shapes_location(options.data, split)
     root = Path(options.data)
-    require(root.is_dir(), f"--data {root}: there is no such folder. Give one in COCO layout, or shapes:SIDE.")
+    require_kind("folder", root, f"--data {root}", "Give one in COCO layout, or shapes:SIDE.")
     found = first_present(root, split)
     if found is None and split == "val":
         found = first_present(root, "test")
@@ -35,13 +37,25 @@ def find_split(options: DataLocation, split: str) -> Location | None:
 
 
 def require_split(options: DataLocation, split: str) -> Location:
-    """As `find_split`. Raises UserError that lists what was looked for where there is none."""
+    """As `find_split`. Raises UserError that lists what was looked for, and what there is, where there is none."""
     found = find_split(options, split)
     if found is not None:
         return found
-    looked_for = "; ".join(f"{file} beside {images}/" for images, file in candidates(Path(options.data), split))
-    give = f", or give --{split}-images and --{split}-annotations" if split != "test" else ""
-    raise UserError(f"No {split} split. Looked for {looked_for}. Lay the data out like one of these{give}.")
+    give = f"give --{split}-images and --{split}-annotations" if split != "test" else "give a folder that has one"
+    if is_shapes(options.data):
+        raise UserError(f"No {split} split: {give}.")
+    root = Path(options.data)
+    looked_for = "; ".join(f"{file} beside {images}/" for images, file in candidates(root, split))
+    raise UserError(
+        f"No {split} split. Looked for {looked_for}. {listed(root / 'annotations')}"
+        f"Lay the data out like one of these, or {give}."
+    )
+
+
+def listed(folder: Path) -> str:
+    """Write a sentence on the json files of `folder`; none where there are none."""
+    names = sorted(path.name for path in folder.glob("*.json")) if kind_of(folder) == "folder" else []
+    return f"{folder} has {shortened(names, 5)}. " if names else ""
 
 
 def explicit_location(options: DataLocation, split: str) -> Location | None:
@@ -52,8 +66,8 @@ def explicit_location(options: DataLocation, split: str) -> Location | None:
     images, file = given.get(split, (None, None))
     if images is None or file is None:
         return None
-    require(Path(images).is_dir(), f"--{split}-images {images}: there is no such folder.")
-    require(Path(file).is_file(), f"--{split}-annotations {file}: there is no such file.")
+    require_kind("folder", Path(images), f"--{split}-images {images}")
+    require_kind("file", Path(file), f"--{split}-annotations {file}")
     return Path(images), Path(file)
 
 
@@ -72,7 +86,8 @@ def candidates(root: Path, split: str) -> list[Location]:
 
 def first_present(root: Path, split: str) -> Location | None:
     for images, file in candidates(root, split):
-        if file.is_file():
-            require(images.is_dir(), f"{file} is there, but not the folder of its images, {images}.")
+        if kind_of(file) != "nothing":
+            require_kind("file", file, str(file))
+            require_kind("folder", images, f"{file} is there, but not the folder of its images, {images}")
             return images, file
     return None

@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def measured(self) -> dict[str, float]:
-        """The metrics that the data bears on; none where it has no object."""
+        """Return the metrics that the data bears on; none where it has no object."""
         return {name: value for name, value in self.metrics.items() if value > ABSENT}
 
     @property
@@ -71,7 +71,7 @@ class Evaluation:
         return {**note, **without_absent(found)}
 
     def line(self) -> str:
-        """The numbers that matter most."""
+        """Write the numbers that matter most."""
         shown = {name: value for name, value in self.measured.items() if name in ("AP", "AP50")} | self.unlimited
         return "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) or NOTHING_MEASURED
 
@@ -118,7 +118,7 @@ def evaluate_detections(
     neither as found nor as missed.
     """
     truth = clean_document(document)
-    names = category_names(truth["categories"])
+    names = category_names(document["categories"])
     known = detections[np.isin(detections[:, CATEGORY_ID], list(names))]
     stats, precision, scores, _, recall_steps = EVALUATORS[evaluator](truth, known, COCO_DETECTIONS)
     category_ids = sorted(names)
@@ -140,7 +140,7 @@ def evaluate_detections(
 
 
 def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Evaluator) -> dict[str, float]:
-    """The UNLIMITED numbers: AP, AP50 and recall where all detections count."""
+    """Return the UNLIMITED numbers: AP, AP50 and recall where all detections count."""
     _, counts = np.unique(detections[:, IMAGE_ID], return_counts=True)
     _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
     found = precision[..., ALL_AREAS, MOST_DETECTIONS]
@@ -149,7 +149,7 @@ def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Eval
 
 
 def most_objects(document: dict[str, Any]) -> int:
-    """Of one class on one image, crowds left out."""
+    """Count the objects of one class on one image where they are most, crowds left out."""
     groups = Counter((one["image_id"], one["category_id"]) for one in document["annotations"] if not one["iscrowd"])
     return max(groups.values(), default=0)
 
@@ -161,15 +161,22 @@ def only_images(document: dict[str, Any], image_ids: Container[float]) -> dict[s
 
 
 def clean_document(document: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which annotations are counted from 1: COCO's tool takes a match with annotation 0 for none."""
+    """Return a copy with what an evaluator needs: no names, which may be in no encoding that it could read.
+
+    Annotations are counted from 1: COCO's tool takes a match with annotation 0 for none.
+    """
     annotations = [{"iscrowd": 0, **one, "id": number} for number, one in enumerate(document["annotations"], 1)]
-    return {"images": document["images"], "annotations": annotations, "categories": document["categories"]}
+    images = [{key: one[key] for key in ("id", "width", "height")} for one in document["images"]]
+    categories = [{"id": one["id"], "name": str(one["id"])} for one in document["categories"]]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def category_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """Id to name; a name that several categories share gets the id behind it."""
-    uses = Counter(one["name"] for one in categories)
-    return {one["id"]: one["name"] if uses[one["name"]] == 1 else f"{one['name']} ({one['id']})" for one in categories}
+    """Return id to name, all distinct: a name that several categories share gets the id behind it."""
+    names = {one["id"]: one["name"] for one in categories}
+    while shared := {name for name, uses in Counter(names.values()).items() if uses > 1}:
+        names = {id_: f"{name} ({id_})" if name in shared else name for id_, name in names.items()}
+    return names
 
 
 def mean_present(values: np.ndarray) -> float:

@@ -181,7 +181,7 @@ class TrainingLoop:
         ap = metrics.get("AP", -math.inf)
         self.step.model.train()
         if self.log and self.folder:
-            self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics)
+            self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
             self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
                 save_checkpoint(self.folder.best, self._model_state())

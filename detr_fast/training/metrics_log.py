@@ -6,6 +6,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from detr_fast.config import UserError, require
+from detr_fast.paths import kind_of
 from detr_fast.training.run_folder import writing
 
 TRAIN_COLUMNS = (
@@ -51,7 +52,7 @@ def read_rows(csv_file: Path) -> list[dict[str, str]]:
 
     Raises UserError for a file that was changed since, so that no row is lost.
     """
-    if not csv_file.is_file():
+    if kind_of(csv_file) == "nothing":
         return []
     advice = "Was it saved by another program? Undo that, or move it away to go on without its rows."
     try:

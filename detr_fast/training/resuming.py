@@ -13,6 +13,7 @@ from detr_fast.config import Checked, ModelConfig, TrainConfig, UserError, requi
 from detr_fast.data.annotations import Category
 from detr_fast.data.coco import CocoDataset, names
 from detr_fast.data.shapes import is_shapes
+from detr_fast.paths import kind_of
 from detr_fast.training.checkpoint import load_checkpoint
 from detr_fast.training.run_folder import RunFolder
 
@@ -66,11 +67,11 @@ def resumed_path(resume: str | None, output: str) -> Path | None:
     """Find the checkpoint to continue, also by its run's folder; None where none is asked for, or `auto` finds none."""
     if resume != "auto":
         path = Path(resume) if resume not in (None, "None") else None
-        if path and path.is_dir():
-            return next((last for last in (RunFolder(path).last, path / "last.pt") if last.exists()), path)
+        if path and kind_of(path) == "folder":
+            return next((last for last in (RunFolder(path).last, path / "last.pt") if kind_of(last) == "file"), path)
         return path
     last = RunFolder(Path(output)).last
-    return last if last.exists() else None
+    return last if kind_of(last) != "nothing" else None
 
 
 NEW_RUN = "For a new run leave --resume out, and give another --output."

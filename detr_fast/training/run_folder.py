@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detr_fast.config import UserError, require
+from detr_fast.paths import kind_of
 from detr_fast.training.checkpoint import sweep_partial
 
 BYTES = re.compile("[\ud800-\udfff]")
@@ -72,7 +73,7 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
         except BlockingIOError as error:
             raise UserError(f"--output {root} is in use by another run. Give another folder.") from error
         require(
-            resuming or not folder.last.exists(),
+            resuming or kind_of(folder.last) == "nothing",
             f"--output {root} holds a run already. Continue it with --resume auto, or give another --output.",
         )
         sweep_partial(folder.last.parent)

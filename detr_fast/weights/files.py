@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detr_fast.config import UserError, require
+from detr_fast.paths import kind_of
 from detr_fast.weights.naming import NamedWeights
 from detr_fast.weights.pickles import RESAVE, brief, listed, read_pickle
 from detr_fast.weights.wrappings import find_weights
@@ -59,9 +60,9 @@ def read_weights_file(path: Path) -> WeightsFile:
     Pickles are read with `weights_only=True` and nothing else: see `pickles.py`. Raises UserError that names the file.
     """
     path = Path(path)
-    if path.is_dir():
+    if kind_of(path) == "folder":
         return _read_folder(path)
-    if not path.exists():
+    if kind_of(path) == "nothing":
         raise UserError(f"{path}: no such file of weights.")
     require(path.is_file(), f"{path} is no regular file, but a pipe or a device: save the weights in a file.")
     try:
@@ -199,8 +200,8 @@ def _read_folder(folder: Path) -> WeightsFile:
     """Read one file, or the shards that an index lists, config.json and preprocessor_config.json."""
     config, preprocessor = (_read_json(folder / name) for name in (HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG))
     names = ("model.safetensors", "pytorch_model.bin")
-    single = [folder / name for name in names if (folder / name).is_file()]
-    index = next((file for name in names if (file := folder / f"{name}.index.json").is_file()), None)
+    single = [folder / name for name in names if kind_of(folder / name) == "file"]
+    index = next((file for name in names if kind_of(file := folder / f"{name}.index.json") == "file"), None)
     if not single and index is None:
         found = sorted(str(file.relative_to(folder)) for pattern in INSIDE for file in folder.glob(pattern))
         hint = f" Inside are {listed(found)}: give one." if found else ""
@@ -228,7 +229,7 @@ def _shards(index: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in `path`, empty where there is no such file."""
-    if not path.exists():
+    if kind_of(path) != "file":
         return {}
     if path.stat().st_size > LARGEST_JSON:
         raise UserError(f"{path} has {path.stat().st_size >> 20} MiB: that is no configuration.")

@@ -1,0 +1,32 @@
+"""What lies at a path that someone gave."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+from detr_fast.config import UserError, require
+
+Kind = Literal["nothing", "file", "folder", "broken link", "special file"]
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Return what is at `path`, links followed. Raises UserError where the system does not tell, as of a name that is
+    too long or in a folder that may not be entered."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "broken link" if os.path.islink(path) else "nothing"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path!s:.200}: cannot be looked at: {reason}.") from error
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat.S_ISREG(mode) else "special file"
+
+
+def require_kind(kind: Kind, path: Path, given: str, advice: str = "") -> None:
+    """Raises UserError, which begins with `given` and ends with `advice`, where `path` is no `kind`; as `kind_of`."""
+    found = kind_of(path)
+    wrong = f"there is no such {kind}" if found == "nothing" else f"it is a {found}, not a {kind}"
+    require(found == kind, f"{given}: {wrong}.{f' {advice}' * bool(advice)}")
