@@ -309,6 +309,8 @@ def test_what_is_no_regular_file_is_not_waited_for(kind: str, tmp_path: Path) ->
     path.unlink()
     path.symlink_to(tmp_path / "gone.png")
     assert why_passed_over(path) is None  # and reading it says that it is missing
+    with pytest.raises(UserError, match=r"any\.png is a broken link"):
+        read_weights_file(path)
 
 
 @pytest.mark.parametrize("kept", [40, 0.5])

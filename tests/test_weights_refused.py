@@ -143,7 +143,7 @@ def test_numbers_of_another_kind_are_no_weights(
 ) -> None:
     changed = weights | {name: torch.ones_like(weights[name], dtype=dtype)}
     torch.save(changed, tmp_path / "other.pth")
-    own = build_model("detr_r50", num_classes=3, **SMALL)
+    own = build_model("detr_r50", num_classes=2, **SMALL)
     uses = (
         lambda: load_model(tmp_path / "other.pth"),
         lambda: load_for_fine_tuning(own, tmp_path / "other.pth"),

@@ -53,7 +53,7 @@ def why_passed_over(file: Path) -> str | None:
         return "folders are not entered"
     if file.name.startswith("._"):
         return "a note of macOS on another file"
-    if file.exists() and not file.is_file():
+    if kind == "special file":
         return "no regular file"
     if file.suffix.lower() in IMAGE_ENDINGS:
         return None

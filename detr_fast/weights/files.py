@@ -64,7 +64,8 @@ def read_weights_file(path: Path) -> WeightsFile:
         return _read_folder(path)
     if kind_of(path) == "nothing":
         raise UserError(f"{path}: no such file of weights.")
-    require(path.is_file(), f"{path} is no regular file, but a pipe or a device: save the weights in a file.")
+    require(kind_of(path) != "broken link", f"{path} is a broken link: give the file itself.")
+    require(kind_of(path) == "file", f"{path} is no regular file, but a pipe or a device: save the weights in a file.")
     try:
         with path.open("rb") as file:
             start = file.read(512)
