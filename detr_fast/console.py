@@ -27,11 +27,11 @@ class Console(rich.console.Console):
         raise BrokenPipeError
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, which makes of all text, in lines and in tables, what is shown."""
+        """Make of any text, in lines and in tables, what is shown: control characters escaped."""
         return super().render_str(legible(text), **options)
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """As rich's, but text is not broken into lines, so that a path in it can be copied; tables are."""
+        """Print as rich does, but do not break text into lines, so that a path in it can be copied."""
         if soft_wrap is None:
             soft_wrap = all(isinstance(each, str | Text) for each in objects)
         super().print(*objects, soft_wrap=soft_wrap, **options)

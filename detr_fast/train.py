@@ -140,7 +140,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
 
 
 def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
-    """Where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
+    """Find where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
     progress = Progress(**state["progress"]) if state else Progress()
     require(
         total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
@@ -159,7 +159,7 @@ def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_s
 
 
 def last_line(folder: RunFolder, progress: Progress) -> str:
-    """Where everything is, and which weights to take."""
+    """Say where everything is, and which weights to take."""
     if progress.best_ap >= 0:
         return f"Everything is in {folder.root}: see plots/, evaluation.json and checkpoints/best.pt"
     return f"Everything is in {folder.root}. No AP was measured: checkpoints/best.pt has the latest weights."

@@ -243,7 +243,7 @@ def spelling_hint(unknown: Sequence[Category], known: Mapping[str, Category]) ->
 
 
 def spelling(name: str) -> str:
-    """The name without case, and with single spaces."""
+    """Return the name without case, and with single spaces."""
     return " ".join(name.split()).casefold()
 
 

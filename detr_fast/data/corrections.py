@@ -31,7 +31,7 @@ class Corrections:
     """Categories without a name, called by their ids."""
 
     def faults(self, ids_shown: int = 5) -> list[str]:
-        """What is wrong with the data, a line for each kind, with the first annotations' ids."""
+        """Say what is wrong with the data, a line for each kind, with the first annotations' ids."""
         kinds = {
             "boxes have no area inside their image: dropped": self.dropped_empty,
             "annotations are of images that are not listed: dropped": self.dropped_unlisted,
@@ -43,7 +43,7 @@ class Corrections:
         return [f"{len(ids)} {text} (annotations {shortened(ids, ids_shown)})" for text, ids in kinds.items() if ids]
 
     def doubtful_forms(self) -> list[str]:
-        """What boxes seem to be that COCO's are not, a line for each kind: nothing good can be learned from them."""
+        """Say what boxes seem to be instead of COCO's, a line for each kind: nothing good can be learned from them."""
         return [
             f"{len(ids)} boxes look like {words}, but COCO's are x, y, width, height in pixels: check a few, and "
             f"rewrite the file (annotations {shortened(ids, 5)})"
@@ -51,7 +51,7 @@ class Corrections:
         ]
 
     def defaults(self) -> list[str]:
-        """What the file leaves out and is filled in without harm, a line for each kind."""
+        """Say what the file leaves out and is filled in without harm, a line for each kind."""
         kinds = {
             "annotations without iscrowd: taken as 0": self.defaulted_crowd,
             "annotations without area: taken as width times height": self.defaulted_area,
@@ -63,11 +63,11 @@ class Corrections:
         return lines
 
     def lines(self) -> list[str]:
-        """All of it; empty if the file was clean."""
+        """Say all of it; nothing if the file was clean."""
         return self.faults() + self.defaults()
 
 
 def shortened(items: Sequence[Any], shown: int) -> str:
-    """The first `shown` items, and how many more there are."""
+    """Name the first `shown` items, and say how many more there are."""
     text = ", ".join(map(str, items[:shown]))
     return text if len(items) <= shown else f"{text} and {len(items) - shown} more"

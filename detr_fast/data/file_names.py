@@ -108,14 +108,14 @@ class ImageFolder:
 
     @cached_property
     def _files(self) -> list[str]:
-        """Every file of the folder, by its path in it, the shallowest first."""
+        """List every file of the folder, by its path in it, the shallowest first."""
         walked = ((os.path.relpath(folder, self.root), files) for folder, _, files in os.walk(self.root))
         paths = [os.path.normpath(os.path.join(folder, file)) for folder, files in walked for file in files]
         return sorted(paths, key=lambda path: (path.count("/"), path))
 
     @cached_property
     def _listed(self) -> dict[str, list[str]]:
-        """The files by their path in any spelling, and by what is left of it without the first folders."""
+        """Map the files by their path in any spelling, and by what is left of it without the first folders."""
         listed: dict[str, list[str]] = {}
         for path in self._files:
             for end in ends_of(same_spelling(path)):

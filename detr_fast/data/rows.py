@@ -86,5 +86,5 @@ def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Finite, that is, and no bool or text."""
+    """Tell whether a value is a finite number, and no bool or text."""
     return type(value) in (int, float) and abs(value) < LARGEST_NUMBER

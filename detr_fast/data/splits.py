@@ -37,7 +37,8 @@ def find_split(options: DataLocation, split: str) -> Location | None:
 
 
 def require_split(options: DataLocation, split: str) -> Location:
-    """As `find_split`. Raises UserError that lists what was looked for, and what there is, where there is none."""
+    """Find as `find_split` does. Raises UserError that lists what was looked for, and what there is, for want of
+    any."""
     found = find_split(options, split)
     if found is not None:
         return found

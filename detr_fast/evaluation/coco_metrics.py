@@ -64,7 +64,7 @@ class Evaluation:
         return self.curves.best_f1()
 
     def to_dict(self) -> dict[str, Any]:
-        """What evaluation.json holds: None for what the data has no object for."""
+        """Return what evaluation.json holds: None for what the data has no object for."""
         point = self.operating_point.to_dict() if self.measured else None
         note = {} if self.measured else {"note": NOTHING_MEASURED}
         found = {**self.metrics, **self.unlimited, "at_best_f1": point, "per_class": self.per_class}

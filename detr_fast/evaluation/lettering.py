@@ -118,7 +118,7 @@ def has(font: FT2Font, letter: str) -> bool:
 
 
 def unseen(letter: str) -> bool:
-    """Whether it is a joiner, a mark of direction or a selector of a variant."""
+    """Tell whether it is a joiner, a mark of direction or a selector of a variant."""
     return unicodedata.category(letter) == "Cf" or "\ufe00" <= letter <= "\ufe0f"
 
 

@@ -40,7 +40,7 @@ def write_evaluation(evaluation: Evaluation, dataset: CocoDataset, output: Path)
 
 
 def pictures(evaluation: Evaluation, dataset: CocoDataset, names: dict[int, str]) -> list[Picture]:
-    """The first PICTURES images that were evaluated, with true and predicted boxes; `names` by category id."""
+    """Return the first PICTURES images that were evaluated, with true and predicted boxes; `names` by category id."""
     rows = evaluation.detections
     evaluated = set(rows[:, IMAGE_ID].tolist())
     records = [record for record in dataset.records if record.id in evaluated][:PICTURES]

@@ -45,7 +45,7 @@ def fit_class_head(
 
 
 def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
-    """Whether the weights have rows for classes as those of the model's head, `own`: one of each of its tensors."""
+    """Tell whether the weights have rows for classes as the model's head, `own`, has: one of each of its tensors."""
     if not all(key in weights and weights[key].dim() == value.dim() for key, value in own.items()):
         return False
     rows = {len(weights[key]) for key in own}

@@ -110,7 +110,7 @@ def _something_else(start: bytes) -> str | None:
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:
-    """Whether a file begins with the length of a header and the header, as those of safetensors do."""
+    """Tell whether a file begins with the length of a header and the header, as those of safetensors do."""
     return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < size
 
 

@@ -142,7 +142,7 @@ class NamedWeights:
 
     @property
     def is_detr(self) -> bool:
-        """Whether there is a transformer as DETR's, and what feeds it with an image: translators have the first."""
+        """Tell whether there is DETR's transformer, and what feeds it with an image: translators have the first."""
         transformer = any(anchor in self.tensors for anchor in ANCHORS)
         return transformer and any(name.startswith(IMAGE_SIDE) for name in self.tensors)
 
@@ -151,7 +151,7 @@ class NamedWeights:
         return [head for head in HEADS if any(key.startswith(f"{head}.") and key not in self for key in keys)]
 
     def in_trunk(self, name: str) -> bool:
-        """Whether a name, as it is in the file, is one of backbone and transformer."""
+        """Tell whether a name, as it is in the file, is one of backbone and transformer."""
         return name.startswith(TRUNK["huggingface" if self.naming.startswith("huggingface") else "detr_fast"])
 
     def __contains__(self, key: str) -> bool:

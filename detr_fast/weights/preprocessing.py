@@ -85,7 +85,7 @@ def statistics(file: WeightsFile, said: dict[str, Any]) -> tuple[tuple[float, ..
 
 
 def between(least: float, value: object) -> bool:
-    """Whether `value` is a number, no less than `least` and of usual size."""
+    """Tell whether `value` is a number, no less than `least` and of usual size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= LARGEST
 
 

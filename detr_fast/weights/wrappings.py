@@ -41,7 +41,7 @@ class Found:
 
 
 def says(what: re.Pattern[str], key: str) -> bool:
-    """Whether `what` is among the words of a key, however they are joined: modelEMA and model_ema are the same."""
+    """Tell whether `what` is among the words of a key, however they are joined: modelEMA and model_ema are the same."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)
     return what.search("_".join(words).lower()) is not None
 

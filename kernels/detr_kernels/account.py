@@ -42,7 +42,7 @@ def prepare_account() -> None:
 
 
 def can_be_written(folder: Path) -> bool:
-    """Whether `folder` is a folder to write in, made where there is none."""
+    """Tell whether `folder` is a folder to write in, made where there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -73,7 +73,7 @@ def trace(options: SuiteOptions, minutes: float) -> list[str]:
 
 
 def parity(options: SuiteOptions, minutes: float) -> list[str]:
-    """Without what has no effect on what is compared."""
+    """Leave out what has no effect on what is compared."""
     images = min(options.batch_size, MOST_OBSERVED) if options.batch_size else None
     compared = replace(options, sizes="same", buckets=True, batch_size=images, dropout=None)
     return module("parity")(compared, minutes)

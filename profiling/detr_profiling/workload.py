@@ -103,7 +103,7 @@ class WorkloadOptions(RuntimeOptions):
 
     @property
     def mixes_sizes(self) -> bool:
-        """Whether batches are made of images of several sizes."""
+        """Tell whether batches are made of images of several sizes."""
         return self.sizes == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
