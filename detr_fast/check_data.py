@@ -22,7 +22,7 @@ from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
 
 NARROW_SPAN = 32
-"""Of 256 values."""
+"""An eighth of 256 values."""
 NAMED = 5
 """Images that a line names."""
 
@@ -40,9 +40,9 @@ class Findings:
     """Lines, each with its split."""
 
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """What is wrong"""
+    """Faults: exit code 2"""
     notes: list[tuple[str, str]] = field(default_factory=list)
-    """and what may be meant, but is worth a look."""
+    """Things that may be meant, but are worth a look"""
 
     def add_once(self, split: str, problem: str) -> None:
         """Add a problem that several splits may have in common."""
@@ -52,13 +52,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """What an image's file turned out to be."""
+    """A record with the findings on its file."""
 
     record: ImageRecord
     problem: str | None
     header: Header | None
     digest: bytes | None
-    """Of its content; None where it cannot be read."""
+    """Hash of its content; None where it cannot be read."""
     span: int = 0
     """Its brightest value less its darkest, as it is read"""
 

@@ -265,7 +265,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
         ),
     )
     seed: int = 42
-    """Of weights, data order, augmentation and dropout."""
+    """Seed of weights, data order, augmentation and dropout."""
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
     num_classes: int | None = None

@@ -1,4 +1,4 @@
-"""What lies at a path that someone gave."""
+"""Kinds of what lies at a path that someone gave."""
 
 import os
 import stat

@@ -99,9 +99,20 @@ def test_precision_and_recall_of_classes_with_any_name(names: tuple[str, ...], t
     assert Image.open(tmp_path / "curves.png").size == (900, 624)
 
 
-def test_precision_and_recall_without_objects(tmp_path: Path) -> None:
-    draw_precision_recall(evaluation(HOSTILE_NAMES, objects=False), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").is_file()
+@pytest.mark.parametrize(("objects", "title"), [(True, "recall 0"), (False, "no object to find")])
+def test_precision_and_recall_without_objects(
+    objects: bool, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    savefig = Figure.savefig
+
+    def saved(self: Figure, *given: object) -> None:
+        titles.append(self.axes[0].get_title())
+        savefig(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    draw_precision_recall(evaluation(HOSTILE_NAMES, objects=objects), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file() and title in titles[0]
 
 
 def test_names_are_shown_as_they_are() -> None:

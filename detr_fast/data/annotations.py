@@ -23,7 +23,7 @@ from detr_fast.data.rows import (
 )
 
 RELATIVE_AREA_LEAST_PX = 100
-"""Of boxes this large, an area below a square pixel is one relative to the image."""
+"""Smallest box whose area, if below a square pixel, must be relative to the image."""
 
 
 @dataclass(frozen=True)

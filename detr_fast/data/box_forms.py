@@ -1,4 +1,4 @@
-"""What boxes look like that are not COCO's x, y, width, height in pixels: another unit, another order, or both."""
+"""Forms of boxes other than COCO's x, y, width, height in pixels: another unit, another order, or both."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 ROUNDING_PX = 0.05
 """How far a box may pass its image's edge by the rounding of its coordinates alone."""
 RELATIVE_LEAST_SIDE_PX = 8
-"""Of smaller images, boxes of less than a pixel may be meant."""
+"""Smallest image whose boxes of less than a pixel cannot be meant."""
 PERCENT_LEAST_SIDE_PX, PERCENT_LEAST_BOXES = 300, 50
 """That no box lies beyond 100 says little of smaller images, or of few boxes."""
 
@@ -21,7 +21,7 @@ class Order(NamedTuple):
 
     words: str
     fits: Fits
-    """Of boxes (N, 4) and sizes (N, 2): which (N,) are right if they are written so."""
+    """Tells of boxes (N, 4) and sizes (N, 2) which ones (N,) are right if they are written so."""
     least_fitting: float
     """Fraction of boxes that are right so"""
     least_wrong: float

@@ -1,4 +1,4 @@
-"""What is silently wrong with a data set, or worth a look: lines that say what, how many, which, and what to do."""
+"""Checks for what is silently wrong with a data set, or worth a look: lines that say how many, which, what to do."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from detr_fast.data.decode import decode_file
 from detr_fast.data.headers import Header, read_header
 
 COCO_DETECTIONS = 100
-"""Of one class on an image, the best so many count in COCO's numbers."""
+"""Most detections of one class on an image that count in COCO's numbers."""
 RARE_FACTOR = 100
 """A class with so many times fewer objects than another is rare."""
 MOST_HEADERS = 32

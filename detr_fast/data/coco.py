@@ -164,7 +164,7 @@ class CocoDataset(Dataset[Sample]):
 
 
 SKIPPING = "Or go on without it: --on-bad-image skip."
-"""What commands that have the option add to the fault of an image."""
+"""Advice that commands with the option add to the fault of an image."""
 UNUSED = "N/A"
 """The name of a label that no category of the data has."""
 

@@ -1,4 +1,4 @@
-"""What reading a COCO json had to mend, and what in it cannot be mended but looks wrong."""
+"""Corrections that reading a COCO json had to make, and doubts about what cannot be mended."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Corrections:
-    """What was mended while reading; annotations by the ids that the file gives them."""
+    """Corrections made while reading; annotations by the ids that the file gives them."""
 
     dropped_empty: tuple[Any, ...]
     """No area, or none inside the image."""
     dropped_unlisted: tuple[Any, ...]
-    """Of images that the file does not list."""
+    """Their images are not listed."""
     clamped: tuple[Any, ...]
     """Reached past the image's edge."""
     defaulted_crowd: int
@@ -24,7 +24,7 @@ class Corrections:
     corrected_area: tuple[Any, ...] = ()
     """An `area` of 0 or less, relative, or larger than the image: taken as width times height."""
     likely_forms: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """What boxes look like instead of COCO's x, y, width, height in pixels, and which: nothing is mended."""
+    """Other forms that boxes seem to have instead of COCO's, and which boxes: nothing is mended."""
     below_pixel: tuple[Any, ...] = ()
     """Less than a pixel wide or high, and not for their form."""
     unnamed: int = 0

@@ -23,9 +23,9 @@ class Doubles:
     """Ids of annotations whose box an earlier annotation of the same image has, as `Annotations` numbers them."""
 
     equal: np.ndarray
-    """Of the same class, and but for rounding the same box"""
+    """The same class, and but for rounding the same box"""
     nearly_equal: np.ndarray
-    """Of the same class, with an IoU above NEARLY_EQUAL_IOU"""
+    """The same class, with an IoU above NEARLY_EQUAL_IOU"""
     two_classes: np.ndarray
     """The same box, of another class"""
     renumbered: bool

@@ -1,9 +1,9 @@
-"""What a file is by its first bytes: the formats that are read, and a name for others that people have."""
+"""File formats by their first bytes: those that are read, and a name for others that people have."""
 
 from PIL import features
 
 READ_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
-"""As Pillow calls them. Each is told by its content, and decoded without running other programs."""
+"""Pillow's names. Each is told by its content, and decoded without running other programs."""
 START_BYTES = 512
 CONVERT = "convert it to JPEG or PNG"
 STARTS = {

@@ -1,4 +1,4 @@
-"""What an image file's header says: its size, and how EXIF would have it turned. Pixels are not read."""
+"""Headers of image files: size, and how EXIF would have the image turned. Pixels are not read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ UPRIGHT = 1
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before its pixels."""
+    """The facts that a file states before its pixels."""
 
     size: tuple[int, int]
     """(h, w) in pixels, as the image is read"""

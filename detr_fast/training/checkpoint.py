@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from detr_fast.config import UserError, require
+from detr_fast.paths import kind_of
 from detr_fast.weights.pickles import read_pickle
 
 MARK = b"detr_fast sha256:"
@@ -74,7 +75,7 @@ def stored_digest(data: memoryview | bytes) -> tuple[int, str] | None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote. Raises UserError where the file is missing, cut, changed, or no checkpoint
     of ours."""
-    require(path.is_file() or not path.exists(), f"Cannot read checkpoint {path}: it is no regular file.")
+    require(kind_of(path) != "special file", f"Cannot read checkpoint {path}: it is no regular file.")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -37,7 +37,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
         *("weights", "backbone_weights", "seed", "buckets"),
     ),
 }
-"""What an option of `train` may do on resuming: every one of them, once. README's table is made from it."""
+"""Rules for the options of `train` on resuming: every option, once. README's table is made from it."""
 
 PATHS = (*ON_RESUMING[SAME_CONTENT], "weights", "backbone_weights")
 """Options that name a file or a folder; stored as absolute paths, for a run may be resumed from elsewhere."""
@@ -88,7 +88,7 @@ PARTS = {
     "options": tuple(each.name for each in fields(TrainConfig)),
     "model_config": tuple(each.name for each in fields(ModelConfig)),
 }
-"""What is read of the parts that are dictionaries."""
+"""Keys that are read of the parts that are dictionaries."""
 
 
 def load_resumed(path: Path | None) -> dict[str, Any] | None:
@@ -139,7 +139,7 @@ def located(options: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Content(Checked):
-    """What a split's annotations hold, whatever their file is called and wherever it lies."""
+    """The content of a split's annotations, whatever their file is called and wherever it lies."""
 
     images: int
     objects: int

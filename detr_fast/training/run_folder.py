@@ -14,7 +14,7 @@ from detr_fast.paths import kind_of
 from detr_fast.training.checkpoint import sweep_partial
 
 BYTES = re.compile("[\ud800-\udfff]")
-"""What Python has in a name for bytes that are no UTF-8."""
+"""Characters that Python puts for bytes that are no UTF-8."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from detr_fast.weights.naming import NamedWeights, counterparts
 
 COCO_NUM_CLASSES = 91
 NO_ID = -1
-"""Of a class that the data does not have."""
+"""Name of a class that the data does not have."""
 
 
 def fit_class_head(

@@ -44,7 +44,7 @@ class WeightsFile:
     preprocessor: dict[str, Any] = field(default_factory=dict)
     """Hugging Face's preprocessor_config.json, where there is one."""
     notes: tuple[str, ...] = ()
-    """What was chosen among several things in the file, a line each."""
+    """Choices made among several things in the file, a line each."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -81,9 +81,9 @@ def read_weights_file(path: Path) -> WeightsFile:
 
 
 INSIDE = ("*.pth", "*.pt", "*.ckpt", "*.safetensors", "*/*.pt", "*/*.ckpt", "*/model.safetensors")
-"""What a folder that is no model may hold instead, such as a run's."""
+"""Files that a folder which is no model may hold instead, such as a run's."""
 TORCHS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
-"""What an archive begins with, or a pickle."""
+"""First bytes of an archive, and of a pickle."""
 TEXTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned",
     b"<": "is a web page, not weights: download the file itself",
@@ -209,7 +209,7 @@ def _read_folder(folder: Path) -> WeightsFile:
         raise UserError(f"{folder}: no {', '.join(names)} or {names[0]}.index.json in it.{hint}")
     tensors: dict[str, Tensor] = {}
     categories = None
-    for shard in single[:1] or _shards(index):  # type: ignore[arg-type]
+    for shard in single[:1] or _shards(index or folder / f"{names[0]}.index.json"):
         part = read_weights_file(shard)
         tensors |= part.state_dict
         categories = categories or part.categories

@@ -18,12 +18,12 @@ from detr_fast.weights.preprocessing import preprocessed
 
 @dataclass(frozen=True)
 class Kept:
-    """What of a file a model starts from."""
+    """The parts of a file that a model starts from."""
 
     classes: list[str]
     """Names of those whose rows of the class head are kept."""
     new: list[str]
-    """What the model has as it was made, since the file has nothing that fits."""
+    """Parts of the model that stay as they were made, since the file has nothing that fits."""
     left_out: list[str]
     """Names in the file that are no part of the model."""
     notes: list[str]

@@ -65,14 +65,14 @@ ANCHORS = (
 )
 """Names that every DETR has, in the two kinds of naming: what a file puts before them is a wrapper's."""
 HEADLESS_ANCHOR = "decoder.layers.0.self_attn.q_proj.weight"
-"""Of Hugging Face's DetrModel, which has no heads and no `model.` before its names."""
+"""Names of Hugging Face's DetrModel, which has no heads and no `model.` before them."""
 TRUNK = {
     "detr_fast": ("backbone.", "transformer.", "input_proj."),
     "huggingface": ("model.backbone.", "model.encoder.", "model.decoder.", "model.input_projection."),
 }
-"""What the names of the backbone and the transformer begin with; the rest are heads and queries."""
+"""Beginnings of the backbone's and the transformer's names; the rest are heads and queries."""
 IMAGE_SIDE = ("backbone.", "input_proj.", "model.backbone.", "model.input_projection.")
-"""What the names before the transformer begin with."""
+"""Beginnings of the names before the transformer."""
 HEADS = ("class_embed", "bbox_embed", "query_embed")
 """The rest, in our naming: what a detector can learn anew."""
 HEAD_WEIGHTS = (

@@ -36,7 +36,7 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""What torch's restricted unpickler raises on files that are damaged or forbidden."""
+"""Errors that torch's restricted unpickler raises on files that are damaged or forbidden."""
 
 RESAVE = "save the weights alone where it was made, torch.save(model.state_dict(), FILE)"
 LARGEST_PICKLE = 16 << 20
@@ -178,7 +178,7 @@ STAND_INS = [
         )
     ),
 ]
-"""What is put in the place of a class or function of that name: none of those of the file, or of NumPy, is called."""
+"""Stand-ins for a class or function of that name: none of those of the file, or of NumPy, is called."""
 
 
 def read_pickle(path: Path, data: bytes | None = None) -> Any:

@@ -16,13 +16,13 @@ PREFERRED = ("model", "model_state_dict", "state_dict", "net", "network", "stude
 """Keys to look at first, where several hold as much."""
 AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averag[a-z]*|shadow)(_|$)")
 NO_WEIGHTS = re.compile(r"(^|_)(exp_avg|moments?|momentum(_buffers?)?$|grads?|gradients?|optim|optimizers?)(_|$)")
-"""What an optimizer keeps under the names of weights."""
+"""Words of keys under which an optimizer keeps tensors by the names of weights."""
 DEEPEST = 4
 
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of a name that DataParallel, torch.compile and their like add, at any place."""
 BESIDE_THE_MODEL = ("criterion.", "n_averaged")
-"""What DETR's loss and torch's AveragedModel register: dropped without a word."""
+"""Names that DETR's loss and torch's AveragedModel register: dropped without a word."""
 
 
 @dataclass(frozen=True)
