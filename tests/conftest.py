@@ -15,7 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's file is imported: before all of ours
 
+from detr_fast import DETR, build_model, export_state_dict
 from detr_fast.data.shapes import ensure_shapes
+from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -35,3 +37,23 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """ResNets of all their layers, each with few channels, so that files are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(narrow: None) -> DETR:
+    """A narrow DETR of three classes."""
+    return build_model("detr_r50", num_classes=3, **SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: DETR) -> Weights:
+    """Its weights, under facebookresearch's names."""
+    return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}

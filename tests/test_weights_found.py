@@ -1,20 +1,15 @@
-"""Weights as people have them: under any key, behind wrappers, beside other values, without heads or names; and what
-is no weights."""
+"""Weights as people have them: under any key, behind wrappers, beside other values, without heads."""
 
 import argparse
 import collections
 import datetime
-import enum
-import gzip
-import io
 import json
 import os
 import pathlib
 import pickle
 import sys
 import types
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,46 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
-from detr_fast.config import EvaluateConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
-from detr_fast.evaluate import evaluation_dataset
-from detr_fast.export import write_weights
 from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
 from detr_fast.weights.pickles import STAND_INS, NumpyArray, NumpyDtype, numpy_scalar, read_pickle
 from detr_fast.weights.wrappings import DEEPEST, state_dicts
+from tests.small_detr import OPTIMIZER, SMALL, Weights
 
-SMALL: dict[str, Any] = {
-    "hidden_dim": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "feedforward_dim": 64,
-    "num_queries": 5,
-}
 PETS = (Category(0, "dog"), Category(1, "parrot"), Category(2, "cat"))
-Weights = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def narrow() -> Iterator[None]:
-    """A ResNet-50 of all its layers, each with few channels, so that files are small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(narrow: None) -> DETR:
-    return build_model("detr_r50", num_classes=3, **SMALL).eval()
-
-
-@pytest.fixture(scope="module")
-def weights(model: DETR) -> Weights:
-    return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def assert_same_weights(model: DETR, other: DETR) -> None:
@@ -83,7 +52,6 @@ def other(weights: Weights) -> Weights:
     return {key: value + 1 for key, value in weights.items()}
 
 
-OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}, "w": {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1}]}
 KEPT_AS: dict[str, Callable[[Weights], Any]] = {
     "under a key of one's own": lambda w: {"epoch": 3, "detector": {"weights": w}, "optimizer": OPTIMIZER},
     "RT-DETR's EMA": lambda w: {"ema": {"module": w, "updates": 5}, "model": other(w)},
@@ -210,10 +178,6 @@ def test_a_backbone_is_found_in_what_holds_one(model: DETR, weights: Weights, tm
         )
 
 
-class Colour(enum.Enum):
-    RED = 1
-
-
 def of_module(monkeypatch: pytest.MonkeyPatch, name: str, base: type = dict) -> Any:
     """A value of a class as a library defines it that is not installed here."""
     module_name, _, class_name = name.rpartition(".")
@@ -295,73 +259,6 @@ def test_dictionaries_within_dictionaries_are_looked_at_once(weights: Weights) -
         inner = {str(number): inner for number in range(300)}
     with pytest.raises(UserError, match="do not fit"):
         load_state_dict(build_model("detr_tiny"), inner)
-
-
-def zipped(**files: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def saved(content: Any, **how: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **how)
-    return buffer.getvalue()
-
-
-def scripted() -> bytes:
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
-    return buffer.getvalue()
-
-
-NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a whole model": (lambda: saved(nn.Linear(2, 2)), "holds a whole pickled model: save the weights alone"),
-    "one under a key": (lambda: saved({"model": nn.DataParallel(nn.Linear(2, 2))}), "holds a whole pickled model"),
-    "one in the older format": (
-        lambda: saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
-        "holds a whole pickled model",
-    ),
-    "a program": (scripted, "is a TorchScript program"),
-    "someone's class": (lambda: saved({"model": {}, "x": Colour.RED}), r"holds [\w.]*Colour, which is no plain value"),
-    "a function": (lambda: saved({"model": {}, "x": print}), "holds print, which is no plain value"),
-    "a list": (lambda: saved([1]), "holds a list, not a state dict"),
-    "an optimizer": (lambda: saved(OPTIMIZER), "only an optimizer's state"),
-    "an empty dictionary": (lambda: saved({}), "it is an empty dictionary"),
-    "numbers": (lambda: saved({"epoch": 3, "model": {}}), r"its keys are 'epoch' \(int\), 'model' \(dict\)"),
-    "adapters": (lambda: saved({"a.lora_A.weight": torch.zeros(2)}), "holds LoRA adapters"),
-    "integers": (lambda: saved({"a.weight": torch.zeros(2, dtype=torch.int8)}), r"quantised \(a.weight is int8\)"),
-    "a shape without numbers": (lambda: saved({"a": torch.zeros(1).expand(10**12)}), "is damaged: a has fewer"),
-    "another pickle": (lambda: pickle.dumps({"a": 1}), "no file that torch.save writes by default"),
-    "a newer pickle": (lambda: saved({"a": 1}, pickle_protocol=4), "no file that torch.save writes by default"),
-    "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
-    "a page": (lambda: b"\n<!DOCTYPE html><html>", "is a web page"),
-    "json": (lambda: b'{"weight_map": {}}', "is json text"),
-    "text": (lambda: b"404: not found", "is text, not weights"),
-    "nothing": (lambda: b"", "is empty"),
-    "compressed": (lambda: gzip.compress(b"a" * 99), "is a compressed archive"),
-    "zipped": (lambda: zipped(weights=b"a"), "is a zip archive"),
-    "a cut file": (lambda: saved({"a": torch.zeros(99)})[:-200], "copy or download it again"),
-    "names with colours": (lambda: saved({"\x1b[31m" + "w" * 999: torch.zeros(2)}), r"names are w{57}\.\.\.;"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kind", NO_WEIGHTS)
-def test_what_is_no_weights_is_said_in_one_sentence(kind: str, ending: str, tmp_path: Path) -> None:
-    make, said = NO_WEIGHTS[kind]
-    path = tmp_path / f"file{ending}"
-    path.write_bytes(make())
-    nothing: Any = None  # it is refused before a model is looked at
-    for use in (load_model, partial(load_for_fine_tuning, nothing)):
-        with pytest.raises(UserError, match=said) as refused:
-            use(path)
-        message = str(refused.value)
-        assert message.startswith(str(path)) and message.endswith(".")
-        assert "\n" not in message and "\x1b" not in message and len(message) < 500
 
 
 def without(weights: Weights, *heads: str) -> Weights:
@@ -447,91 +344,3 @@ def test_no_one_is_told_to_build_no_layers(model: DETR, weights: Weights) -> Non
         assert "layers=0" not in str(raised.value) and "layers 0" not in str(raised.value)
     with pytest.raises(UserError, match="--encoder-layers 1"):
         load_state_dict(build_model("detr_r50", num_classes=3, **SMALL | {"encoder_layers": 2}), weights)
-
-
-def coco_json(path: Path, categories: dict[int, str], images: bool = True) -> Path:
-    rows = [{"id": id_, "name": name} for id_, name in categories.items()]
-    boxes = [
-        {"id": number, "image_id": 1, "category_id": id_, "bbox": [0, 0, 4, 4], "area": 16, "iscrowd": 0}
-        for number, id_ in enumerate(categories, 1)
-    ]
-    listed = [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}]
-    path.write_text(
-        json.dumps({"images": listed, "annotations": boxes, "categories": rows} if images else {"categories": rows})
-    )
-    return path
-
-
-def head_of(path: Path, num_classes: int, naming: Naming = "facebook", categories: Any = None) -> Path:
-    model = build_model("detr_r50", num_classes=num_classes, **SMALL)
-    if categories is None:
-        torch.save({"model": export_state_dict(model, naming)}, path)
-    else:
-        model.categories = categories
-        write_weights(model, path, naming)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("num_classes", "own", "data", "labels", "said"),
-    [
-        (91, None, {1: "red", 7: "blue"}, {1: "red", 7: "blue", 0: "N/A"}, "category ids"),
-        (4, None, {1: "red", 3: "blue"}, {1: "red", 3: "blue"}, "category ids"),  # --num_classes of largest id + 1
-        (2, None, {1: "red", 7: "blue"}, {0: "red", 1: "blue"}, "ascending order"),
-        (2, ("blue", "red"), {1: "RED ", 7: "blue"}, {0: "blue", 1: "RED "}, "its own names"),
-        (2, ("cat", "red"), {0: "red", 1: "blue"}, {0: "red", 1: "blue"}, "category ids"),  # left from before
-    ],
-)
-def test_categories_name_the_labels(
-    num_classes: int, own: Any, data: dict[int, str], labels: dict[int, str], said: str, tmp_path: Path
-) -> None:
-    named = own and tuple(Category(label, name) for label, name in enumerate(own))
-    path = head_of(tmp_path / "head.pth", num_classes, categories=named)
-    file = coco_json(tmp_path / "data.json", data, images=False)
-    model = load_model(path, categories=file)
-    assert model.categories is not None and len(model.categories) == num_classes
-    for label, name in labels.items():
-        assert model.categories[label].name == name
-        assert name not in data.values() or data[model.categories[label].id] == name
-    assert said in model.notes[-1]
-    given = [Category(id_, name) for id_, name in data.items()]
-    assert load_model(path, categories=given).categories == model.categories
-
-
-def test_categories_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    path = head_of(tmp_path / "head.pth", 3)
-    with pytest.raises(UserError, match=r"data\.json.*ids up to 7, but the class head has 3 classes, 0 to 2"):
-        load_model(path, categories=coco_json(tmp_path / "data.json", {1: "red", 7: "blue"}))
-    (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.json: 'categories' must be"):
-        load_model(path, categories=tmp_path / "data.json")
-
-
-def test_names_that_are_assumed_are_said(tmp_path: Path) -> None:
-    (note,) = load_model(head_of(tmp_path / "coco.pth", 91)).notes
-    assert "names none of its 91 classes: COCO's names are assumed" in note and "--categories" in note
-    (note,) = load_model(head_of(tmp_path / "four.pth", 4)).notes
-    assert "labels are category ids, without names" in note and "--categories" in note
-    assert load_model(head_of(tmp_path / "own.pth", 3, categories=PETS)).notes == ()
-
-
-@pytest.mark.parametrize(
-    ("num_classes", "own", "said"),
-    [
-        (91, None, "91 classes: COCO's names are assumed.*--categories"),
-        (2, None, "does not say which.*--categories"),
-        (2, ("red", "blue"), r"differ in id.*: 1 'red' and 0 'red'.* The names agree: --categories .* gives their ids"),
-        (2, ("cat", "dog"), "trained on this data take --categories"),
-    ],
-)
-def test_evaluation_on_other_classes_gives_the_way_on(num_classes: int, own: Any, said: str, tmp_path: Path) -> None:
-    named = own and tuple(Category(label, name) for label, name in enumerate(own))
-    weights = str(head_of(tmp_path / "head.pth", num_classes, categories=named))
-    file = coco_json(tmp_path / "val.json", {1: "red", 2: "blue"})
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    options = EvaluateConfig(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
-    with pytest.raises(UserError, match=said):
-        evaluation_dataset(load_model(weights), options)
-    dataset = evaluation_dataset(load_model(weights, categories=file), options)
-    assert dataset.categories is not None
-    assert [dataset.categories[dataset.label_of[id_]].name for id_ in (1, 2)] == ["red", "blue"]

@@ -1,48 +1,33 @@
 """Weights that are damaged, hostile or of another kind: one sentence each, soon, and nothing else happens."""
 
 import collections
+import enum
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import pickle
+import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
+from detr_fast import DETR, build_model, load_model, load_state_dict
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.weights import load_for_fine_tuning
 from detr_fast.weights.pickles import read_pickle
+from tests.small_detr import OPTIMIZER, SMALL
 
-SMALL: dict[str, Any] = {
-    "hidden_dim": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "feedforward_dim": 64,
-    "num_queries": 5,
-}
 PETS = [{"id": number, "name": name} for number, name in enumerate(("dog", "parrot", "cat"))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def narrow() -> Iterator[None]:
-    """A ResNet-50 of all its layers, each with few channels, so that files are small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(narrow: None) -> DETR:
-    return build_model("detr_r50", num_classes=3, **SMALL).eval()
-
-
-@pytest.fixture(scope="module")
-def weights(model: DETR) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def refused(path: Path, said: str, load: Any = load_model) -> None:
@@ -180,3 +165,74 @@ def test_a_cut_safetensors_file_is_to_be_copied_again(kept: int, weights: dict[s
 def test_a_mark_of_byte_order_hides_nothing(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text(text, encoding="utf-8-sig")
     refused(tmp_path / "page.pth", said)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def zipped(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def saved(content: Any, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **how)
+    return buffer.getvalue()
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a whole model": (lambda: saved(nn.Linear(2, 2)), "holds a whole pickled model: save the weights alone"),
+    "one under a key": (lambda: saved({"model": nn.DataParallel(nn.Linear(2, 2))}), "holds a whole pickled model"),
+    "one in the older format": (
+        lambda: saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
+        "holds a whole pickled model",
+    ),
+    "a program": (scripted, "is a TorchScript program"),
+    "someone's class": (lambda: saved({"model": {}, "x": Colour.RED}), r"holds [\w.]*Colour, which is no plain value"),
+    "a function": (lambda: saved({"model": {}, "x": print}), "holds print, which is no plain value"),
+    "a list": (lambda: saved([1]), "holds a list, not a state dict"),
+    "an optimizer": (lambda: saved(OPTIMIZER), "only an optimizer's state"),
+    "an empty dictionary": (lambda: saved({}), "it is an empty dictionary"),
+    "numbers": (lambda: saved({"epoch": 3, "model": {}}), r"its keys are 'epoch' \(int\), 'model' \(dict\)"),
+    "adapters": (lambda: saved({"a.lora_A.weight": torch.zeros(2)}), "holds LoRA adapters"),
+    "integers": (lambda: saved({"a.weight": torch.zeros(2, dtype=torch.int8)}), r"quantised \(a.weight is int8\)"),
+    "a shape without numbers": (lambda: saved({"a": torch.zeros(1).expand(10**12)}), "is damaged: a has fewer"),
+    "another pickle": (lambda: pickle.dumps({"a": 1}), "no file that torch.save writes by default"),
+    "a newer pickle": (lambda: saved({"a": 1}, pickle_protocol=4), "no file that torch.save writes by default"),
+    "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run git lfs pull"),
+    "a page": (lambda: b"\n<!DOCTYPE html><html>", "is a web page"),
+    "json": (lambda: b'{"weight_map": {}}', "is json text"),
+    "text": (lambda: b"404: not found", "is text, not weights"),
+    "nothing": (lambda: b"", "is empty"),
+    "compressed": (lambda: gzip.compress(b"a" * 99), "is a compressed archive"),
+    "zipped": (lambda: zipped(weights=b"a"), "is a zip archive"),
+    "a cut file": (lambda: saved({"a": torch.zeros(99)})[:-200], "copy or download it again"),
+    "names with colours": (lambda: saved({"\x1b[31m" + "w" * 999: torch.zeros(2)}), r"names are w{57}\.\.\.;"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weights_is_said_in_one_sentence(kind: str, ending: str, tmp_path: Path) -> None:
+    make, said = NO_WEIGHTS[kind]
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(make())
+    nothing: Any = None  # it is refused before a model is looked at
+    for use in (load_model, partial(load_for_fine_tuning, nothing)):
+        with pytest.raises(UserError, match=said) as refused:
+            use(path)
+        message = str(refused.value)
+        assert message.startswith(str(path)) and message.endswith(".")
+        assert "\n" not in message and "\x1b" not in message and len(message) < 500
