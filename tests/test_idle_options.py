@@ -11,7 +11,6 @@ from detr_profiling import race
 from detr_profiling.ladder import LadderOptions
 from detr_profiling.parity import ParityOptions
 from detr_profiling.race import RaceOptions
-from detr_profiling.scaling import ScalingOptions
 from detr_profiling.suite import PARTS, SuiteOptions
 from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
@@ -71,11 +70,6 @@ CASES: dict[type, list[tuple[str, str]]] = {
         ("--sizes mixed", "--sizes same"),
         ("--dropout 0.1", ""),
         ("--batch-size 5", "--batch-size 4"),
-    ],
-    ScalingOptions: [
-        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--within-gb-s", "--within-us", "--reached")),
-        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--bucket-mib", "--backward-share")),
-        *((f"--gpus 8 {each} 0.5", f"--gpus 16 {each} 0.5") for each in ("--between-gb-s", "--between-us")),
     ],
 }
 """For each row of a table a command line that it refuses, and the nearest one that passes."""

@@ -30,14 +30,12 @@ from detr_profiling.pages.parity import parity_blocks
 from detr_profiling.pages.results import (
     PLACE,
     RACE_FILE,
-    SCALING_FILE,
     TUNE_FILE,
     LadderRow,
     Results,
     complete,
     load_results,
 )
-from detr_profiling.pages.scaling import scaling_blocks
 from detr_profiling.pages.tuning import tuning_blocks
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
@@ -82,9 +80,6 @@ def sections(results: Results) -> Iterator[Section]:
         found = getattr(results, part)
         with complete(results.folder / FILES[part], part):
             yield Section(title, list(build(found)) if found else [missing(results, part)])
-    if results.scaling:
-        with complete(results.folder / SCALING_FILE, "scaling"):
-            yield Section("Many GPUs", list(scaling_blocks(results.scaling)))
     yield Section("How to read it", reading_blocks())
     yield Section("Commands", command_blocks(results))
 

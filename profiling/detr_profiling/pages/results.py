@@ -12,7 +12,7 @@ from typing import Any
 from detr_fast.config import UserError, require
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
-SCALING_FILE, TUNE_FILE = "scaling.json", "tune.json"
+TUNE_FILE = "tune.json"
 PLACE = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
 """What a ladder's rows say of where they were measured."""
 
@@ -75,7 +75,6 @@ class Results:
     parity: dict[str, Any] | None = None
     ladder: tuple[LadderRow, ...] = ()
     race: tuple[LadderRow, ...] = ()
-    scaling: dict[str, Any] | None = None
     tune: dict[str, Any] | None = None
     """Mode to the entry of it (`detr_fast.tuning.Tuning`)."""
 
@@ -89,7 +88,6 @@ def load_results(folder: Path) -> Results:
         read_object(folder / PARITY_FILE, "parity"),
         read_ladder(folder / LADDER_FILE, "ladder"),
         read_ladder(folder / RACE_FILE, "race"),
-        read_object(folder / SCALING_FILE, "scaling"),
         read_object(folder / TUNE_FILE, "tune"),
     )
 
