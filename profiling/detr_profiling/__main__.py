@@ -13,7 +13,6 @@ COMMANDS = {
     "race": "RaceOptions",
     "tune": "TuneOptions",
     "launches": "LaunchesOptions",
-    "suite": "SuiteOptions",
     "report": "ReportOptions",
 }
 """Each is a module here with a function `main` and this class of options."""
@@ -26,7 +25,6 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   race     ours beside what people would otherwise take, in turns
   tune     which backends and switches are fastest here, for every auto to read
   launches what a GPU would be told to do in a step, counted without one
-  suite    all of these that fit the time, and the report
   report   one HTML page and its Markdown twin from what the others left"""
 
 
