@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.table import Table
 
 from detr_fast.config import Idle, UserError, require
 from detr_fast.console import Console
@@ -27,11 +26,10 @@ from detr_profiling.measuring.measurement import Configuration, Measurement, mea
 from detr_profiling.measuring.techniques import Technique, start, techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages import formats
-from detr_profiling.pages.formats import number
-from detr_profiling.pages.ladder import remarks
+from detr_profiling.pages.ladder import ladder_sections
 from detr_profiling.pages.results import LADDER_FILE, load_results
+from detr_profiling.pages.terminal import show
 from detr_profiling.report import HTML_FILE, MARKDOWN_FILE, write_report
-from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions
 
 REFERENCE = "reference"
@@ -262,37 +260,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def table(rungs: Sequence[Rung]) -> Table:
-    """For the terminal."""
-    titles = ["ms", "spread", "speedup", "padding", "peak MiB", "error", "without"]
-    shown = plain_table("technique", titles, "From the reference to everything on")
-    shown.add_column("")
-    first = rungs[0].measured
-    for rung in rungs:
-        shown.add_row(rung.technique, *(figures(rung, first) or [""] * len(titles)), rung_verdict(rung))
-    return shown
-
-
-def figures(rung: Rung, first: Measurement | None) -> list[str] | None:
-    """None where the rung was not measured."""
-    if rung.measured is None:
-        return None
-    timing, lost = rung.measured.timing, rung.measured_without
-    return [
-        number(timing.median_ms),
-        number(timing.q3_ms - timing.q1_ms, digits=2),
-        number(first.timing.median_ms / timing.median_ms if first else None),
-        number(rung.measured.padding),
-        number(rung.measured.peak_mib),
-        formats.error(rung.measured.error),
-        number(lost.timing.median_ms) if lost else "",
-    ]
-
-
-def rung_verdict(rung: Rung) -> str:
-    return rung.note or (formats.verdict(rung.measured.close) if rung.measured else "")
-
-
 def main(options: LadderOptions) -> int:
     console = Console()
     rungs = build_rungs(options, options.leave_one_out)
@@ -302,8 +269,6 @@ def main(options: LadderOptions) -> int:
     for _ in measure_rungs(rungs, options, console):
         write_rows(rows_of(rungs, options), out / LADDER_FILE)
     write_report(out)
-    console.print(table(rungs))
-    for line in remarks([row for row in load_results(out).ladder if row.mode == options.mode]):
-        console.print(line)
+    show(ladder_sections([row for row in load_results(out).ladder if row.mode == options.mode]), console)
     console.print(f"{out / LADDER_FILE}, and as a table and a picture {out / HTML_FILE} and {out / MARKDOWN_FILE}")
     return 0 if all(rung.measured and rung.measured.close is not False for rung in rungs) else 1

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.table import Table
 
 from detr_fast.config import Idle, require
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_fast.training.run_folder import writing
-from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, figures, measure_rungs, rows_of, rung_verdict
+from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, measure_rungs, rows_of
 from detr_profiling.ladder import write_rows as write_rungs
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.measuring.techniques import start
 from detr_profiling.pages.formats import number
-from detr_profiling.pages.results import RACE_FILE
+from detr_profiling.pages.ladder import race_sections
+from detr_profiling.pages.results import RACE_FILE, load_results
+from detr_profiling.pages.terminal import show
 from detr_profiling.report import write_report
-from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions, build_workload
 
 EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
@@ -87,16 +87,6 @@ def peak_share(options: WorkloadOptions, median_ms: float) -> float:
     return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
 
 
-def table(rungs: list[Rung]) -> Table:
-    titles = ["ms", "spread", "over reference", "padding", "peak MiB", "error"]
-    shown = plain_table("", titles, "In turns, each in a process of its own")
-    shown.add_column("")
-    for rung in rungs:
-        cells = figures(rung, rungs[0].measured)
-        shown.add_row(rung.technique, *(cells[: len(titles)] if cells else [""] * len(titles)), rung_verdict(rung))
-    return shown
-
-
 def main(options: RaceOptions) -> int:
     console, out, rungs = Console(), Path(options.out), entrants(options)
     with writing(out):
@@ -104,7 +94,7 @@ def main(options: RaceOptions) -> int:
     for _ in measure_rungs(rungs, options, console):
         write_rungs(rows_of(rungs, options), out / RACE_FILE)
     write_report(out)
-    console.print(table(rungs))
+    show(race_sections([row for row in load_results(out).race if row.mode == options.mode]), console)
     eager, ours = fastest_eager_ms(rungs), rungs[-1].measured
     if eager and ours:
         share = peak_share(options, ours.timing.median_ms)
