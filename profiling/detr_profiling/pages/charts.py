@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from detr_fast.evaluation.lettering import LETTERING, one_line
 from detr_profiling.pages.formats import number, signed_percent
@@ -72,7 +72,7 @@ def log_ticks(*axes: Axis) -> None:
         each.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:,.10g}" if 1e-3 <= value < 1e5 else f"{value:g}")
         )
-        each.set_minor_formatter(NullFormatter())
+        each.set_minor_locator(NullLocator())
 
 
 class Bar(NamedTuple):
@@ -242,7 +242,8 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]]) -> Figure:
         values = np.array([np.nan if value is None else value for value in curve], dtype=float)
         values[~np.isfinite(values)] = np.nan
         style: dict[str, Any] = {"linewidth": 6, "alpha": 0.6} if index == 0 else {"linewidth": 1.4}
-        style |= {"marker": ".", "markersize": 3}  # or a loss between two gaps would not show
+        known = np.pad(np.isfinite(values), 1)
+        style |= {"marker": ".", "markevery": known[1:-1] & ~known[:-2] & ~known[2:]}  # or one between gaps is unseen
         style |= {
             "color": colours[index % len(colours)],
             "linestyle": LINE_STYLES[max(0, index - 1) % len(LINE_STYLES)],
