@@ -17,8 +17,8 @@ CURVE = [(0.0, 100.0), (10.0, 400.0), (20.0, 50.0)]
 TOTAL, STAGES = Dot("all", 10, 0.1), [Dot("backbone", 100, 0.5), Dot("encoder", 30, 0.3)]
 LOSSES = {"reference": [4.0, 3.0, None, 1.0], "fp32": [4.0, 3.1, float("nan"), 1.1]}
 CHARTS: dict[str, Callable[[str], Figure]] = {
-    "ladder": lambda text: charts.time_bars([Bar(text, 3, 2, 4), *BARS], against_row_above=True),
-    "baselines": lambda text: charts.time_bars([Bar(text, 3, 2, 4), *BARS], against_row_above=False),
+    "ladder": lambda text: charts.ladder_bars([Bar(text, 3, 2, 4), *BARS]),
+    "baselines": lambda text: charts.baseline_bars([Bar(text, 3, 2, 4), *BARS]),
     "stages": lambda text: charts.stage_bars([Bar(text, 3, 2, 4), *BARS]),
     "stages of a GPU": lambda text: charts.stage_bars([Bar(text, 3, 2, 4, 5), *BARS]),
     "memory": lambda text: charts.memory_curve(CURVE, text),
@@ -69,7 +69,7 @@ def bars_of(axes: Axes) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_ladder_is_to_scale_and_shows_what_is_slower() -> None:
-    axes = axes_of(charts.time_bars(BARS, against_row_above=True))
+    axes = axes_of(charts.ladder_bars(BARS))
     assert bars_of(axes) == {
         "saved against the row above": [(0, 900), (1, 900), (2, 990)],
         "median and quartiles": [(0, 900), (2, 450)],
@@ -84,14 +84,14 @@ def test_ladder_is_to_scale_and_shows_what_is_slower() -> None:
 
 
 def test_quartiles_are_shown() -> None:
-    axes = axes_of(charts.time_bars(BARS, against_row_above=True))
+    axes = axes_of(charts.ladder_bars(BARS))
     ends = {tuple(x for x, _ in segment) for bars in axes.collections for segment in bars.get_segments()}  # type: ignore[attr-defined]
     assert ends == {(890, 910), (980, 1000), (440, 455)}
 
 
 def test_baselines_are_compared_with_the_first() -> None:
-    axes = axes_of(charts.time_bars(BARS, against_row_above=False))
-    assert bars_of(axes) == {"median and quartiles": [(0, 900), (2, 450)], "slower than reference": [(1, 990)]}
+    axes = axes_of(charts.baseline_bars(BARS))
+    assert bars_of(axes) == {"baseline, median and quartiles": [(0, 900), (1, 990)], "faster": [(2, 450)]}
     assert texts(axes) == ["900 ms", "990 ms, +10 %", "450 ms, −50 %"]
 
 
@@ -144,8 +144,8 @@ def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: charts.time_bars([Bar("alone", 1e-6, 1e-6, 1e-6)], against_row_above=True),
-        lambda: charts.time_bars([Bar("odd", 5, 6, 4)], against_row_above=False),
+        lambda: charts.ladder_bars([Bar("alone", 1e-6, 1e-6, 1e-6)]),
+        lambda: charts.baseline_bars([Bar("odd", 5, 6, 4)]),
         lambda: charts.stage_bars([Bar("nothing", 0.0, 0.0, 0.0)]),
         lambda: charts.stage_bars([Bar("less than nothing", -0.01, -0.02, 0.0)]),
         lambda: charts.memory_curve([(5.0, 100.0)], "peak"),

@@ -8,10 +8,9 @@ from typing import Any
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
-from detr_profiling.pages import formats
 from detr_profiling.pages.blocks import Block, Paragraph, Report, Section, Table, capital
 from detr_profiling.pages.html import render_html
-from detr_profiling.pages.ladder import README_COLUMNS, by_mode, ladder_sections, race_sections, readme_cells
+from detr_profiling.pages.ladder import README_COLUMNS, ladder_sections, places, race_sections, readme_cells
 from detr_profiling.pages.markdown import CHARTS_FOLDER, block_lines, render_markdown
 from detr_profiling.pages.overview import (
     FILES,
@@ -23,7 +22,7 @@ from detr_profiling.pages.overview import (
     reading_blocks,
 )
 from detr_profiling.pages.parity import parity_sections
-from detr_profiling.pages.results import PLACE, RACE_FILE, TUNE_FILE, LadderRow, Results, complete, load_results
+from detr_profiling.pages.results import RACE_FILE, TUNE_FILE, LadderRow, Results, complete, load_results
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.pages.tuning import tuning_sections
 
@@ -86,22 +85,6 @@ def readme_blocks(rows: Sequence[LadderRow]) -> Iterator[Block]:
     """Yield where it was measured, and a table with a line for each row."""
     yield from map(Paragraph, places(rows))
     yield Table("", README_COLUMNS, [readme_cells(row) for row in rows])
-
-
-def places(ladder: Sequence[LadderRow]) -> list[str]:
-    """Return what was measured, where and when: one line, or one for each mode where they differ."""
-    modes: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for mode, rows in by_mode(ladder).items():
-        modes.setdefault(rows[0].place, []).append(mode)
-    lines = []
-    for place, names in modes.items():
-        known = {name: dict(place).get(name, formats.NOT_KNOWN) for name in PLACE}
-        mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
-        lines.append(
-            "{model}, {size} px{mixed}, {batch_size} images/step, {modes}: {device}, {threads} threads, torch {torch}, "
-            "{date}, commit {commit}.".format(modes=" and ".join(names), mixed=mixed, **known)
-        )
-    return lines
 
 
 def put_into_readme(table: str, path: Path) -> None:

@@ -102,37 +102,52 @@ def error_bars(bars: Sequence[Bar]) -> dict[str, Any]:
     return {"xerr": [below, above], "error_kw": {"ecolor": INK, "elinewidth": 1.2, "capsize": 3}}
 
 
-def time_bars(bars: Sequence[Bar], against_row_above: bool) -> Figure:
-    """Draw each row's time, and what it saves or costs against the row above it, or against the first row."""
+def ladder_bars(bars: Sequence[Bar]) -> Figure:
+    """Draw each row's time, and what it saves or costs against the row above it."""
     figure, (axes,) = axes_of(0.34 * len(bars) + 0.9)
-    times = [bar.median_ms for bar in bars]
-    before = [times[max(0, row - 1)] if against_row_above else times[0] for row in range(len(bars))]
-    above = "the row above" if against_row_above else bars[0].name
-    slower = [row for row, (time, other) in enumerate(zip(times, before, strict=True)) if time > other]
+    before = [bars[max(0, row - 1)].median_ms for row in range(len(bars))]
+    slower = [row for row, bar in enumerate(bars) if bar.median_ms > before[row]]
     others = [row for row in range(len(bars)) if row not in slower]
-    if against_row_above and any(time < other for time, other in zip(times, before, strict=True)):
-        axes.barh(range(len(bars)), before, 0.62, color=PALE, label=f"saved against {above}")
-    rows_of_bars(axes, bars, others, color=BLUE, label="median and quartiles")
-    rows_of_bars(
-        axes, bars, slower, color=VERMILLION, hatch="////", label=f"slower than {above}"
-    )  # not by colour alone
-    ends = [max(bar.median_ms, bar.q3_ms) for bar in bars]
-    for row, end in enumerate(ends):
-        change = f", {signed_percent(times[row] / before[row] - 1)}" if row else ""
-        right = max(end, before[row]) if against_row_above else end
-        note(axes, f"{number(times[row])} ms{change}", (right, row), (6, 0), va="center")
-    axes.set_xlim(0, 1.22 * max(*ends, *before))
-    horizontal_bars(axes, [bar.name for bar in bars], "ms")
+    if any(bar.median_ms < other for bar, other in zip(bars, before, strict=True)):
+        axes.barh(range(len(bars)), before, 0.62, color=PALE, label="saved against the row above")
+    add_bars(axes, bars, others, color=BLUE, label="median and quartiles")
+    # the hatch tells it without colour
+    add_bars(axes, bars, slower, color=VERMILLION, hatch="////", label="slower than the row above")
+    label_bars(axes, bars, before, [max(ends) for ends in zip(before, ends_of(bars), strict=True)])
     figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
-def rows_of_bars(axes: Axes, bars: Sequence[Bar], rows: Sequence[int], **style: Any) -> None:
+def baseline_bars(bars: Sequence[Bar]) -> Figure:
+    """Draw each baseline's time and, as the last, ours, with the difference from the first."""
+    figure, (axes,) = axes_of(0.34 * len(bars) + 0.9)
+    *baselines, ours = range(len(bars))
+    add_bars(axes, bars, baselines, color=SKY, label="baseline, median and quartiles")
+    add_bars(axes, bars, [ours], color=BLUE, label=shorten(bars[ours].name))
+    label_bars(axes, bars, [bars[0].median_ms] * len(bars), ends_of(bars))
+    figure.legend(loc="outside lower left", ncols=3)
+    return figure
+
+
+def ends_of(bars: Sequence[Bar]) -> list[float]:
+    return [max(bar.median_ms, bar.q3_ms) for bar in bars]
+
+
+def add_bars(axes: Axes, bars: Sequence[Bar], rows: Sequence[int], **style: Any) -> None:
     """Draw the bars of some rows in one style, with their quartiles."""
     if rows:
         chosen = [bars[row] for row in rows]
         times = [bar.median_ms for bar in chosen]
         axes.barh(rows, times, 0.62, edgecolor="white", linewidth=0, **style, **error_bars(chosen))
+
+
+def label_bars(axes: Axes, bars: Sequence[Bar], before: Sequence[float], ends: Sequence[float]) -> None:
+    """Name the rows, and write times and the changes against `before` at their `ends`."""
+    for row, (bar, other, end) in enumerate(zip(bars, before, ends, strict=True)):
+        change = f", {signed_percent(bar.median_ms / other - 1)}" if row else ""
+        note(axes, f"{number(bar.median_ms)} ms{change}", (end, row), (6, 0), va="center")
+    axes.set_xlim(0, 1.22 * max(ends))
+    horizontal_bars(axes, [bar.name for bar in bars], "ms")
 
 
 def stage_bars(stages: Sequence[Bar]) -> Figure:

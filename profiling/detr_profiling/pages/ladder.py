@@ -1,8 +1,10 @@
 """The report's sections on the ladder and on the comparison with baselines: rows of ladder.csv and race.csv."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+
+from matplotlib.figure import Figure
 
 from detr_profiling.pages import charts, formats
 from detr_profiling.pages.blocks import (
@@ -20,7 +22,7 @@ from detr_profiling.pages.blocks import (
     sentence,
     words,
 )
-from detr_profiling.pages.results import LadderRow
+from detr_profiling.pages.results import PLACE, LadderRow
 
 README_COLUMNS = [
     *words("step", ""),
@@ -33,19 +35,23 @@ README_COLUMNS = [
 
 def ladder_sections(ladder: Sequence[LadderRow]) -> Iterator[Section]:
     """Yield the ladder: of each mode a sentence, a chart, a table of times and one of costs and errors."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [*map(Paragraph, places(ladder))]
     for index, (mode, rows) in enumerate(by_mode(ladder).items()):
         title = f"{capital(mode)}: every row adds one technique to the row above it"
-        blocks += [*summary(f"ladder-{index}", mode, rows, title), time_table(mode, rows), cost_table(mode, rows)]
+        blocks.append(Paragraph(sentence([f"{mode}: {climb(rows)}", slower_rows(rows), *remarks(rows)])))
+        blocks += time_chart(f"ladder-{index}", title, rows, charts.ladder_bars)
+        blocks += [time_table(mode, rows), cost_table(mode, rows)]
     yield Section("Ladder", blocks)
 
 
 def race_sections(race: Sequence[LadderRow]) -> Iterator[Section]:
     """Yield the comparison with baselines: of each mode a sentence, a chart and a table."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [*map(Paragraph, places(race))]
     for index, (mode, rows) in enumerate(by_mode(race).items()):
         title = f"{capital(mode)}: baselines and detr_fast, measured in turns"
-        blocks += [*summary(f"baselines-{index}", mode, rows, title), baseline_table(mode, rows)]
+        blocks.append(Paragraph(sentence([f"{mode}: {beside_baselines(rows)}", *remarks(rows)])))
+        blocks += time_chart(f"baselines-{index}", title, rows, charts.baseline_bars)
+        blocks.append(baseline_table(mode, rows))
     yield Section("Comparison with baselines", blocks)
 
 
@@ -53,11 +59,26 @@ def by_mode(ladder: Sequence[LadderRow]) -> dict[str, list[LadderRow]]:
     return {mode: [row for row in ladder if row.mode == mode] for mode in dict.fromkeys(row.mode for row in ladder)}
 
 
-def summary(anchor: str, mode: str, rows: Sequence[LadderRow], title: str) -> Iterator[Block]:
-    """Yield what was found in a sentence, and its chart."""
-    is_ladder = anchor.startswith("ladder")
-    found = climb(rows) if is_ladder else beside_baselines(rows)
-    yield Paragraph(sentence([f"{mode}: {found}", *remarks(rows, is_ladder)]))
+def places(ladder: Sequence[LadderRow]) -> list[str]:
+    """Return what was measured, where and when: one line, or one for each mode where they differ."""
+    modes: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for mode, rows in by_mode(ladder).items():
+        modes.setdefault(rows[0].place, []).append(mode)
+    lines = []
+    for place, names in modes.items():
+        known = {name: dict(place).get(name, formats.NOT_KNOWN) for name in PLACE}
+        mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
+        lines.append(
+            "{model}, {size} px{mixed}, {batch_size} images/step, {modes}: {device}, {threads} threads, torch {torch}, "
+            "{date}, commit {commit}.".format(modes=" and ".join(names), mixed=mixed, **known)
+        )
+    return lines
+
+
+def time_chart(
+    name: str, title: str, rows: Sequence[LadderRow], draw: Callable[[list[charts.Bar]], Figure]
+) -> Iterator[Chart]:
+    """Yield the chart of all rows that were measured, where there are some."""
     bars = [
         charts.Bar(row.technique, row.median_ms, *(row.median_ms if q is None else q for q in (row.q1_ms, row.q3_ms)))
         for row in rows
@@ -65,8 +86,7 @@ def summary(anchor: str, mode: str, rows: Sequence[LadderRow], title: str) -> It
     ]
     if bars:
         description = "; ".join(f"{bar.name} {formats.number(bar.median_ms)} ms" for bar in bars)
-        draw = partial(charts.time_bars, bars, against_row_above=is_ladder)
-        yield Chart(anchor, title, description, draw)
+        yield Chart(name, title, description, partial(draw, bars))
 
 
 def top_row(rows: Sequence[LadderRow]) -> LadderRow | None:
@@ -105,14 +125,16 @@ def ladder_timing(row: LadderRow, unit: str | None = None) -> str:
     return formats.timing(row.median_ms, row.q1_ms, row.q3_ms, row.runs, unit)
 
 
-def remarks(rows: Sequence[LadderRow], is_ladder: bool = True) -> Iterator[str]:
-    """Yield what one should not overlook; of a ladder also which rows are slower than the row before."""
+def slower_rows(rows: Sequence[LadderRow]) -> str:
+    slower = [row.technique for row, before in pairs(rows) if change(row, before) > 0]
+    return f"slower than the row before: {', '.join(slower)}" if slower else ""
+
+
+def remarks(rows: Sequence[LadderRow]) -> Iterator[str]:
+    """Yield what one should not overlook: rows that are not close or not measured, and unclear ranks."""
     far = [row.technique for row in rows if row.close is False]
     if far:
         yield f"NOT close to the reference: {', '.join(far)}"
-    slower = [row.technique for row, before in pairs(rows) if change(row, before) > 0]
-    if slower and is_ladder:
-        yield f"slower than the row before: {', '.join(slower)}"
     left_out = [f"{row.technique} ({row.note})" if row.note else row.technique for row in rows if not row.median_ms]
     if left_out:
         yield f"not measured: {', '.join(left_out)}"

@@ -8,11 +8,13 @@ from detr_profiling.pages import formats
 from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
 from detr_profiling.pages.ladder import beside_baselines, by_mode, climb
-from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, TRACE_FILE, Results
+from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, RACE_FILE, TRACE_FILE, Results
 from detr_profiling.pages.trace import growth, peak_place, stage_fractions, synchronizations
 from detr_profiling.workload import WorkloadOptions
 
 FILES = {"ladder": LADDER_FILE, "trace": TRACE_FILE, "parity": PARITY_FILE}
+"""What a whole report is made of."""
+ALL_FILES = {"race": RACE_FILE, **FILES}
 MACHINE_UNITS = {
     "memory_gib": "memory, GiB",
     "gpu_memory_gib": "GPU memory, GiB",
@@ -104,20 +106,18 @@ def has(results: Results, name: str) -> bool:
 
 def workload_options(results: Results) -> dict[str, Any]:
     """Return the options of the first part that has them."""
-    for name in ("trace", "parity"):
-        if options := options_of(results, name):
-            return options
-    return options_of(results, "ladder")
+    found = (options_of(results, name) for name in ("trace", "parity", "ladder", "race"))
+    return next(filter(None, found), {})
 
 
 def options_of(results: Results, name: str, mode: str | None = None) -> dict[str, Any]:
-    """Return what a part ran, a ladder in `mode` or the first that it has; {} where the part is not there."""
-    if not has(results, name):
+    """Return what a part ran, of rows those in `mode` or the first; {} where the part is not there."""
+    found = getattr(results, name)
+    if not found:
         return {}
-    if name != "ladder":
-        options = getattr(results, name).get("workload") or {}
-        return {key: value for key, value in options.items() if key != "out"}
-    first = next(row for row in results.ladder if mode in (row.mode, None))
+    if isinstance(found, Mapping):
+        return {key: value for key, value in (found.get("workload") or {}).items() if key != "out"}
+    first = next(row for row in found if mode in (row.mode, None))
     place = dict(first.place)
     return {
         "mode": first.mode,
@@ -126,17 +126,17 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
 
 
 def machine_blocks(results: Results) -> list[Block]:
-    origins = {name: origin(results, name) for name in FILES if has(results, name)}
+    origins = {name: origin(results, name) for name in ALL_FILES if has(results, name)}
     blocks: list[Block] = []
     if len({(each.get("device"), each.get("commit")) for each in origins.values()}) > 1:
         said = [f"{name} on {each.get('device')} at commit {each.get('commit')}" for name, each in origins.items()]
         blocks.append(Paragraph(sentence(["NOT all parts were measured on one machine and commit", *said])))
-    machine = next((origins[name] for name in ("trace", "parity", "ladder") if name in origins), {})
+    machine = next((origins[name] for name in ("trace", "parity", "ladder", "race") if name in origins), {})
     versions, options = machine.get("versions") or {}, workload_options(results)
     facts = [
         (MACHINE_UNITS.get(name, name.replace("_", " ")), plain(value))
         for name, value in machine.items()
-        if name != "versions" and name not in options
+        if name != "versions" and plain(value) != plain(options.get(name))
     ]
     blocks.append(Facts("Machine", facts))
     if versions:
@@ -147,9 +147,8 @@ def machine_blocks(results: Results) -> list[Block]:
 
 def origin(results: Results, name: str) -> Mapping[str, Any]:
     """Return device, commit and date of a part that is there."""
-    if name == "ladder":
-        return dict(results.ladder[0].place)
-    return getattr(results, name).get("machine") or {}
+    found = getattr(results, name)
+    return (found.get("machine") or {}) if isinstance(found, Mapping) else dict(found[0].place)
 
 
 def plain(value: Any) -> str:
@@ -169,13 +168,12 @@ def reading_blocks() -> list[Block]:
 
 def command_blocks(results: Results) -> list[Block]:
     """Return the command that makes each part again, and when and at which commit it ran."""
-    modes: list[str | None] = [*by_mode(results.ladder)] or [None]
-    runs = [(name, mode) for name in FILES for mode in (modes if name == "ladder" else [None])]
+    modes: dict[str, list[str | None]] = {name: [*by_mode(getattr(results, name))] for name in ("race", "ladder")}
     rows = []
-    for name, mode in runs:
+    for name in ALL_FILES if results.race else FILES:
         made = origin(results, name) if has(results, name) else {}
         about = [plain(made.get(key)) for key in ("date", "commit")]
-        rows.append(cells(FILES[name], command(results, name, mode), *about))
+        rows += [cells(ALL_FILES[name], command(results, name, mode), *about) for mode in modes.get(name) or [None]]
     rows.append(cells("report.html, report.md", f"python -m detr_profiling report --out {folder(results)}", "", ""))
     columns = [*words("file"), *code("command"), *figures("date", "commit")]
     return [Table("What makes each part", columns, rows)]
