@@ -22,7 +22,7 @@ from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.measuring.techniques import start
 from detr_profiling.pages.formats import number
-from detr_profiling.pages.ladder import race_sections
+from detr_profiling.pages.ladder import baseline_sections
 from detr_profiling.pages.results import RACE_FILE, load_results
 from detr_profiling.pages.terminal import show
 from detr_profiling.report import write_report
@@ -94,7 +94,7 @@ def main(options: RaceOptions) -> int:
     for _ in measure_rungs(rungs, options, console):
         write_rungs(rows_of(rungs, options), out / RACE_FILE)
     write_report(out)
-    show(race_sections([row for row in load_results(out).race if row.mode == options.mode]), console)
+    show(baseline_sections([row for row in load_results(out).race if row.mode == options.mode]), console)
     eager, ours = fastest_eager_ms(rungs), rungs[-1].measured
     if eager and ours:
         share = peak_share(options, ours.timing.median_ms)

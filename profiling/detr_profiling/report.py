@@ -10,7 +10,7 @@ from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
 from detr_profiling.pages.blocks import Block, Paragraph, Report, Section, Table, capital
 from detr_profiling.pages.html import render_html
-from detr_profiling.pages.ladder import README_COLUMNS, ladder_sections, places, race_sections, readme_cells
+from detr_profiling.pages.ladder import README_COLUMNS, baseline_sections, conditions_of, ladder_sections, readme_cells
 from detr_profiling.pages.markdown import CHARTS_FOLDER, block_lines, render_markdown
 from detr_profiling.pages.overview import (
     FILES,
@@ -29,7 +29,7 @@ from detr_profiling.pages.tuning import tuning_sections
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PARTS: tuple[tuple[str, str, Callable[[Any], Iterable[Section]]], ...] = (
-    ("race", RACE_FILE, race_sections),
+    ("race", RACE_FILE, baseline_sections),
     ("tune", TUNE_FILE, tuning_sections),
     ("ladder", FILES["ladder"], ladder_sections),
     ("trace", FILES["trace"], trace_sections),
@@ -40,7 +40,7 @@ PARTS: tuple[tuple[str, str, Callable[[Any], Iterable[Section]]], ...] = (
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """One HTML page and its Markdown twin from what the other commands left."""
+    """Make one HTML page and its Markdown twin from what the other commands left."""
 
     out: str = "runs/profile"
     """Folder with trace.json, parity.json and ladder.csv, or some of them; the report is written there."""
@@ -58,7 +58,7 @@ def make_report(results: Results) -> Report:
 def sections(results: Results) -> Iterator[Section]:
     """Yield the sections in the order of the page; what is not there says how to get it."""
     machine = machine_blocks(results)
-    if machine or not results.tune:  # which says itself where it was
+    if machine or not results.tune:  # whose section tells the machine
         yield Section("Machine and versions", machine)
     for name, file, make in PARTS:
         if found := getattr(results, name):
@@ -83,7 +83,7 @@ def readme_table(results: Results) -> str:
 
 def readme_blocks(rows: Sequence[LadderRow]) -> Iterator[Block]:
     """Yield where it was measured, and a table with a line for each row."""
-    yield from map(Paragraph, places(rows))
+    yield from map(Paragraph, conditions_of(rows))
     yield Table("", README_COLUMNS, [readme_cells(row) for row in rows])
 
 

@@ -17,7 +17,7 @@ GOOD, BAD, NOTABLE = "good", "bad", "notable"
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, and a tone where colour may repeat what the text says: GOOD, BAD or NOTABLE."""
+    """Holds a text, and a tone where colour may repeat what the text says: GOOD, BAD or NOTABLE."""
 
     text: str
     tone: str = ""
@@ -27,7 +27,7 @@ class Cell:
 
 
 class Column(NamedTuple):
-    """A column's title, and its style: "figures" are aligned right, "words" and "code" left."""
+    """Holds a column's title and its style: "figures" are aligned right, "words" and "code" left."""
 
     title: str
     style: str
@@ -47,7 +47,7 @@ def figures(*titles: str) -> list[Column]:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Sentences, and after them a command to type."""
+    """Shows sentences, and after them a command to type."""
 
     kind: ClassVar[str] = "paragraph"
     text: str
@@ -56,7 +56,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Facts:
-    """Pairs of a name and what is known of it; `prose`: whole sentences."""
+    """Shows pairs of a name and a value; `prose`: values are whole sentences."""
 
     kind: ClassVar[str] = "facts"
     title: str
@@ -66,7 +66,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as columns; the first cell names its row. `folded`: too long to be shown open."""
+    """Shows rows of as many cells as columns; the first cell names its row. `folded`: too long to be shown open."""
 
     kind: ClassVar[str] = "table"
     title: str
@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure that is drawn where a renderer shows it. The figures in it are in a table beside it too."""
+    """Shows a matplotlib figure, drawn when a renderer needs it; its numbers are in a table beside it too."""
 
     kind: ClassVar[str] = "chart"
     name: str
@@ -97,7 +97,7 @@ Block = Paragraph | Facts | Table | Chart
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading."""
+    """Puts blocks under a heading."""
 
     title: str
     blocks: list[Block]
@@ -109,7 +109,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A title, what was found in one line each, and the sections."""
+    """Holds a title, what was found in one line each, and the sections."""
 
     title: str
     findings: list[tuple[str, Cell]]

@@ -61,9 +61,9 @@ def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
-def note(axes: Axes, text: str, place: Point, points_away: Point, **alignment: Any) -> None:
-    """Write a text at a place in the axes' units, some points away from it."""
-    axes.annotate(text, place, points_away, textcoords="offset points", **alignment)
+def note(axes: Axes, text: str, xy: Point, points_away: Point, **alignment: Any) -> None:
+    """Write a text at `xy` in the axes' units, some points away from it."""
+    axes.annotate(text, xy, points_away, textcoords="offset points", **alignment)
 
 
 def log_ticks(*axes: Axis) -> None:
@@ -76,7 +76,7 @@ def log_ticks(*axes: Axis) -> None:
 
 
 class Bar(NamedTuple):
-    """A median with its quartiles, in milliseconds; of a stage, what the device did for it."""
+    """Holds a median with its quartiles, in milliseconds; of a stage also the device's time."""
 
     name: str
     median_ms: float
@@ -155,17 +155,17 @@ def stage_bars(stages: Sequence[Bar]) -> Figure:
     on_device = any(stage.device_ms is not None for stage in stages)
     height = 0.36 if on_device else 0.62
     figure, (axes,) = axes_of((0.42 if on_device else 0.3) * len(stages) + 0.9)
-    host = np.arange(len(stages)) - (height / 2 if on_device else 0)
+    host_y = np.arange(len(stages)) - (height / 2 if on_device else 0)
     times = [max(0.0, stage.median_ms) for stage in stages]
-    axes.barh(host, times, height, color=BLUE, label="host, median and quartiles", **error_bars(stages))
+    axes.barh(host_y, times, height, color=BLUE, label="host, median and quartiles", **error_bars(stages))
     ends = [max(time, stage.q3_ms) for time, stage in zip(times, stages, strict=True)]
-    for place, time, end in zip(host, times, ends, strict=True):
-        note(axes, number(time), (end, place), (4, 0), va="center")
+    for y, time, end in zip(host_y, times, ends, strict=True):
+        note(axes, number(time), (end, y), (4, 0), va="center")
     if on_device:
         device = [stage.device_ms or 0.0 for stage in stages]
-        axes.barh(host + height, device, height, color=ORANGE, label="device")
-        for place, time in zip(host + height, device, strict=True):
-            note(axes, number(time), (time, place), (4, 0), va="center")
+        axes.barh(host_y + height, device, height, color=ORANGE, label="device")
+        for y, time in zip(host_y + height, device, strict=True):
+            note(axes, number(time), (time, y), (4, 0), va="center")
         ends += device
     axes.set_xlim(0, 1.1 * max(ends) or 1.0)
     horizontal_bars(axes, [stage.name for stage in stages], "ms in a step")
@@ -193,7 +193,7 @@ def memory_curve(curve: Sequence[Point], peak: str) -> Figure:
 
 
 class Dot(NamedTuple):
-    """A point of the roofline; both coordinates above 0."""
+    """Holds a point of the roofline; both coordinates are above 0."""
 
     name: str
     flop_per_byte: float

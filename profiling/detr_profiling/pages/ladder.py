@@ -22,7 +22,7 @@ from detr_profiling.pages.blocks import (
     sentence,
     words,
 )
-from detr_profiling.pages.results import PLACE, LadderRow
+from detr_profiling.pages.results import CONDITIONS, LadderRow
 
 README_COLUMNS = [
     *words("step", ""),
@@ -35,7 +35,7 @@ README_COLUMNS = [
 
 def ladder_sections(ladder: Sequence[LadderRow]) -> Iterator[Section]:
     """Yield the ladder: of each mode a sentence, a chart, a table of times and one of costs and errors."""
-    blocks: list[Block] = [*map(Paragraph, places(ladder))]
+    blocks: list[Block] = [*map(Paragraph, conditions_of(ladder))]
     for index, (mode, rows) in enumerate(by_mode(ladder).items()):
         title = f"{capital(mode)}: every row adds one technique to the row above it"
         blocks.append(Paragraph(sentence([f"{mode}: {climb(rows)}", slower_rows(rows), *remarks(rows)])))
@@ -44,9 +44,9 @@ def ladder_sections(ladder: Sequence[LadderRow]) -> Iterator[Section]:
     yield Section("Ladder", blocks)
 
 
-def race_sections(race: Sequence[LadderRow]) -> Iterator[Section]:
+def baseline_sections(race: Sequence[LadderRow]) -> Iterator[Section]:
     """Yield the comparison with baselines: of each mode a sentence, a chart and a table."""
-    blocks: list[Block] = [*map(Paragraph, places(race))]
+    blocks: list[Block] = [*map(Paragraph, conditions_of(race))]
     for index, (mode, rows) in enumerate(by_mode(race).items()):
         title = f"{capital(mode)}: baselines and detr_fast, measured in turns"
         blocks.append(Paragraph(sentence([f"{mode}: {beside_baselines(rows)}", *remarks(rows)])))
@@ -59,14 +59,14 @@ def by_mode(ladder: Sequence[LadderRow]) -> dict[str, list[LadderRow]]:
     return {mode: [row for row in ladder if row.mode == mode] for mode in dict.fromkeys(row.mode for row in ladder)}
 
 
-def places(ladder: Sequence[LadderRow]) -> list[str]:
+def conditions_of(ladder: Sequence[LadderRow]) -> list[str]:
     """Return what was measured, where and when: one line, or one for each mode where they differ."""
     modes: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for mode, rows in by_mode(ladder).items():
-        modes.setdefault(rows[0].place, []).append(mode)
+        modes.setdefault(rows[0].conditions, []).append(mode)
     lines = []
-    for place, names in modes.items():
-        known = {name: dict(place).get(name, formats.NOT_KNOWN) for name in PLACE}
+    for conditions, names in modes.items():
+        known = {name: dict(conditions).get(name, formats.NOT_KNOWN) for name in CONDITIONS}
         mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
         lines.append(
             "{model}, {size} px{mixed}, {batch_size} images/step, {modes}: {device}, {threads} threads, torch {torch}, "
@@ -157,7 +157,7 @@ def unclear_ranks(rows: Sequence[LadderRow]) -> list[tuple[str, str]]:
 def ranks(rows: Sequence[LadderRow]) -> dict[str, int]:
     """Rank techniques, the fastest first: one plus the rows that were faster in every round.
 
-    Rows that change places from round to round share a rank, and keep it when they are measured again.
+    Rows that change conditions_of from round to round share a rank, and keep it when they are measured again.
     """
     measured = [row for row in rows if row.rounds_ms]
     return {

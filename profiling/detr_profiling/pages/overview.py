@@ -9,7 +9,7 @@ from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
 from detr_profiling.pages.ladder import beside_baselines, by_mode, climb
 from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, RACE_FILE, TRACE_FILE, Results
-from detr_profiling.pages.trace import growth, peak_place, stage_fractions, synchronizations
+from detr_profiling.pages.trace import growth, peak_owner, stage_fractions, synchronizations
 from detr_profiling.workload import WorkloadOptions
 
 FILES = {"ladder": LADDER_FILE, "trace": TRACE_FILE, "parity": PARITY_FILE}
@@ -96,7 +96,7 @@ def trace_findings(trace: Mapping[str, Any]) -> Iterator[tuple[str, Cell]]:
         yield "largest stage", Cell(f"{stages[largest]['name']}, {fractions[largest]} % of a step")
     yield "device synchronisations", Cell(synchronizations(trace))
     if memory := trace["memory"]:
-        peak = f"{formats.number(memory['peak_mib'])} MiB in {peak_place(memory)}"
+        peak = f"{formats.number(memory['peak_mib'])} MiB in {peak_owner(memory)}"
         yield "peak memory", Cell(f"{peak}; {growth(memory)}" if memory["leaking"] else peak, BAD * memory["leaking"])
 
 
@@ -118,10 +118,10 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
     if isinstance(found, Mapping):
         return {key: value for key, value in (found.get("workload") or {}).items() if key != "out"}
     first = next(row for row in found if mode in (row.mode, None))
-    place = dict(first.place)
+    conditions = dict(first.conditions)
     return {
         "mode": first.mode,
-        **{key: place[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in place},
+        **{key: conditions[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in conditions},
     }
 
 
@@ -129,8 +129,8 @@ def machine_blocks(results: Results) -> list[Block]:
     origins = {name: origin(results, name) for name in ALL_FILES if has(results, name)}
     blocks: list[Block] = []
     if len({(each.get("device"), each.get("commit")) for each in origins.values()}) > 1:
-        said = [f"{name} on {each.get('device')} at commit {each.get('commit')}" for name, each in origins.items()]
-        blocks.append(Paragraph(sentence(["NOT all parts were measured on one machine and commit", *said])))
+        parts = [f"{name} on {each.get('device')} at commit {each.get('commit')}" for name, each in origins.items()]
+        blocks.append(Paragraph(sentence(["NOT all parts were measured on one machine and commit", *parts])))
     machine = next((origins[name] for name in ("trace", "parity", "ladder", "race") if name in origins), {})
     versions, options = machine.get("versions") or {}, workload_options(results)
     facts = [
@@ -148,7 +148,7 @@ def machine_blocks(results: Results) -> list[Block]:
 def origin(results: Results, name: str) -> Mapping[str, Any]:
     """Return device, commit and date of a part that is there."""
     found = getattr(results, name)
-    return (found.get("machine") or {}) if isinstance(found, Mapping) else dict(found[0].place)
+    return (found.get("machine") or {}) if isinstance(found, Mapping) else dict(found[0].conditions)
 
 
 def plain(value: Any) -> str:

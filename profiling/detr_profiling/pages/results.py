@@ -1,4 +1,4 @@
-"""What the other commands left in a folder, read back."""
+"""Reads back what the other commands left in a folder."""
 
 import csv
 import json
@@ -13,13 +13,13 @@ from detr_fast.config import UserError, require
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
 TUNE_FILE = "tune.json"
-PLACE = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
-"""What a ladder's rows say of where they were measured."""
+CONDITIONS = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
+"""The columns of a row that tell under which conditions it was measured."""
 
 
 @dataclass(frozen=True)
 class LadderRow:
-    """One row of ladder.csv or race.csv; None: not measured, or not known."""
+    """Holds one row of ladder.csv or race.csv; None: not measured, or not known."""
 
     mode: str
     technique: str
@@ -33,7 +33,7 @@ class LadderRow:
     images_per_second: float | None = None
     speedup: float | None = None
     padding: float | None = None
-    """Pixels computed for each that is an image's."""
+    """Pixels computed for each pixel of an image."""
     peak_mib: float | None = None
     cpu_seconds_per_image: float | None = None
     energy_j_per_image: float | None = None
@@ -47,12 +47,12 @@ class LadderRow:
     without_runs: float | None = None
     rounds_ms: tuple[float, ...] = ()
     """The median of each round."""
-    place: tuple[tuple[str, str], ...] = ()
-    """Names of PLACE and what the row says of them."""
+    conditions: tuple[tuple[str, str], ...] = ()
+    """Names of CONDITIONS and their values."""
 
     @classmethod
     def from_text(cls, row: dict[str, str]) -> "LadderRow":
-        """Raises ValueError for what is no number, KeyError without mode or technique."""
+        """Parse a row of the file. Raises ValueError for what is no number, KeyError without mode or technique."""
         numbers = {each.name: decimal(row.get(each.name)) for each in fields(cls) if each.type == float | None}
         return cls(
             mode=row["mode"],
@@ -61,14 +61,14 @@ class LadderRow:
             quantity=row.get("quantity") or "",
             close={"True": True, "False": False}.get(row.get("close") or ""),
             rounds_ms=tuple(float(part) for part in (row.get("round_medians_ms") or "").split()),
-            place=tuple((name, row[name]) for name in PLACE if row.get(name)),
+            conditions=tuple((name, row[name]) for name in CONDITIONS if row.get(name)),
             **numbers,
         )
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of one folder; None and (): that file is not there."""
+    """Holds what was found in one folder; None and (): that file is not there."""
 
     folder: Path
     trace: dict[str, Any] | None = None
@@ -80,7 +80,7 @@ class Results:
 
 
 def load_results(folder: Path) -> Results:
-    """Whatever is in `folder`. Raises UserError where it is no folder, or a file in it is not what it should be."""
+    """Read what is in `folder`. Raises UserError where it is no folder, or a file in it is not what it should be."""
     require(folder.is_dir(), f"{folder} is no folder. Name one that trace, parity or ladder wrote to: --out FOLDER.")
     return Results(
         folder,
@@ -94,7 +94,7 @@ def load_results(folder: Path) -> Results:
 
 @contextmanager
 def reading(path: Path, command: str) -> Iterator[None]:
-    """A file that cannot be read is the user's to make anew."""
+    """Turn what a file that cannot be read raises into a UserError that tells how to make it anew."""
     try:
         yield
     except (OSError, ValueError, csv.Error) as error:
@@ -103,7 +103,7 @@ def reading(path: Path, command: str) -> Iterator[None]:
 
 @contextmanager
 def complete(path: Path, command: str) -> Iterator[None]:
-    """So is one that lacks something, as one of another version may."""
+    """Do the same for a file that lacks something, as one of another version may."""
     try:
         yield
     except KeyError as error:
@@ -133,6 +133,6 @@ def read_ladder(path: Path, command: str) -> tuple[LadderRow, ...]:
 
 
 def decimal(text: str | None) -> float | None:
-    """None for an empty field, and for NaN and infinity, which are no measurements."""
+    """Parse a number; None for an empty field, and for NaN and infinity, which are no measurements."""
     value = float(text) if text else None
     return value if value is not None and math.isfinite(value) else None

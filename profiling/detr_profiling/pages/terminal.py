@@ -44,7 +44,7 @@ def renderables(block: Block, width: int) -> Iterator[RenderableType]:
 
 
 def fitting(table: Table, width: int) -> Iterator[list[int]]:
-    """Yield the columns, by their places, that fit beside one another, each time after the first."""
+    """Yield the indices of columns that fit beside one another, each time after the first column."""
     widths = [column_width(table, index) for index in range(len(table.columns))]
     chosen, used = [0], EDGES + widths[0]
     for index in range(1, len(widths)):

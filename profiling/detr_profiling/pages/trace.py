@@ -150,7 +150,7 @@ def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Tab
         yield Table(f"{title}: the rest", columns, rows[LONGEST_TABLE:], folded=True)
 
 
-def peak_place(memory: Mapping[str, Any]) -> str:
+def peak_owner(memory: Mapping[str, Any]) -> str:
     operator = memory["peak_operator"]
     return f"{memory['peak_stage']} by {operator}" if operator else str(memory["peak_stage"])
 
@@ -163,13 +163,13 @@ def memory_blocks(trace: Trace) -> list[Block]:
     )
     if not memory:
         return [Paragraph(sentence(["the trace has no allocations", resident]))]
-    peak = f"peak {formats.number(memory['peak_mib'])} MiB in {peak_place(memory)}"
-    said = Paragraph(sentence([peak, growth(memory), resident]))
+    peak = f"peak {formats.number(memory['peak_mib'])} MiB in {peak_owner(memory)}"
+    summary = Paragraph(sentence([peak, growth(memory), resident]))
     curve = [(ms, mib) for ms, mib in memory["curve"]]
     if not curve:
-        return [said]
+        return [summary]
     draw = partial(charts.memory_curve, curve, peak)
-    return [said, Chart("memory", f"{WHOSE_MEMORY[on_gpu(trace)]}, over the profiled steps", peak, draw)]
+    return [summary, Chart("memory", f"{WHOSE_MEMORY[on_gpu(trace)]}, over the profiled steps", peak, draw)]
 
 
 def growth(memory: Mapping[str, Any]) -> str:
@@ -187,7 +187,7 @@ def roofline_blocks(trace: Trace) -> list[Block]:
         return [Paragraph("n/a: this trace has none.")]
     peaks, total = found["peaks"], roofline_dot(found["total"])
     stages = [dot for stage in found["stages"] if (dot := roofline_dot(stage))]
-    said = sentence(
+    summary = sentence(
         [
             f"measured here: a memory bandwidth of {formats.number(peaks['copy_gb_s'])} GB/s, and "
             f"{formats.number(peaks['product_tflop_s'])} TFLOP/s in a {peaks['dtype']} GEMM",
@@ -202,7 +202,7 @@ def roofline_blocks(trace: Trace) -> list[Block]:
     )
     draw = partial(charts.roofline, peaks["copy_gb_s"], peaks["product_tflop_s"], total, stages)
     chart = Chart("roofline", "What each stage with GEMMs reaches, under the measured limits", description, draw)
-    return [Paragraph(said), chart, roofline_table(found)]
+    return [Paragraph(summary), chart, roofline_table(found)]
 
 
 def roofline_dot(stage: Mapping[str, Any]) -> charts.Dot | None:
@@ -238,14 +238,14 @@ def telemetry_blocks(trace: Trace) -> list[Block]:
         for name, label in TELEMETRY.items()
     ]
     throttled = ", ".join(gpu["throttled"])
-    said = sentence(
+    summary = sentence(
         [
             f"energy of all timed steps: {formats.number(gpu['energy_joules'])} J",
             f"THROTTLED: {throttled}" if throttled else "not throttled",
         ]
     )
     table = Table("Sampled during the timed steps", [*words("quantity"), *figures("mean", "maximum")], rows)
-    return [Paragraph(said), table]
+    return [Paragraph(summary), table]
 
 
 def backend_blocks(trace: Trace) -> list[Block]:
