@@ -70,7 +70,7 @@ def conditions_of(ladder: Sequence[LadderRow]) -> list[str]:
         known = {name: dict(conditions).get(name, formats.NOT_KNOWN) for name in CONDITIONS}
         mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
         lines.append(
-            "{model}, {size} px{mixed}, {batch_size} images/step, {modes}: {device}, {threads} threads, torch {torch}, "
+            "{model}, {size} px{mixed}, batch size {batch_size}, {modes}: {device}, {threads} threads, torch {torch}, "
             "{date}, commit {commit}.".format(modes=" and ".join(names), mixed=mixed, **known)
         )
     return lines
