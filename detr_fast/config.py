@@ -9,7 +9,6 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import tyro
-from detr_kernels import AttentionBackend, Backend
 from typeguard import TypeCheckError, check_type
 
 
@@ -168,8 +167,8 @@ class Idle:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Kernels = Backend
-Attention = AttentionBackend
+Kernels = Literal["auto", "triton", "ref"]
+Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +191,8 @@ class RuntimeOptions(Checked):
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; triton: our
-    own; ref: with materialised weights."""
+    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; blocked:
+    ours for dropout on a CPU; xformers: FlashAttention; triton: our kernel; ref: with materialised weights."""
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""

@@ -8,24 +8,23 @@ import platform
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from detr_kernels import choose_assignment, choose_attention, choose_backend, choose_convolution
-from detr_kernels.dispatch import why_not_triton
+from detr_kernels import OPERATIONS, Facts
+from detr_kernels.launch import why_not_triton
 
-from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, UserError, require
+from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, require
 from detr_fast.machine import cores
+from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
-from detr_fast.model.implementation import Implementation
-from detr_fast.model.normalization import FrozenBatchNorm2d
-from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
+from detr_fast.model.freezing import frozen
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Mode, Tuning, find
 
 MOST_WORKERS = 16
 """Processes that read images where none are asked for: they read more than a GPU trains on."""
@@ -45,6 +44,8 @@ class Runtime:
     reasons: dict[str, str]
     capture: bool | None = None
     """Whether steps are replayed as CUDA graphs; None: training is not, optimised inference on a GPU is."""
+    optimize: bool | None = None
+    """Whether inference folds and rounds weights once; None: unless --kernels ref."""
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
 
@@ -61,16 +62,36 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, model: DETR) -> DETR:
-        """The model on the device, in the memory order and with the operations chosen."""
+    @property
+    def optimizes(self) -> bool:
+        """Whether inference folds and rounds weights once, instead of in every call."""
+        return self.optimize if self.optimize is not None else self.kernels != "ref"
+
+    def place(self, model: DETR, named: Mapping[str, str] | None = None) -> DETR:
+        """Move the model to the device, in the memory order and with the backends chosen.
+
+        `named`: backends of single operations, before what the options ask for.
+        """
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.reasons.update(select_implementation(model, self.kernels, self.attention, self.dtype, self.measured))
+        selection = select_backends(
+            model,
+            self.kernels,
+            self.attention,
+            self.dtype,
+            named=named,
+            measured=self.measured,
+            compiled=self.compile,
+        )
+        self.reasons.update(reasons(model, selection, model.training))
         return model
 
     def place_for_inference(self, model: DETR) -> DETR:
         """As `place`, and frozen where the implementation says so: such a model cannot be trained or saved."""
-        return for_inference(self.place(model), self.dtype)
+        return self.for_inference(self.place(model))
+
+    def for_inference(self, model: DETR) -> DETR:
+        return frozen(model, self.dtype) if self.optimizes else model
 
 
 def choose_device(asked: Device) -> tuple[torch.device, str]:
@@ -146,44 +167,6 @@ def missing_for_compile() -> str | None:
     return None
 
 
-def select_implementation(
-    model: DETR,
-    kernels: Kernels = "auto",
-    attention: Attention = "auto",
-    dtype: torch.dtype = torch.float32,
-    measured: Measured | None = None,
-) -> dict[str, str]:
-    """Gives `model` its forms, for the device it is on and products in `dtype`; returns what runs, and why.
-
-    `measured`: what is to run instead of the first guess. Raises UserError where a form asked for by name cannot run
-    there.
-    """
-    if attention == "auto" and kernels != "auto":
-        attention = kernels
-    device, config = next(model.parameters()).device, model.config
-    try:
-        form, reason = choose_attention(device, dtype, config.hidden_dim // config.num_heads, True, attention)
-        frozen_norm = any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
-        reasons = {"attention": f"{form} ({reason})"} | dict(_reasons(kernels, device, frozen_norm))
-    except RuntimeError as error:
-        raise UserError(f"--kernels {kernels} --attention {attention}: {error}") from error
-    implementation = Implementation(
-        # torch's own attention is faster on rows than on packed tokens, which it would have to pad again
-        attention="sdpa" if form == "sdpa" else attention,
-        convolution=kernels,
-        folded=kernels != "ref",
-        frozen=kernels != "ref",
-        layer_norm=kernels,
-        pixels=kernels,
-        match_cost=kernels,
-        assignment="scipy" if kernels == "ref" else kernels,
-        set_loss=kernels,
-    )
-    measured = measured or {}
-    replace(implementation, **{name: value for name, (value, _) in measured.items()}).apply_to(model)
-    return reasons | with_reasons(measured)
-
-
 def with_reasons(measured: Measured) -> dict[str, str]:
     """Word the choices as they are printed: "layer norm" -> "triton (measured here: ...)"."""
     words = {True: "yes", False: "no"}
@@ -193,33 +176,14 @@ def with_reasons(measured: Measured) -> dict[str, str]:
     }
 
 
-def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Iterator[tuple[str, str]]:
-    """Operation -> its form and why; convolutions only where the backbone has frozen batch norm to fold into them."""
-    chosen: dict[str, tuple[str, str]] = {
-        "layer norm": choose_backend("fused_add_layer_norm", device, kernels),
-        "pixels": choose_backend("resize_normalize_pad", device, kernels),
-        "match cost": choose_backend("match_cost", device, kernels),
-        "assignment": choose_assignment(device, "scipy" if kernels == "ref" else kernels),
-        "set loss": choose_backend("set_loss", device, kernels),
-    }
-    if frozen_norm:
-        yield "frozen batch norm", "by itself (--kernels ref)" if kernels == "ref" else "folded into convolutions"
-        chosen["1x1 convolution"] = choose_convolution(1, device, kernels, training=True)
-        chosen["convolution"] = choose_convolution(3, device, kernels, training=True)
-    for name, (form, reason) in chosen.items():
-        yield name, f"{form} ({reason})"
-
-
-def why_not_measured(switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why `value` of a switch of `detr_fast.tuning.Choices` cannot run here, as far as that is known before it is
+def why_not_measured(
+    switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int, mode: Mode = "training"
+) -> str | None:
+    """Say why `value` of a switch, an operation or an option, cannot run here, as far as that is known before it is
     tried; None where nothing is known."""
-    if switch == "attention":
-        try:
-            choose_attention(device, dtype, head_dim, True, value)
-        except RuntimeError as error:
-            return str(error)
-    if value == "triton":
-        return why_not_triton(device)
+    if switch in OPERATIONS:
+        facts = Facts(device, dtype, training=mode == "training", dropout=0.1, head_dim=head_dim)
+        return OPERATIONS[switch].why_not(value, facts)
     return missing_for_compile() if (switch, value) == ("compile", True) else None
 
 
@@ -235,10 +199,11 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.
         "capture": getattr(options, "capture", None) is None,
         "threads": "OMP_NUM_THREADS" not in os.environ,
         "attention": options.attention == options.kernels == "auto",
+        "optimize": options.kernels == "auto" and getattr(options, "optimize", None) is None,
     }
     found = {name: each for name, each in tuning.measured().items() if left_open.get(name, options.kernels == "auto")}
     precision = found["precision"][0] if "precision" in found else options.precision
-    about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM
+    about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM, tuning.parsed_case().mode
     problems = {name: why_not_measured(name, value, *about) for name, (value, _) in found.items()}
     for name, problem in problems.items():
         if problem:
@@ -285,6 +250,7 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
         options.attention,
         reasons,
         capture=value.get("capture", getattr(options, "capture", None)),
+        optimize=value.get("optimize", getattr(options, "optimize", None)),
         measured={name: found for name, found in measured.items() if name not in RUNTIME_SWITCHES},
     )
 

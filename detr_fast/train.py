@@ -20,7 +20,6 @@ from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, ev
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
     State,
@@ -190,7 +189,7 @@ def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -
     def evaluate() -> Evaluation:
         pin_memory = runtime.device.type == "cuda"
         loader = evaluation_loader(val_set, options.batch_size, workers, pin_memory, world.rank, world.size)
-        model = for_inference(step.averaged or step.model, runtime.dtype)
+        model = runtime.for_inference(step.averaged or step.model)
         return evaluate_model(model, val_set, loader, runtime)
 
     return evaluate

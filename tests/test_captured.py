@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from detr_kernels import Selection
 from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
 from detr_fast.config import MODELS, Attention, RuntimeOptions, UserError
 from detr_fast.data.batching import Batch, collate
 from detr_fast.data.sample import Sample
+from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.recording import Call, cudnn_benchmark
-from detr_fast.runtime import choose_runtime, select_implementation
+from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import SHAPE_STEP_PX
 from detr_fast.training.captured import MOST_RECORDINGS
 from detr_fast.training.criterion import build_criterion
@@ -243,7 +245,7 @@ def test_a_mask_that_hides_nothing_changes_nothing(attention: Attention) -> None
     """So a captured step may give one to every batch. In float64, where rounding cannot hide a difference."""
     torch.manual_seed(0)
     model = DETR(replace(CONFIG, dropout=0.0)).eval().double()
-    select_implementation(model, "ref", attention, torch.float64)
+    select_backends(model, "ref", attention, torch.float64)
     images, gradients = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
     for mask in (None, torch.zeros(2, 64, 96, dtype=torch.bool)):
         model.zero_grad()
@@ -358,7 +360,7 @@ def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step()
     step.runtime = replace(step.runtime, device=torch.device("cuda"))
     assert "SciPy" in str(step.why_not_captured())
-    monkeypatch.setattr("detr_fast.training.step.choose_assignment", lambda *_: ("triton", "it is there"))
+    step.criterion.use(Selection.named(assignment="triton"))
     step.world = World(0, 2, 0)
     assert step.why_not_captured() is None
     step.model.transformer.checkpoint_activations = True

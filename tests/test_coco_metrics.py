@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast.config import MODELS, DataOptions, UserError
 from detr_fast.data.batching import evaluation_loader
@@ -23,7 +23,7 @@ from detr_fast.evaluation.coco_metrics import (
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.evaluation.precision_recall import PrecisionRecall
-from detr_fast.model.implementation import Implementation
+from detr_fast.model.backends import Selectable
 from detr_fast.runtime import Runtime
 from detr_fast.weights import build_model
 
@@ -206,13 +206,12 @@ def test_best_f1_is_where_the_curves_say() -> None:
     assert point.f1 == pytest.approx(0.75)
 
 
-class Scripted(nn.Module):
+class Scripted(Selectable):
     """Returns one scripted output after the other; (B, Q, C + 1) logits and (B, Q, 4) boxes."""
 
     def __init__(self, outputs: list[tuple[Tensor, Tensor]], largest_batch: int = 99) -> None:
         super().__init__()
         self.config = MODELS["detr_tiny"]
-        self.implementation = Implementation()
         self.frozen = False
         self.recordings = None
         self.outputs = outputs

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from detr_kernels import Selection
 from detr_profiling.reference.detr import reference_criterion
 from torch import Tensor
 
 from detr_fast import build_criterion
 from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.matcher import MatchCosts, match
 
@@ -76,7 +76,7 @@ def test_non_finite_outputs_are_matched_last_and_counted(name: str, broken: floa
     with torch.no_grad():
         outputs[name][1, 4] = broken
     stacked = [outputs[key][None] for key in ("pred_logits", "pred_boxes")]
-    query_of_target, nonfinite = match(*stacked, targets, MatchCosts(), Implementation())
+    query_of_target, nonfinite = match(*stacked, targets, MatchCosts(), Selection())
     assert nonfinite == 2  # one query, two targets; the cost of the padding, a third, is no one's
     assert 4 not in query_of_target[0, 1].tolist()
     assert (query_of_target[0, 0, :3] >= 0).all() and (query_of_target[0, 1, :2] >= 0).all()

@@ -1,30 +1,23 @@
 """A model made for inference alone: the same function as the model it was made from, which stays as it was."""
 
 import copy
-import gc
-import weakref
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from detr_kernels import AttentionBackend, OneDNNConvolution
+from detr_kernels import OneDNNConvolution
 from detr_profiling.comparison.blocks import recorded_outputs
 from detr_profiling.comparison.closeness import assert_close
-from detr_profiling.limits.counting import count_work
 from detr_profiling.tracing.allocations import living_tensors_mib
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
 
 from detr_fast import DETR, export_state_dict, load_model
-from detr_fast.config import MODELS, UserError
-from detr_fast.model import position_encoding
-from detr_fast.model.freezing import for_inference, frozen
-from detr_fast.model.implementation import Implementation
+from detr_fast.config import MODELS, RuntimeOptions, UserError
+from detr_fast.model.backends import select_backends
+from detr_fast.model.freezing import frozen
 from detr_fast.model.normalization import FoldedConvolution, FrozenBatchNorm2d
-from detr_fast.model.position_encoding import kept_position_encoding, sine_position_encoding
-from detr_fast.runtime import multiplies_bf16, select_implementation
+from detr_fast.runtime import choose_runtime, multiplies_bf16
 
 CONFIGS = {
     "resnet50": replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=2, num_queries=7, num_classes=5),
@@ -72,91 +65,6 @@ def test_the_same_function_in_float64(name: str) -> None:
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)  # outputs are float32
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("attention", ["sdpa", "auto"], ids=["rows", "packed"])
-def test_constants_are_what_every_image_gives(attention: AttentionBackend, count: int) -> None:
-    """A shape without padding, which the model is told by a mask; the same with padding; then its sides exchanged: what
-    is kept of the first is not taken for another."""
-    model = make_model("tiny", torch.float64)
-    Implementation(attention=attention).apply_to(model)
-    made = frozen(model, torch.float64)
-    images, mask = make_input(torch.float64, count)
-    nowhere = torch.zeros_like(mask)
-    for seen, told, needed in [(images, nowhere, None), (images, mask, mask), (images.mT, nowhere.mT, None)]:
-        with torch.no_grad(), recorded_outputs(model) as expected, recorded_outputs(made) as found:
-            model(seen, told)
-            made(seen, needed)
-        decoder = [name for name in expected if name.startswith("decoder")]
-        assert len(decoder) == 3
-        for name in decoder:  # float64, where the model's outputs are float32
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
-
-
-def test_no_image_pays_for_the_constants() -> None:
-    model = make_model("tiny")
-    made, (images, _) = frozen(model, torch.float32), make_input(torch.float32, 3)
-    counts = []
-    for each in (model, made):
-        with torch.no_grad():
-            counts.append(count_work(partial(each, images))["decoder"].flop)
-    queries, dim = model.config.num_queries, model.config.hidden_dim
-    projections, attention = 5 * 2 * queries * dim**2, 2 * 2 * queries**2 * dim  # four of self-attention and one more
-    assert counts[0] - counts[1] == 3 * (projections + attention)
-
-
-def test_positions_are_computed_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def counted(mask: Tensor, dim: int) -> Tensor:
-        asked.append(tuple(mask.shape))
-        return sine_position_encoding(mask, dim)
-
-    monkeypatch.setattr(position_encoding, "sine_position_encoding", counted)
-    kept_position_encoding.cache_clear()
-    made = frozen(make_model("tiny"), torch.float32)
-    with torch.no_grad():
-        for count, height, width in [(1, 64, 96), (2, 64, 96), (1, 96, 64), (1, 64, 96)]:
-            made(torch.randn(count, 3, height, width))
-    assert asked == [(1, 8, 12), (1, 12, 8)]
-
-
-def test_positions_that_are_not_real_are_not_kept() -> None:
-    kept_position_encoding.cache_clear()
-    made = frozen(make_model("tiny"), torch.float32)
-    with FakeTensorMode():
-        assert isinstance(made._places(None, torch.empty(1, 128, 8, 12))[1], FakeTensor)
-    assert type(made._places(None, torch.empty(1, 128, 8, 12))[1]) is Tensor
-
-
-def test_positions_of_few_shapes_are_kept() -> None:
-    """Among more of them memory would grow with the data."""
-    for width in range(1, 100):
-        kept = weakref.ref(kept_position_encoding(1, width, 128, torch.float32, torch.device("cpu")))
-        if width == 1:
-            first = kept
-    gc.collect()
-    assert first() is None and kept() is not None
-
-
-def test_constants_go_where_the_model_goes() -> None:
-    made = frozen(make_model("tiny"), torch.float32)
-    for device in (torch.device("cpu"), torch.device("meta")):
-        position = kept_position_encoding(2, 3, 128, torch.float32, device)
-        transformer, query_position = made.to(device).transformer, made.query_embed.weight
-        states = transformer(torch.empty(4, 6, 128, device=device), None, query_position, position)
-        assert position.device == states.device == device
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_it_compiles_to_one_graph(padded: bool) -> None:
-    made, (images, mask) = frozen(make_model("tiny"), torch.float32), make_input(torch.float32)
-    given = (images, mask if padded else None)
-    with torch.no_grad():
-        found = torch.compile(made, fullgraph=True, backend="aot_eager")(*given)
-        expected = made(*given)
-    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_exact_as_the_references_own_operations(name: str, dtype: torch.dtype) -> None:
@@ -165,7 +73,7 @@ def test_as_exact_as_the_references_own_operations(name: str, dtype: torch.dtype
     model = make_model(name)
     oracle = outputs(make_model(name, torch.float64), torch.float64)
     found = outputs(frozen(model, dtype), dtype)
-    select_implementation(model, "ref", "ref")
+    select_backends(model, "ref", "ref")
     eager = outputs(model, dtype)
     for key, value in oracle.items():
         assert_close(found[key], value, eager[key], 1e-5 * value.abs().max().item(), key)
@@ -226,12 +134,20 @@ def test_it_is_for_inference_alone() -> None:
         export_state_dict(made)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_it_compiles_to_one_graph(padded: bool) -> None:
+    made, (images, mask) = frozen(make_model("tiny"), torch.float32), make_input(torch.float32)
+    given = (images, mask if padded else None)
+    with torch.no_grad():
+        found = torch.compile(made, fullgraph=True, backend="aot_eager")(*given)
+        expected = made(*given)
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=1e-4)
+
+
 def test_detrs_own_operations_are_kept_where_they_are_asked_for() -> None:
     model = make_model("tiny")
-    select_implementation(model, "ref", "ref")
-    assert for_inference(model, torch.float32) is model
-    select_implementation(model)
-    assert for_inference(model, torch.float32).frozen
+    assert choose_runtime(RuntimeOptions(device="cpu", kernels="ref")).place_for_inference(model) is model
+    assert choose_runtime(RuntimeOptions(device="cpu")).place_for_inference(model).frozen
 
 
 def test_one_word_makes_a_loaded_model_fast(tmp_path: Path) -> None:

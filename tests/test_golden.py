@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detr_kernels import Selection
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.postprocess import postprocess
-from detr_fast.model.implementation import Implementation
-from detr_fast.runtime import select_implementation
+from detr_fast.model.backends import select_backends
 from detr_fast.training.matcher import MatchCosts, match
 from detr_fast.training.optimizer import build_optimizer
 
@@ -98,7 +98,7 @@ def our_model(case: str) -> nn.Module:
     model = build_model(CASES[case][0])
     keyed = keyed_state_dict(export_state_dict(model, "facebook"), GOLDEN["salt"])
     load_state_dict(model, keyed)
-    select_implementation(model, kernels="ref")
+    select_backends(model, kernels="ref")
     return model.eval()
 
 
@@ -114,7 +114,7 @@ def our_indices(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> li
         outputs["pred_boxes"][None],
         Targets.from_list(targets),
         MatchCosts(),
-        Implementation(),
+        Selection(),
     )
     rows = [row[: len(target["labels"])] for row, target in zip(query_of_target[0], targets, strict=True)]
     return [[queries.sort().values.tolist(), queries.argsort().tolist()] for queries in rows]
@@ -175,7 +175,7 @@ DC5_BY_DEFAULT = pytest.param(
 def test_outputs_with_what_runs_by_default(case: str) -> None:
     """Folded and fused. The same function by test_reference.py, in float64; here, what fp32 leaves of it."""
     model = our_model(case)
-    select_implementation(model)
+    select_backends(model)
     with torch.no_grad():
         outputs = model(*keyed_batch(GOLDEN["sizes"], GOLDEN["salt"]))
     for index, layer in enumerate([*outputs["aux_outputs"], outputs]):

@@ -84,7 +84,7 @@ def test_packed_tokens_are_brought_into_rows() -> None:
     """Of four images: the third has a token less, so the fourth's lie elsewhere."""
     options = replace(OPTIONS, batch_size=4, mode="inference")
     workload = build_workload(replace(options, attention="triton"))
-    assert workload.model.implementation.packed  # type: ignore[union-attr]
+    assert workload.model.transformer.packed  # type: ignore[union-attr]
     found, exact = map(observe_with_blocks, (workload, build_peer("reference", options, torch.float64)))
     for name in ("block encoder.layers.0", "block encoder.layers.1", "block decoder.layers.1"):
         torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=2e-5)
@@ -135,7 +135,7 @@ def nth_call(function: Callable[..., Tensor], number: int) -> Callable[..., Tens
 @pytest.mark.parametrize(
     ("operation", "number", "block"),
     [
-        ("detr_kernels.resnet_stage.add_convolution", 4, "backbone.layer2"),
+        ("detr_kernels.convolution.stage.add_convolution", 4, "backbone.layer2"),
         ("detr_fast.model.transformer.fused_add_layer_norm", 3, "encoder.layers.1"),
     ],
     ids=["a convolution", "a layer norm"],

@@ -17,11 +17,11 @@ from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import build_dataset
 from detr_fast.evaluation.inference import collect_detections, forward_of, replayed
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
+from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import frozen
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import Recordings
-from detr_fast.runtime import select_implementation
 from tests.stand_in import StandIn
 
 
@@ -154,7 +154,7 @@ def test_every_library_says_in_its_own_way_that_memory_ran_out() -> None:
 def test_what_no_longer_holds_is_dropped() -> None:
     _, recorded, _ = make_model()
     assert copy.deepcopy(recorded).recordings is None and pickle.loads(pickle.dumps(recorded)).recordings is None
-    for change in (lambda: recorded.to(torch.float64), lambda: select_implementation(recorded)):
+    for change in (lambda: recorded.to(torch.float64), lambda: select_backends(recorded)):
         recorded.recordings = Recordings(StandIn(), 1)
         change()
         assert recorded.recordings is None

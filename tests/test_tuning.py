@@ -21,7 +21,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import first_minute
 from detr_fast.training.distributed import World
-from detr_fast.tuning import Case, Choices, Trial, Tuning, entry_path, find, keep
+from detr_fast.tuning import Case, Trial, Tuning, entry_path, find, keep
 
 CPU = torch.device("cpu")
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1)
@@ -45,7 +45,7 @@ TRIALS = (
 
 def make(case: Case = CASE, **choices: Any) -> Tuning:
     times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "spread_ms": 0.5, "date": "2026-11-28"}
-    return Tuning.of(CPU, case, Choices(**choices), TRIALS, **times)
+    return Tuning.of(CPU, case, choices, TRIALS, **times)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_entry_comes_back_as_it_was_kept() -> None:
     assert find(CPU, CASE) is None
-    entry = make(precision="fp32", folded=False)
+    entry = make(precision="fp32", layer_norm="triton")
     path = keep(CPU, entry)
     assert path == entry_path(CPU, CASE)
     assert find(CPU, CASE) == entry
@@ -154,7 +154,13 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch)
         keep(CPU, make())
 
 
-CHOSEN = {"precision": "fp32", "channels_last": False, "capture": True, "folded": False, "convolution": "ref"}
+CHOSEN = {
+    "precision": "fp32",
+    "channels_last": False,
+    "capture": True,
+    "frozen_batch_norm": "ref",
+    "convolution": "ref",
+}
 
 
 def test_auto_takes_what_was_measured_and_says_so() -> None:
@@ -162,10 +168,11 @@ def test_auto_takes_what_was_measured_and_says_so() -> None:
     runtime = choose_runtime(TrainConfig(device="cpu"), entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.float32, False, True)
     model = runtime.place(DETR(CONFIG))
-    assert (model.implementation.folded, model.implementation.convolution) == (False, "ref")
+    names = ("frozen_batch_norm", "convolution")
+    assert [model.selection.backend(name, training=True) for name in names] == ["ref", "ref"]
     assert runtime.reasons["precision"] == "fp32 (measured here: won, 8 against 10 ms)"
     assert "8 ms a step against 10" in runtime.reasons["measured"] and "best of 3" in runtime.reasons["measured"]
-    assert runtime.reasons["folded"].startswith("no (measured here")
+    assert runtime.reasons["frozen batch norm"].startswith("ref (measured here")
 
 
 def test_what_is_asked_for_by_name_runs() -> None:
@@ -173,7 +180,7 @@ def test_what_is_asked_for_by_name_runs() -> None:
     options = TrainConfig(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
     runtime = choose_runtime(options, entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.bfloat16, True, False)
-    assert runtime.place(DETR(CONFIG)).implementation.attention == "ref"
+    assert runtime.place(DETR(CONFIG)).selection.backend("attention", training=True) == "ref"
 
 
 @pytest.mark.parametrize("options", [{"kernels": "ref"}, {"tune": False}])
@@ -185,20 +192,20 @@ def test_nothing_measured_is_used_where_it_is_not_wanted(options: dict[str, Any]
 
 def test_what_cannot_run_any_more_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detr_fast.runtime.missing_for_compile", lambda: "there is no compiler g++")
-    monkeypatch.setattr("detr_fast.runtime.why_not_triton", lambda device: "Triton needs a C compiler")
-    entry = make(attention="xformers", layer_norm="triton", compile=True, folded=False)
+    monkeypatch.setattr("detr_kernels.launch.why_not_triton", lambda device: "Triton needs a C compiler")
+    entry = make(attention="xformers", layer_norm="triton", compile=True, frozen_batch_norm="ref")
     with pytest.warns(UserWarning, match="measured to be fastest, but") as warned:
         runtime = choose_runtime(TrainConfig(device="cpu"), entry)
     assert {str(warning.message).split(" was ")[0] for warning in warned} == {
         *("attention xformers", "layer norm triton", "compile True")
     }
-    assert not runtime.compile and set(runtime.measured) == {"folded"}
+    assert not runtime.compile and set(runtime.measured) == {"frozen_batch_norm"}
     runtime.place(DETR(CONFIG))
 
 
 def test_inference_reads_its_own_entry() -> None:
     model = DETR(CONFIG)
-    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", frozen=False))
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", optimize=False))
     options = RuntimeOptions(device="cpu")
     assert runtime_for_inference(options, model, 1).dtype == torch.float32
     assert not runtime_for_inference(options, model, 1).place_for_inference(model).frozen

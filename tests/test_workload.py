@@ -205,9 +205,10 @@ def recorded(model: DETR, recorder: StandIn) -> Any:
 
 
 def test_forms_of_single_operations() -> None:
-    workload = build_workload(OPTIONS, {"folded": False, "attention": "ref"})
-    implementation = workload.model.implementation
-    assert not implementation.folded and implementation.attention == "ref" and implementation.layer_norm == "auto"  # type: ignore[union-attr]
+    workload = build_workload(OPTIONS, {"frozen_batch_norm": "ref", "attention": "ref"})
+    selection = workload.model.selection
+    chosen = [selection.backend(name, training=True) for name in ("frozen_batch_norm", "attention", "dropout")]  # type: ignore[union-attr, operator]
+    assert chosen == ["ref", "ref", "pcg64"]
 
 
 @pytest.mark.parametrize("size", ["800", "0x64", "64x", "axb", "64 x 64"])

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from detr_kernels import Backend, PackedImages, resize_normalize_pad
-from detr_kernels.pixels import Place
+from detr_kernels import PackedImages, resize_normalize_pad
+from detr_kernels.preprocessing.resize import Place
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -131,12 +131,12 @@ def model_input(
     std: tuple[float, float, float],
     channels_last: bool,
     dtype: torch.dtype = torch.float32,
-    form: Backend = "ref",
+    backend: str = "ref",
 ) -> tuple[Tensor, Tensor | None]:
     """Resized and mirrored, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
     True where padded, or None where nothing is. Runs on the batch's device and asks it for nothing."""
     height, width = batch.room
-    images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, form)
+    images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, backend)
     if not channels_last:
         images = images.contiguous()
     if not batch.padded:

@@ -96,10 +96,10 @@ def detect_batch(forward: Any, batch: Batch, model: DETR, runtime: Runtime) -> t
 
     `forward` is `model`, or another form of it; `batch` is on the device.
     """
-    config, form = model.config, model.implementation.pixels
+    config, backend = model.config, model.backend("preprocessing")
     with stage("pixels"):
         images, mask = model_input(
-            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, form
+            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, backend
         )
     with stage("forward"), runtime.autocast():
         logits, boxes = forward_in_parts(forward, images, mask, batch.image_ids)

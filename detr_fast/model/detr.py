@@ -3,18 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from detr_kernels.kept import may_be_kept
+from detr_kernels import Selection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr_fast.config import ModelConfig, require
 from detr_fast.model.backbone import build_backbone
-from detr_fast.model.implementation import Implementation
-from detr_fast.model.position_encoding import (
-    kept_position_encoding,
-    sine_position_encoding,
-    unpadded_position_encoding,
-)
+from detr_fast.model.backends import Selectable
+from detr_fast.model.position_encoding import sine_position_encoding, unpadded_position_encoding
 from detr_fast.model.transformer import Transformer
 from detr_fast.recording import Recordings
 from detr_fast.stages import stage
@@ -37,7 +33,7 @@ class BoxHead(nn.Module):
         return self.layers[2](x)
 
 
-class DETR(nn.Module):
+class DETR(Selectable):
     """Images in, a fixed set of class scores and boxes out."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,7 +43,6 @@ class DETR(nn.Module):
         """What each label stands for, in label order; None: labels are the data set's own ids."""
         self.notes: tuple[str, ...] = ()
         """Sentences on what was assumed where its file did not say it."""
-        self.implementation = Implementation()
         self.frozen = False
         """For inference alone: see `detr_fast.model.freezing`."""
         self.recordings: Recordings | None = None
@@ -67,8 +62,8 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(dim, config.num_classes + 1)
         self.bbox_embed = BoxHead(dim)
 
-    def use(self, implementation: Implementation) -> None:
-        self.implementation = implementation
+    def use(self, selection: Selection) -> None:
+        super().use(selection)
         self.recordings = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DETR":
@@ -108,8 +103,7 @@ class DETR(nn.Module):
         """Tokens that are padding (B, N), by nearest neighbour, and positions (B, N, D); without a mask, (1, N, D)."""
         (height, width), dim = features.shape[-2:], self.config.hidden_dim
         if mask is None:
-            encode = kept_position_encoding if may_be_kept(features) else unpadded_position_encoding
-            return None, encode(height, width, dim, features.dtype, features.device)
+            return None, unpadded_position_encoding(height, width, dim, features.dtype, features.device)
         small_mask = F.interpolate(mask[None].float(), size=(height, width))[0].bool()
         return small_mask.flatten(1), sine_position_encoding(small_mask, dim).flatten(1, 2).to(features.dtype)
 

@@ -8,7 +8,6 @@ from torch import nn
 from detr_fast.model.backbone import BasicBlock, Bottleneck, ResNet, TinyResNet
 from detr_fast.model.detr import DETR
 from detr_fast.model.normalization import FoldedConvolution
-from detr_fast.model.transformer import FirstDecoderLayer
 
 CONVOLUTIONS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
 """Attribute of a block to that of the norm that follows it."""
@@ -19,8 +18,7 @@ def frozen(model: DETR, dtype: torch.dtype) -> DETR:
     """A copy of `model`, in evaluation mode, that computes the same in `dtype`, and cannot be trained or saved.
 
     Batch norm is folded into the convolutions before it, exactly, and weights are rounded to `dtype` once instead of
-    in every call; layer norms keep float32. What the first decoder layer does before it sees the image is done here,
-    and positions of images without padding are kept for the next of their shape.
+    in every call; layer norms keep float32.
     """
     if model.frozen:
         return model
@@ -28,8 +26,6 @@ def frozen(model: DETR, dtype: torch.dtype) -> DETR:
     for module in list(model.backbone.modules()):
         if isinstance(module, ResNet | TinyResNet | Bottleneck | BasicBlock):
             _fold(module, dtype)
-    layers, query_position = model.transformer.decoder.layers, model.query_embed.weight
-    layers[0] = FirstDecoderLayer(layers[0], query_position, dtype)  # type: ignore[arg-type]
     norms = {id(norm) for norm in model.modules() if isinstance(norm, nn.LayerNorm)}
     for module in model.modules():
         if id(module) not in norms and not isinstance(module, FoldedConvolution):
@@ -37,11 +33,6 @@ def frozen(model: DETR, dtype: torch.dtype) -> DETR:
                 parameter.data = parameter.data.to(dtype)
     model.frozen = True
     return model
-
-
-def for_inference(model: DETR, dtype: torch.dtype) -> DETR:
-    """`frozen(model, dtype)`, where its implementation is not to keep to DETR's own operations."""
-    return frozen(model, dtype) if model.implementation.frozen else model
 
 
 def _fold(block: nn.Module, dtype: torch.dtype) -> None:

@@ -2,14 +2,11 @@
 A.4)."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 TEMPERATURE = 10000.0
-KEPT_SHAPES = 32
-"""Shapes whose positions are kept, those seen last: half a MiB each in bf16, 2 MiB of DC5."""
 
 
 def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
@@ -34,9 +31,3 @@ def unpadded_position_encoding(height: int, width: int, dim: int, dtype: torch.d
     """Positions (1, height * width, dim) in `dtype`, those of every image without padding."""
     mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
     return sine_position_encoding(mask, dim).flatten(1, 2).to(dtype)
-
-
-@lru_cache(KEPT_SHAPES)
-def kept_position_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same, computed once for each shape; not to be written to."""
-    return unpadded_position_encoding(height, width, dim, dtype, device)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from detr_kernels import set_loss
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
+from detr_fast.model.backends import Selectable
 from detr_fast.stages import stage
 from detr_fast.training.matcher import MatchCosts, match
 
@@ -39,7 +39,7 @@ class Normalizers:
         return Normalizers(self.boxes + other.boxes, self.class_weight + other.class_weight)
 
 
-class SetCriterion(nn.Module):
+class SetCriterion(Selectable):
     """`criterion(outputs, targets)` -> every term under DETR's names, and `loss`, their weighted sum."""
 
     def __init__(self, num_classes: int, weights: LossWeights, costs: MatchCosts) -> None:
@@ -47,10 +47,6 @@ class SetCriterion(nn.Module):
         self.num_classes = num_classes
         self.weights = weights
         self.costs = costs
-        self.implementation = Implementation()
-
-    def use(self, implementation: Implementation) -> None:
-        self.implementation = implementation
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
         """Of one batch: its box count, and the class weights' sum, which follows from how many queries get a target."""
@@ -80,7 +76,7 @@ class SetCriterion(nn.Module):
         normalizers = normalizers or self.normalizers(targets, logits.shape[2])
         with torch.autocast(logits.device.type, enabled=False):
             with stage("matching"):
-                matched = match(logits, boxes_cxcywh, targets, self.costs, self.implementation)
+                matched = match(logits, boxes_cxcywh, targets, self.costs, self.selection)
             query_of_target, nonfinite_costs = matched
             losses = set_loss(
                 logits,
@@ -92,7 +88,7 @@ class SetCriterion(nn.Module):
                 normalizers.boxes,
                 normalizers.class_weight,
                 self.weights.no_object,
-                self.implementation.set_loss,
+                self.selection.backend("set_loss", training=True),
             )
         terms = {
             "loss_ce": losses.ce,

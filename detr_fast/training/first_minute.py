@@ -17,7 +17,7 @@ from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
 from detr_fast.training.distributed import World
-from detr_fast.tuning import NAMED, Case, Choices, Tuning, find, keep
+from detr_fast.tuning import NAMED, Case, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
 """Images whose mean size stands for the data set's."""
@@ -78,7 +78,7 @@ def find_or_measure(
 def remember_failure(device: torch.device, case: Case, say: Console) -> None:
     """Keep an entry without choices, so that the next run does not pay again; where that cannot be, it does."""
     try:
-        keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
+        keep(device, Tuning.of(device, case, {}, [], date=datetime.date.today().isoformat()))
     except UserError as error:
         say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 

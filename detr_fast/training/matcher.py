@@ -4,11 +4,10 @@ once."""
 from dataclasses import dataclass
 
 import torch
-from detr_kernels import batched_assignment, match_cost
+from detr_kernels import Selection, batched_assignment, match_cost
 from torch import Tensor
 
 from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class MatchCosts:
 
 @torch.no_grad()
 def match(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, weights: MatchCosts, implementation: Implementation
+    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, weights: MatchCosts, selection: Selection
 ) -> tuple[Tensor, Tensor]:
     """Each layer of (L, B, Q, C+1) and (L, B, Q, 4) matched anew: query_of_target (L, B, T) int64, -1 for none, and the
     count of non-finite costs, a scalar.
@@ -31,9 +30,8 @@ def match(
     """
     layers = logits.shape[0]
     wanted = (targets.labels, targets.boxes_cxcywh)
-    cost = match_cost(
-        logits, boxes_cxcywh, *wanted, weights.class_, weights.l1, weights.giou, implementation.match_cost
-    )
+    backend, solver = (selection.backend(name, training=True) for name in ("match_cost", "assignment"))
+    cost = match_cost(logits, boxes_cxcywh, *wanted, weights.class_, weights.l1, weights.giou, backend)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=logits.device)
-    query_of_target = batched_assignment(cost, targets.count.repeat(layers), implementation.assignment, nonfinite)
+    query_of_target = batched_assignment(cost, targets.count.repeat(layers), solver, nonfinite)
     return query_of_target.unflatten(0, (layers, -1)), nonfinite[0]

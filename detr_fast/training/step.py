@@ -9,7 +9,7 @@ from functools import reduce
 
 import torch
 import torch.distributed as dist
-from detr_kernels import choose_assignment
+from detr_kernels import OPERATIONS, Facts
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from detr_fast.config import require
 from detr_fast.data.batching import Batch
 from detr_fast.data.targets import Targets
+from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.recording import CudaRecorder, Recorder
@@ -63,7 +64,7 @@ class TrainStep:
         self.sums = TermSums()
         self.shortage = ""
         """What said last that the memory ran out."""
-        self.model.implementation.apply_to(self.criterion)
+        hand_out(self.model.selection, self.criterion)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.synchronized: nn.Module = self.model
@@ -116,7 +117,8 @@ class TrainStep:
         device = self.runtime.device
         if device.type != "cuda":
             return f"CUDA graphs do not run on {device.type}"
-        if choose_assignment(device, self.criterion.implementation.assignment)[0] == "scipy":
+        asked = self.criterion.selection.backend("assignment", training=True)
+        if OPERATIONS["assignment"].choose(Facts(device), asked).backend == "scipy":
             return "SciPy's assignment works on the host: --kernels auto"
         if self.model.transformer.checkpoint_activations:
             return "--checkpoint-activations puts dropout's random state back, which a replay would not do"

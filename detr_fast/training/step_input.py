@@ -44,12 +44,12 @@ class OneShape:
 
 def step_input(batch: Batch, model: DETR, runtime: Runtime, shape: OneShape | None) -> StepInput:
     """Copies a batch to the device and makes its pixels there; of `shape` where there is one."""
-    config, pixels = model.config, model.implementation.pixels
+    config, backend = model.config, model.backend("preprocessing")
     with stage("copy"):
         batch = batch.to(runtime.device)
     with stage("pixels"):
         images, mask = model_input(
-            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
+            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, backend
         )
     targets = batch.targets
     if shape is not None:

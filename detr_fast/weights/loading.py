@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import UserError, model_config, require
+from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.freezing import frozen
-from detr_fast.runtime import choose_precision, select_implementation
+from detr_fast.runtime import choose_precision
 from detr_fast.weights.architecture import agreeing_options, infer_config, no_detr, visible_architecture
 from detr_fast.weights.backbone_weights import load_backbone_weights
 from detr_fast.weights.class_head import Given, class_names
@@ -68,7 +69,7 @@ def load_model(
         return model
     dtype, _ = choose_precision("auto", next(model.parameters()).device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    select_implementation(model, dtype=dtype)
+    select_backends(model, dtype=dtype)
     return frozen(model, dtype)
 
 

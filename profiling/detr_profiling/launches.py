@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from detr_kernels import PackedImages
-from detr_kernels.dispatch import launches_to
-from detr_kernels.pixels import Place
+from detr_kernels.launch import launches_to
+from detr_kernels.preprocessing.resize import Place
 from rich.table import Table
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -28,8 +28,9 @@ from detr_fast.config import Attention, Kernels, ModelConfig, model_config, requ
 from detr_fast.console import Console
 from detr_fast.data.batching import Batch, model_input
 from detr_fast.data.targets import Targets
+from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime, select_implementation
+from detr_fast.runtime import Runtime
 from detr_fast.stages import STAGES, current_stage
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
@@ -171,7 +172,7 @@ def make_step(
     runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
     model, averaged = (made_on(device, lambda: DETR(config)) for _ in range(2))
     averaged.requires_grad_(False)
-    select_implementation(model, kernels, attention, runtime.dtype)
+    select_backends(model, kernels, attention, runtime.dtype)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
     return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
 
@@ -232,9 +233,7 @@ def main(options: LaunchesOptions) -> int:
     config = model_config(options.model)
     with absent_gpu() as device:
         step = make_step(config, device, options.kernels, options.attention)
-        for name, reason in select_implementation(
-            step.model, options.kernels, options.attention, torch.bfloat16
-        ).items():
+        for name, reason in reasons(step.model, step.model.selection, training=True).items():
             console.print(f"{name}: {reason}")
         for padded in (True, False):
             launches = count_step(step, make_batch(device, images, options.size, padded))

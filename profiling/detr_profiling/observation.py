@@ -25,8 +25,10 @@ each trained parameter under our name. Of an inference, L is 1."""
 
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
     """What `forward`, which is `model` or its compiled form, computes from a batch on its device, without dropout."""
-    config, pixels = model.config, model.implementation.pixels
-    images, mask = model_input(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels)
+    config, backend = model.config, model.backend("preprocessing")
+    images, mask = model_input(
+        batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, backend
+    )
     with evaluation_mode(model):
         with runtime.autocast():
             outputs = forward(images, mask)
@@ -35,7 +37,7 @@ def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Bat
         terms = criterion(outputs, batch.targets)
         found = stacked_layers([*outputs["aux_outputs"], outputs])
         logits, boxes = found["logits"].float(), found["boxes"].float()
-        matches, _ = match(logits, boxes, batch.targets, criterion.costs, criterion.implementation)
+        matches, _ = match(logits, boxes, batch.targets, criterion.costs, criterion.selection)
         return on_host(found | losses(terms) | {"matches": matches} | named_gradients(model, terms["loss"]))
 
 

@@ -15,8 +15,8 @@ from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_co
 from detr_fast.data.batching import Batch, on_device
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.inference import detect_batch, forward_of
+from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
 from detr_fast.runtime import Runtime, choose_device, choose_runtime
 from detr_fast.stages import stage
 from detr_fast.training.assembly import shape_step_px
@@ -87,6 +87,8 @@ class WorkloadOptions(RuntimeOptions):
     """False: what is measured runs as the options say."""
     capture: bool = False
     """Replay the training step, or a frozen model's inference, as a CUDA graph."""
+    optimize: bool | None = None
+    """Fold and round weights once for inference, as evaluate and predict do; default: unless --kernels ref."""
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
     seed: int = 42
@@ -263,22 +265,19 @@ def initial_model(options: WorkloadOptions) -> DETR:
     return model
 
 
-def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = None) -> Workload:
-    """Builds ours; `forms`: fields of Implementation that are to be other than the options make them.
+def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None = None) -> Workload:
+    """Build ours; `backends`: of single operations, where they are to be other than the options make them.
 
     Raises UserError where something asked for by name is not there.
     """
     options = options.resolved()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     runtime = choose_runtime(options)
-    model = runtime.place(initial_model(options))
-    if forms:
-        replace(model.implementation, **forms).apply_to(model)
+    model = runtime.place(initial_model(options).train(options.mode == "training"), backends)
     if options.mode == "inference":
-        model = for_inference(model, runtime.dtype)
-    model.train(options.mode == "training")
+        model = runtime.for_inference(model)
     criterion = build_criterion(model.config.num_classes)
-    model.implementation.apply_to(criterion)
+    hand_out(model.selection, criterion)
     if options.mode == "training":
         step, forward = training_step(model, criterion, options, runtime)
     else:

@@ -72,7 +72,7 @@ def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
         return {}
     padding = observed_padding(workload, outputs["input_proj"].shape[-2:])  # (B, N)
     ours = isinstance(workload.model, DETR)
-    packed = isinstance(workload.model, DETR) and workload.model.implementation.packed
+    packed = isinstance(workload.model, DETR) and workload.model.transformer.packed
     blocks = {}
     for name, output in outputs.items():
         if output.dim() == 4:  # features (B, D, h, w)
