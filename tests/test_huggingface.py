@@ -1,6 +1,6 @@
 """Inference against transformers' DETR, code that no one here wrote, built without download on the same weights.
 
-`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (REFERENCE.md).
+`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (docs/specification.md).
 """
 
 from pathlib import Path
