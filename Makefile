@@ -20,7 +20,7 @@ lint: setup
 	.venv/bin/codespell
 
 coverage: setup
-	.venv/bin/pytest --cov $(ARGS)
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --cov $(ARGS)
 
 bench: setup
 	.venv/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

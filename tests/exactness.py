@@ -133,7 +133,9 @@ def steps(case: str) -> dict[tuple[Program, Weights], Step]:
                 found[program, weights] = train_step(reference, reference_criterion, weights)
             else:
                 load_state_dict(ours, state_dict)
-                select_implementation(ours, kernels="ref" if program == "ref" else "auto")
+                plain = program == "ref"
+                ours.to(memory_format=torch.contiguous_format if plain else torch.channels_last)  # type: ignore[call-overload]
+                select_implementation(ours, kernels="ref" if plain else "auto")
                 found[program, weights] = train_step(ours, build_criterion(), weights)
     return found
 
@@ -224,7 +226,9 @@ def exactness_table(errors: dict[Row, float]) -> str:
     lines = ["| a training step of | against facebookresearch/detr in | " + " | ".join(QUANTITIES.values()) + " |"]
     lines.append("|---|---|" + "---:|" * len(QUANTITIES))
     for run in RUNS:
-        cells = {row.quantity: cell(errors[row], row.allowed) for row in TABLE if (row.program, row.weights) == run}
+        cells: dict[str, str] = {
+            row.quantity: cell(errors[row], row.allowed) for row in TABLE if (row.program, row.weights) == run
+        }
         shown = [cells.get(quantity, "") for quantity in QUANTITIES]
         lines.append("| " + " | ".join((PROGRAMS[run[0]], ORACLES[run[1]], *shown)) + " |")
     return "\n".join(lines)
