@@ -125,10 +125,11 @@ def attention(images: int, queries: int, tokens: int) -> Kernel:
         return q, k, v, *cu_seqlens, queries, tokens
 
     def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, backend: Any, p: float = 0.0) -> Tensor:
+        q_offsets, k_offsets, longest_q, longest_k = lengths
         if backend == "sdpa":  # as the model calls it: each image's tokens in rows of their own
-            rows = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*rows, dropout_p=p).transpose(1, 2).flatten(0, 1)
-        return detr_kernels.packed_attention(q, k, v, *lengths, p, p > 0, backend)
+            q, k, v = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(0, 1)
+        return detr_kernels.packed_attention(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p, p > 0, backend)
 
     return Kernel("attention", call, make, f"{queries}x{tokens}", plain="sdpa", timed=partial(call, p=P))
 

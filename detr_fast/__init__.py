@@ -5,4 +5,6 @@ from detr_fast.model.detr import DETR
 from detr_fast.training.criterion import build_criterion
 from detr_fast.weights import build_model, export_state_dict, load_model, load_state_dict
 
+__version__ = "0.1.0"
+
 __all__ = ["DETR", "build_criterion", "build_model", "export_state_dict", "load_model", "load_state_dict"]

@@ -61,8 +61,8 @@ class Checked:
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The architecture and what it expects of its input; stored in every checkpoint. Defaults are DETR's (REFERENCE:
-    Recipe)."""
+    """The architecture and what it expects of its input; stored in every checkpoint. Defaults are DETR's (Carion et al.
+    2020, section A.4)."""
 
     backbone: str = "resnet50"
     """resnet50, resnet101, tiny, or the name of a timm model."""
@@ -241,8 +241,8 @@ class DataOptions(DataLocation):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, RuntimeOptions):
-    """One training run. Defaults are DETR's recipe (REFERENCE: Recipe); `RECIPES` holds what differs for other
-    models."""
+    """One training run. Defaults are the recipe of DETR's authors (Carion et al. 2020, section A.4); detr_tiny has its
+    own."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *RuntimeOptions.idle,

@@ -1,4 +1,4 @@
-"""Checkpoints survive kills and full disks, and damage is seen (FAULTS rows 1 to 3)."""
+"""Checkpoints survive kills and full disks, and damage is seen (docs/faults.md, rows 1 to 3)."""
 
 import multiprocessing
 import os

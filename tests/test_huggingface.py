@@ -1,9 +1,10 @@
 """Inference against transformers' DETR, code that no one here wrote, built without download on the same weights.
 
-`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (REFERENCE.md).
+`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (docs/specification.md).
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'detr-fas
 SIZES = [(96, 128), (80, 64)]
 
 
-def build_peer(backbone: str, dilation: bool = False) -> nn.Module:
+def build_peer(backbone: str, dilation: bool = False) -> Any:
     common = {"num_labels": 91, "auxiliary_loss": False}
     if backbone == "native":
         resnet = transformers.ResNetConfig(out_features=["stage4"])

@@ -108,7 +108,7 @@ def test_an_interrupted_run_continues_bit_equal(
     code: int,
     changes: dict[str, Any],
 ) -> None:
-    """FAULTS rows 4, 6 and 7."""
+    """docs/faults.md, rows 4, 6 and 7."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert main(options(shapes_root, whole, **changes)) == 0
     with monkeypatch.context():
@@ -122,7 +122,7 @@ def test_an_interrupted_run_continues_bit_equal(
 
 
 def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path) -> None:
-    """FAULTS rows 1 and 4, with real kills: SIGKILL as soon as some checkpoint is there, until the run is done."""
+    """docs/faults.md, rows 1 and 4: SIGKILL as soon as some checkpoint is there, again until the run is done."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(options(shapes_root, whole)) == 0
     command = [sys.executable, "-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny"]
@@ -147,7 +147,7 @@ def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path
 def test_a_finished_run_has_nothing_to_do(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """FAULTS row 10."""
+    """docs/faults.md, row 10."""
     assert main(options(shapes_root, tmp_path, epochs=1)) == 0
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     assert main(options(shapes_root, tmp_path, epochs=1, resume="auto")) == 0
@@ -168,7 +168,7 @@ def test_a_run_without_a_batch_size_is_resumed_with_its_own(
 
 
 def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path, tmp_path: Path) -> None:
-    """FAULTS row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
+    """docs/faults.md, row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
     with pytest.raises(UserError, match=r"step \d+.*--lr"):
         main(options(shapes_root, tmp_path, lr=1e30, lr_backbone=1e30, warmup_steps=0))
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path,
 def test_outputs_that_keep_being_non_finite_stop_the_run(
     shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAULTS row 27: a finite loss with replaced costs may pass, but not for ever."""
+    """docs/faults.md, row 27: a finite loss with replaced costs may pass, but not for ever."""
     monkeypatch.setattr("detr_fast.training.loop.MOST_NONFINITE_READINGS", 3)
     original = SetCriterion.forward
 

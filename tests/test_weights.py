@@ -256,7 +256,7 @@ def test_shards_stay_in_their_folder(model: DETR, tmp_path: Path) -> None:
 
 
 def test_a_configuration_without_bounds_is_refused(model: DETR, tmp_path: Path) -> None:
-    """FAULTS row 36. A sparse file: nothing of that size is written or read."""
+    """docs/faults.md, row 36. A sparse file: nothing of that size is written or read."""
     save_file(export_state_dict(model, "huggingface"), tmp_path / "model.safetensors")
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 40)

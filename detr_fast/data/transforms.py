@@ -1,4 +1,4 @@
-"""Augmentation and the evaluation resize, as DETR's (REFERENCE: Recipe): which part of an image is seen, and how large.
+"""Augmentation and the evaluation resize, as DETR's (Carion et al. 2020, section 4): crop box, size and flip.
 
 A plan is numbers alone, known before the image is read: the sampler forms batches of like shape from it, the decoder
 reads no more pixels than it needs, and the device resamples what is left in one pass. Plans are made of many images at

@@ -18,7 +18,7 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
     """transformers' DETR with our weights: hf-eager, hf-sdpa, or hf-compiled, which is the latter compiled.
 
     Trains with its own loss and `auxiliary_loss`, as people do; that feeds normed states on, which is not DETR's
-    function (REFERENCE.md), so only its inference is compared.
+    function (docs/specification.md), so only its inference is compared.
     """
     training, device = options.mode == "training", torch.device(options.device)
     model = hugging_face_model(ours, "eager" if name == "hf-eager" else "sdpa", auxiliary_loss=training).to(device)
