@@ -15,8 +15,8 @@ from rich.table import Table
 
 from detr_fast.command import run
 from detr_fast.console import Console
-from detr_fast.data.shapes import cache_folder
 from detr_fast.machine import cores
+from detr_fast.paths import cache_folder
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
 from detr_fast.tuning import Case, entries_of
 

@@ -12,9 +12,9 @@ from detr_fast.data.checks import warn_before_evaluation
 from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset, spelling
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
+from detr_fast.files import require_writable
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
-from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 

@@ -17,9 +17,9 @@ from detr_fast import DETR, build_model, export_state_dict, load_model, load_sta
 from detr_fast.config import UserError, model_config
 from detr_fast.data.annotations import Category
 from detr_fast.export import ExportConfig, main, write_weights
-from detr_fast.training.checkpoint import save_checkpoint
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, read_state_dict
 from detr_fast.weights.class_head import coco_categories, fit_class_head
+from detr_fast.weights.container import write_container
 from detr_fast.weights.naming import Naming, naming_of
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 64, "num_queries": 7}
@@ -155,12 +155,12 @@ def test_own_checkpoint(tmp_path: Path) -> None:
         "categories": [{"id": category.id, "name": category.name} for category in PETS],
     }
     path = tmp_path / "last.pt"
-    save_checkpoint(path, state)
+    write_container(path, state)
     loaded = load_model(path)
     assert_same_weights(loaded, model)
     assert loaded.config == model.config and loaded.categories == PETS
 
-    save_checkpoint(path, {**state, "ema": averaged.state_dict()})
+    write_container(path, {**state, "ema": averaged.state_dict()})
     assert_same_weights(load_model(path), averaged)
 
     content = bytearray(path.read_bytes())
@@ -188,7 +188,7 @@ def test_hostile_pickle_is_refused_and_not_run(form: str, tmp_path: Path, monkey
     if form == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     elif form == "checkpoint":
-        save_checkpoint(path, content)
+        write_container(path, content)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     with pytest.raises(UserError, match=r"hostile\.pth cannot be read safely"):

@@ -6,11 +6,8 @@ Six shapes are the classes; colour, texture, size, rotation, overlap and clutter
 cover less of the image.
 """
 
-import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_fast.config import UserError, require
+from detr_fast.config import require
+from detr_fast.files import atomic_folder, explained, open_growing, write_json
+from detr_fast.paths import cache_folder
 
 VERSION = 1
 """Counts up whenever the generator draws something else, so that no stale cache is read."""
@@ -30,6 +29,7 @@ LARGEST_SHARE = 0.56
 MOST_OBJECTS = 5
 JPEG_QUALITY = 92
 SPLIT_SIZES = {"train": 8000, "val": 500}
+CACHE_ADVICE = "Free some space, or set DETR_FAST_CACHE to a folder that can be written."
 
 
 def regular(points: int, start: float = -math.pi / 2) -> list[tuple[float, float]]:
@@ -153,13 +153,14 @@ def write_images(folder: Path, seed: int, side: int, indices: range) -> list[Dra
     drawings = []
     for index in indices:
         drawing = draw_image(seed, index, side)
-        Image.fromarray(drawing.image).save(folder / f"{index:06d}.jpg", quality=JPEG_QUALITY)
+        with open_growing(folder / f"{index:06d}.jpg", advice=CACHE_ADVICE) as file:
+            Image.fromarray(drawing.image).save(file, "JPEG", quality=JPEG_QUALITY)
         drawings.append(drawing)
     return drawings
 
 
 def write_split(root: Path, split: str, seed: int, side: int, count: int) -> None:
-    """`root/split/*.jpg` and `root/annotations/split.json`."""
+    """Draw `count` images into `root/split/*.jpg`, and their COCO annotations into `root/annotations/split.json`."""
     folder = root / split
     folder.mkdir(parents=True)
     parts = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
@@ -177,28 +178,7 @@ def write_split(root: Path, split: str, seed: int, side: int, count: int) -> Non
     images = [{"id": i, "file_name": f"{i:06d}.jpg", "width": side, "height": side} for i in range(count)]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     document = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
-
-
-def cache_error(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"The embedded data set cannot be written to {folder}: {error.strerror}. "
-        "Free some space, or set DETR_FAST_CACHE to a folder that can be written."
-    )
-
-
-def cache_folder() -> Path:
-    """Find where generated data is kept: DETR_FAST_CACHE, else the user's cache folder, else, of a user without a home,
-    one among temporary files."""
-    if named := os.environ.get("DETR_FAST_CACHE"):
-        return Path(named)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "detr_fast"
-    try:
-        return Path.home() / ".cache" / "detr_fast"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "detr_fast"
+    write_json(root / "annotations" / f"{split}.json", document, indent=None)
 
 
 def is_shapes(data: str) -> bool:
@@ -217,25 +197,17 @@ def parse_shapes(data: str) -> int:
 
 
 def ensure_shapes(side: int, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """The data set's root, drawn first if it is not in the cache. A half-written one is never seen: it is moved in
-    whole."""
+    """Return the data set's root, drawn first if it is not in the cache. A half-written one is never seen.
+
+    Raises UserError where the cache cannot be written.
+    """
     sizes = sizes or SPLIT_SIZES
     counts = "-".join(str(count) for count in sizes.values())
     root = cache_folder() / f"shapes-v{VERSION}-{side}px-seed{seed}-{counts}"
-    try:
+    with explained(root, CACHE_ADVICE):
         if root.is_dir():
             return root
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root.parent))
-    except OSError as error:
-        raise cache_error(root.parent, error) from error
-    try:
+    with atomic_folder(root, CACHE_ADVICE) as partial:
         for number, (split, count) in enumerate(sizes.items()):
             write_split(partial, split, seed * len(sizes) + number, side, count)
-        partial.rename(root)
-    except OSError as error:
-        if not root.is_dir():  # not merely another process that was faster
-            raise cache_error(root.parent, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.evaluation.lettering import LETTERING, one_line
+from detr_fast.files import atomic_write
 
 DOTS_PER_INCH = 120
 LOSSES = {"loss": "loss, weighted sum", "loss_ce": "class", "loss_bbox": "box, L1", "loss_giou": "box, GIoU"}
@@ -136,10 +137,7 @@ def finish_axes(axes: Axes, title: str, xlabel: str, legend_title: str | None = 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Raises UserError where the folder cannot be written to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        LETTERING.prepare(figure)
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}.") from error
+    """Write a PNG. Raises UserError where it cannot be written."""
+    LETTERING.prepare(figure)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -17,14 +17,12 @@ from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.training.batch_size import lr_factor
+from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
 from detr_fast.training.optimizer import Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
-
-State = dict[str, Any] | None
-"""What last.pt holds; None for a new run."""
 
 
 def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
@@ -39,13 +37,15 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     return train_set, val_set, config
 
 
-def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
-    """The checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
+def make_model(
+    config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: TrainingState | None, out: Console
+) -> DETR:
+    """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
     model.categories = train_set.categories
     if state:
-        load_state_dict(model, state["model"])
+        load_state_dict(model, state.model)
     elif options.weights:
         kept = load_for_fine_tuning(model, options.weights)
         for line in kept.lines(options.weights, config.num_classes):
@@ -58,8 +58,10 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
     return model
 
 
-def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: State) -> TrainStep:
-    """The step around a model that is in its place already."""
+def make_step(
+    model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: TrainingState | None
+) -> TrainStep:
+    """Make the step around a model that is in its place already."""
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
     factor = lr_factor(options, world.size)
     step = TrainStep(
@@ -73,12 +75,12 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         ema_decay=options.ema,
     )
     if state:
-        restore_moments(step.optimizer, state["optimizer"])
+        restore_moments(step.optimizer, state.optimizer)
         keep_layouts(step.optimizer)
-        if state["scaler"]:
-            step.scaler.load_state_dict(state["scaler"])
-        if step.averaged and state["ema"]:
-            load_state_dict(step.averaged, state["ema"])
+        if state.scaler:
+            step.scaler.load_state_dict(state.scaler)
+        if step.averaged and state.ema:
+            load_state_dict(step.averaged, state.ema)
     return step
 
 
@@ -186,12 +188,3 @@ def make_batches(
         buckets=buckets if options.buckets else None,
     )
     return on_device(batches, runtime.device)
-
-
-def stored_metadata(model: DETR) -> dict[str, Any]:
-    """What every checkpoint says of its model besides the weights."""
-    categories = model.categories
-    return {
-        "model_config": model.config.to_dict(),
-        "categories": None if categories is None else [vars(category) for category in categories],
-    }
