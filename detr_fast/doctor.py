@@ -160,7 +160,6 @@ def examine() -> list[Finding]:
         ),
         check_xformers(),
         check_package("hotcoco", "evaluates", "evaluation needs it"),
-        check_package("pycocotools", "referees the evaluation", "evaluation needs it"),
         check_disk(Path.cwd()),
         check_cache(cache_folder()),
         check_measured(),

@@ -34,12 +34,12 @@ from detr_fast.training.assembly import (
 from detr_fast.training.batch_size import batch_line, with_batches
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.data_rate import measure_data, training_rate
+from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.first_minute import tuning_of
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
-from detr_fast.training.progress import TrainingDisplay
 from detr_fast.training.resuming import (
     changes,
     check_resumed,

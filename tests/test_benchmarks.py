@@ -66,7 +66,7 @@ def planted(monkeypatch):
         return replace(sample, image=sample.image // 4 * 4)
 
     monkeypatch.setattr(CocoDataset, "read", coarse)
-    monkeypatch.setitem(coco_metrics.EVALUATORS, "hotcoco", off_in_the_last_bit)
+    monkeypatch.setattr(coco_metrics, "run_hotcoco", off_in_the_last_bit)
     monkeypatch.setattr(SetCriterion, "forward", off_by_one_percent)
 """
 

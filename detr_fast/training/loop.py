@@ -14,11 +14,11 @@ from detr_fast.data.batching import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
+from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.optimizer import Schedule
-from detr_fast.training.progress import TrainingDisplay
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
