@@ -22,8 +22,8 @@ from benchmarks.clock import DEVICE, Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.workload_cases import precisions
 from detr_fast.config import DataOptions
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_model
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode
 from detr_fast.model.detr import DETR

@@ -11,8 +11,9 @@ from pathlib import Path
 from detr_fast.command import run
 from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.data.sampler import EpochSampler
 from detr_fast.data.shapes import is_shapes, parse_shapes
 from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_model

@@ -61,8 +61,8 @@ def planted(monkeypatch):
         terms = forward(self, *arguments)
         return {**terms, "loss": terms["loss"] * 1.01}
 
-    def coarse(self, index, plan):
-        sample = read(self, index, plan)
+    def coarse(self, index, augmentation):
+        sample = read(self, index, augmentation)
         return replace(sample, image=sample.image // 4 * 4)
 
     monkeypatch.setattr(CocoDataset, "read", coarse)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import MODELS, DataOptions, UserError
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import (
     ABSENT,
     METRICS,

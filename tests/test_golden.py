@@ -20,7 +20,7 @@ from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict
 from torch import Tensor, nn
 
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.implementation import Implementation
 from detr_fast.runtime import select_implementation

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import MODELS, Attention, Kernels, RuntimeOptions, UserError
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.model import backbone
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime, select_implementation

@@ -13,15 +13,22 @@ from torch.utils.data import Dataset
 
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations
+from detr_fast.data.batch import Sample
 from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import Decoded, decode_file
 from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
 from detr_fast.data.file_names import ImageFolder, OutsideError
 from detr_fast.data.headers import read_header
-from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
-from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
+from detr_fast.data.transforms import (
+    EvaluationTransform,
+    SampledAugmentation,
+    SampledAugmentations,
+    TrainTransform,
+    Transform,
+    boxes_within,
+)
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -103,32 +110,32 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """The augmentation is drawn from (seed, epoch, index) alone. Raises UserError for an image that is missing,
         cannot be decoded, or has another size than the annotations say."""
-        return self.read(place[1], self.plan(*place))
+        return self.read(place[1], self.augmentation(*place))
 
-    def read(self, index: int, plan: Plan) -> Sample:
-        """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
+    def read(self, index: int, augmentation: SampledAugmentation) -> Sample:
+        """Read an image and make of it what `augmentation` says. Raises UserError as `[]`."""
         record = self.records[index]
-        decoded = record.decode(plan.shrinkage())
+        decoded = record.decode(augmentation.shrinkage())
         if decoded.size != (record.height, record.width):
             raise UserError(size_mismatch(record, decoded.size))
-        top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
+        top, left, bottom, right = crop_box = augmentation.on_grid(decoded.shrunk)
         boxes, labels = boxes_within(
             torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
             torch.from_numpy(record.labels),
-            region,
-            plan.mirrored,
+            crop_box,
+            augmentation.hflip,
         )
         image = decoded.image[:, top:bottom, left:right]
-        return Sample(image, labels, boxes, record.id, decoded.size, plan.size, plan.mirrored)
+        return Sample(image, labels, boxes, record.id, decoded.size, augmentation.size, augmentation.hflip)
 
-    def plans(self, epoch: int, images: np.ndarray | Sequence[int]) -> Plans:
+    def augmentations(self, epoch: int, images: np.ndarray | Sequence[int]) -> SampledAugmentations:
         """Return what is made of images, (N,) indices, in an epoch; nothing is read for it."""
         return self.transform(self.sizes[images], Draws(self.seed, epoch, images))
 
-    def plan(self, epoch: int, index: int) -> Plan:
+    def augmentation(self, epoch: int, index: int) -> SampledAugmentation:
         """Return the same of one image."""
-        (plan,) = self.plans(epoch, [index])
-        return plan
+        (augmentation,) = self.augmentations(epoch, [index])
+        return augmentation
 
     def coco_document(self) -> dict[str, Any]:
         """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""

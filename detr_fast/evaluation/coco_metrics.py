@@ -14,7 +14,7 @@ import hotcoco
 import numpy as np
 
 from detr_fast.config import require
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.data.checks import COCO_DETECTIONS
 from detr_fast.data.coco import CocoDataset
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections

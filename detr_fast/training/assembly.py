@@ -8,11 +8,11 @@ import torch
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, collate, on_device, train_loader
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.data.sample import Sample
+from detr_fast.data.loader import on_device, train_loader
 from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
@@ -133,7 +133,7 @@ def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch:
     return Extremes(
         objects=max(len(record.labels) for record in records),
         mixed=not options.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
-        padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.plan(0, 0).size),
+        padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.augmentation(0, 0).size),
     )
 
 
@@ -174,7 +174,7 @@ def make_batches(
     """This rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
     step = shape_step_px(runtime.device.type, runtime.compile)
-    buckets = Buckets(lambda epoch, images: train_set.plans(epoch, images).sizes, step)
+    buckets = Buckets(lambda epoch, images: train_set.augmentations(epoch, images).sizes, step)
     batches = train_loader(
         train_set,
         options.batch_size,

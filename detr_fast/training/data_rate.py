@@ -9,7 +9,8 @@ import torch
 
 from detr_fast.config import ModelConfig
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
+from detr_fast.data.loader import model_input
 from detr_fast.runtime import Runtime
 from detr_fast.training.metrics_log import read_rows
 

@@ -30,7 +30,7 @@ GRACE_S = 45
 def typical_size(train_set: CocoDataset) -> tuple[int, int]:
     """Return the mean (h, w) in pixels that training images get."""
     some = np.linspace(0, len(train_set) - 1, min(len(train_set), TYPICAL_IMAGES)).astype(int)
-    height, width = np.mean([train_set.plan(0, int(index)).size for index in some], axis=0).round().astype(int)
+    height, width = np.mean([train_set.augmentation(0, int(index)).size for index in some], axis=0).round().astype(int)
     return int(height), int(width)
 
 

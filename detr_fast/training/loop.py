@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from detr_fast.config import UserError
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState

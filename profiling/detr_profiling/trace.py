@@ -9,7 +9,7 @@ import torch
 
 from detr_fast.config import Idle, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
