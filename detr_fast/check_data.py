@@ -13,8 +13,9 @@ from detr_fast.command import run
 from detr_fast.config import DataLocation, UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
+from detr_fast.data.categories import by_spelling, spelling_hint
 from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
-from detr_fast.data.coco import CocoDataset, ImageRecord, by_spelling, size_mismatch, spelling_hint
+from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.corrections import shortened
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, Header, read_header

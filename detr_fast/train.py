@@ -14,7 +14,7 @@ from detr_fast.console import Console
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.loader import evaluation_loader
-from detr_fast.data.sampler import EpochSampler
+from detr_fast.data.sampler import batches_per_epoch
 from detr_fast.data.shapes import is_shapes, parse_shapes
 from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_model
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
@@ -87,10 +87,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         check_resumed(state, options, config, train_set, val_set)
         options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
-    batches_per_epoch = EpochSampler(
-        len(train_set), options.batch_size, options.seed, world.rank, world.size
-    ).batches_per_epoch
-    schedule = make_schedule(options, batches_per_epoch)
+    per_epoch = batches_per_epoch(len(train_set), options.batch_size, world.size)
+    schedule = make_schedule(options, per_epoch)
     if options.data_only:
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
         batches = make_batches(options, train_set, runtime, world, (0, 0))
@@ -103,12 +101,12 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if state:
         console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
-    first = divmod(progress.step * options.accumulate, batches_per_epoch)
+    first = divmod(progress.step * options.accumulate, per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
         runtime = choose_runtime(options, tuning)
         step = make_step(runtime.place(model), options, runtime, world, state)
-        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
+        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, per_epoch)))
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
         facts = RunFacts(
             model_config=config,
@@ -126,7 +124,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             step=step,
             schedule=schedule,
             batches=make_batches(options, train_set, runtime, world, first),
-            batches_per_epoch=batches_per_epoch,
+            batches_per_epoch=per_epoch,
             evaluate=evaluation_of(step, val_set, options),
             folder=folder if world.is_main else None,
             log=log,

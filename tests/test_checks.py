@@ -13,8 +13,9 @@ from detr_fast.check_data import check_categories
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.box_forms import likely_forms
+from detr_fast.data.categories import label_map
 from detr_fast.data.checks import beyond_coco, check_files, class_notes, warn_before_training, without_objects
-from detr_fast.data.coco import CocoDataset, label_map
+from detr_fast.data.coco import CocoDataset
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, orientation_of, read_header
 from detr_fast.data.transforms import EvaluationTransform

@@ -46,7 +46,7 @@ class Targets:
 
     @classmethod
     def from_list(cls, targets: Sequence[dict[str, Tensor]]) -> Self:
-        """From one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} an image."""
+        """Build from one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} an image."""
         device = targets[0]["labels"].device
         counts = [len(target["labels"]) for target in targets]
         labels = torch.zeros(len(targets), max(counts), dtype=torch.int64, device=device)
@@ -57,7 +57,7 @@ class Targets:
         return cls(labels, boxes, torch.tensor(counts, device=device))
 
     def with_room(self, least: int = 16) -> Self:
-        """Padded to 16, 32, 64, ... rows an image, so that batches have few shapes."""
+        """Pad to 16, 32, 64, ... rows an image, so that batches have few shapes."""
         rows = least
         while rows < self.labels.shape[1]:
             rows *= 2
@@ -66,7 +66,7 @@ class Targets:
         return type(self)(F.pad(self.labels, (0, more)), boxes, self.count)
 
     def __getitem__(self, some: slice) -> Self:
-        """Those images' targets, padded as before."""
+        """Return some images' targets, padded as before."""
         return type(self)(self.labels[some], self.boxes_cxcywh[some], self.count[some])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
@@ -97,7 +97,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Self:
-        """In page-locked memory, from which copies to a GPU do not block; the DataLoader calls it by this name."""
+        """Copy to page-locked memory, from which copies to a GPU do not block; the DataLoader calls it by this name."""
         targets = (self.targets.labels, self.targets.boxes_cxcywh, self.targets.count)
         return replace(
             self,
@@ -114,7 +114,7 @@ class Batch:
         return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Its images in up to `parts` batches of like size, each padded as the whole."""
+        """Split into up to `parts` micro-batches of like size, each padded as the whole."""
         share = -(-len(self.images) // parts)
         slices = [slice(start, start + share) for start in range(0, len(self.images), share)]
         return [
@@ -129,19 +129,19 @@ class Batch:
         ]
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that moves between devices."""
+        """Yield all that moves between devices."""
         targets = self.targets
         yield from (self.images.buffer, self.images.table, self.original_sizes)
         yield from (targets.labels, targets.boxes_cxcywh, targets.count)
 
     @property
     def padded(self) -> bool:
-        """Whether any image is smaller than the room."""
+        """Tell whether any image is smaller than the room."""
         return any(size != self.room for size in self.images.sizes)
 
     @property
     def padding(self) -> float:
-        """Pixels that are computed, over those that are not padding."""
+        """Return the pixels that are computed, over those that are not padding: 1 is no overhead."""
         return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
 
 
@@ -159,7 +159,7 @@ def received_batch(
 
 
 def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
-    """At least one sample; padded to the largest, and to `room` at least."""
+    """Make a batch of at least one sample, padded to the largest, and to `room` at least."""
     images = PackedImages.of_list(
         [sample.image.permute(1, 2, 0) for sample in samples],
         [sample.size for sample in samples],

@@ -103,6 +103,7 @@ Collated = Batch | UserError | tuple[str, ...]
 
 
 def collate_reads(reads: Sequence[Read]) -> Collated:
+    """Collate what could be read; of several, the first error."""
     for read in reads:
         if read.error is not None:
             return read.error
@@ -123,7 +124,7 @@ def train_loader(
     pin_memory: bool = False,
     buckets: Buckets | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, in the order of `EpochSampler`, the same for any number of `workers`.
+    """Yield batches without end, in the order of `EpochSampler`, the same for any number of `workers`.
 
     Raises UserError for an image that cannot be read or a worker that dies or hangs.
     """
@@ -158,7 +159,7 @@ def make_loader(dataset: Dataset[Read], workers: int, pin_memory: bool, **order:
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches, with errors raised in this process."""
+    """Yield the loader's batches, with errors raised in this process."""
     skipped: tuple[str, ...] = ()
     for collated in surviving(loader):
         if isinstance(collated, UserError):
@@ -173,7 +174,7 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches there; on a GPU one ahead, copied on a stream of its own while the batch before is computed with."""
+    """Yield the batches on `device`; on a GPU one ahead, copied on a stream of its own while the one before is used."""
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
@@ -190,7 +191,8 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
-    """For the current stream, which waits for the copy; the memory is not used again before that stream is done."""
+    """Hand a batch to the current stream, which waits for the copy; its memory is not reused before that stream is
+    done."""
     current = torch.cuda.current_stream(batch.original_sizes.device)
     current.wait_event(copied)
     for tensor in batch.tensors():
@@ -199,7 +201,7 @@ def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
 
 
 def surviving(loader: DataLoader) -> Iterator[Collated]:
-    """The loader's items. Raises UserError with a hint where a worker was killed or hangs."""
+    """Yield the loader's items. Raises UserError with a hint where a worker was killed or hangs."""
     try:
         yield from loader
     except RuntimeError as error:

@@ -25,7 +25,7 @@ VERSION = 1
 """Counts up whenever the generator draws something else, so that no stale cache is read."""
 SUPERSAMPLING = 3
 SMALLEST_PX = 16
-LARGEST_SHARE = 0.56
+LARGEST_FRACTION = 0.56
 MOST_OBJECTS = 5
 JPEG_QUALITY = 92
 SPLIT_SIZES = {"train": 8000, "val": 500}
@@ -70,7 +70,7 @@ class Drawing:
 
 
 def shape_coverage(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
-    """How much of each pixel of a (side, side) canvas the shape covers, float32 in [0, 1]."""
+    """Draw a shape: how much of each pixel of a (side, side) canvas it covers, float32 in [0, 1]."""
     big = side * SUPERSAMPLING
     canvas = Image.new("L", (big, big))
     draw = ImageDraw.Draw(canvas)
@@ -86,7 +86,7 @@ def shape_coverage(rng: np.random.Generator, name: str, side: int) -> np.ndarray
 
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Grey clutter (side, side, 3) float32: a soft gradient, thin strokes and noise."""
+    """Draw grey clutter (side, side, 3) float32: a soft gradient, thin strokes and noise."""
     coarse = Image.fromarray(rng.integers(60, 190, size=(4, 4), dtype=np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
@@ -101,7 +101,7 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A saturated colour with stripes, checks or noise on it, (side, side, 3) float32."""
+    """Draw a saturated colour with stripes, checks or noise on it, (side, side, 3) float32."""
     hue = rng.uniform(0, 1) * 6 + np.array([0.0, 4.0, 2.0])
     colour = np.clip(np.abs(hue % 6 - 3) - 1, 0, 1) * rng.uniform(170, 255) + rng.uniform(0, 40)
     y, x = np.mgrid[:side, :side]
@@ -116,20 +116,20 @@ def paint(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def draw_image(seed: int, index: int, side: int) -> Drawing:
-    """One image, the same for the same (seed, index, side)."""
+    """Draw one image, the same for the same (seed, index, side)."""
     rng = np.random.default_rng((seed, index, side))
     image = background(rng, side)
     labels: list[int] = []
     boxes: list[tuple[float, float, float, float]] = []
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
         label = int(rng.integers(len(CLASSES)))
-        span = int(rng.integers(SMALLEST_PX, int(side * LARGEST_SHARE) + 1))
+        span = int(rng.integers(SMALLEST_PX, int(side * LARGEST_FRACTION) + 1))
         coverage = shape_coverage(rng, CLASSES[label], span)
         rows, columns = np.flatnonzero(coverage.max(1) > 0.3), np.flatnonzero(coverage.max(0) > 0.3)
         for _ in range(12):
             left, top = (int(place) for place in rng.integers(0, side - span + 1, size=2))
             box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-            if all(overlap_share(box, other) < 0.25 for other in boxes):
+            if all(overlap_fraction(box, other) < 0.25 for other in boxes):
                 break
         else:
             continue
@@ -140,8 +140,8 @@ def draw_image(seed: int, index: int, side: int) -> Drawing:
     return Drawing(np.clip(image, 0, 255).astype(np.uint8), labels, boxes)
 
 
-def overlap_share(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Intersection of two boxes xyxy as a share of the smaller one."""
+def overlap_fraction(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Return the intersection of two boxes xyxy as a fraction of the smaller one."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -182,12 +182,12 @@ def write_split(root: Path, split: str, seed: int, side: int, count: int) -> Non
 
 
 def is_shapes(data: str) -> bool:
-    """Whether --data names the embedded data set and no folder."""
+    """Tell whether --data names the embedded data set and no folder."""
     return data.split(":")[0] == "shapes"
 
 
 def parse_shapes(data: str) -> int:
-    """The image side in pixels that `shapes` or `shapes:SIDE` asks for. Raises UserError for anything else."""
+    """Return the image side in pixels that `shapes` or `shapes:SIDE` asks for. Raises UserError for anything else."""
     _, _, side = data.partition(":")
     require(
         data == "shapes" or (side.isdecimal() and 48 <= int(side) <= 1024),

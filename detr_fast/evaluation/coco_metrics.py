@@ -106,7 +106,7 @@ class Evaluation:
 
     @property
     def operating_point(self) -> OperatingPoint:
-        """Precision and recall at the score threshold that serves the classes best."""
+        """Return precision and recall at the score threshold that serves the classes best."""
         return self.curves.best_f1()
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def pictures(evaluation: Evaluation, dataset: CocoDataset, names: dict[int, str]
 
 
 def picture(dataset: CocoDataset, record: ImageRecord, rows: np.ndarray, names: dict[int, str]) -> Picture:
-    """One image with its annotations and its detections `rows` (N, 7)."""
+    """Make the picture of one image with its annotations and its detections `rows` (N, 7)."""
     category_of = {label: category for category, label in dataset.label_of.items()}
     low, size = np.split(rows[:, X : HEIGHT + 1], 2, axis=1)
     return Picture(

@@ -1,4 +1,4 @@
-"""A run's parts, made from its options, and from a checkpoint where it continues one."""
+"""Builds data, model, step and schedule from a run's options, and from a checkpoint where it continues one."""
 
 import copy
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_
 
 
 def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
-    """Training and validation images with one map of classes, and the model's configuration that fits them."""
+    """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
     shared = ModelConfig.__dataclass_fields__.keys() & TrainConfig.__dataclass_fields__.keys() - {"num_classes"}
     changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
@@ -85,7 +85,7 @@ def make_step(
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Takes the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
+    """Take the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
 
     The backbone's group is the second, and absent where it is not trained: moments that are not stored begin anew.
     """
@@ -98,8 +98,8 @@ def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
 
 
 def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update walks
-    through memory without looking at strides."""
+    """Put each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update
+    walks through memory without looking at strides."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
@@ -125,7 +125,7 @@ class Extremes(NamedTuple):
 
 
 def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
-    """Looks at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
+    """Look at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
     rest of an epoch too, if it is so small."""
     records = train_set.records
     sizes = {(record.height, record.width) for record in records}
@@ -142,7 +142,7 @@ LEAST_ARRANGED = 16
 
 
 def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
-    """Makes the largest batch that training can meet: gray images, with room for as many targets as any has."""
+    """Make the largest batch that training can meet: gray images, with room for as many targets as any has."""
     sides = max(options.train_sizes), options.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
     if extremes.mixed:
@@ -171,7 +171,7 @@ def shape_step_px(device: str, compiled: bool) -> int:
 def make_batches(
     options: TrainConfig, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
 ) -> Iterator[Batch]:
-    """This rank's batches without end, on its device, from (epoch, batch) `first` on."""
+    """Yield this rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
     step = shape_step_px(runtime.device.type, runtime.compile)
     buckets = Buckets(lambda epoch, images: train_set.augmentations(epoch, images).sizes, step)

@@ -11,7 +11,8 @@ import numpy as np
 
 from detr_fast.config import ModelConfig, TrainConfig, UserError, require
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import CocoDataset, names
+from detr_fast.data.categories import names
+from detr_fast.data.coco import CocoDataset
 from detr_fast.data.shapes import is_shapes
 from detr_fast.paths import kind_of
 from detr_fast.training.checkpoint import SplitDigest, TrainingState
