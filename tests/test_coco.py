@@ -53,13 +53,13 @@ def test_fault_20_corners_given_as_sizes_warn(write: Write) -> None:
     corners = [annotation(i, [*map(int, (*a, *b))]) for i, (a, b) in enumerate(zip(low, high, strict=True), 1)]
     right = [annotation(i, [*map(int, (*a, *(b - a)))]) for i, (a, b) in enumerate(zip(low, high, strict=True), 1)]
     wrong_file = write(document(*corners))
-    assert read_annotations(wrong_file).corrections.likely_forms
+    assert read_annotations(wrong_file).corrections.likely_formats
     with pytest.warns(UserWarning, match="x0, y0, x1, y1"):
         images = str(wrong_file.parent / "images")
         build_dataset(DataOptions(val_images=images, val_annotations=str(wrong_file)), "val")
-    assert not read_annotations(write(document(*right))).corrections.likely_forms
+    assert not read_annotations(write(document(*right))).corrections.likely_formats
     careless = [annotation(i, [40, 30, 25, 15]) for i in range(1, 9)]  # past the edge, but no corners: 25 < 40
-    assert not read_annotations(write(document(*careless))).corrections.likely_forms
+    assert not read_annotations(write(document(*careless))).corrections.likely_formats
 
 
 def test_fault_21_images_without_targets_stay(write: Write) -> None:

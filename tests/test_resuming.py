@@ -312,13 +312,18 @@ def test_the_advice_for_a_new_run_makes_one(shapes_root: Path, tmp_path: Path) -
         assert main(replace(new, weights=words[1].rstrip(".") if len(words) > 1 else None)) == 0
 
 
-def test_a_finished_run_makes_up_for_what_was_not_written(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_finished_run_makes_up_for_what_was_not_written(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(begun(shapes_root, output=str(tmp_path))) == 0
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
     resumed = replace(default_options(["--resume", str(tmp_path)]), resume="auto")
     evaluation, last = tmp_path / "evaluation.json", tmp_path / "checkpoints" / "last.pt"
     step = read_container(last)["progress"]["step"]
     evaluation.unlink()
     assert main(resumed) == 0 and evaluation.exists()
+    assert len(read) == 1  # by the command for its options, and by its run
     evaluation.write_text("old")
     assert main(resumed) == 0 and evaluation.read_text() == "old"
     assert main(replace(resumed, image_size=48)) == 0 and evaluation.read_text() != "old"

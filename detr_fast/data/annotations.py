@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from detr_fast.config import UserError, require
-from detr_fast.data.box_forms import ROUNDING_PX, likely_forms
+from detr_fast.data.box_formats import ROUNDING_PX, likely_formats
 from detr_fast.data.corrections import Corrections
 from detr_fast.data.rows import (
     LARGEST_NUMBER,
@@ -103,9 +103,9 @@ def read_annotations(file: Path) -> Annotations:
     listed = np.asarray(sizes.all(axis=1))
     keep = listed & ~empty
     columns["areas"], wrong_area = correct_areas(columns["areas"], boxes, sizes)
-    forms = [(words, np.flatnonzero(listed)[which]) for words, which in likely_forms(boxes[listed], sizes[listed])]
+    formats = [(words, np.flatnonzero(listed)[which]) for words, which in likely_formats(boxes[listed], sizes[listed])]
     below_pixel = keep & (boxes[:, 2:] < 1).any(axis=1)
-    for _, places in forms:
+    for _, places in formats:
         below_pixel[places] = False
     corrections = Corrections(
         dropped_empty=ids_where(rows, listed & empty),
@@ -115,7 +115,7 @@ def read_annotations(file: Path) -> Annotations:
         defaulted_area=sum(row.get("area") is None for row in rows),
         renumbered=columns["ids"].tolist() != [row.get("id") for row in rows],
         corrected_area=ids_where(rows, keep & wrong_area),
-        likely_forms=tuple((words, names_of(rows, places)) for words, places in forms),
+        likely_formats=tuple((words, names_of(rows, places)) for words, places in formats),
         below_pixel=ids_where(rows, below_pixel),
         unnamed=sum(row.get("name") is None for row in document["categories"]),
     )

@@ -138,7 +138,7 @@ class CocoDataset(Dataset[Sample]):
 
     def silent_faults(self) -> Iterator[str]:
         """Yield a line for each kind of fault that neither reading nor training would notice."""
-        yield from self.annotations.corrections.doubtful_forms()
+        yield from self.annotations.corrections.doubtful_formats()
         yield from find_doubles(self.annotations).problems()
         ids, files = [record.id for record in self.records], [record.path for record in self.records]
         yield from files_listed_twice(ids, files)
