@@ -9,7 +9,7 @@ code's.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from benchmarks.clock import DEVICE, Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.workload_cases import precisions
 from detr_fast.config import DataOptions
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_model
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime, choose_runtime
+from tests.pycocotools_referee import run_pycocotools
 
 CPU = torch.device("cpu")
 CATEGORIES = {"small": 20, "full": 80}
@@ -37,7 +38,9 @@ OBJECTS, DETECTIONS = 7, 100
 
 @dataclass(frozen=True)
 class EvaluatorCase:
-    name: Evaluator
+    name: str
+    evaluator: Evaluator | None
+    """None: the one that evaluation takes."""
     images: int
     categories: int
     precision: str = "fp64"
@@ -50,8 +53,8 @@ class EvaluatorCase:
 
 def evaluator_cases(size: Size) -> Iterator[EvaluatorCase]:
     images = 500 if size == "full" else 100
-    for name in ("hotcoco", "pycocotools"):
-        yield EvaluatorCase(cast(Evaluator, name), images, CATEGORIES[size])
+    for name, evaluator in (("hotcoco", None), ("pycocotools", run_pycocotools)):
+        yield EvaluatorCase(name, evaluator, images, CATEGORIES[size])
 
 
 def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -82,12 +85,12 @@ def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], 
 
 def bench_evaluator(benchmark: BenchmarkFixture, evaluator_case: EvaluatorCase) -> None:
     document, rows = synthetic_detections(evaluator_case.images, evaluator_case.categories)
-    fast, referee = (evaluate_detections(document, rows, name).metrics for name in ("hotcoco", "pycocotools"))
+    fast, referee = (evaluate_detections(document, rows, each).metrics for each in (None, run_pycocotools))
     error = max(abs(fast[name] - referee[name]) for name in referee)
     assert fast == referee, f"the twelve numbers differ by up to {error}"
     assert 0.05 < referee["AP"] < 0.95, "equality would prove little"
     verdict = Verdict("the twelve numbers", error, 0.0)
-    run = lambda: evaluate_detections(document, rows, evaluator_case.name)  # noqa: E731
+    run = lambda: evaluate_detections(document, rows, evaluator_case.evaluator)  # noqa: E731
     time_case(benchmark, evaluator_case, verdict, run, CPU)
 
 

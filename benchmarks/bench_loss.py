@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.clock import DEVICE, Size, time_case
 from benchmarks.gate import verdict_of
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.runtime import missing_for_compile
 from detr_fast.training.criterion import build_criterion
 

@@ -7,14 +7,15 @@ from rich.table import Column, Table
 from detr_fast.command import run
 from detr_fast.config import EvaluateConfig, UserError, require
 from detr_fast.console import Console
-from detr_fast.data.batching import evaluation_loader
+from detr_fast.data.categories import UnknownCategories, spelling
 from detr_fast.data.checks import warn_before_evaluation
-from detr_fast.data.coco import CocoDataset, UnknownCategories, build_dataset, spelling
+from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_model
 from detr_fast.evaluation.report import write_evaluation
+from detr_fast.files import require_writable
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import runtime_for_inference
-from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 
 

@@ -16,8 +16,8 @@ from detr_fast.evaluation.lettering import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.prediction import Detections, predict_batch, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
+from detr_fast.files import require_writable
 from detr_fast.runtime import runtime_for_inference
-from detr_fast.training.run_folder import require_writable
 from detr_fast.weights import load_model
 from detr_fast.weights.pickles import listed
 

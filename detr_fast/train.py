@@ -1,7 +1,6 @@
 """`python -m detr_fast.train`: trains a detector, evaluates it, and leaves everything in one folder."""
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +11,18 @@ from pathlib import Path
 from detr_fast.command import run
 from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
-from detr_fast.data.sampler import EpochSampler
+from detr_fast.data.loader import evaluation_loader
+from detr_fast.data.sampler import batches_per_epoch
 from detr_fast.data.shapes import is_shapes, parse_shapes
 from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_model
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
+from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
-    State,
     extremes_of,
     largest_batch,
     make_batches,
@@ -30,28 +30,28 @@ from detr_fast.training.assembly import (
     make_model,
     make_schedule,
     make_step,
-    stored_metadata,
 )
 from detr_fast.training.batch_size import batch_line, with_batches
+from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.data_rate import measure_data, training_rate
+from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.first_minute import tuning_of
 from detr_fast.training.interruption import deferred_interruption
-from detr_fast.training.loop import Progress, TrainingLoop
+from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
-from detr_fast.training.progress import TrainingDisplay
 from detr_fast.training.resuming import (
     changes,
     check_resumed,
-    contents,
     continued,
+    digests,
     evaluates_otherwise,
     load_resumed,
     located,
+    resumed_options,
     resumed_path,
-    stored_defaults,
 )
-from detr_fast.training.run_folder import RunFolder, held_run_folder, writing
+from detr_fast.training.run_folder import RunFolder, held_run_folder
 from detr_fast.training.step import TrainStep
 
 
@@ -62,9 +62,8 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
     path = resumed_path(asked.resume, asked.output or TrainConfig.output)
-    state = load_resumed(path)
-    if path and state:
-        return stored_defaults(state, path, data_asked=asked.data is not None)
+    if path:
+        return resumed_options(path, data_asked=asked.data is not None)
     data = asked.data or TrainConfig.data
     if asked.train_images or not is_shapes(data):
         return RECIPES.get(asked.model, TrainConfig(model=asked.model or TrainConfig.model))
@@ -87,10 +86,8 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         check_resumed(state, options, config, train_set, val_set)
         options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
-    batches_per_epoch = EpochSampler(
-        len(train_set), options.batch_size, options.seed, world.rank, world.size
-    ).batches_per_epoch
-    schedule = make_schedule(options, batches_per_epoch)
+    per_epoch = batches_per_epoch(len(train_set), options.batch_size, world.size)
+    schedule = make_schedule(options, per_epoch)
     if options.data_only:
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
         batches = make_batches(options, train_set, runtime, world, (0, 0))
@@ -103,32 +100,36 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if state:
         console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
-    first = divmod(progress.step * options.accumulate, batches_per_epoch)
+    first = divmod(progress.step * options.accumulate, per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
         runtime = choose_runtime(options, tuning)
         step = make_step(runtime.place(model), options, runtime, world, state)
-        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
+        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, per_epoch)))
         describe(console, options, step, (train_set, val_set), schedule.total_steps)
-        metadata = stored_metadata(model)
+        facts = RunFacts(
+            model_config=config,
+            categories=train_set.categories,
+            options=options,
+            tuning=tuning.to_dict() if tuning else None,
+            data=digests(train_set, val_set),
+            processes=world.size,
+        )
         if world.is_main:  # nothing can be refused any more: these are the options that run
-            with writing(folder.config):
-                folder.config.write_text(json.dumps({"options": options.to_dict(), **metadata}, indent=2))
+            write_json(folder.config, facts.about())
         columns = METRICS + UNLIMITED  # the latter stay empty where COCO's limit is never met
         log = MetricsLog(folder.metrics, folder.tensorboard, columns, progress.step) if world.is_main else None
         loop = TrainingLoop(
-            options=options,
             step=step,
             schedule=schedule,
             batches=make_batches(options, train_set, runtime, world, first),
-            batches_per_epoch=batches_per_epoch,
+            batches_per_epoch=per_epoch,
             evaluate=evaluation_of(step, val_set, options),
             folder=folder if world.is_main else None,
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
+            facts=facts,
             progress=progress,
-            metadata=metadata
-            | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
         with closing(log) if log else nullcontext(), deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)
@@ -138,9 +139,9 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     return code
 
 
-def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
+def progress_of(state: TrainingState | None, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
     """Find where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
-    progress = Progress(**state["progress"]) if state else Progress()
+    progress = replace(state.progress) if state else Progress()
     require(
         total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
     )

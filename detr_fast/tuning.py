@@ -21,8 +21,9 @@ from detr_kernels import OPERATIONS
 from typeguard import TypeCheckError, check_type
 
 from detr_fast.config import Checked, ModelConfig, Precision, RuntimeOptions, UserError, require
-from detr_fast.data.shapes import cache_folder
+from detr_fast.files import explained, write_json
 from detr_fast.machine import environment
+from detr_fast.paths import cache_folder
 
 Mode = Literal["training", "inference"]
 FORMAT = 2
@@ -239,24 +240,15 @@ def entries_of(device: torch.device) -> Iterator[Tuning]:
 def require_keeping(device: torch.device, case: Case) -> None:
     """Raise UserError where `keep` could not write: before minutes are spent on it."""
     folder = entry_path(device, case).parent
-    try:
+    with explained(folder, CACHE_ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_kept(folder, error) from error
 
 
-def not_kept(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}. Name another cache folder: DETR_FAST_CACHE.")
+CACHE_ADVICE = "Name another cache folder: DETR_FAST_CACHE."
 
 
 def keep(device: torch.device, entry: Tuning) -> Path:
     """Write `entry` to where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
     path = entry_path(device, Case.from_dict(entry.case))
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(entry.to_dict(), indent=2), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise not_kept(path, error) from error
+    write_json(path, entry.to_dict(), advice=CACHE_ADVICE)
     return path

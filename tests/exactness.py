@@ -26,7 +26,7 @@ from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict
 from torch import Tensor, nn
 
 from detr_fast import build_criterion, build_model, load_state_dict
-from detr_fast.runtime import select_implementation
+from detr_fast.model.backends import select_backends
 from detr_fast.training.optimizer import build_optimizer
 
 FOLDER = Path(__file__).parent / "golden"
@@ -135,7 +135,7 @@ def steps(case: str) -> dict[tuple[Program, Weights], Step]:
                 load_state_dict(ours, state_dict)
                 plain = program == "ref"
                 ours.to(memory_format=torch.contiguous_format if plain else torch.channels_last)  # type: ignore[call-overload]
-                select_implementation(ours, kernels="ref" if plain else "auto")
+                select_backends(ours, kernels="ref" if plain else "auto")
                 found[program, weights] = train_step(ours, build_criterion(), weights)
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, Attention, Kernels, RuntimeOptions, UserError
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR

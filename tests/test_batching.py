@@ -17,17 +17,11 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from detr_fast.config import UserError
-from detr_fast.data import batching
-from detr_fast.data.batching import (
-    Batch,
-    Sample,
-    collate,
-    evaluation_loader,
-    model_input,
-    train_loader,
-)
+from detr_fast.data import loader as data_loader
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.loader import evaluation_loader, model_input, train_loader
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -152,7 +146,7 @@ def test_augmentation_differs_by_seed_epoch_and_image_alone(shapes_root: Path) -
         assert any(image.shape != again.image.shape or not torch.equal(image, again.image) for image in changes)
     pairs = [(dataset[0, index].image.shape, other_seed[0, index].image.shape) for index in range(8)]
     assert any(a != b for a, b in pairs)
-    assert again.size == dataset.plan(3, 5).size
+    assert again.size == dataset.augmentation(3, 5).size
 
 
 def test_making_a_loader_leaves_the_global_random_state(shapes_root: Path) -> None:
@@ -302,7 +296,7 @@ class Dying(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> batching.Read:
+    def __getitem__(self, index: int) -> data_loader.Read:
         import os
         import time
 
@@ -315,11 +309,11 @@ class Dying(torch.utils.data.Dataset):
 def test_fault_26_a_worker_that_dies_or_hangs_is_an_error_with_a_hint(
     hang: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "WORKER_TIMEOUT_S", 1)
-    loader = batching.make_loader(Dying(hang), workers=1, pin_memory=False, batch_size=1)
+    monkeypatch.setattr(data_loader, "WORKER_TIMEOUT_S", 1)
+    loader = data_loader.make_loader(Dying(hang), workers=1, pin_memory=False, batch_size=1)
     assert isinstance(loader, DataLoader)
     with pytest.raises(UserError, match=r"DataLoader.*/dev/shm"):
-        next(batching.batches(loader))
+        next(data_loader.batches(loader))
 
 
 def test_a_dataset_travels_to_a_worker_that_is_not_forked(shapes_root: Path) -> None:

@@ -61,12 +61,12 @@ def planted(monkeypatch):
         terms = forward(self, *arguments)
         return {**terms, "loss": terms["loss"] * 1.01}
 
-    def coarse(self, index, plan):
-        sample = read(self, index, plan)
+    def coarse(self, index, augmentation):
+        sample = read(self, index, augmentation)
         return replace(sample, image=sample.image // 4 * 4)
 
     monkeypatch.setattr(CocoDataset, "read", coarse)
-    monkeypatch.setitem(coco_metrics.EVALUATORS, "hotcoco", off_in_the_last_bit)
+    monkeypatch.setattr(coco_metrics, "run_hotcoco", off_in_the_last_bit)
     monkeypatch.setattr(SetCriterion, "forward", off_by_one_percent)
 """
 

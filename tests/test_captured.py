@@ -16,8 +16,7 @@ from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
 from detr_fast.config import MODELS, Attention, RuntimeOptions, UserError
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.recording import Call, cudnn_benchmark

@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import MODELS, DataOptions, UserError
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import (
     ABSENT,
-    EVALUATORS,
     METRICS,
     NOTHING_MEASURED,
     UNLIMITED,
+    Evaluator,
+    PrecisionRecall,
     evaluate_detections,
     evaluate_model,
+    run_hotcoco,
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
-from detr_fast.evaluation.precision_recall import PrecisionRecall
 from detr_fast.model.backends import Selectable
 from detr_fast.runtime import Runtime
 from detr_fast.weights import build_model
+from tests.pycocotools_referee import run_pycocotools
 
+EVALUATORS = (run_hotcoco, run_pycocotools)
 CPU = Runtime(torch.device("cpu"), torch.float32, False, False, "auto", "auto", {})
 
 
@@ -72,8 +75,7 @@ CASES["crowds alone"] = (
 
 @pytest.mark.parametrize("case", CASES)
 def test_hotcoco_and_pycocotools_agree_bit_by_bit(case: str) -> None:
-    fast = evaluate_detections(*CASES[case], evaluator="hotcoco")
-    referee = evaluate_detections(*CASES[case], evaluator="pycocotools")
+    fast, referee = (evaluate_detections(*CASES[case], evaluator) for evaluator in EVALUATORS)
     assert tuple(fast.metrics) == METRICS
     assert fast.metrics == referee.metrics
     assert fast.per_class == referee.per_class
@@ -100,8 +102,8 @@ def one_object(**changes: Any) -> dict[str, Any]:
 PERFECT = np.array([[1, 10, 10, 50, 50, 0.9, 3]])
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_annotation_id_0_counts(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_annotation_id_0_counts(evaluator: Evaluator) -> None:
     assert evaluate_detections(one_object(id=0), PERFECT, evaluator).metrics["AP"] == pytest.approx(1.0)
 
 
@@ -137,8 +139,8 @@ def test_names_given_to_classes_of_one_name_are_no_other_classs() -> None:
     assert len(per_class) == 3 and [one["AP"] for one in per_class.values() if one["AP"] > ABSENT] == [pytest.approx(1)]
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_names_that_no_encoding_has_are_no_evaluators_concern(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_names_that_no_encoding_has_are_no_evaluators_concern(evaluator: Evaluator) -> None:
     document = one_object()
     document["images"][0]["file_name"] = "caf\udce9.jpg"
     document["categories"][0]["name"] = "\ud800x"
@@ -158,8 +160,8 @@ def dense(objects: int, classes: int = 1) -> tuple[dict[str, Any], np.ndarray]:
     return document, np.array([[1, *box, 1 - i / 1e4, i % classes] for i, box in enumerate(boxes)])
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_beyond_100_objects_of_a_class_the_numbers_without_cocos_limit_stand_beside(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_beyond_100_objects_of_a_class_the_numbers_without_cocos_limit_stand_beside(evaluator: Evaluator) -> None:
     limited = evaluate_detections(*dense(150), evaluator)
     assert limited.metrics["AP"] == pytest.approx(0.663, abs=1e-3)  # 67 of the 101 recall steps
     assert limited.unlimited == pytest.approx(dict.fromkeys(UNLIMITED, 1.0))
@@ -176,7 +178,7 @@ def test_both_tools_agree_without_the_limit() -> None:
     rng = np.random.default_rng(0)
     rows[:, 1:5] += rng.normal(0, 1, (len(rows), 4))
     rows[:, 5] = rng.random(len(rows))
-    fast, referee = (evaluate_detections(document, rows, name) for name in EVALUATORS)
+    fast, referee = (evaluate_detections(document, rows, evaluator) for evaluator in EVALUATORS)
     assert fast.metrics == referee.metrics and fast.unlimited == referee.unlimited
     assert 0.05 < fast.metrics["AP"] < fast.unlimited["AP_all_detections"] < 0.95
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR

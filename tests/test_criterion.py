@@ -9,7 +9,7 @@ from detr_profiling.reference.detr import reference_criterion
 from torch import Tensor
 
 from detr_fast import build_criterion
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.matcher import MatchCosts, match
 

@@ -11,8 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
-from detr_fast.data.batching import Batch, collate, on_device
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
+from detr_fast.data.loader import on_device
 from detr_fast.evaluation.inference import detect_batch, forward_of
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime

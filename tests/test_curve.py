@@ -29,10 +29,11 @@ from detr_fast.config import UserError, model_config
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_step, stored_metadata
-from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.assembly import make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.step import TrainStep
+from detr_fast.weights.container import write_container
+from detr_fast.weights.files import ModelDescription
 
 CPU = torch.device("cpu")
 FP32 = WorkloadOptions(device="cpu", precision="fp32")
@@ -231,7 +232,8 @@ def test_in_bf16_one_object_may_fall_either_way() -> None:
 def test_a_checkpoint_on_a_whole_data_set(trained: DETR, task: Task, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     trained.categories = task.dataset.categories
-    save_checkpoint(path, {"model": trained.state_dict(), **stored_metadata(trained)})
+    description = ModelDescription.of(trained.config, trained.categories)
+    write_container(path, description.with_weights(trained.state_dict()))
     model, images = checkpoint_and_images(str(path), task.config.data)
     ap = AveragePrecision(model, images, CPU)
     ap.add("fp32", FP32)

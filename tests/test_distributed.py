@@ -11,8 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from detr_fast.config import MODELS, RuntimeOptions
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion

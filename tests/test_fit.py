@@ -12,8 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import main

@@ -13,7 +13,7 @@ from detr_profiling.reference.detr import match_image
 from detr_profiling.reference.keyed_weights import keyed_targets
 from torch import Tensor
 
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.evaluation.postprocess import postprocess
 from tests.exactness import (
     BEGIN,

@@ -111,7 +111,7 @@ def unknown(uid):
 pwd.getpwuid = unknown
 import detr_kernels, detr_fast.doctor, detr_profiling.suite
 import getpass, matplotlib, torch
-from detr_fast.data.shapes import cache_folder
+from detr_fast.paths import cache_folder
 print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir(), matplotlib.get_cachedir())
 print(cache_folder(), os.environ["TRITON_HOME"])
 """

@@ -135,7 +135,7 @@ def nth_call(function: Callable[..., Tensor], number: int) -> Callable[..., Tens
 @pytest.mark.parametrize(
     ("operation", "number", "block"),
     [
-        ("detr_kernels.convolution.stage.add_convolution", 4, "backbone.layer2"),
+        ("detr_kernels.convolution.pointwise.stage.add_convolution", 4, "backbone.layer2"),
         ("detr_fast.model.transformer.fused_add_layer_norm", 3, "encoder.layers.1"),
     ],
     ids=["a convolution", "a layer norm"],

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detr_fast.config import MODELS, DataOptions, UserError
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
 from detr_fast.model.backends import Selectable

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from detr_fast.config import MODELS, DataOptions
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import build_dataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.inference import collect_detections, forward_of, replayed
 from detr_fast.evaluation.prediction import Detections, predict, runtime_of
 from detr_fast.model.backends import select_backends

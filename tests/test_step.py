@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module

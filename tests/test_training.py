@@ -21,11 +21,12 @@ from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
 from detr_fast.train import default_options, last_line, main
 from detr_fast.training.assembly import make_data
-from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
-from detr_fast.training.loop import Progress, TrainingLoop
+from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
+from detr_fast.weights.container import read_container
 
 STEPS = 12
 """Two epochs of 48 images in batches of 8."""
@@ -45,7 +46,7 @@ def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def require_bit_equal(one: Path, other: Path) -> None:
-    a, b = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, other))
+    a, b = (read_container(folder / "checkpoints" / "last.pt") for folder in (one, other))
     assert a["progress"]["step"] == b["progress"]["step"]
     first, second = tensors(a), tensors(b)
     assert first.keys() == second.keys() and len(first) > 100
@@ -115,7 +116,7 @@ def test_an_interrupted_run_continues_bit_equal(
         interrupt_at(4, number)
         assert main(options(shapes_root, parted, **changes)) == code
     monkeypatch.undo()
-    assert load_checkpoint(parted / "checkpoints" / "last.pt")["progress"]["step"] == 4
+    assert read_container(parted / "checkpoints" / "last.pt")["progress"]["step"] == 4
     assert main(options(shapes_root, parted, **{**changes, "resume": "auto", "workers": 0})) == 0
     require_bit_equal(whole, parted)
     assert losses(whole) == losses(parted)
@@ -163,7 +164,7 @@ def test_a_run_without_a_batch_size_is_resumed_with_its_own(
         assert main(options(shapes_root, tmp_path, epochs=epochs, batch_size=0, resume=resume)) == 0
         assert "16 x 1 accumulated x 1 processes = 16 images a step" in capsys.readouterr().out
     assert len(losses(tmp_path)) == 6
-    stored = load_checkpoint(tmp_path / "checkpoints" / "last.pt")["options"]
+    stored = read_container(tmp_path / "checkpoints" / "last.pt")["options"]
     assert (stored["batch_size"], stored["accumulate"], stored["effective_batch"]) == (16, 1, 16)
 
 
@@ -221,7 +222,7 @@ def test_resuming_in_another_memory_order_continues_the_same_run(shapes_root: Pa
         assert main(options(shapes_root, folder, epochs=1, precision="fp32", schedule="step", lr=1e-4)) == 0
         more = {"epochs": 2, "precision": "fp32", "schedule": "step", "lr": 1e-4, "resume": "auto"}
         assert main(options(shapes_root, folder, channels_last=channels_last, **more)) == 0
-        ends[channels_last] = load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
+        ends[channels_last] = read_container(folder / "checkpoints" / "last.pt")["model"]
     for name, value in ends[True].items():
         assert torch.allclose(value.float(), ends[False][name].float(), atol=2e-3), name
 
@@ -253,7 +254,7 @@ def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
 
 def test_a_frozen_backbone_is_not_trained(shapes_root: Path, tmp_path: Path) -> None:
     assert main(options(shapes_root, tmp_path, epochs=1, lr_backbone=0.0)) == 0
-    assert len(load_checkpoint(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
+    assert len(read_container(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
 
 
 def test_two_processes_leave_one_run_that_one_continues(
@@ -304,13 +305,13 @@ def evaluated(step: int, ap: float) -> Any:
     ],
 )
 def test_the_best_weights_are_the_latest_where_nothing_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aps: list[float], best: int
+    tmp_path: Path, aps: list[float], best: int
 ) -> None:
     saved, progress = [], Progress()
-    monkeypatch.setattr("detr_fast.training.loop.save_checkpoint", lambda path, state: saved.append(progress.step))
+    facts = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
-    loop.progress, loop.metadata, loop.batches_per_epoch, loop._began = progress, {}, 1, 0.0
+    loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0
     loop.options = replace(TrainConfig(), accumulate=1)
     for progress.step, ap in enumerate(aps, 1):
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)

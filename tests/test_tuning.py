@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from detr_fast import machine, tuning
 from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
-from detr_fast.data.shapes import cache_folder, write_split
+from detr_fast.data.shapes import write_split
 from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
+from detr_fast.paths import cache_folder
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import first_minute
 from detr_fast.training.distributed import World
@@ -266,7 +268,7 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
         return first_minute.tuning_of(state, options, None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
 
     stored = began_with and json.loads(json.dumps(began_with.to_dict()))
-    state = {"tuning": stored, "options": TrainConfig().to_dict()}
+    state = SimpleNamespace(tuning=stored, options=TrainConfig())
     assert look(state) == began_with
     assert look(None) == look(state, tune=False) == look(state, kernels="ref") == "anew"
     if began_with:

@@ -27,8 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.batching import Batch
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detr_fast.config import UserError
-from detr_fast.data.batching import model_input
+from detr_fast.data.loader import model_input
 from detr_fast.evaluation.inference import replayed
 from detr_fast.model.detr import DETR
 from detr_fast.recording import Recordings

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_fast.config import UserError
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
 from detr_fast.data.coco import Category
+from detr_fast.data.loader import model_input
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
 from detr_fast.out_of_memory import is_out_of_memory

@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fast.config import UserError, require
-from detr_fast.data.batching import Batch, collate
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.decode import decode_image, faults_named, rgb_pixels
 from detr_fast.data.headers import read_header
-from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import resized_sizes
 from detr_fast.evaluation.inference import detect_batch, evaluation_mode, forward_of
 from detr_fast.model.detr import DETR

@@ -8,7 +8,7 @@ import torch
 from detr_kernels import set_loss
 from torch import Tensor
 
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.model.backends import Selectable
 from detr_fast.stages import stage
 from detr_fast.training.matcher import MatchCosts, match

@@ -4,22 +4,21 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from detr_fast.config import TrainConfig, UserError
-from detr_fast.data.batching import Batch
+from detr_fast.config import UserError
+from detr_fast.data.batch import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
-from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
+from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.optimizer import Schedule
-from detr_fast.training.progress import TrainingDisplay
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
@@ -28,25 +27,9 @@ MOST_NONFINITE_READINGS = 20
 
 
 @dataclass
-class Progress:
-    """Where a run stands: with the seed, all that data order, augmentation, schedule and dropout depend on."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    evaluated_step: int = 0
-    """The step after which the model was evaluated last."""
-    best_ap: float = -math.inf
-    """Below 0 as long as none was measured: best.pt then has the latest weights."""
-    nonfinite_readings: int = 0
-    seconds: float = 0.0
-    """Time trained before this process."""
-
-
-@dataclass
 class TrainingLoop:
     """Runs `step` over `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
 
-    options: TrainConfig
     step: TrainStep
     schedule: Schedule
     batches: Iterator[Batch]
@@ -56,13 +39,13 @@ class TrainingLoop:
     """None on ranks that write nothing."""
     log: MetricsLog | None
     display: TrainingDisplay
+    facts: RunFacts
     progress: Progress = field(default_factory=Progress)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """What a checkpoint says of its model besides the weights."""
     evaluation: Evaluation | None = None
     """The latest."""
 
     def __post_init__(self) -> None:
+        self.options = self.facts.options
         self.total_steps = self.schedule.total_steps
         self.meter = Meter(self.step.runtime.device, self.step.world, self.step.sums)
         self._began = time.perf_counter() - self.progress.seconds
@@ -184,14 +167,10 @@ class TrainingLoop:
             self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
             self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
-                save_checkpoint(self.folder.best, self._model_state())
+                model = self.step.averaged or self.step.model
+                self.facts.save_model(self.folder.best, model.state_dict(), self.progress.step)
         self.progress.best_ap = max(self.progress.best_ap, ap)
         self.meter.restart()
-
-    def _model_state(self) -> dict[str, Any]:
-        """What is needed to use the model."""
-        model = self.step.averaged or self.step.model
-        return {**self.metadata, "model": model.state_dict(), "step": self.progress.step}
 
     def _save(self) -> None:
         """What is needed to continue the run as if it had not stopped."""
@@ -199,14 +178,12 @@ class TrainingLoop:
         if not self.folder:
             return
         averaged = self.step.averaged
-        progress = vars(self.progress) | {"seconds": self._seconds()}
-        state = {
-            **self.metadata,
-            "model": self.step.model.state_dict(),
-            "ema": averaged.state_dict() if averaged else None,
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-            "options": self.options.to_dict(),
-            "progress": progress,
-        }
-        save_checkpoint(self.folder.last, state)
+        state = TrainingState(
+            **vars(self.facts),
+            model=self.step.model.state_dict(),
+            ema=averaged.state_dict() if averaged else None,
+            optimizer=self.step.optimizer.state_dict(),
+            scaler=self.step.scaler.state_dict(),
+            progress=replace(self.progress, seconds=self._seconds()),
+        )
+        state.save(self.folder.last)

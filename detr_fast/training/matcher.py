@@ -7,7 +7,7 @@ import torch
 from detr_kernels import Selection, batched_assignment, match_cost
 from torch import Tensor
 
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 
 
 @dataclass(frozen=True)

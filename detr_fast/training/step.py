@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detr_fast.config import require
-from detr_fast.data.batching import Batch
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.out_of_memory import is_out_of_memory

@@ -6,7 +6,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
+from detr_fast.data.loader import model_input
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.stages import stage

@@ -9,6 +9,7 @@ within the step. On a GPU a run is several steps issued back to back, batches be
 """
 
 import csv
+import io
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from detr_fast.config import Idle, UserError, require
 from detr_fast.console import Console
-from detr_fast.training.run_folder import writing
+from detr_fast.files import require_writable, write_text
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.measuring.measurement import Configuration, Measurement, measure_in_process, write_oracle_in_process
 from detr_profiling.measuring.techniques import Technique, start, techniques
@@ -246,12 +247,13 @@ COLUMNS = (
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """As CSV, numbers with six digits; what other modes had there stays."""
     kept = [row for row in read_rows(path) if row["mode"] not in {each["mode"] for each in rows}]
-    with writing(path), path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(kept)
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows(kept)
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v is not None})
+    write_text(path, text.getvalue())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -297,8 +299,7 @@ def main(options: LadderOptions) -> int:
     console = Console()
     rungs = build_rungs(options, options.leave_one_out)
     out = Path(options.out)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    require_writable("--out", out)
     for _ in measure_rungs(rungs, options, console):
         write_rows(rows_of(rungs, options), out / LADDER_FILE)
     write_report(out)

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from detr_fast.config import Attention, Kernels, ModelConfig, model_config, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, model_input
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.data.loader import model_input
 from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime

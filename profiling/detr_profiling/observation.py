@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
+from detr_fast.data.loader import model_input
 from detr_fast.evaluation.inference import evaluation_mode
 from detr_fast.model.detr import DETR
 from detr_fast.recording import Recorder

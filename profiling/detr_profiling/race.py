@@ -14,8 +14,8 @@ from rich.table import Table
 
 from detr_fast.config import Idle, require
 from detr_fast.console import Console
+from detr_fast.files import require_writable
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
-from detr_fast.training.run_folder import writing
 from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, figures, measure_rungs, rows_of, rung_verdict
 from detr_profiling.ladder import write_rows as write_rungs
 from detr_profiling.limits.counting import count_work
@@ -99,8 +99,7 @@ def table(rungs: list[Rung]) -> Table:
 
 def main(options: RaceOptions) -> int:
     console, out, rungs = Console(), Path(options.out), entrants(options)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    require_writable("--out", out)
     for _ in measure_rungs(rungs, options, console):
         write_rungs(rows_of(rungs, options), out / RACE_FILE)
     write_report(out)

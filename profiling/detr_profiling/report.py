@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
-from detr_fast.training.run_folder import writing
+from detr_fast.files import write_text
 from detr_profiling.pages import formats
 from detr_profiling.pages import trace as report_trace
 from detr_profiling.pages.ladder import by_mode, ladder_blocks, ladder_timing, race_blocks
@@ -172,16 +172,14 @@ def put_into_readme(table: str, path: Path) -> None:
         0 <= begin < end and text.count(BEGIN) == text.count(END) == 1,
         f"{path} needs one line {BEGIN} and, below it, one line {END}: the table goes between them.",
     )
-    with writing(path):
-        path.write_text(f"{text[: begin + len(BEGIN)]}\n{table}{text[end:]}", encoding="utf-8")
+    write_text(path, f"{text[: begin + len(BEGIN)]}\n{table}{text[end:]}")
 
 
 def write_report(folder: Path) -> None:
     """Writes FOLDER/report.html and report.md. Raises UserError where its results cannot be used."""
     results = load_results(folder)
     for name, render_as in ((HTML_FILE, render_html), (MARKDOWN_FILE, render_markdown)):
-        with writing(folder / name):
-            (folder / name).write_text(render_as(results), encoding="utf-8", errors="replace")
+        write_text(folder / name, render_as(results), errors="replace")
 
 
 def main(options: ReportOptions) -> None:

@@ -1,6 +1,5 @@
 """`python -m detr_profiling scaling`: training on many GPUs, on paper, from one GPU's step and the gradients' bytes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 
 from detr_fast.config import Idle, UserError, model_config, require
 from detr_fast.console import Console
+from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
-from detr_fast.training.run_folder import writing
 from detr_profiling.limits.exchange import Links, Scaled, Step, scaled
 from detr_profiling.pages.results import LADDER_FILE, SCALING_FILE, TRACE_FILE, Results, complete, load_results
 from detr_profiling.pages.scaling import FIGURES, KIND, TITLE, about, figures
@@ -156,9 +155,7 @@ def main(options: ScalingOptions) -> None:
         "links": links,
         "rows": [asdict(row) for row in scaled_rows(options, step)],
     }
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / SCALING_FILE).write_text(json.dumps(result, indent=1))
+    write_json(out / SCALING_FILE, result)
     write_report(out)
     table = plain_table("GPUs", FIGURES, TITLE)
     table.add_column(KIND)

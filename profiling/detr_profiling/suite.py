@@ -19,7 +19,7 @@ from rich.text import Text
 
 from detr_fast.config import require
 from detr_fast.console import Console
-from detr_fast.training.run_folder import writing
+from detr_fast.files import open_growing, require_writable
 from detr_profiling.report import write_report
 from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 
@@ -125,7 +125,7 @@ def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
     """Runs it for at most `seconds`; returns how it ended."""
     command = part.command(options, seconds / 60)
     began = time.perf_counter()
-    with Path(options.out, part.output).open("w") if part.output else nullcontext() as output:
+    with open_growing(Path(options.out, part.output)) if part.output else nullcontext() as output:
         errors = subprocess.STDOUT if output else None
         process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
         try:
@@ -151,8 +151,7 @@ def stop(process: subprocess.Popen) -> None:
 
 def main(options: SuiteOptions) -> int:
     console, began = Console(), time.perf_counter()
-    with writing(Path(options.out)):
-        Path(options.out).mkdir(parents=True, exist_ok=True)
+    require_writable("--out", Path(options.out))
     failed = False
     for part in PARTS:
         left_s = options.minutes * 60 - (time.perf_counter() - began)

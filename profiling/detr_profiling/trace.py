@@ -9,11 +9,11 @@ import torch
 
 from detr_fast.config import Idle, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
+from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
-from detr_fast.training.run_folder import writing
 from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
 from detr_profiling.tracing.tables import trace_tables
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
@@ -118,14 +118,13 @@ def main(options: TraceOptions) -> int:
         "--memory-snapshot is of CUDA's allocator. Leave it out on a CPU: trace.json has the memory curve.",
     )
     out, console = Path(options.out), Console()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on figures that cannot be kept
+    require_writable("--out", out)  # before minutes are spent on figures that cannot be kept
     fetch: Callable[[], None] = nothing_to_fetch
     if options.data is None:
         workload = build_workload(options)
     else:
         workload, fetch = build_fed_workload(options, options.data)
-    with writing(out):
+    with explained(out):
         result = profile_workload(workload, out, options.steps, options.warmup, fetch)
         if options.memory_snapshot:
             write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)

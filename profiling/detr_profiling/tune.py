@@ -7,7 +7,6 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 """
 
 import datetime
-import json
 import math
 import os
 import signal
@@ -25,12 +24,12 @@ from rich.table import Table
 
 from detr_fast.config import Idle, UserError, require
 from detr_fast.console import Console
+from detr_fast.files import require_writable, write_json
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size
-from detr_fast.training.run_folder import require_writable, writing
 from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
@@ -304,9 +303,7 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
     """Into tune.json, where another mode's entry stays, and the report. Raises UserError where that cannot be."""
     path = folder / TUNE_FILE
     entries = (read_object(path, "tune") or {}) | {mode: entry.to_dict()}
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    write_json(path, entries)
     write_report(folder)
 
 

@@ -12,8 +12,8 @@ from detr_kernels import PackedImages
 from torch import nn
 
 from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_config, require
-from detr_fast.data.batching import Batch, on_device
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.data.loader import on_device
 from detr_fast.evaluation.inference import detect_batch, forward_of
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
-from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluate import evaluation_dataset
 from detr_fast.evaluation.coco_metrics import category_names, evaluate_detections, only_images, without_absent
 from detr_fast.evaluation.inference import (

@@ -10,7 +10,7 @@ from detr_kernels import Packing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.data.batching import model_input
+from detr_fast.data.loader import model_input
 from detr_fast.model.detr import DETR
 from detr_profiling.observation import Observation
 from detr_profiling.workload import Workload, observed_batch

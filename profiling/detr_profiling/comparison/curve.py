@@ -18,7 +18,7 @@ from torch import nn
 
 from detr_fast.config import RuntimeOptions, TrainConfig
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, collate
+from detr_fast.data.batch import Batch, collate
 from detr_fast.data.coco import CocoDataset
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detr_fast.training.run_folder import writing
+from detr_fast.files import write_text
 from detr_profiling.comparison.judgement import Row
 from detr_profiling.comparison.own_outputs import equal_matches
 from detr_profiling.comparison.variants import Variant
@@ -51,11 +51,7 @@ class ParityRecord:
         return {name: value for name, value in vars(self).items() if name != "path"} | {"close": self.close}
 
     def write(self) -> None:
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.to_dict(), allow_nan=False))
-            temporary.replace(self.path)
+        write_text(self.path, json.dumps(self.to_dict(), allow_nan=False))
 
 
 def sampled(exact: torch.Tensor, found: torch.Tensor) -> list[list[float | None]]:

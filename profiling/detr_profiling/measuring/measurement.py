@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from detr_fast.config import Precision, UserError
+from detr_fast.files import atomic_write
 from detr_fast.runtime import keep_freed_memory
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
@@ -139,7 +140,8 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
         plain = replace(options.observed(), precision=precision, compile=False, kernels="auto", attention="auto")
         observe = build_peer("reference", plain, dtype).observe
         assert observe is not None
-        torch.save(observe() | targets_of(options), folder / name)
+        with atomic_write(folder / name) as file:
+            torch.save(observe() | targets_of(options), file)
 
 
 def eager_file(configuration: Configuration) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import require, unknown_name
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
 from detr_profiling.peers.other_detectors import faster_rcnn_workload, hugging_face_workload

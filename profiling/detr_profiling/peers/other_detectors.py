@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig, UserError, require
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
 from detr_profiling.observation import Observation, on_host, stacked_layers

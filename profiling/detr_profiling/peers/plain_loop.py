@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
+from detr_fast.data.loader import model_input
 from detr_fast.evaluation.postprocess import postprocess
 from detr_profiling.workload import WorkloadOptions, copied_ahead
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from detr_fast.files import write_text
 from detr_fast.runtime import choose_precision
 from detr_fast.stages import stage
 from detr_profiling.limits.peaks import measure_peaks
@@ -160,7 +161,7 @@ def profile_workload(
         "trace_unpacked_mib": unpacked_bytes(trace) / 2**20,
     }
     result = without_nan(result)
-    (out / RESULT_FILE).write_text(json.dumps(result, indent=1, allow_nan=False))
+    write_text(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
     return result
 
 

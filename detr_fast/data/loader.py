@@ -1,128 +1,24 @@
-"""From single images to batches on the device: one worker's read, the collation, the two loaders, the pixels."""
+"""From positions in a data set to batches on the device: one worker's read, the two loaders, the copies ahead."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
-from detr_kernels import PackedImages, resize_normalize_pad
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels import resize_normalize_pad
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets, shape_batches
 from detr_fast.data.coco import SKIPPING, CocoDataset
-from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import EpochSampler, Position
-from detr_fast.data.targets import Targets
-from detr_fast.data.transforms import Plan
+from detr_fast.data.transforms import SampledAugmentation
 
 WORKER_TIMEOUT_S = 600
 """Longer than any batch takes to read: past it a worker hangs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
-
-    images: PackedImages
-    room: tuple[int, int]
-    """(H, W) that all are padded to, right and below"""
-    targets: Targets
-    image_ids: list[int]
-    original_sizes: Tensor
-    """(B, 2) int64, (h, w) of the files"""
-    skipped: tuple[str, ...] = ()
-    """Paths of images that were to be read here and could not be, with --on-bad-image skip."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            original_sizes=self.original_sizes.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Self:
-        """In page-locked memory, from which copies to a GPU do not block; the DataLoader calls it by this name."""
-        targets = (self.targets.labels, self.targets.boxes_cxcywh, self.targets.count)
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            targets=Targets(*(part.pin_memory() for part in targets)),
-            original_sizes=self.original_sizes.pin_memory(),
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes with the pixels as the only tensor: each is a file in shared memory, for which the
-        receiver has to connect to the worker."""
-        pixels, *small = self.tensors()
-        values = [tensor.numpy() for tensor in small]
-        return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Its images in up to `parts` batches of like size, each padded as the whole."""
-        share = -(-len(self.images) // parts)
-        slices = [slice(start, start + share) for start in range(0, len(self.images), share)]
-        return [
-            replace(
-                self,
-                images=self.images[some],
-                targets=self.targets[some],
-                image_ids=self.image_ids[some],
-                original_sizes=self.original_sizes[some],
-            )
-            for some in slices
-        ]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that moves between devices."""
-        targets = self.targets
-        yield from (self.images.buffer, self.images.table, self.original_sizes)
-        yield from (targets.labels, targets.boxes_cxcywh, targets.count)
-
-    @property
-    def padded(self) -> bool:
-        """Whether any image is smaller than the room."""
-        return any(size != self.room for size in self.images.sizes)
-
-    @property
-    def padding(self) -> float:
-        """Pixels that are computed, over those that are not padding."""
-        return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
-
-
-def received_batch(
-    pixels: Tensor,
-    values: list[np.ndarray],
-    places: tuple[Place, ...],
-    room: tuple[int, int],
-    image_ids: list[int],
-    skipped: tuple[str, ...],
-) -> Batch:
-    """Put a batch together again, of what `Batch.__reduce__` gives."""
-    table, original_sizes, *targets = map(torch.tensor, values)
-    return Batch(PackedImages(pixels, table, places), room, Targets(*targets), image_ids, original_sizes, skipped)
-
-
-def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
-    """At least one sample; padded to the largest, and to `room` at least."""
-    images = PackedImages.of_list(
-        [sample.image.permute(1, 2, 0) for sample in samples],
-        [sample.size for sample in samples],
-        [sample.mirrored for sample in samples],
-    )
-    heights, widths = zip(room, *images.sizes, strict=True)
-    return Batch(
-        images=images,
-        room=(max(heights), max(widths)),
-        targets=Targets.from_list([{"labels": s.labels, "boxes": s.boxes_cxcywh} for s in samples]),
-        image_ids=[sample.image_id for sample in samples],
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-    )
 
 
 def model_input(
@@ -133,7 +29,7 @@ def model_input(
     dtype: torch.dtype = torch.float32,
     backend: str = "ref",
 ) -> tuple[Tensor, Tensor | None]:
-    """Resized and mirrored, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
+    """Resized and flipped, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
     True where padded, or None where nothing is. Runs on the batch's device and asks it for nothing."""
     height, width = batch.room
     images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, backend)
@@ -164,16 +60,16 @@ class TrainReader(Dataset[Read]):
         self.dataset = dataset
 
     def __getitems__(self, positions: Sequence[Position]) -> list[Read]:
-        """Read a batch, of one epoch; the DataLoader calls it by this name. All its images are planned at once."""
-        plans = self.dataset.plans(positions[0].epoch, [position.image for position in positions])
-        return [self._read(position, plan) for position, plan in zip(positions, plans, strict=True)]
+        """Read a batch, of one epoch; the DataLoader calls it by this name. All its augmentations are drawn at once."""
+        sampled = self.dataset.augmentations(positions[0].epoch, [position.image for position in positions])
+        return [self._read(position, one) for position, one in zip(positions, sampled, strict=True)]
 
-    def _read(self, position: Position, plan: Plan) -> Read:
+    def _read(self, position: Position, augmentation: SampledAugmentation) -> Read:
         skipped: list[str] = []
         for offset in range(len(self.dataset)):
             index = (position.image + offset) % len(self.dataset)
             try:
-                sample = self.dataset.read(index, plan) if offset == 0 else self.dataset[position.epoch, index]
+                sample = self.dataset.read(index, augmentation) if offset == 0 else self.dataset[position.epoch, index]
                 return Read(sample, tuple(skipped), room=position.room)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
@@ -190,11 +86,12 @@ class EvaluationReader(Dataset[Read]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Read]:
         """Read a batch; the DataLoader calls it by this name."""
-        return [self._read(index, plan) for index, plan in zip(indices, self.dataset.plans(0, indices), strict=True)]
+        sampled = self.dataset.augmentations(0, indices)
+        return [self._read(index, one) for index, one in zip(indices, sampled, strict=True)]
 
-    def _read(self, index: int, plan: Plan) -> Read:
+    def _read(self, index: int, augmentation: SampledAugmentation) -> Read:
         try:
-            return Read(self.dataset.read(index, plan))
+            return Read(self.dataset.read(index, augmentation))
         except UserError as error:
             if self.dataset.on_bad_image == "error":
                 return Read(None, error=UserError(f"{error} {SKIPPING}"))
@@ -206,6 +103,7 @@ Collated = Batch | UserError | tuple[str, ...]
 
 
 def collate_reads(reads: Sequence[Read]) -> Collated:
+    """Collate what could be read; of several, the first error."""
     for read in reads:
         if read.error is not None:
             return read.error
@@ -226,7 +124,7 @@ def train_loader(
     pin_memory: bool = False,
     buckets: Buckets | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, in the order of `EpochSampler`, the same for any number of `workers`.
+    """Yield batches without end, in the order of `EpochSampler`, the same for any number of `workers`.
 
     Raises UserError for an image that cannot be read or a worker that dies or hangs.
     """
@@ -243,7 +141,7 @@ def evaluation_loader(
     Sides are not rounded up, as they are in training: nothing is padded then where batches hold one image, or images of
     one size, and so the numbers are those of `predict`.
     """
-    by_shape = shape_batches(dataset.plans(0, range(len(dataset))).sizes, batch_size)
+    by_shape = shape_batches(dataset.augmentations(0, range(len(dataset))).sizes, batch_size)
     return batches(make_loader(EvaluationReader(dataset), workers, pin_memory, batch_sampler=by_shape[rank::world]))
 
 
@@ -261,7 +159,7 @@ def make_loader(dataset: Dataset[Read], workers: int, pin_memory: bool, **order:
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches, with errors raised in this process."""
+    """Yield the loader's batches, with errors raised in this process."""
     skipped: tuple[str, ...] = ()
     for collated in surviving(loader):
         if isinstance(collated, UserError):
@@ -276,7 +174,7 @@ def batches(loader: DataLoader) -> Iterator[Batch]:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches there; on a GPU one ahead, copied on a stream of its own while the batch before is computed with."""
+    """Yield the batches on `device`; on a GPU one ahead, copied on a stream of its own while the one before is used."""
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
@@ -293,7 +191,8 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
-    """For the current stream, which waits for the copy; the memory is not used again before that stream is done."""
+    """Hand a batch to the current stream, which waits for the copy; its memory is not reused before that stream is
+    done."""
     current = torch.cuda.current_stream(batch.original_sizes.device)
     current.wait_event(copied)
     for tensor in batch.tensors():
@@ -302,7 +201,7 @@ def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
 
 
 def surviving(loader: DataLoader) -> Iterator[Collated]:
-    """The loader's items. Raises UserError with a hint where a worker was killed or hangs."""
+    """Yield the loader's items. Raises UserError with a hint where a worker was killed or hangs."""
     try:
         yield from loader
     except RuntimeError as error:

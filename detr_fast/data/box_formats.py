@@ -1,4 +1,4 @@
-"""Forms of boxes other than COCO's x, y, width, height in pixels: another unit, another order, or both."""
+"""Formats of boxes other than COCO's x, y, width, height in pixels: another unit, another order, or both."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -95,10 +95,10 @@ def look_like_percent(boxes: np.ndarray, sizes_wh: np.ndarray) -> bool:
     return bool(within and ((low + extent).max(axis=0) > 90).all() and (low.std(axis=0) > 10).all())
 
 
-def likely_forms(boxes: np.ndarray, sizes_wh: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def likely_formats(boxes: np.ndarray, sizes_wh: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yield what boxes (N, 4) look like instead of COCO's, in words, and which ones (N,).
 
-    `sizes_wh` (N, 2): their images', in pixels. Nothing is yielded where COCO's form is likely, or nothing is sure.
+    `sizes_wh` (N, 2): their images', in pixels. Nothing is yielded where COCO's format is likely, or nothing is sure.
     """
     if not len(boxes):
         return

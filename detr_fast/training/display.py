@@ -8,7 +8,7 @@ FIGURES = "loss {loss:.3f}  {images_per_second:.0f} img/s  wait {data_wait_share
 
 
 class TrainingDisplay:
-    """A context manager; `update` is called with every log line's values."""
+    """Shows a bar while it is entered, as a context manager; `update` is called with every log line's values."""
 
     def __init__(self, console: Console, total_steps: int, done_steps: int, epochs: int) -> None:
         self.console = console
@@ -42,5 +42,5 @@ class TrainingDisplay:
             self.console.print(f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {eta}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.console.print(text)
