@@ -21,6 +21,7 @@ from detr_profiling.report import readme_table, render_markdown
 from rich.console import Console
 
 from detr_fast.config import UserError
+from tests.planted_clock import PlantedClock
 
 OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
 QUIET = Console(quiet=True)
@@ -179,10 +180,15 @@ def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> 
     assert row["speedup"] is None and row["note"] == "out of memory"
 
 
-def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer) -> None:
+def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a minute: in three and a half the fourth would not end."""
+    clock = PlantedClock()
+    monkeypatch.setattr(ladder, "time", clock)
+    monkeypatch.setattr(ladder, "measure_in_process", lambda *order: (clock.sleep(60), measurer(*order))[1])
     rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET))
-    assert not measurer.asked and all("no time" in rung.note for rung in rungs)
+    list(measure_rungs(rungs, replace(OPTIONS, minutes=3.5), QUIET))
+    assert [rung.configuration for rung in rungs[:3]] == measurer.asked
+    assert all("no time" in rung.note for rung in rungs), "the first three are not measured a second time"
 
 
 def test_what_is_measured_is_in_the_file_before_the_ladder_ends(

@@ -355,12 +355,15 @@ def test_ranges_nest_as_the_step_does(traced: tuple[Path, Timeline]) -> None:
 
 
 def test_the_split_adds_up_to_the_step(traced: tuple[Path, Timeline]) -> None:
-    rows = stage_times(traced[1])
-    assert sum(row.share for row in rows) == pytest.approx(1)
-    between_ms = next(row for row in rows if row.name == "other").timing.runs_ms
-    lengths_ms = [step.duration_ns / 1e6 for step in traced[1].steps]
-    shares = [between / length for between, length in zip(between_ms, lengths_ms, strict=True)]
-    assert min(shares) <= 0.03, "in the step that the fewest other processes have cut into"
+    assert sum(row.share for row in stage_times(traced[1])) == pytest.approx(1)
+
+
+def test_all_work_is_in_a_stage(traced: tuple[Path, Timeline]) -> None:
+    """Counted, not timed: of a step's operators less than one in a hundred runs between the stages."""
+    timeline = traced[1]
+    inside = [span for span in timeline.operators.spans if timeline.step_at(span.start_ns) is not None]
+    outside = [span.name for span in inside if timeline.stage_at(span.lane, span.start_ns) is None]
+    assert len(inside) > 1000 and len(outside) < 0.01 * len(inside)
 
 
 def test_a_real_step_stays_as_large_and_its_peak_has_a_name(traced: tuple[Path, Timeline]) -> None:

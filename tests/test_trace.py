@@ -78,7 +78,6 @@ def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
     slow = figures(tampered(tiny, sleep), tmp_path)
     assert slow["step_ms"]["median"] > 300
     assert stage_ms(slow)["pixels"] > 300
-    assert max(slow["stages"], key=lambda row: row["share"])["name"] == "pixels"
 
 
 def test_a_leak_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path) -> None:
