@@ -60,7 +60,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
     RaceOptions: [
         *WORKLOAD,
         ("--same-settings --device cuda", "--same-settings --device cpu"),
-        ("--peers-compiled", "--no-peers-compiled"),
+        ("--compiled-baseline", "--no-compiled-baseline"),
     ],
     TuneOptions: [*WORKLOAD, ("--data shapes:64 --size 3x4", "--size 3x4")],
     ParityOptions: [

@@ -1,4 +1,4 @@
-"""Ours beside its peers: who runs, in what order, and what the ratio is taken from."""
+"""Ours beside its baselines: who runs, in what order, and what the ratio is taken from."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,12 +11,12 @@ from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import Peaks
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.timing import Timing
-from detr_profiling.race import EAGER_PEERS, RaceOptions, entrants, fastest_eager_ms, peak_share
+from detr_profiling.race import EAGER_BASELINES, RaceOptions, entrants, fastest_eager_ms, peak_share
 from detr_profiling.workload import build_workload
 
 from detr_fast.config import UserError
 
-OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, peers_compiled=False)
+OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, compiled_baseline=False)
 TIMES_MS = {"reference": 100.0, "hf-eager": 90.0, "hf-sdpa": 80.0, "hf-compiled": 10.0, "detr_fast": 20.0}
 
 
@@ -37,10 +37,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield asked
 
 
-def test_peers_run_in_float32_and_ours_as_the_options_say() -> None:
+def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
     rungs = {rung.technique: rung.configuration for rung in entrants(OPTIONS)}
-    assert list(rungs) == [*EAGER_PEERS, "reference bf16", "detr_fast"]
-    for name in EAGER_PEERS:
+    assert list(rungs) == [*EAGER_BASELINES, "reference bf16", "detr_fast"]
+    for name in EAGER_BASELINES:
         options = rungs[name].options
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
     assert rungs["detr_fast"].options.precision == "bf16" and rungs["detr_fast"].options.channels_last
@@ -56,7 +56,7 @@ def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
     measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = RaceOptions(**{**vars(OPTIONS), "out": str(tmp_path), "rounds": 2})
-    assert race.main(options) == 1  # one peer is not there
+    assert race.main(options) == 1  # one baseline is not there
     assert measured == ["reference", "hf-eager", "hf-sdpa", "reference", "detr_fast"] * 2
     assert "4.50 times the fastest eager form" in capsys.readouterr().out
     rows = {row["technique"]: row for row in read_rows(tmp_path / "race.csv")}
@@ -64,7 +64,7 @@ def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
     assert rows["hf-sdpa"]["median_ms"] == ""
 
 
-def test_a_compiled_peer_is_no_eager_one() -> None:
+def test_a_compiled_baseline_is_no_eager_one() -> None:
     rungs = entrants(OPTIONS)
     assert fastest_eager_ms(rungs) is None
     for rung, ms in zip(rungs, (100.0, 90.0, 80.0, 5.0, 20.0), strict=True):

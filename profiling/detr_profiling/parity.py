@@ -10,6 +10,7 @@ import torch
 
 from detr_fast.config import Idle, Precision, UserError, require
 from detr_fast.console import Console
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.curve import TrainingCurve, make_task
@@ -22,7 +23,6 @@ from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
 from detr_profiling.pages.results import PARITY_FILE
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
 
 
@@ -81,20 +81,20 @@ class OutputParity:
 
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
-        self.oracle = observe_all(build_peer("reference", self.plain, torch.float64)) | targets_of(self.plain)
+        self.oracle = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
         self.eager: dict[Precision, Observation] = {}
 
     def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
-            peer = build_peer("reference", replace(self.plain, precision=precision))
-            self.eager[precision] = observe_all(peer, self.oracle)
+            baseline = build_baseline("reference", replace(self.plain, precision=precision))
+            self.eager[precision] = observe_all(baseline, self.oracle)
         return self.eager[precision]
 
     def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
         """What it computes, and the verdicts. Raises UserError where it cannot run."""
         options, oracle, eager = variant.options, self.oracle, self.eager_in(variant.options.precision)
-        if variant.peer:
-            observe = build_peer(variant.peer, options).observe
+        if variant.baseline:
+            observe = build_baseline(variant.baseline, options).observe
             assert observe is not None
             found = observe()
             return found, judge(found, last_layer(oracle), last_layer(eager))

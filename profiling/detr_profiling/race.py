@@ -1,8 +1,8 @@
 """`python -m detr_profiling race`: ours beside what people would otherwise take, in turns.
 
 The plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same photographs, which
-all resize on the device within the step (why, `detr_profiling.peers.plain_loop` says). Each measurement is a process of
-its own, and all take turns, round after round, as the ladder's rows do.
+all resize on the device within the step (`detr_profiling.baselines.plain_loop` says why). Each measurement is a process
+of its own, and all take turns, round after round, as the ladder's rows do.
 """
 
 from dataclasses import dataclass, replace
@@ -28,30 +28,30 @@ from detr_profiling.report import write_report
 from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions, build_workload
 
-EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
+EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
 """In float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaceOptions(LadderOptions):
-    """Measure ours in the form that these options ask for, and its peers beside it."""
+    """Measure ours in the form that these options ask for, and its baselines beside it."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *WorkloadOptions.idle,
         Idle("same_settings", lambda o: o.resolved().device == "cuda", "on a GPU: give --device cpu"),
         Idle(
-            "peers_compiled",
-            lambda o: o.peers_compiled and missing_for_compile() is not None,
-            "without a compiler, which doctor tells how to get: give --no-peers-compiled",
+            "compiled_baseline",
+            lambda o: o.compiled_baseline and missing_for_compile() is not None,
+            "without a compiler, which doctor tells how to get: give --no-compiled-baseline",
         ),
     )
     compile: bool = False
     """Ours compiled with torch.compile."""
     leave_one_out: bool = False
-    peers_compiled: bool = True
+    compiled_baseline: bool = True
     """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
     same_settings: bool = True
-    """On a CPU let the peers keep freed memory too, as ours does by itself; without, they run as they come."""
+    """On a CPU let the baselines keep freed memory too, as ours does by itself; without, they run as they come."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,11 +59,11 @@ class RaceOptions(LadderOptions):
 
 
 def entrants(options: RaceOptions) -> list[Rung]:
-    """The eager peers, the compiled one, the reference in our precision, and ours."""
+    """The eager baselines, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
     plain = replace(start(ours), keeps_memory=options.same_settings)
-    rungs = [Rung(name, replace(plain, implementation=name)) for name in EAGER_PEERS]
-    if options.peers_compiled and missing_for_compile() is None:
+    rungs = [Rung(name, replace(plain, implementation=name)) for name in EAGER_BASELINES]
+    if options.compiled_baseline and missing_for_compile() is None:
         rungs.append(Rung("hf-compiled", replace(plain, implementation="hf-compiled")))
     dtype, _ = choose_precision(ours.precision, choose_device(ours.device)[0])
     if dtype == torch.bfloat16:
@@ -74,8 +74,8 @@ def entrants(options: RaceOptions) -> list[Rung]:
 
 
 def fastest_eager_ms(rungs: list[Rung]) -> float | None:
-    """None where no eager peer was measured."""
-    times = [rung.measured.timing.median_ms for rung in rungs if rung.technique in EAGER_PEERS and rung.measured]
+    """None where no eager baseline was measured."""
+    times = [rung.measured.timing.median_ms for rung in rungs if rung.technique in EAGER_BASELINES and rung.measured]
     return min(times, default=None)
 
 

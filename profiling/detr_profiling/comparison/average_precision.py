@@ -29,8 +29,8 @@ from detr_fast.evaluation.inference import (
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.weights import load_model
+from detr_profiling.baselines.plain_loop import PlainBatch
 from detr_profiling.comparison.closeness import closeness
-from detr_profiling.peers.plain_loop import PlainBatch
 from detr_profiling.reference.detr import corners
 from detr_profiling.reference.weights import SCATTER_SEEDS, reference_of, scattered
 

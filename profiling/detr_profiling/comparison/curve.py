@@ -27,10 +27,10 @@ from detr_fast.training.assembly import make_data, make_model, make_step
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.distributed import World
 from detr_fast.weights import load_state_dict
+from detr_profiling.baselines.build import in_float32
+from detr_profiling.baselines.plain_loop import PlainBatch
 from detr_profiling.comparison.closeness import FACTOR, closeness
 from detr_profiling.observation import Observation, losses, on_host
-from detr_profiling.peers.build import in_float32
-from detr_profiling.peers.plain_loop import PlainBatch
 from detr_profiling.reference.detr import TERM_WEIGHTS, ReferenceDETR, reference_criterion
 from detr_profiling.reference.weights import SCATTER_SEEDS, reference_of, scattered
 

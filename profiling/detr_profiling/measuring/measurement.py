@@ -14,12 +14,12 @@ import torch
 
 from detr_fast.config import Precision, UserError
 from detr_fast.runtime import keep_freed_memory
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
 ORACLE = "fp64.pt"
@@ -28,7 +28,7 @@ ORACLE = "fp64.pt"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What to build: ours or a peer, with options, and single operations in another form."""
+    """What to build: ours or a baseline, with options, and single operations in another form."""
 
     options: WorkloadOptions
     implementation: str = "detr_fast"
@@ -45,7 +45,7 @@ class Configuration:
             return build_workload(self.options, self.forms)
         if self.keeps_memory and self.options.device == "cpu":
             keep_freed_memory()
-        return build_peer(self.implementation, self.options)
+        return build_baseline(self.implementation, self.options)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"options": self.options.to_dict()}
@@ -137,7 +137,7 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
         plain = replace(options.observed(), precision=precision, compile=False, kernels="auto", attention="auto")
-        observe = build_peer("reference", plain, dtype).observe
+        observe = build_baseline("reference", plain, dtype).observe
         assert observe is not None
         torch.save(observe() | targets_of(options), folder / name)
 

@@ -179,7 +179,7 @@ def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[Stag
     """With each stage's time on the device, or its share of a step that nobody watches."""
     dtype, _ = choose_precision(workload.options.precision, workload.device)
     if workload.name != "detr_fast" and workload.options.precision != "bf16":
-        dtype = torch.float32  # a peer's own
+        dtype = torch.float32  # a baseline's own
     stage_ms = {row.name: row.share * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
 
     def once() -> None:

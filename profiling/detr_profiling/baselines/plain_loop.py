@@ -1,9 +1,9 @@
-"""Batches, training step and inference as facebookresearch's own scripts do them: what our peers are run with.
+"""Batches, training step and inference as facebookresearch's own scripts do them: what the baselines are run with.
 
-All but the way of the pixels. Their data workers resize and normalise on the host, and what is copied is float32. Here
-the peers get the photographs as ours does, uint8 from pinned memory and one batch ahead, and resize and normalise them
-on the device by plain torch, within the timed step: ours would otherwise be timed with work that theirs leaves to
-others.
+Only the pixels come another way. In those scripts data workers resize and normalise on the host, and what is copied is
+float32. Here a baseline gets the photographs as ours does, uint8 from pinned memory and one batch ahead, and resizes
+and normalises them on the device by plain torch, within the timed step: ours would otherwise be timed with work that
+theirs leaves to others.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def box_targets(batch: Batch, dtype: torch.dtype = torch.float32) -> BoxTargets:
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """As the reference's model takes it: resized, normalised, in NCHW order, padding masked."""
+    """A batch as the reference's model takes it: resized, normalised, in NCHW order, padding masked."""
 
     images: Tensor
     """(B, 3, H, W)"""
