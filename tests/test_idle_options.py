@@ -56,7 +56,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
         *WORKLOAD[1:],
         ("--data shapes:64 --objects 3", "--objects 3"),
     ],
-    LadderOptions: [*WORKLOAD[:3], ("--no-capture", "")],
+    LadderOptions: WORKLOAD[:3],
     RaceOptions: [
         *WORKLOAD,
         ("--same-settings --device cuda", "--same-settings --device cpu"),
@@ -149,6 +149,8 @@ def test_every_command_with_a_table_is_tried() -> None:
         *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateConfig, PredictConfig)),
         *((CheckDataConfig, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
         *((kind, "--no-tune") for kind in (TraceOptions, SuiteOptions)),
+        (LadderOptions, "--no-capture"),
+        (RaceOptions, "--no-leave-one-out"),
     ],
 )
 def test_an_option_that_never_has_an_effect_is_not_there(options_type: type, arguments: str) -> None:

@@ -22,6 +22,8 @@ from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, m
 from detr_profiling.mixed_sizes import padding
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
+NO_TIME = "no time left"
+"""Begins the reason of what was not measured for want of time."""
 ORACLE = "fp64.pt"
 """The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
 
@@ -171,7 +173,7 @@ def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
     try:
         done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"no time left: not done in {limit_s:.0f} s") from error
+        raise UserError(f"{NO_TIME}: not done in {limit_s:.0f} s") from error
     if done.returncode != 0:
         reason = last_words(done.stderr) or f"exit code {done.returncode}, killed for memory?"
         raise UserError(f"{order['configuration']['implementation']} could not be measured: {reason}")
