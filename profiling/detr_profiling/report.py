@@ -121,7 +121,8 @@ def markdown(text: object) -> Markup:
 
 
 def readme_table(results: Results) -> str:
-    """Lay out the comparison with baselines, where there is one, and the ladder, in Markdown. Raises UserError without a ladder."""
+    """Lay out the comparison with baselines, where there is one, and the ladder, in Markdown. Raises UserError without
+    a ladder."""
     require(
         bool(results.ladder),
         f"There is no ladder.csv in {results.folder} to make the table of. Measure it: "
