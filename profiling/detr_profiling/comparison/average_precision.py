@@ -3,10 +3,10 @@
 The rule: AP and AP50, over all classes and of each class, may differ from the reference's by 0.001 in float32; in
 bfloat16 by 0.01 and by what one of the objects that they are of is worth.
 
-In float32 equal functions have equal detections but for the order of nearly equal scores: in 12 trained detectors AP
+In float32 equal functions have equal detections but for the order of nearly equal scores: in nine trained detectors AP
 did not move at all, whether its weights were off by rounding or it was ours. In bfloat16 an object at the edge of an
 IoU threshold falls either way, which counts most where a class has few; the reference's own AP moved by up to 0.026
-with 28 objects, and a class's by up to 0.12 with 3 to 6.
+with 29 objects, and a class's by up to 0.12 with 3 to 6.
 
 NaN is looked for first: COCO's evaluators sort by score, and a NaN score passes for a perfect one.
 """

@@ -8,7 +8,8 @@ the loss itself.
 It doubles because training amplifies rounding. When a match or a ReLU tips over is chance, and from then on two curves
 of the same function part. Of 20 curves of detr_tiny that differ by rounding alone (four seeds, the reference and ours)
 the furthest was off by 2e-4 at the third step in float32, 1e-3 at the sixth and 2e-2 at the twelfth: 1.7 times a step.
-A wrong recipe shows before that: a loss weight at the first step, a learning rate at the second.
+Those of detr_r50 at 128 pixels were no further apart. A wrong recipe shows before that: a loss weight at the first
+step, a learning rate at the second.
 """
 
 import copy
