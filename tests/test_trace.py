@@ -204,7 +204,6 @@ def test_a_gpus_trace_without_events_of_the_gpu_is_no_whole_trace(
         ({"steps": 1}, "2 to 10"),
         ({"warmup": 0}, "at least 1"),
         ({"data": "shapes:64", "mode": "inference"}, "--data"),
-        ({"sizes": "mixed"}, "--sizes mixed"),
     ],
 )
 def test_options_that_cannot_be(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 from detr_fast.config import require
 from detr_fast.console import Console
 from detr_fast.training.run_folder import writing
+from detr_profiling.command_line import arguments
 from detr_profiling.report import write_report
 from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 
@@ -69,6 +70,7 @@ def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
 
 
 def trace(options: SuiteOptions, minutes: float) -> list[str]:
+    """Leave out what would make the forward pass one stage, and sizes, of which a trace has one."""
     return module("trace")(replace(options, compile=False, sizes="same", buckets=True), minutes)
 
 
@@ -109,16 +111,9 @@ PARTS = (
 
 
 def workload_arguments(options: SuiteOptions) -> list[str]:
-    """The options of the workload as the parts' command lines take them."""
-    arguments = []
-    for name, default in WorkloadOptions().to_dict().items():
-        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):  # of compile the parts' own defaults differ
-            given = name == "compile" or value != default
-            arguments += [flag if value else f"--no-{name.replace('_', '-')}"] * given
-        elif value != default:
-            arguments += [flag, str(value)]
-    return arguments
+    """Give the options of the workload as the parts' command lines take them; of --compile their defaults differ."""
+    workload = {name: getattr(options, name) for name in WorkloadOptions().to_dict()}
+    return list(arguments(workload, always=("compile",)))
 
 
 def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
