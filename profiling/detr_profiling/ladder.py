@@ -101,7 +101,7 @@ def why_broken(entry: Entry) -> str | None:
 
 
 def table(rows: Sequence[LadderRow]) -> Table:
-    """For the terminal."""
+    """Lay the rows out for the terminal."""
     titles = ["ms", "spread", "speedup", "padding", "peak MiB", "error", "without"]
     shown = plain_table("technique", titles, "From the reference to everything on")
     shown.add_column("")
@@ -112,7 +112,7 @@ def table(rows: Sequence[LadderRow]) -> Table:
 
 
 def figures(row: LadderRow) -> list[str]:
-    """Those of the terminal's tables; empty where the row was not measured."""
+    """List those of the terminal's tables; empty where the row was not measured."""
     if row.median_ms is None or row.q1_ms is None or row.q3_ms is None:
         return [""] * 6
     return [

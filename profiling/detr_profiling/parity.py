@@ -133,7 +133,8 @@ class Parity:
         return AveragePrecision(self.curve.trained, images, self.device)
 
     def compare_outputs(self, variant: Variant) -> None:
-        """Raises UserError where a variant that was asked for by name cannot run; others are left out."""
+        """Compare blocks, outputs and gradients. A variant that cannot run is left out; one that was asked for by name
+        raises UserError."""
         try:
             found, rows = self.outputs.compare(variant)
         except UserError as error:

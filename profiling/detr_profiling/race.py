@@ -80,7 +80,7 @@ def peak_share(options: WorkloadOptions, median_ms: float) -> float:
 
 
 def table(rows: Sequence[LadderRow]) -> Table:
-    """For the terminal."""
+    """Lay the rows out for the terminal."""
     titles = ["ms", "spread", "over reference", "padding", "peak MiB", "error"]
     shown = plain_table("", titles, "In turns, each in a process of its own")
     shown.add_column("")

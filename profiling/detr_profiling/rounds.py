@@ -82,7 +82,7 @@ class TimeLimit:
 
     @property
     def left_s(self) -> float | None:
-        """None: without an end."""
+        """Return the seconds that are left, None without an end."""
         return None if self.ends_s is None else self.ends_s - time.perf_counter()
 
     def allows_another(self) -> bool:

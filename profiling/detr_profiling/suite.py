@@ -82,7 +82,7 @@ def parity(options: SuiteOptions, minutes: float) -> list[str]:
 
 
 def ladder(options: SuiteOptions, minutes: float) -> list[str]:
-    """Stops by itself in time."""
+    """Tell the ladder to stop in time."""
     return [*module("ladder")(replace(options, capture=False), minutes), "--minutes", f"{0.95 * minutes:.2f}"]
 
 
@@ -117,7 +117,7 @@ def workload_arguments(options: SuiteOptions) -> list[str]:
 
 
 def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
-    """Runs it for at most `seconds`; returns how it ended."""
+    """Run it for at most `seconds`; return how it ended."""
     command = part.command(options, seconds / 60)
     began = time.perf_counter()
     with Path(options.out, part.output).open("w") if part.output else nullcontext() as output:
@@ -134,8 +134,11 @@ def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """With the processes that it started, which have its group. They are asked first: a C++ compiler that is killed
-    leaves half a library in torch.compile's cache, which fails to load ever after."""
+    """End it and the processes that it started, which have its group.
+
+    They are asked first: a C++ compiler that is killed leaves half a library in torch.compile's cache, which fails to
+    load ever after.
+    """
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

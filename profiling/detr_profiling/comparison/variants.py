@@ -1,4 +1,4 @@
-"""The forms of our model that parity compares: each precision by default, compiled, and as else was asked for."""
+"""The variants of our model that parity compares: each precision by default, compiled, and as else was asked for."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ REFERENCE_ORDER = "fp32 ref"
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of ours; or a baseline's, which is compared in inference alone."""
+    """One variant of ours; or a baseline, which is compared in inference alone."""
 
     name: str
     options: WorkloadOptions
@@ -25,12 +25,12 @@ class Variant:
 
     @property
     def trains(self) -> bool:
-        """Whether a training curve and AP are to be had of it, and say something."""
+        """Tell whether a training curve and AP are to be had of it, and say something."""
         return self.baseline is None and self.name != REFERENCE_ORDER
 
 
 def build_variants(options: WorkloadOptions) -> list[Variant]:
-    """Of `options.precision`, or where it is auto of both; those that compile, which takes minutes, come last.
+    """List those of `options.precision`, or of both where it is auto, last those that compile, which takes minutes.
 
     Raises UserError for fp16, of which the reference has no eager form.
     """

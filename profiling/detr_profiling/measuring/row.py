@@ -59,7 +59,7 @@ class LadderRow:
 
     @property
     def place(self) -> tuple[tuple[str, str], ...]:
-        """Names of PLACE and what the row says of them, where it does."""
+        """Pair the names of PLACE with what the row says of them, where it does."""
         return tuple((name, getattr(self, name)) for name in PLACE if getattr(self, name))
 
     @classmethod
