@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from detr_kernels.cached import Cached, may_be_cached
-from detr_kernels.convolution.pointwise.batch_norm import fold_frozen_bn, scale_weight, scale_weights
+from detr_kernels.convolution.batch_norm import fold_frozen_bn, scale_weight, scale_weights
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detr_kernels import conv_bias_act, conv_bias_act_ref
-from detr_kernels.convolution.pointwise import epilogue, pointwise
+from detr_kernels.convolution import epilogue, pointwise
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
@@ -145,7 +145,7 @@ def test_a_nan_is_not_hidden_by_the_relu() -> None:
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
-    from detr_kernels.convolution.pointwise.epilogue import backward_op, forward_op
+    from detr_kernels.convolution.epilogue import backward_op, forward_op
 
     inputs = bottleneck(torch.float32)
     _, _, bias, residual, *_ = [each.requires_grad_() if isinstance(each, Tensor) else each for each in inputs]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref, convolution_tiles
-from detr_kernels.convolution.pointwise.tiles import Blocks, choose_blocks
+from detr_kernels.convolution.tiles import Blocks, choose_blocks
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
@@ -232,8 +232,8 @@ def test_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize(("stride", "residual", "relu"), [(1, True, True), (2, False, False)])
 def test_operators_are_registered_as_torch_asks(stride: int, residual: bool, relu: bool) -> None:
-    from detr_kernels.convolution.pointwise.pointwise import forward_op
-    from detr_kernels.convolution.pointwise.pointwise_backward import input_gradient_op, weight_gradient_op
+    from detr_kernels.convolution.pointwise import forward_op
+    from detr_kernels.convolution.pointwise_backward import input_gradient_op, weight_gradient_op
 
     inputs = make_inputs((1, 16, 5, 4, 24), stride, residual, torch.float32)
     x, weight, *_ = inputs

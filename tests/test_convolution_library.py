@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from detr_kernels import Choice, OneDNNConvolution, Operation, conv_bias_act, conv_bias_act_ref
-from detr_kernels.convolution.pointwise.library import LIBRARIES, library_op, why_not_onednn
+from detr_kernels.convolution.library import LIBRARIES, library_op, why_not_onednn
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 

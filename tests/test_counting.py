@@ -40,7 +40,7 @@ def test_every_operator_of_ours_has_a_formula_or_no_products() -> None:
     formulas = {name for operation in OPERATIONS.values() for name in operation.flop}
     assert formulas == names
     assert has_products(torch.ops.detr_kernels.residual_stage.default)
-    assert not has_products(torch.ops.detr_kernels.dropout.philox.default)
+    assert not has_products(torch.ops.detr_kernels.dropout.default)
 
 
 def operator_names() -> list[str]:

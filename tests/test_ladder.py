@@ -4,26 +4,34 @@ import io
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from detr_profiling import ladder
-from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
+from detr_profiling import ladder, rounds
+from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.row import LadderRow, read_rows, write_rows
 from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ranks
-from detr_profiling.pages.results import LadderRow, load_results
+from detr_profiling.pages.results import load_results
 from detr_profiling.report import readme_table, render_markdown
+from detr_profiling.rounds import Entry, rows_of
 from rich.console import Console
 
 from detr_fast.config import UserError
+from tests.planted_clock import PlantedClock
 
 OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
 QUIET = Console(quiet=True)
+
+
+def left_one_out(entries: list[Entry]) -> list[Configuration]:
+    """Those that are measured besides the entries' own."""
+    return [entry.without for entry in entries if isinstance(entry.without, Configuration)]
 
 
 @dataclass
@@ -54,26 +62,26 @@ class Measurer:
 @pytest.fixture
 def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
     stand_in = Measurer()
-    monkeypatch.setattr(ladder, "measure_in_process", stand_in)
-    monkeypatch.setattr(ladder, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "measure_in_process", stand_in)
+    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
     yield stand_in
 
 
 def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
-    rungs = build_rungs(OPTIONS)
+    entries = build_entries(OPTIONS)
     names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "attention with dropout"]
-    assert [rung.technique for rung in rungs] == [*names, "folded batch norm", "convolutions by oneDNN", "compile"]
-    assert [rung.configuration.keeps_memory for rung in rungs] == [False] + [True] * 8
-    first, top = rungs[0].configuration, rungs[-1].configuration
+    assert [entry.name for entry in entries] == [*names, "folded batch norm", "convolutions by oneDNN", "compile"]
+    assert [entry.configuration.keeps_memory for entry in entries] == [False] + [True] * 8
+    first, top = entries[0].configuration, entries[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
     assert top.options.precision == "bf16" and top.forms["folded"] and top.forms["attention"] == "sdpa"
-    assert all(Configuration.from_dict(rung.configuration.to_dict()) == rung.configuration for rung in rungs)
-    assert all(a.configuration != b.configuration for a, b in itertools.pairwise(rungs))
+    assert all(Configuration.from_dict(entry.configuration.to_dict()) == entry.configuration for entry in entries)
+    assert all(a.configuration != b.configuration for a, b in itertools.pairwise(entries))
 
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
-    names = [rung.technique for rung in build_rungs(replace(OPTIONS, mode="inference"))]
+    names = [entry.name for entry in build_entries(replace(OPTIONS, mode="inference"))]
     assert names[-5:] == ["SDPA", "folded batch norm", "convolutions by oneDNN", "frozen weights", "compile"]
 
 
@@ -106,34 +114,35 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
 ) -> None:
     monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
     options = replace(OPTIONS, compile=False)
-    rungs = build_rungs(options)
+    entries = build_entries(options)
     measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"pixels": "triton"}
-    list(measure_rungs(rungs, options, QUIET))
-    found = {rung.technique: rung for rung in rungs}
+    list(measuring(entries, options, QUIET).run())
+    found = {entry.name: entry for entry in entries}
     broken, wrong = found["layer norm by triton"], found["pixels by triton"]
     assert broken.measured is None and broken.note == "no such kernel; left out of the rows after it"
     assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
-    top = rungs[-1]
+    top = entries[-1]
     assert top.configuration.forms["layer_norm"] == top.configuration.forms["pixels"] == "ref"
     assert top.configuration.forms["set_loss"] == "triton" and top.configuration.options.capture
-    others = [rung for rung in rungs if rung not in (broken, wrong)]
-    assert all(rung.measured and rung.measured.timing.runs == 4 and not rung.note for rung in others)
-    assert top.measured_without == rungs[-2].measured and broken.without is wrong.without is None
-    assert all(rung.without.forms["pixels"] == "ref" for rung in rungs if rung.without)
+    others = [entry for entry in entries if entry not in (broken, wrong)]
+    assert all(entry.measured and entry.measured.timing.runs == 4 and not entry.note for entry in others)
+    assert top.measured_without == entries[-2].measured and broken.without is wrong.without is None
+    assert all(each.forms["pixels"] == "ref" for each in left_one_out(entries))
     forms = [each.forms for each in measurer.asked]
     assert sum(each.get("layer_norm") == "triton" for each in forms) == 1, "it is not tried again"
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
     mixed = replace(OPTIONS, sizes="mixed")
-    rungs = build_rungs(mixed)
-    assert [rung.technique for rung in rungs[:3]] == ["reference", "buckets", "freed memory kept"]
-    assert [rung.configuration.options.buckets for rung in rungs] == [False] + [True] * (len(rungs) - 1)
-    assert rungs[1].configuration.implementation == "reference"
-    assert rungs[1].without and not rungs[1].without.options.buckets
-    assert replace(rungs[1].without.options, buckets=True) == rungs[-1].configuration.options
+    entries = build_entries(mixed)
+    assert [entry.name for entry in entries[:3]] == ["reference", "buckets", "freed memory kept"]
+    assert [entry.configuration.options.buckets for entry in entries] == [False] + [True] * (len(entries) - 1)
+    assert entries[1].configuration.implementation == "reference"
+    rest = entries[1].without
+    assert isinstance(rest, Configuration) and not rest.options.buckets
+    assert replace(rest.options, buckets=True) == entries[-1].configuration.options
     for options in (OPTIONS, replace(mixed, buckets=False)):
-        assert "buckets" not in [rung.technique for rung in build_rungs(options)]
+        assert "buckets" not in [entry.name for entry in build_entries(options)]
 
 
 def test_rows_that_change_places_share_one() -> None:
@@ -145,44 +154,54 @@ def test_rows_that_change_places_share_one() -> None:
 
 
 def test_without_a_technique_everything_else_is_on() -> None:
-    without = {rung.technique: rung.without for rung in build_rungs(OPTIONS)}
+    entries = build_entries(OPTIONS)
+    without = {entry.name: entry.without for entry in entries}
     assert without["reference"] is without["losses at once"] is None  # there is no top without them
     assert without["freed memory kept"] is None  # ours always keeps it
-    assert without["compile"] is None  # the row before
+    assert without["compile"] is entries[-2]
     for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
-        rest, top = without[name], build_rungs(OPTIONS)[-1].configuration
-        assert rest is not None and rest.forms == top.forms and getattr(rest.options, only) in ("fp32", False)
+        rest, top = without[name], build_entries(OPTIONS)[-1].configuration
+        assert (
+            isinstance(rest, Configuration)
+            and rest.forms == top.forms
+            and getattr(rest.options, only) in ("fp32", False)
+        )
         assert replace(rest.options, **{only: getattr(top.options, only)}) == top.options
 
 
 def test_options_lower_the_top() -> None:
     options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
-    assert [rung.technique for rung in build_rungs(options)] == ["reference", "freed memory kept", "losses at once"]
+    assert [entry.name for entry in build_entries(options)] == ["reference", "freed memory kept", "losses at once"]
 
 
 def test_rows_take_turns(measurer: Measurer) -> None:
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, OPTIONS, QUIET))
-    one_round = [rung.configuration for rung in rungs] + [rung.without for rung in rungs if rung.without]
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, OPTIONS, QUIET).run())
+    one_round = [entry.configuration for entry in entries] + left_one_out(entries)
     assert measurer.asked == one_round * 2
-    assert all(rung.measured and rung.measured.timing.runs == 4 for rung in rungs)
-    assert rungs[-1].measured_without == rungs[-2].measured
+    assert all(entry.measured and entry.measured.timing.runs == 4 for entry in entries)
+    assert entries[-1].measured_without == entries[-2].measured
 
 
 def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> None:
     measurer.broken = "fp32"
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, OPTIONS, QUIET))
-    assert rungs[0].measured is None and rungs[0].note == "out of memory"
-    assert rungs[3].measured and rungs[3].measured_without is None and rungs[3].note == "out of memory"
-    row = rows_of(rungs, OPTIONS)[3]
-    assert row["speedup"] is None and row["note"] == "out of memory"
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, OPTIONS, QUIET).run())
+    assert entries[0].measured is None and entries[0].note == "out of memory"
+    assert entries[3].measured and entries[3].measured_without is None and entries[3].note == "out of memory"
+    row = rows_of(entries, OPTIONS)[3]
+    assert row.speedup is None and row.note == "out of memory"
 
 
-def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer) -> None:
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET))
-    assert not measurer.asked and all("no time" in rung.note for rung in rungs)
+def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a minute: in three and a half the fourth would not end."""
+    clock = PlantedClock()
+    monkeypatch.setattr(rounds, "time", clock)
+    monkeypatch.setattr(rounds, "measure_in_process", lambda *order: (clock.sleep(60), measurer(*order))[1])
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, replace(OPTIONS, minutes=3.5), QUIET).run())
+    assert [entry.configuration for entry in entries[:3]] == measurer.asked
+    assert all("no time" in entry.note for entry in entries), "the first three are not measured a second time"
 
 
 def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
@@ -193,38 +212,46 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
             raise KeyboardInterrupt
         return measurer(*arguments)
 
-    monkeypatch.setattr(ladder, "measure_in_process", stopped)
+    monkeypatch.setattr(rounds, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
         ladder.main(replace(OPTIONS, out=str(tmp_path)))
-    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 6
+    assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 6
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
-    path, options = tmp_path / "ladder.csv", replace(OPTIONS, rounds=1)
     for mode in ("training", "inference", "training"):
-        rungs = build_rungs(replace(options, mode=mode))
-        list(measure_rungs(rungs, options, QUIET))
-        ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
-    rows = read_rows(path)
-    assert [row["mode"] for row in rows] == ["inference"] * 10 + ["training"] * 9
+        assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, out=str(tmp_path))) == 0
+    rows = read_rows(tmp_path / "ladder.csv")
+    assert [row.mode for row in rows] == ["inference"] * 10 + ["training"] * 9
     last = rows[-1]
-    assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
-    assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)
-    assert last["energy_j_per_image"] == "" and last["torch"] == torch.__version__.partition("+")[0]
-    assert float(last["without_median_ms"]) > float(last["median_ms"])
+    assert last.median_ms and last.without_median_ms and last.without_median_ms > last.median_ms
+    assert last.speedup == pytest.approx(100.5 / last.median_ms, rel=1e-4) and last.rounds_ms == (last.median_ms,)
+    assert last.images_per_second == pytest.approx(1e3 / last.median_ms, rel=1e-4)
+    assert last.energy_j_per_image is None and last.torch == torch.__version__.partition("+")[0]
+
+
+def test_a_row_is_the_same_after_a_file(tmp_path: Path) -> None:
+    """Every field, so that none is written under one name and read under another."""
+    row = LadderRow(**{each.name: FILLED.get(each.type, 'text, and "more"') for each in fields(LadderRow)})
+    write_rows([row, LadderRow("training", "empty")], tmp_path / "rows.csv")
+    assert read_rows(tmp_path / "rows.csv") == [row, LadderRow("training", "empty")]
+    assert "round_medians_ms" in (tmp_path / "rows.csv").read_text(), "as in files of before"
+
+
+FILLED: dict[Any, Any] = {float | None: 2.5, bool | None: False, tuple[float, ...]: (1.5, 2.0)}
 
 
 def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer, tmp_path: Path) -> None:
     options = replace(OPTIONS, sizes="mixed", rounds=1, leave_one_out=False)
-    rungs = build_rungs(options)
-    list(measure_rungs(rungs, options, QUIET))
-    ladder.write_rows(rows_of(rungs, options), tmp_path / "ladder.csv")
+    entries = build_entries(options)
+    list(measuring(entries, options, QUIET).run())
+    write_rows(rows_of(entries, options), tmp_path / "ladder.csv")
     rows = read_rows(tmp_path / "ladder.csv")
-    assert [row["padding"] for row in rows] == ["1.5"] + ["1.04"] * (len(rows) - 1)
-    assert {row["sizes"] for row in rows} == {"mixed"}
+    assert [row.padding for row in rows] == [1.5] + [1.04] * (len(rows) - 1)
+    assert {row.sizes for row in rows} == {"mixed"}
     shown = Console(record=True, width=100, quiet=True, file=io.StringIO())
     shown.quiet = False
-    shown.print(ladder.table(rungs))
+    shown.print(ladder.table(rows))
     assert re.search(r"padding.*\n.*\n.*reference.* 1\.50 .*\n.*buckets.* 1\.04 ", shown.export_text())
     results = load_results(tmp_path)
     assert [row.padding for row in results.ladder[:2]] == [1.5, 1.04]

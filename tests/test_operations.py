@@ -26,8 +26,8 @@ from detr_kernels import (
     resize_normalize_pad,
     set_loss,
 )
-from detr_kernels.attention.packed.backends import ROWS
-from detr_kernels.convolution.pointwise.batch_norm import scale_weight, scale_weights
+from detr_kernels.attention.backends import ROWS
+from detr_kernels.convolution.batch_norm import scale_weight, scale_weights
 from detr_kernels.registry import select
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from detr_kernels import packed_attention
-from detr_kernels.attention.packed.packing import images_of_rows
-from detr_kernels.attention.packed.triton_forward import triton_attention
+from detr_kernels.attention.packing import images_of_rows
+from detr_kernels.attention.triton_forward import triton_attention
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,7 +223,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
-    from detr_kernels.attention.packed.triton_forward import forward_op
+    from detr_kernels.attention.triton_forward import forward_op
 
     q, k, v = (torch.randn(7, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     seed = torch.tensor([3], device=DEVICE)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_kernels.attention.packed.packing import Blank, Packing, images_of_rows
+from detr_kernels.attention.packing import Blank, Packing, images_of_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

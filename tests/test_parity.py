@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling import parity
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.judgement import Row, judge, worst
 from detr_profiling.comparison.own_outputs import cost_above_least, equal_matches
@@ -18,7 +19,6 @@ from detr_profiling.comparison.record import error_histogram, sampled
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.observation import Observation
 from detr_profiling.parity import OutputParity, ParityOptions, main
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ def test_packed_tokens_are_brought_into_rows() -> None:
     options = replace(OPTIONS, batch_size=4, mode="inference")
     workload = build_workload(replace(options, attention="triton"))
     assert workload.model.transformer.packed  # type: ignore[union-attr]
-    found, exact = map(observe_with_blocks, (workload, build_peer("reference", options, torch.float64)))
+    found, exact = map(observe_with_blocks, (workload, build_baseline("reference", options, torch.float64)))
     for name in ("block encoder.layers.0", "block encoder.layers.1", "block decoder.layers.1"):
         torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=2e-5)
     assert not found["block encoder.layers.1"][3, -1].any() and found["block encoder.layers.1"][3, -2].all()
@@ -100,13 +100,13 @@ def test_a_compiled_forward_has_no_blocks(outputs: OutputParity, monkeypatch: py
 
 def test_hugging_face_is_compared_in_inference(outputs: OutputParity, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-    (variant,) = [each for each in build_variants(OPTIONS) if each.peer]
+    (variant,) = [each for each in build_variants(OPTIONS) if each.baseline]
     exact = outputs.oracle["logits"][-1:].float()
     answer = {"logits": exact, "boxes": outputs.oracle["boxes"][-1:].float()}
     stand_in = replace(build_workload(OPTIONS), observe=lambda: answer)  # its sizes are not cut: tests/test_workload.py
-    build_peer = parity.build_peer
+    build_baseline = parity.build_baseline
     monkeypatch.setattr(
-        parity, "build_peer", lambda name, *rest: stand_in if name[:2] == "hf" else build_peer(name, *rest)
+        parity, "build_baseline", lambda name, *rest: stand_in if name[:2] == "hf" else build_baseline(name, *rest)
     )
     _, rows = outputs.compare(variant)
     assert [row.quantity for row in rows] == ["logits", "boxes", "scale of blocks and outputs"] and not far(rows)
@@ -135,7 +135,7 @@ def nth_call(function: Callable[..., Tensor], number: int) -> Callable[..., Tens
 @pytest.mark.parametrize(
     ("operation", "number", "block"),
     [
-        ("detr_kernels.convolution.pointwise.stage.add_convolution", 4, "backbone.layer2"),
+        ("detr_kernels.convolution.stage.add_convolution", 4, "backbone.layer2"),
         ("detr_fast.model.transformer.fused_add_layer_norm", 3, "encoder.layers.1"),
     ],
     ids=["a convolution", "a layer norm"],

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from detr_kernels import resize_normalize_pad
+from detr_profiling.baselines.build import BASELINES, build_baseline
+from detr_profiling.baselines.plain_loop import plain_feed
 from detr_profiling.comparison.closeness import assert_close, relative_floor
 from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.peers.build import PEERS, build_peer
-from detr_profiling.peers.plain_loop import plain_feed
 from detr_profiling.workload import (
     MOST_OBSERVED,
     WorkloadOptions,
@@ -44,8 +44,8 @@ def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None
         workload.observe()  # type: ignore[misc]
         for workload in (
             build_workload(options),
-            build_peer("reference", options, torch.float64),
-            build_peer("reference", options),
+            build_baseline("reference", options, torch.float64),
+            build_baseline("reference", options),
         )
     )
     assert found.keys() == exact.keys()
@@ -69,19 +69,19 @@ def test_a_run_trains_and_an_observation_does_not() -> None:
     assert workload.model.training
 
 
-@pytest.mark.parametrize("name", [peer for peer in PEERS if peer != "hf-compiled"])
-def test_peers_train_and_infer(name: str) -> None:
+@pytest.mark.parametrize("name", [baseline for baseline in BASELINES if baseline != "hf-compiled"])
+def test_baselines_train_and_infer(name: str) -> None:
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-    trained = build_peer(name, OPTIONS)
+    trained = build_baseline(name, OPTIONS)
     before = [parameter.detach().clone() for parameter in trained.model.parameters() if parameter.requires_grad]
     assert trained.run().isfinite()
     after = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    inferred = build_peer(name, INFERENCE)
+    inferred = build_baseline(name, INFERENCE)
     inferred.run()
     if name.startswith("hf"):
-        found, exact = inferred.observe(), build_peer("reference", INFERENCE).observe()  # type: ignore[misc]
+        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()  # type: ignore[misc]
         assert (found["logits"] - exact["logits"]).abs().max() < 1e-4
 
 
@@ -108,7 +108,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
         options = replace(options, model="detr_r50")
-    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     seen: list[tuple[int, ...]] = []
 
     def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
 @pytest.mark.parametrize("name", ["detr_fast", "reference"])
 def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     options = replace(INFERENCE, model="detr_tiny", sizes="mixed")
-    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     rooms: list[tuple[int, ...]] = []
     workload.model.register_forward_pre_hook(lambda _, given: rooms.append(tuple(given[0].shape[2:])))
     assert workload.step is not None
@@ -173,7 +173,7 @@ def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     assert rooms == [shape.room for shape in workload.shapes] * 2 + [(64, 96)]
 
 
-def test_peers_get_the_same_pixels_as_ours() -> None:
+def test_baselines_get_the_same_pixels_as_ours() -> None:
     config = OPTIONS.architecture()
     batches = make_batches(OPTIONS, config.num_classes)
     placed = next(plain_feed(batches, config, torch.device("cpu")))
@@ -219,11 +219,11 @@ def test_a_size_that_is_none(size: str) -> None:
 
 def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
-        build_peer("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
+        build_baseline("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
     with pytest.raises(UserError, match="fasterrcnn resizes"):
-        build_peer("fasterrcnn", replace(OPTIONS, sizes="mixed"))
+        build_baseline("fasterrcnn", replace(OPTIONS, sizes="mixed"))
     with pytest.raises(UserError, match="Did you mean 'reference'"):
-        build_peer("referense", OPTIONS)
+        build_baseline("referense", OPTIONS)
 
 
 def test_auto_is_decided_once() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from detr_kernels import OPERATIONS, Choice, Facts, packed_attention, packed_attention_ref
-from detr_kernels.attention.packed import xformers as xformers_attention
+from detr_kernels.attention import xformers as xformers_attention
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -134,7 +134,7 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.usefixtures("flash_on_the_cpu")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_operators_are_registered_as_torch_asks(p: float) -> None:
-    from detr_kernels.attention.packed.xformers import forward_op
+    from detr_kernels.attention.xformers import forward_op
 
     torch.library.opcheck(
         forward_op, (*make_inputs(), *places(), p), test_utils=["test_schema", "test_autograd_registration"]
@@ -219,7 +219,7 @@ def test_its_own_extension_need_not_load() -> None:
         with FakeTensorMode():
             q = torch.zeros(100, 8, 32, dtype=torch.bfloat16, device="cuda")
             cu_seqlens = torch.zeros(3, dtype=torch.int32, device="cuda")
-            print(detr_kernels.attention.packed.xformers._forward(q, q, q, cu_seqlens, cu_seqlens, 50, 50, 0.1)[0].shape)
+            print(detr_kernels.attention.xformers._forward(q, q, q, cu_seqlens, cu_seqlens, 50, 50, 0.1)[0].shape)
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "xformers asked for\ntorch.Size([100, 8, 32])\n" and "WARNING" not in result.stderr

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from detr_kernels import residual_stage
-from detr_kernels.convolution.pointwise.stage import blocks_of
+from detr_kernels.convolution.stage import blocks_of
 from torch import Tensor, nn
 
 from detr_fast.config import require

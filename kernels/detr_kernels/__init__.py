@@ -1,17 +1,17 @@
 """Fused kernels for detection transformers: plain-torch references, Triton kernels, and a registry that chooses."""
 
 import detr_kernels.account  # noqa: F401 -- for what it does: first, since the others import torch
-from detr_kernels.attention.packed.backends import ROWS as ROW_BACKENDS
-from detr_kernels.attention.packed.packed import packed_attention, packed_attention_ref
-from detr_kernels.attention.packed.packing import Blank, Packing
-from detr_kernels.attention.packed.padded import attention_ref, padded_attention
-from detr_kernels.attention.packed.xformers import why_not_xformers
-from detr_kernels.convolution.pointwise.batch_norm import fold_frozen_bn
-from detr_kernels.convolution.pointwise.conv_bias_act import conv_bias_act, conv_bias_act_ref
-from detr_kernels.convolution.pointwise.library import OneDNNConvolution, why_not_onednn
-from detr_kernels.convolution.pointwise.pointwise import conv1x1_bias_act, conv1x1_bias_act_ref
-from detr_kernels.convolution.pointwise.stage import residual_stage, residual_stage_ref
-from detr_kernels.dropout.philox.pcg64 import apply_dropout, relu_dropout
+from detr_kernels.attention.backends import ROWS as ROW_BACKENDS
+from detr_kernels.attention.packed import packed_attention, packed_attention_ref
+from detr_kernels.attention.packing import Blank, Packing
+from detr_kernels.attention.padded import attention_ref, padded_attention
+from detr_kernels.attention.xformers import why_not_xformers
+from detr_kernels.convolution.batch_norm import fold_frozen_bn
+from detr_kernels.convolution.conv_bias_act import conv_bias_act, conv_bias_act_ref
+from detr_kernels.convolution.library import OneDNNConvolution, why_not_onednn
+from detr_kernels.convolution.pointwise import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution.stage import residual_stage, residual_stage_ref
+from detr_kernels.dropout.pcg64 import apply_dropout, relu_dropout
 from detr_kernels.loss.set_loss import SetLossTerms, set_loss, set_loss_ref
 from detr_kernels.matching.assignment import batched_assignment, batched_assignment_ref
 from detr_kernels.matching.cost import match_cost, match_cost_ref

@@ -1,11 +1,11 @@
 """All operations by name: what `auto`, the ladder, `tune`, the FLOP counter and the tests go through."""
 
-from detr_kernels.attention.packed.backends import OPERATION as ATTENTION
-from detr_kernels.convolution.pointwise.batch_norm import OPERATION as FROZEN_BATCH_NORM
-from detr_kernels.convolution.pointwise.conv_bias_act import OPERATION as CONVOLUTION
-from detr_kernels.convolution.pointwise.library import PACKED
-from detr_kernels.convolution.pointwise.stage import OPERATION as RESIDUAL_STAGE
-from detr_kernels.dropout.philox.pcg64 import OPERATION as DROPOUT
+from detr_kernels.attention.backends import OPERATION as ATTENTION
+from detr_kernels.convolution.batch_norm import OPERATION as FROZEN_BATCH_NORM
+from detr_kernels.convolution.conv_bias_act import OPERATION as CONVOLUTION
+from detr_kernels.convolution.library import PACKED
+from detr_kernels.convolution.stage import OPERATION as RESIDUAL_STAGE
+from detr_kernels.dropout.pcg64 import OPERATION as DROPOUT
 from detr_kernels.loss.set_loss import OPERATION as SET_LOSS
 from detr_kernels.matching.assignment import OPERATION as ASSIGNMENT
 from detr_kernels.matching.cost import OPERATION as MATCH_COST

@@ -25,7 +25,7 @@ each trained parameter under our name. Of an inference, L is 1."""
 
 
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
-    """What `forward`, which is `model` or its compiled form, computes from a batch on its device, without dropout."""
+    """Observe what `forward`, `model` or its compiled form, computes from a batch on its device, without dropout."""
     config, backend = model.config, model.backend("preprocessing")
     images, mask = model_input(
         batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, backend
@@ -45,7 +45,7 @@ def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Bat
 def observe_captured_step(
     model: DETR, criterion: SetCriterion, batch: Batch, runtime: Runtime, recorder: Recorder | None = None
 ) -> Observation:
-    """Observes losses and gradients as the replay of a captured training step leaves them, without dropout.
+    """Observe losses and gradients as the replay of a captured training step leaves them, without dropout.
 
     Neither weights nor what lies in `.grad` change: the learning rate is 0. `recorder`: default, CUDA graphs.
     """
@@ -67,7 +67,7 @@ def on_host(found: Observation) -> Observation:
 
 
 def stacked_layers(layers: Sequence[dict[str, Any]]) -> Observation:
-    """The outputs of several decoder layers, first to last, one above another."""
+    """Stack the outputs of several decoder layers, first to last."""
     names = {"logits": "pred_logits", "boxes": "pred_boxes"}
     return {name: torch.stack([layer[key] for layer in layers]) for name, key in names.items()}
 
@@ -77,7 +77,7 @@ def losses(terms: dict[str, Tensor]) -> Observation:
 
 
 def named_gradients(model: nn.Module, loss: Tensor) -> Observation:
-    """`gradient NAME` of each trained parameter; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
+    """Name each trained parameter's `gradient NAME`; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
     names = (name.replace("backbone.0.body.", "backbone.") for name in trained)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import write_text
+from detr_profiling.measuring.row import PLACE, LadderRow
 from detr_profiling.pages import formats
 from detr_profiling.pages import trace as report_trace
 from detr_profiling.pages.ladder import by_mode, ladder_blocks, ladder_timing, race_blocks
@@ -28,11 +29,9 @@ from detr_profiling.pages.overview import (
 from detr_profiling.pages.page import Block, Section
 from detr_profiling.pages.parity import parity_blocks
 from detr_profiling.pages.results import (
-    PLACE,
     RACE_FILE,
     SCALING_FILE,
     TUNE_FILE,
-    LadderRow,
     Results,
     complete,
     load_results,
@@ -122,7 +121,8 @@ def markdown(text: object) -> Markup:
 
 
 def readme_table(results: Results) -> str:
-    """The race, where there is one, and the ladder for a README, in Markdown. Raises UserError without a ladder."""
+    """Lay out the comparison with baselines, where there is one, and the ladder, in Markdown. Raises UserError without
+    a ladder."""
     require(
         bool(results.ladder),
         f"There is no ladder.csv in {results.folder} to make the table of. Measure it: "

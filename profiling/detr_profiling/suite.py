@@ -20,6 +20,7 @@ from rich.text import Text
 from detr_fast.config import require
 from detr_fast.console import Console
 from detr_fast.files import open_growing, require_writable
+from detr_profiling.command_line import arguments
 from detr_profiling.report import write_report
 from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 
@@ -69,6 +70,7 @@ def module(name: str) -> Callable[[SuiteOptions, float], list[str]]:
 
 
 def trace(options: SuiteOptions, minutes: float) -> list[str]:
+    """Leave out what would make the forward pass one stage, and sizes, of which a trace has one."""
     return module("trace")(replace(options, compile=False, sizes="same", buckets=True), minutes)
 
 
@@ -80,7 +82,7 @@ def parity(options: SuiteOptions, minutes: float) -> list[str]:
 
 
 def ladder(options: SuiteOptions, minutes: float) -> list[str]:
-    """Stops by itself in time."""
+    """Tell the ladder to stop in time."""
     return [*module("ladder")(replace(options, capture=False), minutes), "--minutes", f"{0.95 * minutes:.2f}"]
 
 
@@ -109,20 +111,13 @@ PARTS = (
 
 
 def workload_arguments(options: SuiteOptions) -> list[str]:
-    """The options of the workload as the parts' command lines take them."""
-    arguments = []
-    for name, default in WorkloadOptions().to_dict().items():
-        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):  # of compile the parts' own defaults differ
-            given = name == "compile" or value != default
-            arguments += [flag if value else f"--no-{name.replace('_', '-')}"] * given
-        elif value != default:
-            arguments += [flag, str(value)]
-    return arguments
+    """Give the options of the workload as the parts' command lines take them; of --compile their defaults differ."""
+    workload = {name: getattr(options, name) for name in WorkloadOptions().to_dict()}
+    return list(arguments(workload, always=("compile",)))
 
 
 def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
-    """Runs it for at most `seconds`; returns how it ended."""
+    """Run it for at most `seconds`; return how it ended."""
     command = part.command(options, seconds / 60)
     began = time.perf_counter()
     with open_growing(Path(options.out, part.output)) if part.output else nullcontext() as output:
@@ -139,8 +134,11 @@ def run_part(part: Part, options: SuiteOptions, seconds: float) -> str:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """With the processes that it started, which have its group. They are asked first: a C++ compiler that is killed
-    leaves half a library in torch.compile's cache, which fails to load ever after."""
+    """End it and the processes that it started, which have its group.
+
+    They are asked first: a C++ compiler that is killed leaves half a library in torch.compile's cache, which fails to
+    load ever after.
+    """
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 
 from detr_fast.config import Idle, TrainConfig, require
 from detr_fast.console import Console
@@ -38,6 +39,8 @@ class TraceOptions(WorkloadOptions):
     """Steps to record, 2 to 10: from the second on it shows whether memory grows."""
     warmup: int = 2
     """Steps before, with the profiler and without it."""
+    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    """One step again and again; images of several sizes are a data set's."""
     data: str | None = None
     """Train on this data, a folder in COCO layout or shapes:SIDE, so that waiting for data shows; default: one batch
     again and again."""
@@ -52,10 +55,6 @@ class TraceOptions(WorkloadOptions):
             "events, which viewers hold all at once.",
         )
         require(self.warmup >= 1, f"--warmup {self.warmup}: at least 1, the first step is not like others.")
-        require(
-            self.sizes == "same",
-            "A trace is of one step again and again: leave out --sizes mixed. Those of a data set: --data ROOT.",
-        )
         require(
             self.data is None or self.mode == "training",
             "--data feeds training. Leave out --mode inference, or --data.",
@@ -83,7 +82,7 @@ class Feed:
 
 
 def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
-    """The recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
+    """Take the recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
     from detr_fast.train import default_options
 
     recipe = default_options(["--data", data, "--model", options.model])
@@ -96,7 +95,7 @@ def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
 
 
 def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Callable[[], None]]:
-    """A training step on the batches of `data`, and what fetches the next batch for it.
+    """Build a training step on the batches of `data`, and what fetches the next batch for it.
 
     Raises UserError for data that cannot be read.
     """
@@ -136,7 +135,7 @@ def main(options: TraceOptions) -> int:
 
 
 def write_memory_snapshot(workload: Workload, fetch: Callable[[], None], path: Path) -> None:
-    """Every allocation of one step, as https://pytorch.org/memory_viz reads it."""
+    """Write every allocation of one step, as https://pytorch.org/memory_viz reads it."""
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     fetch()
     workload.run()

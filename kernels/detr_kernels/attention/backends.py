@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from detr_kernels.attention.packed import triton_backward, triton_forward
-from detr_kernels.attention.packed.tiles import WIDTHS
-from detr_kernels.attention.packed.xformers import why_not_flash
+from detr_kernels.attention import triton_backward, triton_forward
+from detr_kernels.attention.tiles import WIDTHS
+from detr_kernels.attention.xformers import why_not_flash
 from detr_kernels.launch import DTYPES, unmeasured, why_not_triton
 from detr_kernels.registry import Backend, Facts, Operation, Shape
 from detr_kernels.specimens import DIM, HEADS, IMAGES, QUERIES, TOKENS, meta

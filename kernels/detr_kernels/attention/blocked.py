@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.dropout.philox.pcg64 import Dropper
+from detr_kernels.dropout.pcg64 import Dropper
 
 CACHED_BYTES = 2**23
 """Weights of the heads that are computed together: a matrix or two of them stays in the caches."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.attention.packed.backends import OPERATION
-from detr_kernels.attention.packed.packing import Blank, gather_rows, images_of_rows
-from detr_kernels.attention.packed.triton_forward import triton_attention
-from detr_kernels.attention.packed.xformers import xformers_attention
+from detr_kernels.attention.backends import OPERATION
+from detr_kernels.attention.packing import Blank, gather_rows, images_of_rows
+from detr_kernels.attention.triton_forward import triton_attention
+from detr_kernels.attention.xformers import xformers_attention
 from detr_kernels.registry import Facts
 
 

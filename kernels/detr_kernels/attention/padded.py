@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.attention.packed.backends import OPERATION, ROWS
-from detr_kernels.attention.packed.blocked import attention_with_dropout
+from detr_kernels.attention.backends import OPERATION, ROWS
+from detr_kernels.attention.blocked import attention_with_dropout
 from detr_kernels.registry import Facts
 
 

@@ -11,8 +11,8 @@ atomically, so the gradients do not depend on the order of programs. The factor 
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.packed.tiles import extent, grid, options, side_by_side, zero_tail
-from detr_kernels.dropout.philox.philox import kept_weights
+from detr_kernels.attention.tiles import extent, grid, options, side_by_side, zero_tail
+from detr_kernels.dropout.philox import kept_weights
 from detr_kernels.launch import launch
 from detr_kernels.triton_compat import product, tl, triton
 

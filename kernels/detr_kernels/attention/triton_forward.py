@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.packed.tiles import extent, grid, options, side_by_side, zero_tail
-from detr_kernels.attention.packed.triton_backward import backward_op
-from detr_kernels.dropout.philox.philox import draw_seed, kept_weights
+from detr_kernels.attention.tiles import extent, grid, options, side_by_side, zero_tail
+from detr_kernels.attention.triton_backward import backward_op
+from detr_kernels.dropout.philox import draw_seed, kept_weights
 from detr_kernels.launch import launch
 from detr_kernels.triton_compat import product, tl, triton
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.packed.packing import Blank
+from detr_kernels.attention.packing import Blank
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_TRAINED, WIDEST = 192, 256

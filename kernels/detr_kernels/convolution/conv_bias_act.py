@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.convolution.pointwise import epilogue, pointwise, pointwise_backward
-from detr_kernels.convolution.pointwise.geometry import as_under_autocast, channels_last, check_convolution
-from detr_kernels.convolution.pointwise.library import library_op, why_not_onednn_here
+from detr_kernels.convolution import epilogue, pointwise, pointwise_backward
+from detr_kernels.convolution.geometry import as_under_autocast, channels_last, check_convolution
+from detr_kernels.convolution.library import library_op, why_not_onednn_here
 from detr_kernels.launch import DTYPES, unmeasured, why_not_triton
 from detr_kernels.registry import Backend, Facts, Operation, Shape, no_products
 from detr_kernels.specimens import IMAGES, meta

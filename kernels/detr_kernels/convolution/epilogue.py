@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.convolution.pointwise.geometry import channels_last, empty_image
+from detr_kernels.convolution.geometry import channels_last, empty_image
 from detr_kernels.launch import cdiv, launch, next_power_of_2
 from detr_kernels.triton_compat import tl, triton
 

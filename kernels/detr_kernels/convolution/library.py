@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.convolution.pointwise.geometry import channels_last, empty_image, output_shape
+from detr_kernels.convolution.geometry import channels_last, empty_image, output_shape
 from detr_kernels.registry import Backend, Facts, Operation
 
 

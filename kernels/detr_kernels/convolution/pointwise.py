@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.convolution.pointwise.geometry import (
+from detr_kernels.convolution.geometry import (
     as_under_autocast,
     channels_last,
     check_convolution,
     empty_image,
     output_shape,
 )
-from detr_kernels.convolution.pointwise.pointwise_backward import input_gradient_op, weight_gradient_op
-from detr_kernels.convolution.pointwise.tiles import choose_blocks, launch_options, source_pixel, tile_of
+from detr_kernels.convolution.pointwise_backward import input_gradient_op, weight_gradient_op
+from detr_kernels.convolution.tiles import choose_blocks, launch_options, source_pixel, tile_of
 from detr_kernels.launch import DTYPES, cdiv, launch
 from detr_kernels.triton_compat import product, tl, triton
 

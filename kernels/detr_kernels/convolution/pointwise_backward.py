@@ -9,8 +9,8 @@ and out. Pixels are rows (channels-last memory), sums are float32.
 import torch
 from torch import Tensor
 
-from detr_kernels.convolution.pointwise.geometry import channels_last, empty_image
-from detr_kernels.convolution.pointwise.tiles import choose_blocks, launch_options, source_pixel, tile_of
+from detr_kernels.convolution.geometry import channels_last, empty_image
+from detr_kernels.convolution.tiles import choose_blocks, launch_options, source_pixel, tile_of
 from detr_kernels.launch import cdiv, launch
 from detr_kernels.triton_compat import product, tl, triton
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.convolution.pointwise.geometry import channels_last, empty_image, output_shape
-from detr_kernels.convolution.pointwise.library import (
+from detr_kernels.convolution.geometry import channels_last, empty_image, output_shape
+from detr_kernels.convolution.library import (
     add_convolution,
     as_rows,
     convolve,

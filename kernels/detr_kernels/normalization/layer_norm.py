@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.dropout.philox.pcg64 import apply_dropout
-from detr_kernels.dropout.philox.philox import draw_seed, kept
+from detr_kernels.dropout.pcg64 import apply_dropout
+from detr_kernels.dropout.philox import draw_seed, kept
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
 from detr_kernels.registry import Facts, Operation, no_products
 from detr_kernels.specimens import DIM, IMAGES, TOKENS, meta

@@ -55,14 +55,14 @@ class ParityRecord:
 
 
 def sampled(exact: torch.Tensor, found: torch.Tensor) -> list[list[float | None]]:
-    """At most 500 pairs of the oracle's value and the one found, None where it is not finite."""
+    """Sample at most 500 pairs of the exact value and the one found, None where it is not finite."""
     chosen = torch.randperm(exact.numel(), generator=torch.Generator().manual_seed(0))[:MOST_SAMPLES]
     pairs = torch.stack([side.double().flatten()[chosen] for side in (exact, found)], 1)
     return [[value if np.isfinite(value) else None for value in pair] for pair in pairs.tolist()]
 
 
 def error_histogram(exact: torch.Tensor, found: torch.Tensor) -> dict[str, list[float]]:
-    """How many values are off by how much; what is less than the first edge counts to the first bin."""
+    """Count how many values are off by how much; what is less than the first edge counts to the first bin."""
     errors = (found.double() - exact.double()).abs().flatten()
     logarithms = errors[errors.isfinite()].clamp(min=10.0 ** EDGES_LOG10[0]).log10().numpy()
     counts, _ = np.histogram(logarithms, EDGES_LOG10)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from detr_kernels import OPERATIONS
-from detr_kernels.attention.packed.backends import attention_backward_flop, attention_flop
+from detr_kernels.attention.backends import attention_backward_flop, attention_flop
 from detr_kernels.registry import Shape, no_products
 from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+from detr_profiling.measuring.row import LadderRow
 from detr_profiling.pages import charts, formats
 from detr_profiling.pages.page import (
     NOTABLE,
@@ -19,7 +20,6 @@ from detr_profiling.pages.page import (
     sentence,
     words,
 )
-from detr_profiling.pages.results import LadderRow
 
 KEYS = [
     Key("time", "the row's median"),

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from detr_profiling.command_line import arguments
 from detr_profiling.pages import formats
 from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.ladder import by_mode, climb
@@ -116,7 +117,7 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
         return {}
     if name != "ladder":
         options = getattr(results, name).get("workload") or {}
-        return {key: value for key, value in options.items() if key != "out"}
+        return {key: value for key, value in options.items() if key not in ("out", "name")}
     first = next(row for row in results.ladder if mode in (row.mode, None))
     place = dict(first.place)
     return {
@@ -194,17 +195,6 @@ def command(results: Results, name: str, mode: str | None = None) -> str:
     """The command line of a part that is there, or of one that would go with the others."""
     own, shared = options_of(results, name, mode), WorkloadOptions().to_dict()
     options = own or {key: value for key, value in workload_options(results).items() if key in shared}
-    return " ".join(["python -m detr_profiling", name, "--out", folder(results), *arguments(options)])
-
-
-def arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    """Those that are not a workload's defaults, as a command line has them."""
-    defaults = WorkloadOptions().to_dict()
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if name == "name" or value is None or str(value) == str(defaults.get(name, False)):
-            continue
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield f"--{flag} {shlex.quote(str(value))}"
+    return " ".join(
+        ["python -m detr_profiling", name, "--out", folder(results), shlex.join(arguments(options))]
+    ).strip()

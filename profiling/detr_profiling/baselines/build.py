@@ -1,4 +1,4 @@
-"""What we are compared with, on the same weights and the same batch: the plain reference, and what people use."""
+"""Baselines on the same weights and the same batch: the plain reference, and what people use."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,8 @@ from torch import Tensor
 from detr_fast.config import require, unknown_name
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
-from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
-from detr_profiling.peers.other_detectors import faster_rcnn_workload, hugging_face_workload
-from detr_profiling.peers.plain_loop import (
+from detr_profiling.baselines.other_detectors import faster_rcnn_workload, hugging_face_workload
+from detr_profiling.baselines.plain_loop import (
     BoxTargets,
     PlainBatch,
     autocast,
@@ -19,6 +18,7 @@ from detr_profiling.peers.plain_loop import (
     plain_feed,
     training_step,
 )
+from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.weights import reference_of
 from detr_profiling.workload import (
@@ -30,17 +30,17 @@ from detr_profiling.workload import (
     stepping,
 )
 
-PEERS = ("reference", "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
+BASELINES = ("reference", "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
 
 
-def build_peer(name: str, options: WorkloadOptions, dtype: torch.dtype = torch.float32) -> Workload:
-    """The peer `name` as it comes, whatever form `options` ask of ours: eager, NCHW, float32, or under autocast where
-    they say --precision bf16. `dtype`: of weights and pixels; float64 makes the reference an oracle.
+def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = torch.float32) -> Workload:
+    """Build the baseline `name` as it comes, whatever backends `options` ask of ours: eager, NCHW, float32, or under
+    autocast where they say --precision bf16. `dtype`: of weights and pixels; float64 gives the exact reference.
 
-    Raises UserError for an unknown name, a model that the peer does not have, or a package that is not there.
+    Raises UserError for an unknown name, a model that the baseline does not have, or a package that is not there.
     """
-    if name not in PEERS:
-        raise unknown_name("peer", name, PEERS)
+    if name not in BASELINES:
+        raise unknown_name("baseline", name, BASELINES)
     options = replace(options.resolved(), compile=name == "hf-compiled", channels_last=False)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     ours = initial_model(options)
@@ -86,7 +86,7 @@ def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype)
 
 
 def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch, most: int) -> Observation:
-    """`forward` is the reference on a PlainBatch; `most`: objects on an image."""
+    """Observe `forward`, which is the reference on a PlainBatch; `most`: objects on an image."""
     outputs = forward(placed)
     if not torch.is_grad_enabled():
         return on_host(stacked_layers([outputs]))
@@ -97,7 +97,7 @@ def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch
 
 
 def match_layers(layers: list[dict[str, Any]], targets: BoxTargets, most: int) -> Tensor:
-    """(L, B, most) int64: the query of each target in each layer, -1 for none."""
+    """Match each layer: the query of each target, -1 for none, (L, B, most) int64."""
     found = torch.full((len(layers), len(targets), most), -1)
     for layer, outputs in enumerate(layers):
         for image, target in enumerate(targets):

@@ -1,4 +1,4 @@
-"""How often a step makes the host wait for the device, where, and in which operation."""
+"""Device synchronisations: how often a step makes the host wait for the device, where, and in which operation."""
 
 import re
 from collections import Counter
@@ -28,9 +28,9 @@ READS_ON_CPU_ALONE = ("aten::_fused_adam", "aten::_fused_sgd", "aten::_fused_ada
 
 
 @dataclass(frozen=True)
-class HostWait:
+class Synchronization:
     operation: str
-    """The outermost operator around the wait, with autograd's node where it is in one, else the call itself."""
+    """The outermost operator around it, with autograd's node where it is in one, else the call itself."""
     stage: str
     per_step: float
     """Mean over the steps."""
@@ -39,25 +39,24 @@ class HostWait:
         return asdict(self)
 
 
-def host_waits(timeline: Timeline) -> list[HostWait]:
-    """The most frequent first.
+def synchronizations(timeline: Timeline) -> list[Synchronization]:
+    """List them, the most frequent first.
 
-    On a GPU: calls that block, and asynchronous copies into pageable memory; several in one operator are one wait. What
-    the recorder itself waits for, at a step's end, is left out.
+    On a GPU: calls that block, and asynchronous copies into pageable memory; several in one operator are one. What the
+    profiling itself waits for, at a step's end, is left out.
 
     On a CPU nothing waits. What is counted are reads by the host: operators that would wait on a GPU, one within
     another once. A read that is no operator, as `.numpy()` and `.tolist()` on a CPU, is not seen; SciPy's assignment is
     counted as one. In "data wait" all is on the host anyway; elsewhere a read of what would stay there beside a GPU
     cannot be told from others, and is counted.
     """
-    waits = device_waits(timeline) if timeline.device else host_reads(timeline)
-    counts = Counter(waits)
-    rows = [HostWait(*where, count / len(timeline.steps)) for where, count in counts.items()]
+    found = Counter(blocking_calls(timeline) if timeline.device else host_reads(timeline))
+    rows = [Synchronization(*where, count / len(timeline.steps)) for where, count in found.items()]
     return sorted(rows, key=lambda row: (-row.per_step, row.operation, row.stage))
 
 
-def device_waits(timeline: Timeline) -> Iterator[tuple[str, str]]:
-    """Operation and stage of each wait for a GPU."""
+def blocking_calls(timeline: Timeline) -> Iterator[tuple[str, str]]:
+    """Yield operation and stage of each wait for a GPU."""
     into_pageable = {work.correlation for work in timeline.device if TO_PAGEABLE_HOST.match(work.name)}
     seen = set()
     for call in timeline.calls:
@@ -75,7 +74,7 @@ def device_waits(timeline: Timeline) -> Iterator[tuple[str, str]]:
 
 
 def host_reads(timeline: Timeline) -> Iterator[tuple[str, str]]:
-    """Operation and stage of each read by the host, on a CPU."""
+    """Yield operation and stage of each read by the host, on a CPU."""
     for span in timeline.operators.spans:
         stage = timeline.stage_at(span.lane, span.start_ns) or OTHER
         if span.name not in READS or timeline.step_at(span.start_ns) is None or stage == "data wait":
@@ -86,7 +85,7 @@ def host_reads(timeline: Timeline) -> Iterator[tuple[str, str]]:
 
 
 def operation(inner: Span) -> str:
-    """A name that says where: `aten::index`, or `aten::item in ProdBackward1`."""
+    """Make a name that says where: `aten::index`, or `aten::item in ProdBackward1`."""
     chain = list(inner.outward())
     name = next((span.name for span in reversed(chain) if is_operator(span)), chain[-1].name)
     node = next((span.name for span in chain if "Backward" in span.name and "::" not in span.name), None)

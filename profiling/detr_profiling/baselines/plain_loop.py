@@ -1,9 +1,9 @@
-"""Batches, training step and inference as facebookresearch's own scripts do them: what our peers are run with.
+"""Batches, training step and inference as facebookresearch's own scripts do them: what the baselines are run with.
 
-All but the way of the pixels. Their data workers resize and normalise on the host, and what is copied is float32. Here
-the peers get the photographs as ours does, uint8 from pinned memory and one batch ahead, and resize and normalise them
-on the device by plain torch, within the timed step: ours would otherwise be timed with work that theirs leaves to
-others.
+Only the pixels come another way. In those scripts data workers resize and normalise on the host, and what is copied is
+float32. Here a baseline gets the photographs as ours does, uint8 from pinned memory and one batch ahead, and resizes
+and normalises them on the device by plain torch, within the timed step: ours would otherwise be timed with work that
+theirs leaves to others.
 """
 
 import itertools
@@ -25,14 +25,14 @@ BoxTargets = list[dict[str, Tensor]]
 
 
 def box_targets(batch: Batch, dtype: torch.dtype = torch.float32) -> BoxTargets:
-    """Lists those of a batch on the host, whose numbers of objects are read."""
+    """List those of a batch on the host, whose numbers of objects are read."""
     rows = zip(batch.targets.labels, batch.targets.boxes_cxcywh, batch.targets.count.tolist(), strict=True)
     return [{"labels": labels[:count], "boxes": boxes[:count].to(dtype)} for labels, boxes, count in rows]
 
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """As the reference's model takes it: resized, normalised, in NCHW order, padding masked."""
+    """A batch as the reference's model takes it: resized, normalised, in NCHW order, padding masked."""
 
     images: Tensor
     """(B, 3, H, W)"""
@@ -46,7 +46,7 @@ class PlainBatch:
     def of(
         cls, batch: Batch, config: ModelConfig, dtype: torch.dtype = torch.float32, targets: BoxTargets | None = None
     ) -> Self:
-        """Makes it by plain torch where the batch lies; its `targets` lie anywhere, default: the batch's, which must
+        """Make it by plain torch where the batch lies; its `targets` lie anywhere, default: the batch's, which must
         then be on the host."""
         images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
         if mask is None:
@@ -62,7 +62,7 @@ class PlainBatch:
 def plain_feed(
     batches: Sequence[Batch], config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[PlainBatch]:
-    """Yields the batches over and over, copied one ahead as ours are; a batch's pixels are made on the device as it is
+    """Yield the batches over and over, copied one ahead as ours are; a batch's pixels are made on the device as it is
     taken."""
     targets = itertools.cycle([box_targets(batch, dtype) for batch in batches])
     for batch, wanted in zip(copied_ahead(batches, device), targets, strict=False):
@@ -74,7 +74,7 @@ def autocast(options: WorkloadOptions) -> torch.autocast:
 
 
 def training_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """Makes a step of forward, loss, backward, clip and AdamW in the recipe's two groups, which returns the loss."""
+    """Make a step of forward, loss, backward, clip and AdamW in the recipe's two groups, which returns the loss."""
     model.train()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -95,7 +95,7 @@ def training_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[
 
 
 def inference(model: nn.Module, forward: Callable[[PlainBatch], dict[str, Any]]) -> Callable[[PlainBatch], Any]:
-    """Makes a step from a batch on the device to scores, labels and boxes in pixels there."""
+    """Make a step from a batch on the device to scores, labels and boxes in pixels there."""
     model.eval()
 
     @torch.no_grad()

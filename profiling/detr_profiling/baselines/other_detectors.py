@@ -9,13 +9,13 @@ from detr_fast.config import ModelConfig, UserError, require
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
+from detr_profiling.baselines.plain_loop import PlainBatch, autocast, box_targets, inference, plain_feed, training_step
 from detr_profiling.observation import Observation, on_host, stacked_layers
-from detr_profiling.peers.plain_loop import PlainBatch, autocast, box_targets, inference, plain_feed, training_step
 from detr_profiling.workload import Workload, WorkloadOptions, copied_ahead, make_batches, observed_batch, stepping
 
 
 def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
-    """transformers' DETR with our weights: hf-eager, hf-sdpa, or hf-compiled, which is the latter compiled.
+    """Build transformers' DETR with our weights: hf-eager, hf-sdpa, or hf-compiled, which is the latter compiled.
 
     Trains with its own loss and `auxiliary_loss`, as people do; that feeds normed states on, which is not DETR's
     function (docs/specification.md), so only its inference is compared.
@@ -46,7 +46,7 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
 
 
 def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.Module:
-    """Built without a download. Raises UserError where transformers is not there."""
+    """Build it without a download. Raises UserError where transformers is not there."""
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -65,8 +65,8 @@ def hugging_face_model(ours: DETR, attention: str, auxiliary_loss: bool) -> nn.M
 
 
 def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workload:
-    """With a ResNet-50 and a feature pyramid, from random weights, on the same photographs, which its own first module
-    resizes on the device. Raises UserError for mixed sizes, which it would make one."""
+    """Build it with a ResNet-50 and a feature pyramid, random weights, on the same photographs, which its own first
+    module resizes on the device. Raises UserError for mixed sizes, which it would make one."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
     require(options.sizes == "same", "fasterrcnn resizes all images to one size: leave out --sizes mixed.")
@@ -98,7 +98,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
 
 
 def photographs(batch: Batch) -> list[Tensor]:
-    """Lists the images as they were read, (3, h, w) in [0, 1], mirrored where they are to be."""
+    """List the images as they were read, (3, h, w) in [0, 1], flipped where they are to be."""
     images = (image.permute(2, 0, 1) / 255 for image in batch.images)
     return [
         image.flip(-1) if place.mirrored else image for image, place in zip(images, batch.images.places, strict=True)
@@ -106,7 +106,7 @@ def photographs(batch: Batch) -> list[Tensor]:
 
 
 def boxes_px(boxes_cxcywh: Tensor, image: Tensor) -> Tensor:
-    """(T, 4) relative -> xyxy in pixels of `image` (3, H, W)."""
+    """Convert relative boxes (T, 4) to xyxy in pixels of `image` (3, H, W)."""
     height, width = image.shape[1:]
     center, extent = (boxes_cxcywh * torch.tensor([width, height, width, height])).split(2, -1)
     return torch.cat((center - extent / 2, center + extent / 2), -1)
