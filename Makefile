@@ -2,6 +2,8 @@
 #   make train ARGS="--data ROOT --epochs 50"
 #   make test PYTHON=/path/to/python3.12
 
+OUT ?= runs/profile
+
 .PHONY: train test lint coverage bench trace report setup clean
 
 train: setup
@@ -28,8 +30,18 @@ bench: setup
 trace: setup
 	.venv/bin/python -m detr_profiling trace $(ARGS)
 
+# Parity, ladder, trace and one page of them all, in 8 minutes. Each part writes as it goes, and one that fails or runs out
+# of time keeps no other from running.
 report: setup
-	.venv/bin/python -m detr_profiling suite $(ARGS)
+	@code=0; profile=".venv/bin/python -m detr_profiling"; \
+	part() { \
+	    timeout --foreground --kill-after=10 "$$@"; ended=$$?; \
+	    if [ $$ended = 124 ]; then echo "$$5: stopped after $$1 s"; elif [ $$ended != 0 ]; then code=1; fi; \
+	}; \
+	part 150 $$profile parity --out "$(OUT)" --compile $(ARGS); \
+	part 260 $$profile ladder --out "$(OUT)" --minutes 4 $(ARGS); \
+	part 70 $$profile trace --out "$(OUT)" $(ARGS); \
+	$$profile report --out "$(OUT)" && exit $$code
 
 setup:
 	@./setup.sh

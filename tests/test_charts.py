@@ -1,204 +1,182 @@
-"""Pictures: what is drawn where, that every text is a text, and inputs at the edge of what is possible."""
+"""Charts: what is drawn where, that every text is a text, and inputs at the edge of what is possible."""
 
-import math
 import re
 from collections.abc import Callable
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element
 
+import numpy as np
 import pytest
 from detr_profiling.pages import charts
-from detr_profiling.pages.drawing import Scale, around
+from detr_profiling.pages.charts import Bar, Dot, svg_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-HOSTILE = '<script>alert(1)</script>"&'
-BARS = [
-    charts.Bar("reference", 900, 890, 910),
-    charts.Bar("slower", 990, 980, 1000),
-    charts.Bar("faster", 450, 440, 455),
-]
-PARTS = [("backbone", 0.5, "stage-backbone"), ("loss", 0.02, "stage-loss"), ("backward", 0.48, "stage-backward")]
+HOSTILE = "<script>$\\alpha$</script>&"
+BARS = [Bar("reference", 900, 890, 910), Bar("slower", 990, 980, 1000), Bar("faster", 450, 440, 455)]
 CURVE = [(0.0, 100.0), (10.0, 400.0), (20.0, 50.0)]
-DOTS = [charts.Dot("backbone", "1", 100, 0.5, "stage-backbone"), charts.Dot("all", "Σ", 10, 0.1, "stage-other")]
+TOTAL, STAGES = Dot("all", 10, 0.1), [Dot("backbone", 100, 0.5), Dot("encoder", 30, 0.3)]
 LOSSES = {"reference": [4.0, 3.0, None, 1.0], "fp32": [4.0, 3.1, float("nan"), 1.1]}
-HUES = ("series-0", "series-1")
-
-PICTURES: dict[str, Callable[[str, str], str]] = {
-    "waterfall": lambda name, text: charts.waterfall(name, text, [charts.Bar(text, 3, 2, 4), *BARS]),
-    "stacked bar": lambda name, text: charts.stacked_bar(name, text, [(text, 0.2, "stage-other"), *PARTS]),
-    "memory": lambda name, text: charts.memory_curve(name, text, CURVE, (text, text)),
-    "roofline": lambda name, text: charts.roofline(name, text, 20, 1.3, [charts.Dot(text, "1", 5, 0.1, "x"), *DOTS]),
-    "scatter": lambda name, text: charts.scatter(name, text, [(0.0, 0.1), (2.0, 1.9)]),
-    "histogram": lambda name, text: charts.histogram(name, text, [-9, -8, -7], [3, 5]),
-    "losses": lambda name, text: charts.loss_curves(name, text, {text: [2.0, 1.0]}, HUES),
+CHARTS: dict[str, Callable[[str], Figure]] = {
+    "ladder": lambda text: charts.ladder_bars([Bar(text, 3, 2, 4), *BARS]),
+    "baselines": lambda text: charts.baseline_bars([Bar(text, 3, 2, 4), *BARS]),
+    "stages": lambda text: charts.stage_bars([Bar(text, 3, 2, 4), *BARS]),
+    "stages of a GPU": lambda text: charts.stage_bars([Bar(text, 3, 2, 4, 5), *BARS]),
+    "memory": lambda text: charts.memory_curve(CURVE, text),
+    "roofline": lambda text: charts.roofline(20, 1.3, TOTAL, [Dot(text, 5, 0.1), *STAGES]),
+    "outputs": lambda text: charts.outputs([(0.0, 0.1), (2.0, 1.9)], [-9, -8, -7], [3, 5]),
+    "losses": lambda text: charts.loss_curves({text: [2.0, 1.0], **LOSSES}),
 }
+COLOURS = (charts.BLUE, charts.SKY, charts.VERMILLION, charts.GREEN, charts.PURPLE, charts.ORANGE)
 
 
-def drawn(svg: str) -> Element:
-    return ElementTree.fromstring(svg)
+def axes_of(figure: Figure) -> Axes:
+    return figure.axes[0]
 
 
-def styled(svg: str, tag: str, style: str) -> list[Element]:
-    return [each for each in drawn(svg).iter(tag) if style in (each.get("class") or "").split()]
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
 
 
-def percent(element: Element, name: str) -> float:
-    return float(element.attrib[name].removesuffix("%"))
+@pytest.mark.parametrize("kind", CHARTS)
+def test_texts_are_texts_and_nothing_else(kind: str) -> None:
+    svg = svg_of(lambda: CHARTS[kind](HOSTILE))
+    root = ElementTree.fromstring(svg)
+    said = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any(HOSTILE in text for text in said) or kind == "outputs"
+    assert not any("mathdefault" in text for text in said), "ticks are numbers, not formulas"
+    assert "<script" not in svg and not re.search(r' on\w+="|href="(?!#|data:image/png)', svg)
+    assert "dc:date" not in svg, "the same numbers on another day are the same bytes"
 
 
-def path_points(element: Element) -> list[tuple[float, float]]:
-    """In thousandths of the width and pixels from the top."""
-    numbers = [float(each) for each in re.findall(r"-?[\d.]+", element.attrib["d"])]
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-@pytest.mark.parametrize("kind", PICTURES)
-def test_texts_are_texts_and_pictures_have_titles(kind: str) -> None:
-    svg = PICTURES[kind]("name", HOSTILE)
-    assert "<script" not in svg
-    root = drawn(svg)
-    assert root.get("role") == "img" and root.get("aria-labelledby") == "name-title name-description"
-    assert [root[0].tag, root[0].get("id"), root[0].text] == ["title", "name-title", HOSTILE]
-    assert [root[1].tag, root[1].get("id")] == ["desc", "name-description"] and root[1].text
-    allowed = {"svg", "title", "desc", "g", "text", "rect", "line", "path", "circle"}
-    assert {each.tag for each in root.iter()} <= allowed
-    assert not [name for each in root.iter() for name in each.attrib if name.startswith("on") or "href" in name]
-    assert not re.search("nan|inf", "".join(value for each in root.iter() for value in each.attrib.values()))
-
-
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("kind", CHARTS)
 def test_same_numbers_give_the_same_bytes(kind: str) -> None:
-    assert PICTURES[kind]("name", "title") == PICTURES[kind]("name", "title")
+    assert svg_of(lambda: CHARTS[kind]("name")) == svg_of(lambda: CHARTS[kind]("name"))
 
 
 def test_characters_that_xml_has_not() -> None:
-    svg = PICTURES["stacked bar"]("name", "a\x00b\x1b\ud800")
-    assert drawn(svg)[0].text == "a�b��"
-    svg.encode("utf-8")
+    svg = svg_of(lambda: CHARTS["ladder"]("a\x00b\x1b\ud800"))
+    assert r"a\x00b\x1b\ud800" in svg
+    ElementTree.fromstring(svg.encode())
 
 
-def test_waterfall_is_to_scale_and_shows_what_is_slower() -> None:
-    svg = charts.waterfall("name", "title", BARS)
-    times, saved, cost = (styled(svg, "rect", style) for style in ("time", "saved", "cost"))
-    assert [percent(each, "width") for each in times] == [90.0, 90.0, 45.0], "of the longest third quartile, 1000 ms"
-    assert [percent(each, "width") for each in cost] == [99.0]
-    assert [percent(each, "width") for each in saved] == [90.0, 99.0]
-    spreads = [(percent(each, "x1"), percent(each, "x2")) for each in styled(svg, "line", "spread")]
-    assert spreads == [(89.0, 91.0), (98.0, 100.0), (44.0, 45.5)]
-    assert [each.text for each in styled(svg, "text", "label")] == ["+10 %", "−55 %"]
-    assert [each.text for each in styled(svg, "text", "value")] == ["900 ms", "990 ms", "450 ms"]
+def bars_of(axes: Axes) -> dict[str, list[tuple[int, float]]]:
+    """By what the legend calls them, rows and lengths of bars."""
+    return {
+        str(container.get_label()): [(round(bar.get_y() + bar.get_height() / 2), bar.get_width()) for bar in container]
+        for container in axes.containers
+        if hasattr(container, "patches")
+    }
 
 
-def test_stacked_bar_is_the_whole() -> None:
-    svg = charts.stacked_bar("name", "title", PARTS)
-    boxes = styled(svg, "rect", "part")
-    assert [percent(each, "x") for each in boxes] == [0, 50, 52]
-    assert sum(percent(each, "width") for each in boxes) == pytest.approx(100)
-    assert [each.text for each in styled(svg, "text", "on-part")] == ["50 %", "48 %"], "2 % is too narrow for a text"
-    assert "loss: 2.0 %" in [each.text for each in drawn(svg).iter("title")]
+def test_ladder_is_to_scale_and_shows_what_is_slower() -> None:
+    axes = axes_of(charts.ladder_bars(BARS))
+    assert bars_of(axes) == {
+        "saved against the row above": [(0, 900), (1, 900), (2, 990)],
+        "median and quartiles": [(0, 900), (2, 450)],
+        "slower than the row above": [(1, 990)],
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["reference", "slower", "faster"]
+    assert texts(axes) == ["900 ms", "990 ms, +10 %", "450 ms, −55 %"]
+    hatched = [
+        bar.get_hatch() is not None for container in axes.containers for bar in getattr(container, "patches", ())
+    ]
+    assert hatched == [False] * 5 + [True], "it is not told by colour alone"
 
 
-def test_memory_stays_until_the_next_event_and_its_peak_is_marked() -> None:
-    svg = charts.memory_curve("name", "title", CURVE, ("peak 400 MiB", "backward"))
-    line = path_points(styled(svg, "path", "line")[0])
-    assert [left for left, _ in line] == [0, 500, 500, 1000, 1000]
-    assert line[0][1] == line[1][1] and line[2][1] == line[3][1]
-    (peak,) = styled(svg, "circle", "peak")
-    assert percent(peak, "cx") == 50 and float(peak.attrib["cy"]) == line[2][1] == min(top for _, top in line)
-    assert [each.text for each in styled(svg, "text", "note")] == ["peak 400 MiB", "backward"]
+def test_quartiles_are_shown() -> None:
+    axes = axes_of(charts.ladder_bars(BARS))
+    ends = {tuple(x for x, _ in segment) for bars in axes.collections for segment in bars.get_segments()}  # type: ignore[attr-defined]
+    assert ends == {(890, 910), (980, 1000), (440, 455)}
 
 
-@pytest.mark.parametrize(("at", "anchor"), [(0, None), (50, "middle"), (100, "end")])
-def test_peak_at_an_edge_keeps_its_text_within(at: float, anchor: str | None) -> None:
+def test_baselines_are_compared_with_the_first() -> None:
+    axes = axes_of(charts.baseline_bars(BARS))
+    assert bars_of(axes) == {"baseline, median and quartiles": [(0, 900), (1, 990)], "faster": [(2, 450)]}
+    assert texts(axes) == ["900 ms", "990 ms, +10 %", "450 ms, −50 %"]
+
+
+def test_stages_show_host_and_device() -> None:
+    stages = [Bar("backbone", 140, 135, 150, 160), Bar("matching", 2, 1, 3, None)]
+    axes = axes_of(charts.stage_bars(stages))
+    lengths = {name: [length for _, length in bars] for name, bars in bars_of(axes).items()}
+    assert lengths == {"host, median and quartiles": [140, 2], "device": [160, 0]}
+    assert "device" not in bars_of(axes_of(charts.stage_bars(BARS)))
+
+
+@pytest.mark.parametrize(("at", "side"), [(0, "left"), (50, "center"), (100, "right")])
+def test_memory_stays_until_the_next_event_and_its_peak_is_marked(at: float, side: str) -> None:
     curve = [(float(ms), 900.0 if ms == at else 100.0) for ms in (0, 50, 100)]
-    notes = styled(charts.memory_curve("name", "title", curve, ("peak", "place")), "text", "note")
-    assert [each.get("text-anchor") for each in notes] == [anchor, anchor]
+    axes = axes_of(charts.memory_curve(curve, "peak 900 MiB"))
+    steps, peak = axes.lines
+    assert steps.get_drawstyle() == "steps-post"
+    assert (list(peak.get_xdata()), list(peak.get_ydata())) == ([at], [900.0])  # type: ignore[arg-type]
+    assert texts(axes) == ["peak 900 MiB"] and axes.texts[0].get_ha() == side, "at an edge it keeps within"
 
 
 def test_roofline_breaks_where_memory_and_arithmetic_meet() -> None:
-    svg = charts.roofline("name", "title", copy_gb_s=20, product_tflop_s=2, dots=DOTS)
-    low, ridge, end = path_points(styled(svg, "path", "ceiling")[0])
-    assert low[1] > ridge[1] == end[1] and end[0] == 1000
-    first, total = styled(svg, "circle", "part")
-    assert 10 * percent(first, "cx") == pytest.approx(ridge[0], abs=0.2), "100 FLOP/byte is 2 TFLOP/s at 20 GB/s"
-    px_per_decade = (float(total.attrib["cy"]) - float(first.attrib["cy"])) / math.log10(0.5 / 0.1)
-    assert float(first.attrib["cy"]) - ridge[1] == pytest.approx(math.log10(2 / 0.5) * px_per_decade, abs=0.3)
-    part_of_slope = (10 * percent(total, "cx") - low[0]) / (ridge[0] - low[0])
-    allowed_px = low[1] + part_of_slope * (ridge[1] - low[1])
-    assert float(total.attrib["cy"]) - allowed_px == pytest.approx(math.log10(0.2 / 0.1) * px_per_decade, abs=0.3)
+    axes = axes_of(charts.roofline(20, 2, TOTAL, STAGES))
+    ceiling, *dots = axes.lines
+    (low, ridge, _), heights = np.array(ceiling.get_xdata()), np.array(ceiling.get_ydata())
+    assert ridge == 100, "FLOP/byte, at which 20 GB/s are 2 TFLOP/s"
+    assert heights == pytest.approx([20 * low / 1e3, 2, 2])
+    assert [(each.get_xdata()[0], each.get_ydata()[0]) for each in dots] == [(10, 0.1), (100, 0.5), (30, 0.3)]  # type: ignore[index]
+    assert texts(axes)[2:] == ["Σ", "1", "2"]
+    assert [str(each.get_label())[:11] for each in dots] == ["Σ  all, 0.1", "1  backbone", "2  encoder,"]
 
 
-def test_roofline_without_stages_shows_the_limits() -> None:
-    svg = charts.roofline("name", "title", 20, 2, [])
-    assert styled(svg, "path", "ceiling") and not styled(svg, "circle", "part")
-
-
-def test_scatter_has_equal_axes() -> None:
-    svg = charts.scatter("name", "title", [(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
-    assert path_points(styled(svg, "path", "equal")[0]) == [(0, charts.PANEL_HEIGHT_PX), (1000, 0)]
-    cloud = styled(svg, "path", "cloud")[0].attrib["d"]
-    assert cloud.count("M") == 3 and cloud.count("h0") == 3
-    assert f"M500.0 {charts.PANEL_HEIGHT_PX / 2:.1f}h0" in cloud
-
-
-def test_histogram_is_as_high_as_its_counts() -> None:
-    svg = charts.histogram("name", "title", [-9, -8, -6], [10, 5])
-    outline = path_points(styled(svg, "path", "area")[0])
-    assert [left for left, _ in outline] == [0, 0, 333.3, 333.3, 1000, 1000]
-    height = charts.PANEL_HEIGHT_PX
-    assert outline[0][1] == outline[-1][1] == height
-    assert (height - outline[1][1]) / (height - outline[3][1]) == pytest.approx(2, rel=1e-2)
-    assert [each.text for each in styled(svg, "text", "tick") if "e-" in str(each.text)] == [
-        "1e-9",
-        "1e-8",
-        "1e-7",
-        "1e-6",
-    ]
+def test_outputs_beside_the_references_and_their_errors() -> None:
+    left, right = charts.outputs([(0.0, 1.0), (1.0, 0.0)], [-9, -8, -6], [10, 5]).axes
+    equal, points = left.lines
+    assert list(equal.get_xdata()) == list(equal.get_ydata()) == [0, 1]  # type: ignore[arg-type]
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1], [1, 0])  # type: ignore[arg-type]
+    values, edges, _ = right.patches[0].get_data()  # type: ignore[attr-defined]
+    assert list(values) == [10, 5] and list(edges) == pytest.approx([1e-9, 1e-8, 1e-6])
 
 
 def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
-    svg = charts.loss_curves("name", "title", LOSSES, HUES)
-    lines = styled(svg, "path", "loss")
-    assert [len(path_points(each)) for each in lines] == [2, 1, 2, 1]
-    assert [("series-0" in each.attrib["class"], "beneath" in each.attrib["class"]) for each in lines] == [
-        (True, True),
-        (True, True),
-        (False, False),
-        (False, False),
-    ]
+    first, second = axes_of(charts.loss_curves(LOSSES)).lines
+    for line in (first, second):
+        assert list(np.isnan(np.array(line.get_ydata(), dtype=float))) == [False, False, True, False]
+        assert line.get_marker() == "." and list(np.array(line.get_markevery())) == [False, False, False, True]
+    assert first.get_linewidth() > 3 * second.get_linewidth() and first.get_color() != second.get_color()
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: charts.waterfall("name", "title", [charts.Bar("alone", 1e-6, 1e-6, 1e-6)]),
-        lambda: charts.stacked_bar("name", "title", [("nothing", 0.0, "x")]),
-        lambda: charts.stacked_bar("name", "title", [("less than nothing", -0.01, "x"), ("rest", 1.01, "y")]),
-        lambda: charts.memory_curve("name", "title", [(5.0, 100.0)], ("peak", "place")),
-        lambda: charts.memory_curve("name", "title", [(5.0, 0.0), (6.0, 0.0)], ("peak", "place")),
-        lambda: charts.scatter("name", "title", [(2.0, 2.0)]),
-        lambda: charts.scatter("name", "title", [(0.0, 0.0)]),
-        lambda: charts.histogram("name", "title", [-3, -2.9], [0]),
-        lambda: charts.loss_curves("name", "title", {"none": [None, None]}, HUES),
-        lambda: charts.loss_curves("name", "title", {"constant": [3.0]}, HUES),
+        lambda: charts.ladder_bars([Bar("alone", 1e-6, 1e-6, 1e-6)]),
+        lambda: charts.baseline_bars([Bar("odd", 5, 6, 4)]),
+        lambda: charts.stage_bars([Bar("nothing", 0.0, 0.0, 0.0)]),
+        lambda: charts.stage_bars([Bar("less than nothing", -0.01, -0.02, 0.0)]),
+        lambda: charts.memory_curve([(5.0, 100.0)], "peak"),
+        lambda: charts.memory_curve([(5.0, 0.0), (6.0, 0.0)], "peak"),
+        lambda: charts.roofline(20, 2, None, []),
+        lambda: charts.outputs([(2.0, 2.0)], [], []),
+        lambda: charts.outputs([], [-3, -2.9], [0]),
+        lambda: charts.loss_curves({"none": [None, None]}),
+        lambda: charts.loss_curves({"constant": [3.0]}),
     ],
 )
-def test_the_least_there_can_be(draw: Callable[[], str]) -> None:
-    root = drawn(draw())
-    assert not re.search("nan|inf", "".join(value for each in root.iter() for value in each.attrib.values()))
+@pytest.mark.filterwarnings("error")
+def test_the_least_there_can_be(draw: Callable[[], Figure]) -> None:
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', svg_of(draw))
 
 
-def test_ticks_are_round_and_within() -> None:
-    assert Scale(0, 1187).ticks() == [0, 500, 1000]
-    assert Scale(-0.7, 0.72).ticks() == pytest.approx([-0.5, 0, 0.5])
-    assert Scale(2, 3000, log=True).ticks() == [10, 100, 1000]
-    assert Scale(1e-12, 1, log=True).ticks() == pytest.approx([1e-12, 1e-9, 1e-6, 1e-3, 1])
-    for low, high in ((0, 1e-7), (3, 3.0001), (-8e6, 9e6), (0, 5.9)):
-        ticks = Scale(low, high).ticks()
-        assert 2 <= len(ticks) <= 6 and low <= ticks[0] and ticks[-1] <= high * (1 + 1e-9)
+def luminance(colour: str) -> float:
+    """Relative, after WCAG 2.2."""
+    parts = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_room_around_what_does_not_vary() -> None:
-    for values in ([0.0], [5.0, 5.0], [-3.0]):
-        scale = around(values)
-        assert scale.low < values[0] < scale.high
-        assert scale.share(values[0]) == pytest.approx(0.5)
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_letters_can_be_read() -> None:
+    for colour in (charts.INK, charts.QUIET):
+        assert contrast(colour, "#ffffff") >= 4.5
+    for colour in (charts.BLUE, charts.VERMILLION):  # behind the roofline's large marks
+        assert contrast("#ffffff", colour) >= 3
+    assert len(set(COLOURS)) == 6

@@ -11,8 +11,6 @@ from detr_profiling import race
 from detr_profiling.ladder import LadderOptions
 from detr_profiling.parity import ParityOptions
 from detr_profiling.race import RaceOptions
-from detr_profiling.scaling import ScalingOptions
-from detr_profiling.suite import PARTS, SuiteOptions
 from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
 
@@ -50,7 +48,6 @@ CASES: dict[type, list[tuple[str, str]]] = {
         (WEIGHTS + VAL + "--data d", WEIGHTS + "--data d"),
     ],
     PredictConfig: [("a.jpg " + WEIGHTS + each, "a.jpg " + WEIGHTS + other) for each, other in RUNTIME],
-    SuiteOptions: WORKLOAD,
     TraceOptions: [
         ("--no-buckets", "--no-buckets --data shapes:64"),
         *WORKLOAD[1:],
@@ -67,11 +64,6 @@ CASES: dict[type, list[tuple[str, str]]] = {
         WORKLOAD[1],
         WORKLOAD[3],
         ("--batch-size 5", "--batch-size 4"),
-    ],
-    ScalingOptions: [
-        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--within-gb-s", "--within-us", "--reached")),
-        *((f"--gpus 1 {each} 0.5", f"--gpus 1 8 {each} 0.5") for each in ("--bucket-mib", "--backward-share")),
-        *((f"--gpus 8 {each} 0.5", f"--gpus 16 {each} 0.5") for each in ("--between-gb-s", "--between-us")),
     ],
 }
 """For each row of a table a command line that it refuses, and the nearest one that passes."""
@@ -125,14 +117,6 @@ def test_what_is_not_given_is_not_refused(capsys: pytest.CaptureFixture[str]) ->
     assert answer(TrainConfig, "--no-object-weight 0.2 --no-tune", capsys) == (0, "")
 
 
-def test_the_suite_gives_its_parts_no_idle_option(capsys: pytest.CaptureFixture[str]) -> None:
-    options = SuiteOptions(sizes="mixed", buckets=False, batch_size=16, dropout=0.2, capture=True)
-    for part in (part for part in PARTS if part.name in profiling.COMMANDS):
-        command = part.command(options, 1.0)[4:]
-        kind = {"parity": ParityOptions, "ladder": LadderOptions, "trace": TraceOptions}[part.name]
-        assert answer(kind, " ".join(command), capsys) == (0, "")
-
-
 def test_every_command_with_a_table_is_tried() -> None:
     for module, name in profiling.COMMANDS.items():
         options_type = getattr(__import__(f"detr_profiling.{module}", fromlist=[name]), name)
@@ -144,7 +128,7 @@ def test_every_command_with_a_table_is_tried() -> None:
     [
         *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateConfig, PredictConfig)),
         *((CheckDataConfig, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
-        *((kind, "--no-tune") for kind in (TraceOptions, SuiteOptions)),
+        *((kind, "--no-tune") for kind in (TraceOptions, LadderOptions)),
         *((kind, "--sizes mixed") for kind in (TraceOptions, ParityOptions)),
         *((ParityOptions, arguments) for arguments in ("--no-buckets", "--dropout 0.1")),
         (LadderOptions, "--no-capture"),

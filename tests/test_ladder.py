@@ -16,13 +16,15 @@ from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.row import LadderRow, read_rows, write_rows
 from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
-from detr_profiling.pages.ladder import ranks
+from detr_profiling.pages.ladder import ladder_sections, ranks
+from detr_profiling.pages.markdown import render_markdown
 from detr_profiling.pages.results import load_results
-from detr_profiling.report import readme_table, render_markdown
+from detr_profiling.pages.terminal import show
+from detr_profiling.report import make_report, readme_table
 from detr_profiling.rounds import Entry, rows_of
-from rich.console import Console
 
 from detr_fast.config import UserError
+from detr_fast.console import Console
 from tests.planted_clock import PlantedClock
 
 OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
@@ -249,11 +251,10 @@ def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer
     rows = read_rows(tmp_path / "ladder.csv")
     assert [row.padding for row in rows] == [1.5] + [1.04] * (len(rows) - 1)
     assert {row.sizes for row in rows} == {"mixed"}
-    shown = Console(record=True, width=100, quiet=True, file=io.StringIO())
-    shown.quiet = False
-    shown.print(ladder.table(rows))
-    assert re.search(r"padding.*\n.*\n.*reference.* 1\.50 .*\n.*buckets.* 1\.04 ", shown.export_text())
     results = load_results(tmp_path)
+    shown = Console(width=100, record=True, file=io.StringIO())
+    show(ladder_sections(results.ladder), shown)
+    assert re.search(r"overhead,(.*\n){1,3}.*reference.* 50 .*\n.*buckets.* 4\.0 ", shown.export_text())
     assert [row.padding for row in results.ladder[:2]] == [1.5, 1.04]
-    assert "64x96 px, mixed sizes, 1 a step" in readme_table(results)
-    assert f"ladder --out {tmp_path} --size 64x96 --sizes mixed" in render_markdown(results)
+    assert "64x96 px, mixed sizes, 1 images/step" in readme_table(results)
+    assert f"ladder --out {tmp_path} --size 64x96 --sizes mixed" in render_markdown(make_report(results))

@@ -109,7 +109,7 @@ if {home!r}:
 def unknown(uid):
     raise KeyError("getpwuid(): uid not found")
 pwd.getpwuid = unknown
-import detr_kernels, detr_fast.doctor, detr_profiling.suite
+import detr_kernels, detr_fast.doctor, detr_profiling.report
 import getpass, matplotlib, torch
 from detr_fast.paths import cache_folder
 print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir(), matplotlib.get_cachedir())

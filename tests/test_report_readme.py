@@ -10,11 +10,11 @@ from detr_fast.config import UserError
 
 PLACE = {"model": "detr_r50", "size": "320x427", "batch_size": "1", "threads": "2", "device": "AMD EPYC"}
 PLACE |= {"torch": "2.11.0", "commit": "28d3f62", "date": "2026-11-25"}
-HEAD = "mode,technique,median_ms,q1_ms,q3_ms,runs,images_per_second,speedup,peak_mib,error,allowed,close"
+HEAD = "mode,technique,median_ms,q1_ms,q3_ms,runs,images_per_second,speedup,peak_mib,error,allowed,quantity,close"
 ROWS = (
-    "training,reference,912.4,902.3,927.6,10,1.096,1,2104,3.1e-06,9.4e-06,True",
-    "training,compile,401.6,395.8,410.3,10,2.49,2.272,1238,0.014,0.026,False",
-    "inference,a|b <i>,1294,1290,1300,10,0.77,1,902.4,nan,,",
+    "training,reference,912.4,902.3,927.6,10,1.096,1,2104,3.1e-06,9.4e-06,logits,True",
+    "training,compile,401.6,395.8,410.3,10,2.49,2.272,1238,0.014,0.026,gradients,False",
+    "inference,a|b <i>,1294,1290,1300,10,0.77,1,902.4,nan,,,",
 )
 LADDER = "\n".join([",".join([HEAD, *PLACE]), *(",".join([row, *PLACE.values()]) for row in ROWS)])
 
@@ -28,14 +28,15 @@ def folder(tmp_path: Path) -> Path:
 def test_table(folder: Path) -> None:
     table = readme_table(load_results(folder))
     assert table.splitlines() == [
-        "detr_r50, 320x427 px, 1 a step, training and inference: AMD EPYC, 2 threads, torch 2.11.0, 2026-11-25, "
+        "detr_r50, 320x427 px, 1 images/step, training and inference: AMD EPYC, 2 threads, torch 2.11.0, 2026-11-25, "
         "commit 28d3f62.",
         "",
-        "| step |  | ms (spread, runs) | images/s | speedup | peak MiB | error | verdict |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
-        "| training | reference | 912 (25, 10 runs) | 1.10 | 1.00 | 2,104 | 3.1e-6 | close |",
-        "| training | compile | 402 (14, 10 runs) | 2.49 | 2.27 | 1,238 | 0.014 | NOT close |",
-        r"| inference | a\|b &lt;i> | 1,294 (10, 10 runs) | 0.770 | 1.00 | 902 | n/a | n/a |",
+        "| step |  | ms (IQR, runs) | images/s | speedup over reference | peak MiB | error of | error | of allowed, % "
+        "| verdict |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|---|",
+        "| training | reference | 912 (25, 10 runs) | 1.10 | 1.00 | 2,104 | logits | 3.1e-6 | 33 | close |",
+        "| training | compile | 402 (14, 10 runs) | 2.49 | 2.27 | 1,238 | gradients | 0.014 | 54 | NOT close |",
+        r"| inference | a\|b &lt;i> | 1,294 (10, 10 runs) | 0.770 | 1.00 | 902 | n/a | n/a | n/a | n/a |",
     ]
     assert str(folder) not in table, "a README must not depend on where the results lay"
 
@@ -48,7 +49,7 @@ def test_the_race_stands_above_the_ladder(folder: Path) -> None:
     assert len(named) == 2 and "hf-sdpa" in lines[named[0]] and lines.count("") == 3
     main(ReportOptions(str(folder)))
     page = (folder / "report.html").read_text()
-    assert "Beside others" in page and "hf-sdpa" in page
+    assert "Comparison with baselines" in page and "hf-sdpa" in page
 
 
 def test_the_readme_has_the_table_of_the_committed_results() -> None:
@@ -63,7 +64,7 @@ def test_modes_from_two_days_are_named_apart(folder: Path) -> None:
     (folder / "ladder.csv").write_text("\n".join((first, second, third.replace("2026-11-25", "2026-12-01"))))
     lines = readme_table(load_results(folder)).splitlines()
     assert ", training: " in lines[0] and "2026-11-25" in lines[0]
-    assert ", inference: " in lines[1] and "2026-12-01" in lines[1]
+    assert ", inference: " in lines[2] and "2026-12-01" in lines[2]
 
 
 def test_table_stands_between_its_marks(folder: Path) -> None:

@@ -20,9 +20,9 @@ def test_ladder_rows(tmp_path: Path) -> None:
     (tmp_path / "ladder.csv").write_text("\n".join((head, *lines, "training,cut o")))
     reference, unmeasured, cut_off = load_results(tmp_path).ladder
     assert (reference.median_ms, reference.runs, reference.close, reference.error) == (912.4, 10, True, None)
-    assert reference.rounds_ms == (905, 921) and dict(reference.place) == {"device": "a GPU"}
+    assert reference.rounds_ms == (905, 921) and dict(reference.conditions) == {"device": "a GPU"}
     assert (unmeasured.median_ms, unmeasured.close, unmeasured.note) == (None, None, "no time left")
-    assert cut_off.technique == "cut o" and cut_off.place == ()
+    assert cut_off.technique == "cut o" and cut_off.conditions == ()
 
 
 def test_whatever_is_there(tmp_path: Path) -> None:

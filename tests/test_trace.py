@@ -1,6 +1,7 @@
 """`python -m detr_profiling trace`: its figures on disk and on the terminal, and that it notices what goes wrong."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.pages.terminal import show
+from detr_profiling.pages.trace import trace_sections
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
 from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
-from detr_profiling.tracing.tables import trace_tables
 from detr_profiling.tracing.timeline import Nesting, Span, Timeline, read_timeline
 from detr_profiling.workload import Workload, build_workload
-from rich.console import Console
 
 from detr_fast.config import UserError
+from detr_fast.console import Console
 from detr_fast.stages import stage
 
 BLOCK = {
@@ -153,8 +155,9 @@ def test_the_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / stored["trace_file"]).stat().st_size == pytest.approx(stored["trace_mib"] * 2**20)
     names = [row["name"] for row in stored["stages"]]
     assert "backward" not in names
-    for word in (*names, "MiB of tensors", "no leak", "ui.perfetto.dev", str(tmp_path / "trace.json")):
+    for word in (*names, "MiB in", "does not grow", "ui.perfetto.dev", str(tmp_path / "trace.json")):
         assert word in shown
+    assert "detr_fast detr_tiny, inference: 2 x 64x64, on " in shown
     assert "warning" not in shown
     assert stored["roofline"] is not None
 
@@ -169,14 +172,15 @@ def test_what_a_gpu_adds_is_shown_and_no_name_is_markup(result: dict[str, Any]) 
     kernel = {"name": name, "calls": 2.0, "cpu_ms": None, "device_ms": 1.0, "share": 0.5}
     seen = {"mean": 321.0, "max": 654.0}
     names = ("utilisation_percent", "memory_mib", "power_watts", "sm_clock_mhz", "temperature_celsius")
+    waits = result["host_waits_per_step"]
     gpu = dict.fromkeys(names, seen) | {"energy_joules": 12.5, "throttled": ["power cap"], "memory_mib": None}
     on_gpu = result | {"idle_share": 0.25, "kernels": [kernel], "gpu": gpu, "launch_kind": "kernel launches"}
     console = Console(width=100, record=True)
-    for part in trace_tables(on_gpu):
-        console.print(part)
+    show(trace_sections(on_gpu), console)
     text = console.export_text()
-    for word in ("idle for 25.0 %", "wait for the device", "[bold]kernel<float>", "power cap", "mean 321, most 654"):
+    for word in ("idle for 25.0 %", f"synchronisations: {waits:.0f} a step", "[bold]kernel<float>"):
         assert word in text
+    assert "THROTTLED: power cap" in text and re.search(r"power, W +321 +654", text)
     assert "x" * 100 not in text
 
 
@@ -194,7 +198,7 @@ def test_a_gpus_trace_without_events_of_the_gpu_is_no_whole_trace(
     assert main(tiny_options(tmp_path)) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count(f"NOT complete: {problem}") == 2, "above the tables, and as the last line"
-    assert "On a GPU each would" not in shown
+    assert "on a CPU none does" not in shown
 
 
 @pytest.mark.parametrize(

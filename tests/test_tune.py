@@ -140,7 +140,7 @@ def test_the_command_writes_what_auto_reads(
     assert entry is not None and [trial.switch for trial in entry.parsed_trials()] == ["precision"]
     assert Tuning.from_dict(json.loads((tmp_path / "out" / "tune.json").read_text())["inference"]) == entry
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "Fastest here" in report and "Candidates in inference, in turns" in report and "fp32" in report
+    assert "## Tuning" in report and "Candidates in inference, in turns" in report and "fp32" in report
     (file,) = (tmp_path / "tuned").iterdir()
     assert str(file) in capsys.readouterr().out.replace("\n", "")
     assert json.loads(file.read_text())["first_guess_ms"] > 0

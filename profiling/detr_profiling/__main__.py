@@ -12,9 +12,7 @@ COMMANDS = {
     "ladder": "LadderOptions",
     "race": "RaceOptions",
     "tune": "TuneOptions",
-    "scaling": "ScalingOptions",
     "launches": "LaunchesOptions",
-    "suite": "SuiteOptions",
     "report": "ReportOptions",
 }
 """Each is a module here with a function `main` and this class of options."""
@@ -26,9 +24,7 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   ladder   from the plain reference to everything on, one technique a row
   race     ours compared with baselines, in turns
   tune     which backends and switches are fastest here, for every auto to read
-  scaling  training on many GPUs, on paper, from one GPU's step
   launches what a GPU would be told to do in a step, counted without one
-  suite    all of these that fit the time, and the report
   report   one HTML page and its Markdown twin from what the others left"""
 
 

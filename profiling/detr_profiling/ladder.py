@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import tyro
-from rich.table import Table
 
 from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
-from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start, techniques
 from detr_profiling.pages import formats
-from detr_profiling.pages.formats import number
-from detr_profiling.pages.ladder import remarks
+from detr_profiling.pages.ladder import ladder_sections
 from detr_profiling.pages.results import LADDER_FILE
+from detr_profiling.pages.terminal import show
 from detr_profiling.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
-from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions
 
 REFERENCE = "reference"
@@ -100,39 +97,10 @@ def why_broken(entry: Entry) -> str | None:
     return formats.verdict(False) if entry.measured.close is False else None
 
 
-def table(rows: Sequence[LadderRow]) -> Table:
-    """Lay the rows out for the terminal."""
-    titles = ["ms", "spread", "speedup", "padding", "peak MiB", "error", "without"]
-    shown = plain_table("technique", titles, "From the reference to everything on")
-    shown.add_column("")
-    for row in rows:
-        without = number(row.without_median_ms) if row.without_median_ms else ""
-        shown.add_row(row.technique, *figures(row), without, verdict(row))
-    return shown
-
-
-def figures(row: LadderRow) -> list[str]:
-    """List those of the terminal's tables; empty where the row was not measured."""
-    if row.median_ms is None or row.q1_ms is None or row.q3_ms is None:
-        return [""] * 6
-    return [
-        number(row.median_ms),
-        number(row.q3_ms - row.q1_ms, digits=2),
-        *(number(each) for each in (row.speedup, row.padding, row.peak_mib)),
-        formats.error(row.error),
-    ]
-
-
-def verdict(row: LadderRow) -> str:
-    return row.note or (formats.verdict(row.close) if row.median_ms is not None else "")
-
-
 def main(options: LadderOptions) -> int:
     console, out = Console(), Path(options.out)
     entries = build_entries(options, options.leave_one_out)
     rows = measure_into(LADDER_FILE, measuring(entries, options, console))
-    console.print(table(rows))
-    for line in remarks(rows):
-        console.print(line)
+    show(ladder_sections(rows), console)
     console.print(f"{out / LADDER_FILE}, and as a table and a picture {out / HTML_FILE} and {out / MARKDOWN_FILE}")
     return exit_code(rows)

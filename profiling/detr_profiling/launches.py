@@ -14,7 +14,6 @@ import torch
 from detr_kernels import PackedImages
 from detr_kernels.launch import launches_to
 from detr_kernels.preprocessing.resize import Place
-from rich.table import Table
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -37,6 +36,8 @@ from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_profiling.absent_gpu import absent_gpu, made_on
 from detr_profiling.limits.counting import UNWRITTEN
+from detr_profiling.pages.blocks import Section, Table, cells, figures, words
+from detr_profiling.pages.terminal import show
 from detr_profiling.tracing.breakdown import OTHER
 
 aten = torch.ops.aten
@@ -226,6 +227,18 @@ def counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
+def launches_table(launches: Launches) -> Table:
+    """Return launches by stage with the operators that launch most, and all of them together."""
+    totals = launches.totals()
+    rows = []
+    for stage, count in totals.items():
+        most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
+        rows.append(cells(stage, str(count), most))
+    synchronisations = f"{len(launches.synchronisations)} device synchronisations"
+    rows.append(cells("together", str(sum(totals.values())), synchronisations))
+    return Table("Launches in a step", [*words("stage"), *figures("launches"), *words("most frequent")], rows)
+
+
 def main(options: LaunchesOptions) -> int:
     require(not torch.cuda.is_available(), "There is a GPU: python -m detr_profiling trace shows what it really does.")
     console = Console()
@@ -237,17 +250,7 @@ def main(options: LaunchesOptions) -> int:
             console.print(f"{name}: {reason}")
         for padded in (True, False):
             launches = count_step(step, make_batch(device, images, options.size, padded))
-            totals = launches.totals()
-            table = Table(
-                "stage", "launches", "most of them", title="padded" if padded else "one size", title_justify="left"
-            )
-            for stage, count in totals.items():
-                most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
-                table.add_row(stage, str(count), most)
-            table.add_row(
-                "together", str(sum(totals.values())), f"{len(launches.synchronisations)} device synchronisations"
-            )
-            console.print(table)
+            show([Section("Padded" if padded else "One size", [launches_table(launches)])], console)
         if options.compile:
             sizes = [(height - 32 * (index % 4), width - 32 * (index % 5)) for index in range(SHAPES)]
             batches = [make_batch(device, images, size, True) for size in sizes]

@@ -19,11 +19,12 @@ from detr_profiling.comparison.judgement import Row, judge
 from detr_profiling.comparison.optimizer_step import observe_step
 from detr_profiling.comparison.own_outputs import targets_of
 from detr_profiling.comparison.record import ParityRecord
-from detr_profiling.comparison.tables import parity_tables
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
+from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
+from detr_profiling.pages.terminal import show
 from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
 
 
@@ -181,7 +182,6 @@ def main(options: ParityOptions) -> int:
                     parity.compare_training(variant)
     record.finished = True
     record.write()
-    for part in parity_tables(record.to_dict()):
-        console.print(part)
+    show(parity_sections(record.to_dict()), console)
     console.print(f"{record.path} holds all of it.")
     return 0 if record.close else 1

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.table import Table
 
 from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
-from detr_profiling.ladder import REFERENCE, figures, verdict
+from detr_profiling.ladder import REFERENCE
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start
 from detr_profiling.pages.formats import number
+from detr_profiling.pages.ladder import baseline_sections
 from detr_profiling.pages.results import RACE_FILE
+from detr_profiling.pages.terminal import show
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
-from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions, build_workload
 
 EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
@@ -79,23 +79,13 @@ def peak_share(options: WorkloadOptions, median_ms: float) -> float:
     return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
 
 
-def table(rows: Sequence[LadderRow]) -> Table:
-    """Lay the rows out for the terminal."""
-    titles = ["ms", "spread", "over reference", "padding", "peak MiB", "error"]
-    shown = plain_table("", titles, "In turns, each in a process of its own")
-    shown.add_column("")
-    for row in rows:
-        shown.add_row(row.technique, *figures(row), verdict(row))
-    return shown
-
-
 def main(options: RaceOptions) -> int:
     console = Console()
     rows = measure_into(RACE_FILE, Rounds(build_entries(options), options, console))
-    console.print(table(rows))
+    show(baseline_sections(rows), console)
     eager_ms, ours_ms = fastest_eager_ms(rows), rows[-1].median_ms
     if eager_ms and ours_ms:
         console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
-        share = peak_share(options, ours_ms)
-        console.print(f"{share:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
+        fraction = peak_share(options, ours_ms)
+        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
     return exit_code(rows)

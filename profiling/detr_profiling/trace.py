@@ -15,8 +15,9 @@ from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
+from detr_profiling.pages.terminal import show
+from detr_profiling.pages.trace import trace_sections, workload_text
 from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
-from detr_profiling.tracing.tables import trace_tables
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
 MOST_STEPS = 10
@@ -127,8 +128,8 @@ def main(options: TraceOptions) -> int:
         result = profile_workload(workload, out, options.steps, options.warmup, fetch)
         if options.memory_snapshot:
             write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)
-    for part in trace_tables(result):
-        console.print(part)
+    console.print(workload_text(result))
+    show(trace_sections(result), console)
     for line in how_to_look(result, out, options.memory_snapshot):
         console.print(line)
     return 1 if result["problem"] else 0

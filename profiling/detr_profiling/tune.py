@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.table import Table
 
 from detr_fast.config import Idle, UserError, require
 from detr_fast.console import Console
@@ -38,9 +37,10 @@ from detr_profiling.measuring.switches import Switch, first_guess, switches, val
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.results import TUNE_FILE, read_object
+from detr_profiling.pages.terminal import show
+from detr_profiling.pages.tuning import tuning_sections
 from detr_profiling.report import HTML_FILE, write_report
 from detr_profiling.trace import training_options
-from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import Mode, WorkloadOptions
 
 TURN_MS = 400
@@ -259,16 +259,6 @@ def fills_the_device(candidate: Candidate) -> bool:
     return candidate.peak_mib * 2 * 1.2 > torch.cuda.get_device_properties(device).total_memory / 2**20
 
 
-def table(trials: Sequence[Trial]) -> Table:
-    shown = plain_table("switch", ["value", "ms", "best so far", "spread", "error", "allowed"], "Candidates, in turns")
-    shown.add_column("")
-    for trial in trials:
-        times = (trial.ms, trial.against_ms, trial.spread_ms, trial.error, trial.allowed)
-        cells = (number(each) if each is not None else "" for each in times)
-        shown.add_row(trial.switch.replace("_", " "), str(trial.value), *cells, trial.outcome())
-    return shown
-
-
 def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
     """Search, and make the entry of what was found. Where a batch does not fit into the memory, of a smaller one, as
     training computes it then."""
@@ -319,7 +309,7 @@ def main(options: TuneOptions) -> int:
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
     write_result(entry, options.mode, Path(options.out))
-    console.print(table(entry.parsed_trials()))
+    show(tuning_sections({options.mode: entry.to_dict()}), console)
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
     if entry.choices:

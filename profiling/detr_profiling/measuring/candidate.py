@@ -22,8 +22,8 @@ import torch
 
 from detr_profiling.measuring.measurement import Configuration, compare, last_words
 from detr_profiling.measuring.memory import peak_memory
+from detr_profiling.measuring.stopping import SECONDS_TO_END, stop
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, measure
-from detr_profiling.suite import SECONDS_TO_END, stop
 from detr_profiling.workload import Workload, WorkloadOptions
 
 COMMAND = (sys.executable, "-m", "detr_profiling.measuring.candidate")

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-PLACE = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
-"""The columns that say what was measured, where and when."""
+from detr_fast.files import write_text
+
+CONDITIONS = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
+"""The columns that tell under which conditions a row was measured."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class LadderRow:
     date: str = ""
 
     @property
-    def place(self) -> tuple[tuple[str, str], ...]:
-        """Pair the names of PLACE with what the row says of them, where it does."""
-        return tuple((name, getattr(self, name)) for name in PLACE if getattr(self, name))
+    def conditions(self) -> tuple[tuple[str, str], ...]:
+        """Pair the names of CONDITIONS with what the row says of them, where it does."""
+        return tuple((name, getattr(self, name)) for name in CONDITIONS if getattr(self, name))
 
     @classmethod
     def from_text(cls, row: dict[str, str]) -> Self:

@@ -1,171 +1,272 @@
-"""The report's pictures, each as inline SVG from plain numbers."""
+"""The report's charts, drawn by matplotlib from plain numbers: each function returns a figure.
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
-from xml.etree.ElementTree import SubElement
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), which colour-blind people tell apart. Texts stay
+texts in the SVG, and the same numbers give the same bytes.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from detr_profiling.pages.drawing import Plot, Point, Scale, around, box, hint, new_svg, rule, shorten, text_of, write
-from detr_profiling.pages.formats import number, percent, signed_percent
+from detr_fast.evaluation.lettering import LETTERING, one_line
+from detr_profiling.pages.formats import number, signed_percent
 
-ROW_HEIGHT_PX = 46
-STACK_HEIGHT_PX = 48
-CHANGE_FROM_RIGHT_PX = 84
-PANEL_HEIGHT_PX = 180
-SUM = "Σ"
-"""The mark of all stages together: a larger dot beneath theirs."""
-LEAST_LABELLED = 0.075
-"""Of the width: in a narrower part its share does not fit."""
+BLUE, SKY, VERMILLION, GREEN, PURPLE, ORANGE = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#aa4499", "#e69f00"
+INK, QUIET, HAIR, PALE = "#21201c", "#66635b", "#e2dfd6", "#cfe3ef"
+STYLE: Any = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "detr_profiling", "text.parse_math": False, "axes.unicode_minus": True},
+    **{
+        "figure.dpi": 72,
+        "font.sans-serif": ["DejaVu Sans", "Verdana"],
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "text.color": INK,
+    },
+    **{"axes.labelcolor": QUIET, "axes.edgecolor": QUIET, "axes.linewidth": 0.8, "axes.titlesize": 9},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.formatter.limits": (-4, 6)},
+    **{"grid.color": HAIR, "xtick.color": QUIET, "ytick.color": QUIET, "legend.frameon": False, "legend.fontsize": 8},
+}
+WIDTH_INCHES = 9.2
+"""So that letters of 9 points are of 12 pixels on a page of 900."""
+LONGEST_NAME = 34
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+Point = tuple[float, float]
+
+
+def svg_of(draw: Callable[[], Figure]) -> str:
+    """Return a figure as SVG: no date in it, no letters as outlines, `$` and `<` in names as they are."""
+    with rc_context(STYLE):
+        figure = draw()
+        LETTERING.prepare(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", dpi=144, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()
+
+
+def axes_of(height_inches: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches))
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def shorten(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return a name in one line that is not too long, of letters that fonts here have."""
+    name = LETTERING.shown(one_line(name))
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def note(axes: Axes, text: str, xy: Point, points_away: Point, **alignment: Any) -> None:
+    """Write a text at `xy` in the axes' units, some points away from it."""
+    axes.annotate(text, xy, points_away, textcoords="offset points", **alignment)
+
+
+def log_ticks(*axes: Axis) -> None:
+    """Label powers of ten without the formulas that matplotlib would write, which stay unread here."""
+    for each in axes:
+        each.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.10g}" if 1e-3 <= value < 1e5 else f"{value:g}")
+        )
+        each.set_minor_locator(NullLocator())
 
 
 class Bar(NamedTuple):
-    """A row of the waterfall."""
+    """Holds a median with its quartiles, in milliseconds; of a stage also the device's time."""
 
     name: str
     median_ms: float
     q1_ms: float
     q3_ms: float
+    device_ms: float | None = None
 
 
-def waterfall(name: str, title: str, bars: Sequence[Bar]) -> str:
-    """Each row's time, and what it saves or costs against the row before."""
-    longest = max(max(bar.q3_ms, bar.median_ms) for bar in bars)
-    said = "; ".join(f"{bar.name} {number(bar.median_ms)} ms" for bar in bars)
-    svg = new_svg(name, title, said, ROW_HEIGHT_PX * len(bars), "bars")
-    for index, bar in enumerate(bars):
-        top, before_ms = index * ROW_HEIGHT_PX, bars[max(0, index - 1)].median_ms
-        group = SubElement(svg, "g")
-        hint(group, f"{bar.name}: {number(bar.median_ms)} ms, {number(before_ms / bar.median_ms)} times the row before")
-        write(group, 0, top + 15, shorten(bar.name), "name")
-        write(group, 1, top + 15, f"{number(bar.median_ms)} ms", "value", "end")
-        if index:
-            change = signed_percent(bar.median_ms / before_ms - 1)
-            write(group, 1, top + 15, change, "label", "end", shift_px=-CHANGE_FROM_RIGHT_PX)
-        low, high = sorted((bar.median_ms, before_ms))
-        box(group, 0, high / longest, top + 22, 12, "cost" if bar.median_ms > before_ms else "saved")
-        box(group, 0, low / longest, top + 22, 12, "time")
-        rule(group, (bar.q1_ms / longest, top + 28), (bar.q3_ms / longest, top + 28), "spread")
-    return text_of(svg)
+def horizontal_bars(axes: Axes, names: Sequence[str], label: str) -> None:
+    """Set one row a name, the first at the top, over an axis of `label`."""
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names], color=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_xlabel(label)
 
 
-def stacked_bar(name: str, title: str, parts: Sequence[tuple[str, float, str]]) -> str:
-    """One bar of all parts; each a name, its share of the whole and its hue."""
-    total = sum(max(0.0, share) for _, share, _ in parts) or 1.0
-    said = ", ".join(f"{part} {percent(share)} %" for part, share, _ in parts)
-    svg = new_svg(name, title, said, STACK_HEIGHT_PX, "bars")
-    left = 0.0
-    for part, share, hue in parts:
-        width = max(0.0, share) / total
-        group = SubElement(svg, "g")
-        hint(group, f"{part}: {percent(share)} %")
-        box(group, left, width, 0, STACK_HEIGHT_PX, f"part {hue}")
-        if width >= LEAST_LABELLED:
-            write(group, left + width / 2, STACK_HEIGHT_PX / 2 + 5, f"{100 * width:.0f} %", "on-part", "middle")
-        left += width
-    return text_of(svg)
+def error_bars(bars: Sequence[Bar]) -> dict[str, Any]:
+    """Return what `barh` takes to show the quartiles."""
+    below = [max(0.0, bar.median_ms - bar.q1_ms) for bar in bars]
+    above = [max(0.0, bar.q3_ms - bar.median_ms) for bar in bars]
+    return {"xerr": [below, above], "error_kw": {"ecolor": INK, "elinewidth": 1.2, "capsize": 3}}
 
 
-def memory_curve(name: str, title: str, curve: Sequence[Point], peak: tuple[str, str]) -> str:
-    """MiB over milliseconds; `peak`, how much and where, is written at the highest point."""
-    times_ms, highest = [ms for ms, _ in curve], max(curve, key=lambda point: point[1])
-    x = Scale(min(times_ms), max(times_ms)) if len(set(times_ms)) > 1 else around(times_ms)
-    y = Scale(0, 1.25 * highest[1] or 1.0)
-    plot = Plot(name, title, ", ".join(peak), x, y, ("ms since the first recorded step began", "MiB"))
-    steps = staircase(curve)
-    plot.area(steps, "memory")
-    plot.line(steps, "memory")
-    plot.dot(highest, "peak", ", ".join(peak))
-    place = x.share(highest[0])
-    anchor = "start" if place < 0.2 else "end" if place > 0.8 else "middle"
-    plot.note(highest, peak[0], "note strong", anchor, down_px=-28)
-    plot.note(highest, shorten(peak[1], 44), "note", anchor, down_px=-12)
-    return str(plot)
+def ladder_bars(bars: Sequence[Bar]) -> Figure:
+    """Draw each row's time, and what it saves or costs against the row above it."""
+    figure, (axes,) = axes_of(0.34 * len(bars) + 0.9)
+    before = [bars[max(0, row - 1)].median_ms for row in range(len(bars))]
+    slower = [row for row, bar in enumerate(bars) if bar.median_ms > before[row]]
+    others = [row for row in range(len(bars)) if row not in slower]
+    if any(bar.median_ms < other for bar, other in zip(bars, before, strict=True)):
+        axes.barh(range(len(bars)), before, 0.62, color=PALE, label="saved against the row above")
+    add_bars(axes, bars, others, color=BLUE, label="median and quartiles")
+    # the hatch tells it without colour
+    add_bars(axes, bars, slower, color=VERMILLION, hatch="////", label="slower than the row above")
+    label_bars(axes, bars, before, [max(ends) for ends in zip(before, ends_of(bars), strict=True)])
+    figure.legend(loc="outside lower left", ncols=3)
+    return figure
 
 
-def staircase(curve: Sequence[Point]) -> list[Point]:
-    """What is allocated stays so until the next event."""
-    points = list(curve[:1])
-    for (_, before_mib), (ms, mib) in pairwise(curve):
-        points += [(ms, before_mib), (ms, mib)]
-    return points
+def baseline_bars(bars: Sequence[Bar]) -> Figure:
+    """Draw each baseline's time and, as the last, ours, with the difference from the first."""
+    figure, (axes,) = axes_of(0.34 * len(bars) + 0.9)
+    *baselines, ours = range(len(bars))
+    add_bars(axes, bars, baselines, color=SKY, label="baseline, median and quartiles")
+    add_bars(axes, bars, [ours], color=BLUE, label=shorten(bars[ours].name))
+    label_bars(axes, bars, [bars[0].median_ms] * len(bars), ends_of(bars))
+    figure.legend(loc="outside lower left", ncols=3)
+    return figure
+
+
+def ends_of(bars: Sequence[Bar]) -> list[float]:
+    return [max(bar.median_ms, bar.q3_ms) for bar in bars]
+
+
+def add_bars(axes: Axes, bars: Sequence[Bar], rows: Sequence[int], **style: Any) -> None:
+    """Draw the bars of some rows in one style, with their quartiles."""
+    if rows:
+        chosen = [bars[row] for row in rows]
+        times = [bar.median_ms for bar in chosen]
+        axes.barh(rows, times, 0.62, edgecolor="white", linewidth=0, **style, **error_bars(chosen))
+
+
+def label_bars(axes: Axes, bars: Sequence[Bar], before: Sequence[float], ends: Sequence[float]) -> None:
+    """Name the rows, and write times and the changes against `before` at their `ends`."""
+    for row, (bar, other, end) in enumerate(zip(bars, before, ends, strict=True)):
+        change = f", {signed_percent(bar.median_ms / other - 1)}" if row else ""
+        note(axes, f"{number(bar.median_ms)} ms{change}", (end, row), (6, 0), va="center")
+    axes.set_xlim(0, 1.22 * max(ends))
+    horizontal_bars(axes, [bar.name for bar in bars], "ms")
+
+
+def stage_bars(stages: Sequence[Bar]) -> Figure:
+    """Draw the host's time in each stage, and beside it the device's where it is known."""
+    on_device = any(stage.device_ms is not None for stage in stages)
+    height = 0.36 if on_device else 0.62
+    figure, (axes,) = axes_of((0.42 if on_device else 0.3) * len(stages) + 0.9)
+    host_y = np.arange(len(stages)) - (height / 2 if on_device else 0)
+    times = [max(0.0, stage.median_ms) for stage in stages]
+    axes.barh(host_y, times, height, color=BLUE, label="host, median and quartiles", **error_bars(stages))
+    ends = [max(time, stage.q3_ms) for time, stage in zip(times, stages, strict=True)]
+    for y, time, end in zip(host_y, times, ends, strict=True):
+        note(axes, number(time), (end, y), (4, 0), va="center")
+    if on_device:
+        device = [stage.device_ms or 0.0 for stage in stages]
+        axes.barh(host_y + height, device, height, color=ORANGE, label="device")
+        for y, time in zip(host_y + height, device, strict=True):
+            note(axes, number(time), (time, y), (4, 0), va="center")
+        ends += device
+    axes.set_xlim(0, 1.1 * max(ends) or 1.0)
+    horizontal_bars(axes, [stage.name for stage in stages], "ms in a step")
+    figure.legend(loc="outside lower left", ncols=2)
+    return figure
+
+
+def memory_curve(curve: Sequence[Point], peak: str) -> Figure:
+    """Draw MiB over milliseconds, and `peak` in words at the highest point."""
+    figure, (axes,) = axes_of(2.9)
+    times_ms, mib = zip(*curve, strict=True)
+    axes.fill_between(times_ms, mib, step="post", color=PALE, linewidth=0, rasterized=True)
+    axes.step(times_ms, mib, where="post", color=BLUE, linewidth=1.2)
+    ms, highest = max(curve, key=lambda point: point[1])
+    axes.plot([ms], [highest], "o", color=VERMILLION, markersize=6)
+    fraction = (ms - times_ms[0]) / ((times_ms[-1] - times_ms[0]) or 1.0)
+    side = "left" if fraction < 0.3 else "right" if fraction > 0.7 else "center"
+    note(axes, shorten(peak, 80), (ms, highest), (0, 8), ha=side)
+    axes.set_ylim(0, 1.2 * highest or 1.0)
+    axes.margins(x=0.01)
+    axes.set_xlabel("ms since the first recorded step began")
+    axes.set_ylabel("MiB")
+    axes.grid(axis="y")
+    return figure
 
 
 class Dot(NamedTuple):
-    """A point of the roofline; both coordinates above 0."""
+    """Holds a point of the roofline; both coordinates are above 0."""
 
     name: str
-    mark: str
-    """Two characters at most, shown on it."""
     flop_per_byte: float
     tflop_s: float
-    hue: str
 
 
-def roofline(name: str, title: str, copy_gb_s: float, product_tflop_s: float, dots: Sequence[Dot]) -> str:
-    """What each stage reaches, under what the measured copy and the measured product allow."""
-    ridge = 1e3 * product_tflop_s / copy_gb_s
+def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, stages: Sequence[Dot]) -> Figure:
+    """Draw what each stage reaches under the measured memory bandwidth and the measured GEMM, as numbered points."""
+    figure, (axes,) = axes_of(3.6)
+    dots = [dot for dot in (total, *stages) if dot]
+    ridge = 1e3 * gemm_tflop_s / bandwidth_gb_s
     along = [ridge / 10, ridge * 10, *(dot.flop_per_byte * factor for dot in dots for factor in (0.5, 2))]
-    x = Scale(min(along), max(along), log=True)
-    y = Scale(min([copy_gb_s * x.low / 1e3, *(dot.tflop_s for dot in dots)]) / 2, product_tflop_s * 4, log=True)
-    said = [f"{each.name}: {number(each.flop_per_byte)} FLOP/byte, {number(each.tflop_s)} TFLOP/s" for each in dots]
-    plot = Plot(name, title, "; ".join(said), x, y, ("FLOP per byte moved at least", "TFLOP/s"), 300)
-    start = max(x.low, 1e3 * y.low / copy_gb_s)
-    corner, far = (ridge, product_tflop_s), (x.high, product_tflop_s)
-    plot.line([(start, copy_gb_s * start / 1e3), corner, far], "ceiling")
-    plot.note(far, f"measured product {number(product_tflop_s)} TFLOP/s", "note", "end", down_px=-9)
-    below = (start * (ridge / start) ** 0.1, copy_gb_s * start * (ridge / start) ** 0.1 / 1e3)
-    plot.note(below, f"measured copy {number(copy_gb_s)} GB/s", "note", "start", down_px=18)
-    for dot, words in zip(dots, said, strict=True):
-        place = (dot.flop_per_byte, dot.tflop_s)
-        plot.dot(place, f"part {dot.hue}", words, radius_px=12 if dot.mark == SUM else 9)
-        plot.note(place, dot.mark, "on-part", "middle", down_px=4)
-    return str(plot)
+    low, high = min(along), max(along)
+    ceiling = (bandwidth_gb_s * low / 1e3, gemm_tflop_s, gemm_tflop_s)
+    axes.loglog((low, ridge, high), ceiling, color=INK, linewidth=1.6)
+    bottom = min([ceiling[0], *(dot.tflop_s for dot in dots)]) / 2
+    axes.set(xlim=(low, high), ylim=(bottom, 3 * gemm_tflop_s), xlabel="FLOP per byte moved at least", ylabel="TFLOP/s")
+    note(axes, f"GEMM, {number(gemm_tflop_s)} TFLOP/s", (high, gemm_tflop_s), (-2, 5), ha="right")
+    middle = ((low * ridge) ** 0.5, bandwidth_gb_s * (low * ridge) ** 0.5 / 1e3)
+    note(axes, f"memory bandwidth, {number(bandwidth_gb_s)} GB/s", middle, (10, -10))
+    for mark, dot in enumerate(dots, start=0 if total else 1):
+        colour, text = (VERMILLION, "Σ") if dot is total else (BLUE, str(mark))
+        label = f"{text}  {shorten(dot.name)}, {number(dot.tflop_s)} TFLOP/s"
+        axes.plot(
+            dot.flop_per_byte, dot.tflop_s, "o", color=colour, markersize=13, markeredgecolor="white", label=label
+        )
+        axes.text(dot.flop_per_byte, dot.tflop_s, text, color="white", ha="center", va="center_baseline", weight="bold")
+    log_ticks(axes.xaxis, axes.yaxis)
+    axes.grid()
+    if dots:
+        figure.legend(loc="outside right upper", handlelength=0, handletextpad=0, markerscale=0)
+    return figure
 
 
-def scatter(name: str, title: str, pairs: Sequence[Point]) -> str:
-    """Ours over the oracle's, and the diagonal on which they are equal."""
-    scale = around([value for pair in pairs for value in pair])
-    plot = Plot(name, title, f"{len(pairs)} values", scale, scale, ("in float64", "here"), PANEL_HEIGHT_PX)
-    plot.line([(scale.low, scale.low), (scale.high, scale.high)], "equal")
-    plot.cloud(pairs, "values")
-    return str(plot)
+def outputs(pairs: Sequence[Point], edges_log10: Sequence[float], counts: Sequence[float]) -> Figure:
+    """Draw outputs here over the reference's in float64, and how many outputs err by how much."""
+    figure, (left, right) = axes_of(2.6, columns=2)
+    values = [value for pair in pairs for value in pair] or [0.0, 1.0]
+    ends = (min(values), max(values))
+    left.plot(ends, ends, color=QUIET, linewidth=0.8)
+    left.plot(
+        *zip(*pairs, strict=True) if pairs else ((), ()), "o", color=BLUE, markersize=3, alpha=0.5, rasterized=True
+    )
+    left.set(title=f"{len(pairs)} logits", xlabel="reference in float64", ylabel="here")
+    edges = [10.0**edge for edge in edges_log10]
+    if len(counts):
+        right.stairs(counts, edges, fill=True, color=BLUE)
+        right.set_xscale("log")
+        log_ticks(right.xaxis)
+    right.set(title="all logits", xlabel="absolute error", ylabel="logits")
+    for axes in (left, right):
+        axes.grid()
+    return figure
 
 
-def histogram(name: str, title: str, edges_log10: Sequence[float], counts: Sequence[float]) -> str:
-    """How many entries err by how much: decades along, counts up."""
-    x = Scale(10.0 ** edges_log10[0], 10.0 ** edges_log10[-1], log=True)
-    y = Scale(0, 1.1 * max(counts) or 1.0)
-    plot = Plot(name, title, f"{number(sum(counts))} entries", x, y, ("absolute error", "entries"), PANEL_HEIGHT_PX)
-    outline = [(10.0**edge, height) for i, height in enumerate(counts) for edge in edges_log10[i : i + 2]]
-    plot.area(outline, "values")
-    return str(plot)
-
-
-def loss_curves(name: str, title: str, losses: Mapping[str, Sequence[float | None]], hues: Sequence[str]) -> str:
-    """Loss over steps, a curve each, the first one broad beneath the others. A loss that is not finite leaves a gap."""
-    known = [value for curve in losses.values() for value in finite_values(curve)]
-    steps = max(len(curve) for curve in losses.values())
-    y = around(known, margin=0.1) if known else Scale(0, 1)
-    x = Scale(1, max(2, steps))
-    plot = Plot(name, title, f"{steps} steps of {', '.join(losses)}", x, y, ("step", "loss"), 220)
-    for index, ((_, curve), hue) in enumerate(zip(losses.items(), hues, strict=False)):
-        for stretch in stretches(curve):
-            plot.line(stretch, f"loss {hue}{' beneath' if index == 0 else ''}")
-    return str(plot)
-
-
-def finite_values(curve: Sequence[float | None]) -> list[float]:
-    return [value for value in curve if value is not None and np.isfinite(value)]
-
-
-def stretches(curve: Sequence[float | None]) -> list[list[Point]]:
-    """(step, loss) from 1 on, parted where there is no finite loss."""
-    parts: list[list[Point]] = [[]]
-    for step, value in enumerate(curve, start=1):
-        if value is None or not np.isfinite(value):
-            parts.append([])
-        else:
-            parts[-1].append((float(step), value))
-    return [part for part in parts if part]
+def loss_curves(losses: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Draw loss over steps, a line each, the first one broad beneath the others; what is not finite leaves a gap."""
+    figure, (axes,) = axes_of(3.0)
+    colours = (SKY, VERMILLION, GREEN, PURPLE, INK, ORANGE)
+    for index, (name, curve) in enumerate(losses.items()):
+        values = np.array([np.nan if value is None else value for value in curve], dtype=float)
+        values[~np.isfinite(values)] = np.nan
+        style: dict[str, Any] = {"linewidth": 6, "alpha": 0.6} if index == 0 else {"linewidth": 1.4}
+        known = np.pad(np.isfinite(values), 1)
+        style |= {"marker": ".", "markevery": known[1:-1] & ~known[:-2] & ~known[2:]}  # or one between gaps is unseen
+        style |= {
+            "color": colours[index % len(colours)],
+            "linestyle": LINE_STYLES[max(0, index - 1) % len(LINE_STYLES)],
+        }
+        axes.plot(range(1, len(values) + 1), values, label=shorten(name), **style)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid()
+    if losses:
+        figure.legend(loc="outside right upper")
+    return figure

@@ -1,4 +1,4 @@
-"""What a report says beside its figures: what was found, on which machine, how to read it, how to get it again."""
+"""The report around its figures: what was found, on which machine, how to read it, which commands make it again."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -7,13 +7,15 @@ from typing import Any
 from detr_profiling.command_line import arguments
 from detr_profiling.pages import formats
 from detr_profiling.pages import parity as report_parity
-from detr_profiling.pages.ladder import by_mode, climb
-from detr_profiling.pages.page import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
-from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, TRACE_FILE, Results
-from detr_profiling.pages.trace import growth, peak_place, stage_shares, waits
+from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
+from detr_profiling.pages.ladder import beside_baselines, by_mode, climb
+from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, RACE_FILE, TRACE_FILE, Results
+from detr_profiling.pages.trace import growth, peak_owner, stage_fractions, synchronizations
 from detr_profiling.workload import WorkloadOptions
 
 FILES = {"ladder": LADDER_FILE, "trace": TRACE_FILE, "parity": PARITY_FILE}
+"""What a whole report is made of."""
+ALL_FILES = {"race": RACE_FILE, **FILES}
 MACHINE_UNITS = {
     "memory_gib": "memory, GiB",
     "gpu_memory_gib": "GPU memory, GiB",
@@ -23,52 +25,51 @@ MACHINE_UNITS = {
     "python": "Python",
 }
 READING = [
-    (
-        "302 (11, 5 runs)",
-        "The median, the distance between the first and the third quartile, and how many runs there were.",
-    ),
+    ("302 (11, 5 runs)", "The median, the interquartile range (IQR), and the number of runs."),
     (
         "Ladder",
-        "Every row adds one technique to the row above it and runs in a process of its own. What it is worth at the "
-        "top stands under “without it”: everything on but this one. The two differ where techniques do the same work. "
-        "A technique that does not run, or is not close, is left out of the rows after it.",
+        "An incremental ablation: every row adds one technique to the row above it and runs in a process of its own. "
+        "“Leave-one-out” is everything on but this technique. The two differ where techniques do the same work. A "
+        "technique that does not run, or is not close, is left out of the rows after it.",
     ),
+    ("Speedup", "Over the row “reference”: the plain DETR in float32, eager, measured beside the others."),
     (
         "A step",
         "From photographs on the host to the last write. They have 0.6 of their size in the batch and are resized on "
-        "the device, also for the others, whose own data workers would do it. On a GPU a run is several steps issued "
+        "the device, for baselines too, whose own data workers would do it. On a GPU a run is several steps launched "
         "back to back, a batch copied one ahead, and its time is that of one step.",
     ),
     (
-        "Padding",
-        "Pixels computed for each that is an image's: 1 where all images of a batch have one size.",
+        "Padding overhead",
+        "Pixels of padding in percent of the images' own: 0 where all images of a batch have one size.",
     ),
     (
-        "Error and allowed",
-        "The largest difference from the plain reference in float64, of gradients relative to their norm; and twice "
-        "the same of plain eager code in the same precision, plus a floor. Close: no larger than that, and no NaN.",
+        "Error, of allowed",
+        "The error is the largest difference from the plain reference in float64, of the quantity named beside it; of "
+        "gradients it is relative to their norm. Allowed is twice the error of plain eager code in the same precision, "
+        "plus an absolute tolerance. “Of allowed” is the error in percent of that: close is at most 100 %, and no NaN.",
     ),
     (
         "Stages",
         "A stage's time is the host's, without the stages within it. A GPU works behind the host: what it did for a "
-        "stage stands under “device”.",
+        "stage is under “device”.",
     ),
     (
-        "Host waits",
-        "Each makes the host stand still until the GPU has caught up, and then the GPU until the host has. On a CPU "
-        "nothing waits; counted are the reads that would.",
+        "Device synchronisations",
+        "Each makes the host wait until the GPU has caught up, and then the GPU until the host has. On a CPU nothing "
+        "waits; counted are the reads that would.",
     ),
     (
         "Roofline",
-        "No stage can be faster than its bytes at the measured copy's speed or its FLOP at the measured product's; "
-        "“least ms” is the larger of the two, “times the least” what the stage takes of it.",
+        "No stage can be faster than its bytes at the measured memory bandwidth or its FLOP at the rate of the "
+        "measured GEMM: “bound” is the larger of the two times, “× bound” how many times it the stage takes.",
     ),
     (formats.NOT_KNOWN, "Does not apply on this machine, or could not be measured."),
 ]
 
 
 def heading(results: Results) -> str:
-    """Which model doing what."""
+    """Return which model does what."""
     options = workload_options(results)
     if not options:
         return "Profile"
@@ -76,8 +77,9 @@ def heading(results: Results) -> str:
 
 
 def findings(results: Results) -> list[tuple[str, Cell]]:
-    """The report's summary: of what, and what was found."""
-    found = [(mode, Cell(climb(rows))) for mode, rows in by_mode(results.ladder).items()]
+    """Return the report's summary: of what, and what was found."""
+    found = [(mode, Cell(beside_baselines(rows))) for mode, rows in by_mode(results.race).items()]
+    found += [(f"{mode} ladder", Cell(climb(rows))) for mode, rows in by_mode(results.ladder).items()]
     if results.parity:
         found.append(("parity", report_parity.verdict(results.parity)))
     if results.trace:
@@ -87,15 +89,15 @@ def findings(results: Results) -> list[tuple[str, Cell]]:
 
 
 def trace_findings(trace: Mapping[str, Any]) -> Iterator[tuple[str, Cell]]:
-    stages, shares = trace["stages"], stage_shares(trace)
+    stages, fractions = trace["stages"], stage_fractions(trace)
     if problem := trace.get("problem"):
         yield "trace", Cell(f"NOT complete: {problem}", BAD)
     largest = max(range(len(stages)), key=lambda index: stages[index]["share"] or 0.0, default=None)
     if largest is not None:
-        yield "largest stage", Cell(f"{stages[largest]['name']}, {shares[largest]} % of a step")
-    yield "host waits", Cell(waits(trace))
+        yield "largest stage", Cell(f"{stages[largest]['name']}, {fractions[largest]} % of a step")
+    yield "device synchronisations", Cell(synchronizations(trace))
     if memory := trace["memory"]:
-        peak = f"{formats.number(memory['peak_mib'])} MiB in {peak_place(memory)}"
+        peak = f"{formats.number(memory['peak_mib'])} MiB in {peak_owner(memory)}"
         yield "peak memory", Cell(f"{peak}; {growth(memory)}" if memory["leaking"] else peak, BAD * memory["leaking"])
 
 
@@ -104,58 +106,54 @@ def has(results: Results, name: str) -> bool:
 
 
 def workload_options(results: Results) -> dict[str, Any]:
-    """Of the first part that says what ran."""
-    for name in ("trace", "parity"):
-        if options := options_of(results, name):
-            return options
-    return options_of(results, "ladder")
+    """Return the options of the first part that has them."""
+    found = (options_of(results, name) for name in ("trace", "parity", "ladder", "race"))
+    return next(filter(None, found), {})
 
 
 def options_of(results: Results, name: str, mode: str | None = None) -> dict[str, Any]:
-    """What a part ran, a ladder in `mode` or the first that it has; {} where the part is not there."""
-    if not has(results, name):
+    """Return what a part ran, of rows those in `mode` or the first; {} where the part is not there."""
+    found = getattr(results, name)
+    if not found:
         return {}
-    if name != "ladder":
-        options = getattr(results, name).get("workload") or {}
-        return {key: value for key, value in options.items() if key not in ("out", "name")}
-    first = next(row for row in results.ladder if mode in (row.mode, None))
-    place = dict(first.place)
+    if isinstance(found, Mapping):
+        return {key: value for key, value in (found.get("workload") or {}).items() if key not in ("out", "name")}
+    first = next(row for row in found if mode in (row.mode, None))
+    conditions = dict(first.conditions)
     return {
         "mode": first.mode,
-        **{key: place[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in place},
+        **{key: conditions[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in conditions},
     }
 
 
 def machine_blocks(results: Results) -> list[Block]:
-    origins = {name: origin(results, name) for name in FILES if has(results, name)}
+    origins = {name: origin(results, name) for name in ALL_FILES if has(results, name)}
     blocks: list[Block] = []
     if len({(each.get("device"), each.get("commit")) for each in origins.values()}) > 1:
-        said = [f"{name} on {each.get('device')} at commit {each.get('commit')}" for name, each in origins.items()]
-        blocks.append(Paragraph(sentence(["NOT all parts were measured on one machine and commit", *said])))
-    machine = next((origins[name] for name in ("trace", "parity", "ladder") if name in origins), {})
-    versions = machine.get("versions") or {}
+        parts = [f"{name} on {each.get('device')} at commit {each.get('commit')}" for name, each in origins.items()]
+        blocks.append(Paragraph(sentence(["NOT all parts were measured on one machine and commit", *parts])))
+    machine = next((origins[name] for name in ("trace", "parity", "ladder", "race") if name in origins), {})
+    versions, options = machine.get("versions") or {}, workload_options(results)
     facts = [
         (MACHINE_UNITS.get(name, name.replace("_", " ")), plain(value))
         for name, value in machine.items()
-        if name != "versions"
+        if name != "versions" and plain(value) != plain(options.get(name))
     ]
     blocks.append(Facts("Machine", facts))
     if versions:
         blocks.append(Facts("Versions", [(name, plain(version)) for name, version in versions.items()]))
-    options = workload_options(results)
     blocks.append(Facts("Workload", [(name.replace("_", " "), plain(value)) for name, value in options.items()]))
     return [block for block in blocks if not (isinstance(block, Facts) and not block.pairs)]
 
 
 def origin(results: Results, name: str) -> Mapping[str, Any]:
-    """Device, commit and date of a part that is there."""
-    if name == "ladder":
-        return dict(results.ladder[0].place)
-    return getattr(results, name).get("machine") or {}
+    """Return device, commit and date of a part that is there."""
+    found = getattr(results, name)
+    return (found.get("machine") or {}) if isinstance(found, Mapping) else dict(found[0].conditions)
 
 
 def plain(value: Any) -> str:
-    """An option or a fact as one word."""
+    """Return an option or a fact as one word."""
     if value is None:
         return formats.NOT_KNOWN
     if isinstance(value, bool):
@@ -170,14 +168,13 @@ def reading_blocks() -> list[Block]:
 
 
 def command_blocks(results: Results) -> list[Block]:
-    """What to type for each part again, and when and where it was typed."""
-    modes: list[str | None] = [*by_mode(results.ladder)] or [None]
-    runs = [(name, mode) for name in FILES for mode in (modes if name == "ladder" else [None])]
+    """Return the command that makes each part again, and when and at which commit it ran."""
+    modes: dict[str, list[str | None]] = {name: [*by_mode(getattr(results, name))] for name in ("race", "ladder")}
     rows = []
-    for name, mode in runs:
+    for name in ALL_FILES if results.race else FILES:
         made = origin(results, name) if has(results, name) else {}
         about = [plain(made.get(key)) for key in ("date", "commit")]
-        rows.append(cells(FILES[name], command(results, name, mode), *about))
+        rows += [cells(ALL_FILES[name], command(results, name, mode), *about) for mode in modes.get(name) or [None]]
     rows.append(cells("report.html, report.md", f"python -m detr_profiling report --out {folder(results)}", "", ""))
     columns = [*words("file"), *code("command"), *figures("date", "commit")]
     return [Table("What makes each part", columns, rows)]
@@ -192,9 +189,8 @@ def folder(results: Results) -> str:
 
 
 def command(results: Results, name: str, mode: str | None = None) -> str:
-    """The command line of a part that is there, or of one that would go with the others."""
+    """Return the command line of a part that is there, or of one that would go with the others."""
     own, shared = options_of(results, name, mode), WorkloadOptions().to_dict()
     options = own or {key: value for key, value in workload_options(results).items() if key in shared}
-    return " ".join(
-        ["python -m detr_profiling", name, "--out", folder(results), shlex.join(arguments(options))]
-    ).strip()
+    words = ["python -m detr_profiling", name, "--out", folder(results), shlex.join(arguments(options))]
+    return " ".join(words).strip()

@@ -1,4 +1,4 @@
-"""What the other commands left in a folder, read back."""
+"""Reads back what the other commands left in a folder."""
 
 import csv
 import json
@@ -12,25 +12,24 @@ from detr_fast.config import UserError, require
 from detr_profiling.measuring.row import LadderRow, read_rows
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
-SCALING_FILE, TUNE_FILE = "scaling.json", "tune.json"
+TUNE_FILE = "tune.json"
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of one folder; None and (): that file is not there."""
+    """Holds what was found in one folder; None and (): that file is not there."""
 
     folder: Path
     trace: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
     ladder: tuple[LadderRow, ...] = ()
     race: tuple[LadderRow, ...] = ()
-    scaling: dict[str, Any] | None = None
     tune: dict[str, Any] | None = None
     """Mode to the entry of it (`detr_fast.tuning.Tuning`)."""
 
 
 def load_results(folder: Path) -> Results:
-    """Whatever is in `folder`. Raises UserError where it is no folder, or a file in it is not what it should be."""
+    """Read what is in `folder`. Raises UserError where it is no folder, or a file in it is not what it should be."""
     require(folder.is_dir(), f"{folder} is no folder. Name one that trace, parity or ladder wrote to: --out FOLDER.")
     return Results(
         folder,
@@ -38,14 +37,13 @@ def load_results(folder: Path) -> Results:
         read_object(folder / PARITY_FILE, "parity"),
         read_ladder(folder / LADDER_FILE, "ladder"),
         read_ladder(folder / RACE_FILE, "race"),
-        read_object(folder / SCALING_FILE, "scaling"),
         read_object(folder / TUNE_FILE, "tune"),
     )
 
 
 @contextmanager
 def reading(path: Path, command: str) -> Iterator[None]:
-    """A file that cannot be read is the user's to make anew."""
+    """Turn what a file that cannot be read raises into a UserError that tells how to make it anew."""
     try:
         yield
     except (OSError, ValueError, csv.Error) as error:
@@ -54,7 +52,7 @@ def reading(path: Path, command: str) -> Iterator[None]:
 
 @contextmanager
 def complete(path: Path, command: str) -> Iterator[None]:
-    """So is one that lacks something, as one of another version may."""
+    """Do the same for a file that lacks something, as one of another version may."""
     try:
         yield
     except KeyError as error:

@@ -1,14 +1,24 @@
-"""The report's sections on a traced step: stages, waits, operators, memory, roofline, telemetry, forms."""
+"""The report's sections on a traced step: stages, synchronisations, operators, memory, roofline, GPU, backends."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from detr_fast.stages import STAGES
 from detr_profiling.pages import charts, formats
-from detr_profiling.pages.page import Block, Key, Paragraph, Picture, Table, cells, code, figures, sentence, words
+from detr_profiling.pages.blocks import (
+    Block,
+    Chart,
+    Paragraph,
+    Section,
+    Table,
+    cells,
+    code,
+    figures,
+    sentence,
+    words,
+)
 
 Trace = Mapping[str, Any]
-COLOURED = (*STAGES, "device wait")
 TELEMETRY = {
     "utilisation_percent": "utilisation, %",
     "memory_mib": "memory, MiB",
@@ -16,14 +26,28 @@ TELEMETRY = {
     "sm_clock_mhz": "SM clock, MHz",
     "temperature_celsius": "temperature, °C",
 }
-WHAT_HOLDS = {True: "What the GPU's allocator has handed out", False: "What torch's tensors hold on the CPU"}
+WHOSE_MEMORY = {True: "Memory handed out by the GPU's allocator", False: "Memory of torch's tensors on the CPU"}
 LONGEST_TABLE = 12
-"""Rows that stand open; a longer table's rest is folded."""
+"""Rows that are shown open; a longer table's rest is folded."""
 
 
-def hue(stage: str) -> str:
-    """The class of a stage's colour: only names that are known become part of the page's markup."""
-    return f"stage-{stage.replace(' ', '-')}" if stage in COLOURED else "stage-other"
+def trace_sections(trace: Trace) -> Iterator[Section]:
+    yield Section("Stages", stages_blocks(trace))
+    yield Section("Synchronisations and operators", synchronization_blocks(trace))
+    yield Section("Memory", memory_blocks(trace))
+    yield Section("Roofline", roofline_blocks(trace))
+    yield Section("GPU telemetry", telemetry_blocks(trace))
+    yield Section("Backends", backend_blocks(trace))
+
+
+def workload_text(trace: Trace) -> str:
+    """Return what was traced, and where, in one line."""
+    machine, workload = trace["machine"], trace["workload"]
+    size = workload["size"] if workload["size"] != "auto" else "the recipe's sizes"
+    source = f" of {workload['data']}" if workload.get("data") else ""
+    compiled = ", compiled" if workload["compile"] else ""
+    step = f"{workload['name']} {workload['model']}, {workload['mode']}: {workload['batch_size']} x {size}{source}"
+    return f"{step}{compiled}, on {machine['device']}, {machine['threads']} threads"
 
 
 def on_gpu(trace: Trace) -> bool:
@@ -31,7 +55,7 @@ def on_gpu(trace: Trace) -> bool:
 
 
 def lacking(trace: Trace) -> list[str]:
-    """Says what a trace is not to be read without: that it has none of the GPU's events."""
+    """Tell what a trace is not to be read without: that it has none of the GPU's events."""
     return [f"NOT complete: {trace['problem']}"] if trace.get("problem") else []
 
 
@@ -40,24 +64,25 @@ def timing(block: Mapping[str, Any], unit: str | None = None) -> str:
 
 
 def stages_blocks(trace: Trace) -> list[Block]:
-    stages, shares = trace["stages"], stage_shares(trace)
-    parts = [(stage["name"], stage["share"] or 0.0, hue(stage["name"])) for stage in stages]
-    keys = [Key(colour, f"{name} {share} %") for (name, _, colour), share in zip(parts, shares, strict=True)]
+    stages, fractions = trace["stages"], stage_fractions(trace)
+    bars = [
+        charts.Bar(*(stage[name] for name in ("name", "median_ms", "q1_ms", "q3_ms", "device_ms"))) for stage in stages
+    ]
+    description = ", ".join(f"{stage['name']} {part} %" for stage, part in zip(stages, fractions, strict=True))
     table = Table(
-        f"Time in the step's stages, without those within them; {formats.many(trace['steps'], 'profiled step')}",
-        [*words("stage"), *figures("host, ms (spread, runs)", "share, %", "device, ms")],
+        f"Own time of each stage, without the stages within it; {formats.many(trace['steps'], 'profiled step')}",
+        [*words("stage"), *figures("host, ms (IQR, runs)", "of a step, %", "device, ms")],
         [
-            cells(stage["name"], stage_timing(stage), share, formats.number(stage["device_ms"]))
-            for stage, share in zip(stages, shares, strict=True)
+            cells(stage["name"], stage_timing(stage), part, formats.number(stage["device_ms"]))
+            for stage, part in zip(stages, fractions, strict=True)
         ],
-        hues=[colour for *_, colour in parts],
     )
-    picture = charts.stacked_bar("stages-bar", "Shares of the stages in a step", parts)
-    return [step_paragraph(trace), Picture(picture, "The host's time in one step", keys), table]
+    chart = Chart("stages", "Time of each stage in one step", description, partial(charts.stage_bars, bars))
+    return [step_paragraph(trace), *([chart] if stages else []), table]
 
 
-def stage_shares(trace: Trace) -> list[str]:
-    """In percent, adding up to 100 where the shares add up to 1."""
+def stage_fractions(trace: Trace) -> list[str]:
+    """Return the stages' fractions of a step in percent, adding up to 100 where the fractions add up to 1."""
     return formats.percents([stage["share"] for stage in trace["stages"]])
 
 
@@ -66,34 +91,28 @@ def stage_timing(stage: Mapping[str, Any]) -> str:
 
 
 def step_paragraph(trace: Trace) -> Paragraph:
-    profiled = trace.get("profiled_step_ms")
+    profiled, idle = trace.get("profiled_step_ms"), trace["idle_share"]
     return Paragraph(
         sentence(
             [
                 *lacking(trace),
                 f"a step takes {timing(trace['step_ms'], 'ms')}",
-                f"in the profiler, which the split is of, {timing(profiled, 'ms')}" if profiled else "",
-                ""
-                if trace["idle_share"] is None
-                else f"the device is idle for {formats.percent(trace['idle_share'])} % of it",
+                f"in the profiler, where the stages are timed, {timing(profiled, 'ms')}" if profiled else "",
+                "" if idle is None else f"the device is idle for {formats.percent(idle)} % of it",
             ]
         )
     )
 
 
-def waits_blocks(trace: Trace) -> list[Block]:
+def synchronization_blocks(trace: Trace) -> list[Block]:
     table = Table(
-        "Host waits by operation and stage",
+        "Device synchronisations by operation and stage",
         [*code("operation"), *words("stage"), *figures("per step")],
         [cells(wait["operation"], wait["stage"], formats.count(wait["per_step"])) for wait in trace["host_waits"]],
     )
-    said = sentence(
-        [
-            f"host waits: {waits(trace)}",
-            f"{formats.count(trace['launches_per_step'])} {trace['launch_kind']} a step",
-        ]
-    )
-    blocks: list[Block] = [Paragraph(said), *([table] if trace["host_waits"] else [])]
+    launches = f"{formats.count(trace['launches_per_step'])} {trace['launch_kind']} a step"
+    blocks: list[Block] = [Paragraph(sentence([f"device synchronisations: {synchronizations(trace)}", launches]))]
+    blocks += [table] if trace["host_waits"] else []
     blocks += usage_tables("operator", trace["operators"])
     if trace["kernels"]:
         blocks += usage_tables("kernel", trace["kernels"])
@@ -103,18 +122,18 @@ def waits_blocks(trace: Trace) -> list[Block]:
     return blocks
 
 
-def waits(trace: Trace) -> str:
-    """How many. On a CPU what is counted are reads by the host, which nothing has to wait for there."""
+def synchronizations(trace: Trace) -> str:
+    """Tell how many there are. On a CPU what is counted are reads by the host, which wait for nothing there."""
     counted = formats.count(trace["host_waits_per_step"])
     if lacking(trace):
-        return f"{counted} operators a step read on the host; other waits are not known"
-    return (
-        f"{counted} a step" if on_gpu(trace) else f"{counted} reads a step would wait for a GPU; on a CPU nothing does"
-    )
+        return f"{counted} operators a step read on the host; others are not known"
+    if on_gpu(trace):
+        return f"{counted} a step"
+    return f"{formats.many(trace['host_waits_per_step'], 'read')} a step would wait for a GPU; on a CPU none does"
 
 
 def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    columns = [*code(kind), *figures("calls per step", "CPU, ms", "device, ms", "share, %")]
+    columns = [*code(kind), *figures("calls per step", "CPU, ms", "device, ms", "of a step, %")]
     rows = [
         cells(
             usage["name"],
@@ -131,7 +150,7 @@ def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Tab
         yield Table(f"{title}: the rest", columns, rows[LONGEST_TABLE:], folded=True)
 
 
-def peak_place(memory: Mapping[str, Any]) -> str:
+def peak_owner(memory: Mapping[str, Any]) -> str:
     operator = memory["peak_operator"]
     return f"{memory['peak_stage']} by {operator}" if operator else str(memory["peak_stage"])
 
@@ -144,13 +163,13 @@ def memory_blocks(trace: Trace) -> list[Block]:
     )
     if not memory:
         return [Paragraph(sentence(["the trace has no allocations", resident]))]
-    peak = f"peak {formats.number(memory['peak_mib'])} MiB"
-    said = Paragraph(sentence([f"{peak} in {peak_place(memory)}", growth(memory), resident]))
+    peak = f"peak {formats.number(memory['peak_mib'])} MiB in {peak_owner(memory)}"
+    summary = Paragraph(sentence([peak, growth(memory), resident]))
     curve = [(ms, mib) for ms, mib in memory["curve"]]
     if not curve:
-        return [said]
-    svg = charts.memory_curve("memory-curve", "Memory over the profiled steps", curve, (peak, peak_place(memory)))
-    return [said, Picture(svg, WHAT_HOLDS[on_gpu(trace)])]
+        return [summary]
+    draw = partial(charts.memory_curve, curve, peak)
+    return [summary, Chart("memory", f"{WHOSE_MEMORY[on_gpu(trace)]}, over the profiled steps", peak, draw)]
 
 
 def growth(memory: Mapping[str, Any]) -> str:
@@ -166,43 +185,37 @@ def roofline_blocks(trace: Trace) -> list[Block]:
     found = trace["roofline"]
     if not found:
         return [Paragraph("n/a: this trace has none.")]
-    peaks, stages = found["peaks"], found["stages"]
-    placed = [(stage, place) for stage in stages if (place := roofline_place(stage))]
-    dots = [
-        charts.Dot(stage["name"], str(mark), *place, hue(stage["name"]))
-        for mark, (stage, place) in enumerate(placed, start=1)
-    ]
-    if place := roofline_place(found["total"]):
-        dots.insert(0, charts.Dot(found["total"]["name"], charts.SUM, *place, hue("")))
-    said = sentence(
+    peaks, total = found["peaks"], roofline_dot(found["total"])
+    stages = [dot for stage in found["stages"] if (dot := roofline_dot(stage))]
+    summary = sentence(
         [
-            f"measured here: {formats.number(peaks['copy_gb_s'])} GB/s copied and "
-            f"{formats.number(peaks['product_tflop_s'])} TFLOP/s in a {peaks['dtype']} product",
-            f"the whole step takes {formats.number(found['total']['distance'])} times what these allow",
-            f"model FLOP utilisation {formats.percent(found['total']['mfu'])} %",
+            f"measured here: a memory bandwidth of {formats.number(peaks['copy_gb_s'])} GB/s, and "
+            f"{formats.number(peaks['product_tflop_s'])} TFLOP/s in a {peaks['dtype']} GEMM",
+            f"the whole step takes {formats.number(found['total']['distance'])} times its roofline bound",
+            f"model FLOP utilisation (MFU) {formats.percent(found['total']['mfu'])} %",
         ]
     )
-    svg = charts.roofline(
-        "roofline-plot", "What each stage reaches of the limits", peaks["copy_gb_s"], peaks["product_tflop_s"], dots
+    dots = [dot for dot in (total, *stages) if dot]
+    description = "; ".join(
+        f"{dot.name}: {formats.number(dot.flop_per_byte)} FLOP/byte, {formats.number(dot.tflop_s)} TFLOP/s"
+        for dot in dots
     )
-    keys = [Key(dot.hue, dot.name, dot.mark) for dot in dots]
-    return [
-        Paragraph(said),
-        Picture(svg, "What each stage with matrix products reaches, and what the measured limits allow", keys),
-        roofline_table(found),
-    ]
+    draw = partial(charts.roofline, peaks["copy_gb_s"], peaks["product_tflop_s"], total, stages)
+    chart = Chart("roofline", "What each stage with GEMMs reaches, under the measured limits", description, draw)
+    return [Paragraph(summary), chart, roofline_table(found)]
 
 
-def roofline_place(stage: Mapping[str, Any]) -> tuple[float, float] | None:
-    """FLOP a byte and TFLOP/s; None where one of them is not above 0."""
+def roofline_dot(stage: Mapping[str, Any]) -> charts.Dot | None:
+    """Return a stage's point; None where it has no FLOP, bytes or time."""
     gflop, mib, ms = (stage[name] or 0.0 for name in ("gflop", "minimum_mib", "ms"))
-    return (gflop * 1e9 / (mib * 2**20), gflop / ms) if gflop > 0 and mib > 0 and ms > 0 else None
+    if not (gflop > 0 and mib > 0 and ms > 0):
+        return None
+    return charts.Dot(stage["name"], gflop * 1e9 / (mib * 2**20), gflop / ms)
 
 
 def roofline_table(found: Mapping[str, Any]) -> Table:
-    titles = ("GFLOP", "MiB at least", "ms", "least ms")
-    columns = [*words("stage"), *figures(*titles), *words("bound by"), *figures("times the least", "MFU, %")]
-    stages = (*found["stages"], found["total"])
+    titles = ("GFLOP", "MiB moved at least", "ms", "bound, ms")
+    columns = [*words("stage"), *figures(*titles), *words("bound by"), *figures("× bound", "MFU, %")]
     rows = [
         cells(
             stage["name"],
@@ -211,9 +224,9 @@ def roofline_table(found: Mapping[str, Any]) -> Table:
             formats.number(stage["distance"]),
             formats.percent(stage["mfu"]),
         )
-        for stage in stages
+        for stage in (*found["stages"], found["total"])
     ]
-    return Table("Work, time and limit of each stage", columns, rows, hues=[hue(stage["name"]) for stage in stages])
+    return Table("Work, time and roofline bound of each stage", columns, rows)
 
 
 def telemetry_blocks(trace: Trace) -> list[Block]:
@@ -225,23 +238,23 @@ def telemetry_blocks(trace: Trace) -> list[Block]:
         for name, label in TELEMETRY.items()
     ]
     throttled = ", ".join(gpu["throttled"])
-    said = sentence(
+    summary = sentence(
         [
             f"energy of all timed steps: {formats.number(gpu['energy_joules'])} J",
             f"THROTTLED: {throttled}" if throttled else "not throttled",
         ]
     )
-    table = Table("Sampled beside the timed steps", [*words("quantity"), *figures("mean", "most")], rows)
-    return [Paragraph(said), table]
+    table = Table("Sampled during the timed steps", [*words("quantity"), *figures("mean", "maximum")], rows)
+    return [Paragraph(summary), table]
 
 
-def forms_blocks(trace: Trace) -> list[Block]:
-    rows = [cells(operation, *form_and_reason(form)) for operation, form in trace["forms"].items()]
-    table = Table("What runs as what, and why", words("operation", "form", "because"), rows)
-    return [table if rows else Paragraph("n/a: the model has one form alone.")]
+def backend_blocks(trace: Trace) -> list[Block]:
+    rows = [cells(operation, *backend_and_reason(text)) for operation, text in trace["forms"].items()]
+    table = Table("Backend of each operation, and why", words("operation", "backend", "reason"), rows)
+    return [table if rows else Paragraph("n/a: the model has one backend alone.")]
 
 
-def form_and_reason(text: str) -> tuple[str, str]:
-    """`bf16 (the processor multiplies in it)` in its two halves."""
-    form, opened, reason = text.partition(" (")
-    return (form, reason[:-1]) if opened and reason.endswith(")") else (text, "")
+def backend_and_reason(text: str) -> tuple[str, str]:
+    """Split `bf16 (the processor multiplies in it)` in two."""
+    backend, opened, reason = text.partition(" (")
+    return (backend, reason[:-1]) if opened and reason.endswith(")") else (text, "")

@@ -1,29 +1,50 @@
 """The report's section on what `tune` tried on this machine, and what `auto` takes since."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from detr_fast.tuning import Case, Trial, Tuning
 from detr_profiling.pages import formats
-from detr_profiling.pages.page import BAD, GOOD, Block, Cell, Paragraph, Table, cells, figures, sentence, words
+from detr_profiling.pages.blocks import (
+    BAD,
+    GOOD,
+    Block,
+    Cell,
+    Paragraph,
+    Section,
+    Table,
+    cells,
+    figures,
+    sentence,
+    words,
+)
 
 TONES = {"won": GOOD, "not close": BAD, "failed": BAD}
 
 
-def tuning_blocks(entries: Mapping[str, Any]) -> Iterator[Block]:
+def tuning_sections(entries: Mapping[str, Any]) -> Iterator[Section]:
     """Yield, for each mode, what won and every candidate beside the best before it; then on what machine."""
+    blocks: list[Block] = []
     machines: list[dict[str, str]] = []
     for entry in map(Tuning.from_dict, entries.values()):
         case = Case.from_dict(entry.case)
-        yield Paragraph(sentence([case.text(), outcome(entry)]))
-        columns = [*words("switch", "value"), *figures("ms", "best so far, ms", "spread, ms", "error", "allowed")]
-        rows = [trial_cells(trial) for trial in entry.parsed_trials()]
-        yield Table(f"Candidates in {case.mode}, in turns", [*columns, *words("outcome")], rows)
+        blocks += [Paragraph(sentence([case.text(), outcome(entry)])), trials_table(entry.parsed_trials(), case.mode)]
         facts = entry.environment | {"commit": entry.commit, "date": entry.date}
         machines.append({name: str(value) for name, value in facts.items() if value is not None})
     for number, machine in enumerate(machines):
         if machine not in machines[:number]:
-            yield Paragraph(f"Measured on: {', '.join(f'{name} {value}' for name, value in machine.items())}.")
+            facts_text = ", ".join(f"{name} {value}" for name, value in machine.items())
+            blocks.append(Paragraph(f"Measured on: {facts_text}."))
+    yield Section("Tuning", blocks)
+
+
+def trials_table(trials: Sequence[Trial], mode: str) -> Table:
+    columns = [
+        *words("switch", "value"),
+        *figures("ms", "best so far, ms", "IQR, ms", "error", "of allowed, %"),
+        *words("outcome"),
+    ]
+    return Table(f"Candidates in {mode}, in turns", columns, [trial_cells(trial) for trial in trials])
 
 
 def outcome(entry: Tuning) -> str:
@@ -35,6 +56,8 @@ def outcome(entry: Tuning) -> str:
 
 def trial_cells(trial: Trial) -> list[Cell]:
     times = (formats.number(each) for each in (trial.ms, trial.against_ms, trial.spread_ms))
-    errors = ("" if each is None else formats.error(each) for each in (trial.error, trial.allowed))
+    errors = ("", "")
+    if trial.error is not None:
+        errors = (formats.error(trial.error), formats.used(trial.error, trial.allowed))
     name, judged = trial.switch.replace("_", " "), Cell(trial.outcome(), TONES.get(trial.verdict, ""))
     return cells(name, str(trial.value), *times, *errors, judged)
