@@ -53,7 +53,7 @@ class Measurer:
         if configuration.forms.items() & self.broken_forms.items():
             raise UserError("no such kernel")
         ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
-        ms -= sum(value not in ("ref", False, "scipy") for value in configuration.forms.values())
+        ms -= sum(value not in ("ref", "scipy") for value in configuration.forms.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
         close = not configuration.forms.items() & self.wrong_forms.items()
         error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if oracle else {}
@@ -71,28 +71,42 @@ def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
 
 def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
     entries = build_entries(OPTIONS)
-    names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "attention with dropout"]
-    assert [entry.name for entry in entries] == [*names, "folded batch norm", "convolutions by oneDNN", "compile"]
-    assert [entry.configuration.keeps_memory for entry in entries] == [False] + [True] * 8
+    names = ["reference", "freed memory kept", "joint loss, fused AdamW", "bf16", "channels-last"]
+    operations = ["frozen batch norm: folded", "convolution: onednn", "residual stage: onednn"]
+    operations += ["attention: sdpa", "attention: blocked", "dropout: pcg64"]
+    assert [entry.name for entry in entries] == [*names, *operations, "compile"]
+    assert [entry.configuration.keeps_memory for entry in entries] == [False] + [True] * 11
     first, top = entries[0].configuration, entries[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
-    assert top.options.precision == "bf16" and top.forms["folded"] and top.forms["attention"] == "sdpa"
+    assert top.options.precision == "bf16" and top.forms["attention"] == "blocked"
     assert all(Configuration.from_dict(entry.configuration.to_dict()) == entry.configuration for entry in entries)
     assert all(a.configuration != b.configuration for a, b in itertools.pairwise(entries))
 
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
-    names = [entry.name for entry in build_entries(replace(OPTIONS, mode="inference"))]
-    assert names[-5:] == ["SDPA", "folded batch norm", "convolutions by oneDNN", "frozen weights", "compile"]
+    eager = replace(OPTIONS, mode="inference", compile=False)
+    *_, folded, packed, attention = [entry.name for entry in build_entries(eager)]
+    assert (folded, packed) == ("weights folded and rounded once", "packed convolution: onednn")
+    assert attention == "attention: sdpa", "dropout is of training"
+
+
+def test_what_a_later_row_replaces_is_not_left_out() -> None:
+    """Without torch's attention ours stays on: there is nothing to measure."""
+    entries = {entry.name: entry for entry in build_entries(replace(OPTIONS, compile=False))}
+    assert entries["attention: sdpa"].without is None
+    without = entries["attention: blocked"].without
+    assert isinstance(without, Configuration) and without.forms["attention"] == "sdpa"
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with all there is, as far as the ladder asks."""
     names = {"choose_device": (torch.device("cuda"), ""), "choose_precision": (torch.bfloat16, "")}
-    for name, answer in (names | {"why_not_triton": None, "why_not_xformers": None}).items():
+    for name, answer in names.items():
         monkeypatch.setattr(f"detr_profiling.measuring.techniques.{name}", lambda *_, answer=answer: answer)
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
+    monkeypatch.setattr("detr_kernels.attention.xformers.why_not_xformers", lambda: None)
 
 
 def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
@@ -100,15 +114,19 @@ def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
         {each.name: each for each in techniques(replace(OPTIONS, mode=mode, compile=False))}
         for mode in ("training", "inference")
     )
-    attention = ["packed attention by triton", "packed attention by xformers"]
-    convolutions = ["convolutions by triton", "convolutions by cuDNN"]
-    kernels = ["layer norm by triton", "pixels by triton"]
-    losses = ["match cost by triton", "set loss by triton", "assignment by triton"]
-    assert list(training)[-10:] == [*attention, *kernels, *losses, *convolutions, "captured step"]
-    assert list(inference)[-7:] == [*attention, *kernels, *convolutions, "captured inference"]
-    assert training["set loss by triton"].forms == {"set_loss": "triton"}
+    folding = [f"frozen batch norm: {backend}" for backend in ("folded", "fused", "foreach")]
+    convolutions = ["convolution: triton", "convolution: cudnn"]
+    attention = [f"attention: {backend}" for backend in ("sdpa", "triton", "xformers")]
+    losses = ["match cost: triton", "assignment: triton", "set loss: triton"]
+    both = ["preprocessing: triton", *folding, *convolutions]
+    assert list(training)[-14:] == [*both, *attention, "layer norm: triton", *losses, "captured step"]
+    folded_once = "weights folded and rounded once"
+    assert list(inference)[-12:] == [*both, folded_once, *attention, "layer norm: triton", "captured inference"]
+    assert training["set loss: triton"].forms == {"set_loss": "triton"}
     ours = [each.name for each in techniques(replace(OPTIONS, kernels="triton", compile=False))]
-    assert not {"packed attention by xformers", "convolutions by cuDNN"} & set(ours)
+    assert not {"attention: xformers", "convolution: cudnn"} & set(ours) and "attention: triton" in ours
+    plain = [each.name for each in techniques(replace(OPTIONS, kernels="ref", compile=False))]
+    assert not [name for name in plain if ":" in name]
 
 
 def test_what_does_not_run_is_left_out_of_the_rows_after_it(
@@ -117,19 +135,19 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
     monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
     options = replace(OPTIONS, compile=False)
     entries = build_entries(options)
-    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"pixels": "triton"}
+    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"preprocessing": "triton"}
     list(measuring(entries, options, QUIET).run())
     found = {entry.name: entry for entry in entries}
-    broken, wrong = found["layer norm by triton"], found["pixels by triton"]
+    broken, wrong = found["layer norm: triton"], found["preprocessing: triton"]
     assert broken.measured is None and broken.note == "no such kernel; left out of the rows after it"
     assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
     top = entries[-1]
-    assert top.configuration.forms["layer_norm"] == top.configuration.forms["pixels"] == "ref"
+    assert top.configuration.forms["layer_norm"] == top.configuration.forms["preprocessing"] == "ref"
     assert top.configuration.forms["set_loss"] == "triton" and top.configuration.options.capture
     others = [entry for entry in entries if entry not in (broken, wrong)]
     assert all(entry.measured and entry.measured.timing.runs == 4 and not entry.note for entry in others)
     assert top.measured_without == entries[-2].measured and broken.without is wrong.without is None
-    assert all(each.forms["pixels"] == "ref" for each in left_one_out(entries))
+    assert all(each.forms["preprocessing"] == "ref" for each in left_one_out(entries))
     forms = [each.forms for each in measurer.asked]
     assert sum(each.get("layer_norm") == "triton" for each in forms) == 1, "it is not tried again"
 
@@ -158,7 +176,7 @@ def test_rows_that_change_places_share_one() -> None:
 def test_without_a_technique_everything_else_is_on() -> None:
     entries = build_entries(OPTIONS)
     without = {entry.name: entry.without for entry in entries}
-    assert without["reference"] is without["losses at once"] is None  # there is no top without them
+    assert without["reference"] is without["joint loss, fused AdamW"] is None  # there is no top without them
     assert without["freed memory kept"] is None  # ours always keeps it
     assert without["compile"] is entries[-2]
     for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
@@ -173,7 +191,11 @@ def test_without_a_technique_everything_else_is_on() -> None:
 
 def test_options_lower_the_top() -> None:
     options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
-    assert [entry.name for entry in build_entries(options)] == ["reference", "freed memory kept", "losses at once"]
+    assert [entry.name for entry in build_entries(options)] == [
+        "reference",
+        "freed memory kept",
+        "joint loss, fused AdamW",
+    ]
 
 
 def test_rows_take_turns(measurer: Measurer) -> None:
@@ -217,14 +239,14 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
     monkeypatch.setattr(rounds, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
         ladder.main(replace(OPTIONS, out=str(tmp_path)))
-    assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 6
+    assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 9
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
     for mode in ("training", "inference", "training"):
         assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, out=str(tmp_path))) == 0
     rows = read_rows(tmp_path / "ladder.csv")
-    assert [row.mode for row in rows] == ["inference"] * 10 + ["training"] * 9
+    assert [row.mode for row in rows] == ["inference"] * 11 + ["training"] * 12
     last = rows[-1]
     assert last.median_ms and last.without_median_ms and last.without_median_ms > last.median_ms
     assert last.speedup == pytest.approx(100.5 / last.median_ms, rel=1e-4) and last.rounds_ms == (last.median_ms,)
