@@ -38,7 +38,7 @@ CASES = {
 }
 """Our preset, and the reference's backbone and dilation."""
 GRADIENT_FLOOR = 1e-8
-"""Absolute tolerance of a gradient's norm, as a part of the norm of all gradients together: a gradient that is zero in
+"""Absolute tolerance of a gradient's norm, as a fraction of the norm of all gradients: a gradient that is zero in
 exact arithmetic (the decoder starts from zeros) is rounding noise."""
 
 Program = Literal["default", "ref", "reference"]
@@ -141,6 +141,7 @@ def steps(case: str) -> dict[tuple[Program, Weights], Step]:
 
 
 def train_step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], weights: Weights) -> Step:
+    """Make one on the golden batch, with the update where TABLE compares the loss after it."""
     given = golden(weights)
     batch, targets = keyed_batch(given["sizes"], given["salt"]), keyed_targets(given["counts"], salt=given["salt"])
     model.zero_grad()
@@ -241,11 +242,12 @@ def cell(error: float, allowed: float) -> str:
 
 
 def short(number: str) -> str:
-    """1.1e-05 -> 1.1e-5"""
+    """Write 1.1e-05 as 1.1e-5."""
     return "0" if float(number) == 0 else number.replace("e-0", "e-")
 
 
 def main() -> None:
+    """Measure, and write the table between its marks in README.md."""
     largest = [errors_of(case, steps(case)) for case in CASES]
     table = exactness_table({row: max(errors[row].size for errors in largest) for row in TABLE})
     where = f"Largest errors on a CPU with {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}:"

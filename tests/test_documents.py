@@ -25,7 +25,7 @@ def of_checkout(path: Path) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """The headings as GitHub names them in addresses."""
+    """Give the headings as GitHub names them in addresses."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -73,7 +73,7 @@ def test_the_same_queries_are_matched(found: Found) -> None:
 
 
 def matched_by_ours(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[list[list[int]]]:
-    """For each image the matched queries in ascending order, and their targets."""
+    """Give for each image the matched queries in ascending order, and their targets."""
     joined = Targets.from_list(targets)
     logits, boxes_cxcywh = outputs["pred_logits"][None], outputs["pred_boxes"][None]
     cost = match_cost(logits.detach(), boxes_cxcywh.detach(), joined.labels, joined.boxes_cxcywh)
