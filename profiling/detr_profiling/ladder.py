@@ -18,6 +18,7 @@ from rich.table import Table
 
 from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start, techniques
@@ -29,8 +30,6 @@ from detr_profiling.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
 from detr_profiling.tracing.tables import plain_table
 from detr_profiling.workload import WorkloadOptions
-
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
