@@ -68,7 +68,7 @@ def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -
     groups = ("encoder", "decoder", "heads", "backbone.layer2", "backbone.layer3", "backbone.layer4")
     assert {f"gradients of {name}" for name in (*groups, "all")} | {"scale of gradients"} == set(kinds["gradient"])
     assert {f"update of {name}" for name in groups} | {"losses after a step"} == set(kinds["update"])
-    assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).share < 1
+    assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).fraction_used < 1
     assert outputs.oracle["update loss"] < outputs.oracle["loss"]
     assert all(outputs.oracle[name] > 0 for name in outputs.oracle if name.startswith("update of"))
 
@@ -217,9 +217,9 @@ def test_matches_that_cost_the_same_are_equally_good() -> None:
 
 def test_a_row_goes_into_json() -> None:
     row = Row.missing("logits", "output")
-    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["error"] is None and row.share == math.inf
+    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["error"] is None and row.fraction_used == math.inf
     assert worst([Row("a", "loss", 2, 1, 4, True), row, Row("b", "loss", 9, 1, 4, False)]) in (row,)
-    assert Row("exact", "match", 0.0, 0.0, 0.0, True).share == 0
+    assert Row("exact", "match", 0.0, 0.0, 0.0, True).fraction_used == 0
 
 
 def test_samples_and_histogram() -> None:

@@ -11,7 +11,7 @@ from detr_profiling.limits.peaks import Peaks
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.row import LadderRow, read_rows
 from detr_profiling.measuring.timing import Timing
-from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fastest_eager_ms, peak_share
+from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fastest_eager_ms, peak_fraction
 from detr_profiling.workload import build_workload
 
 from detr_fast.config import UserError
@@ -33,7 +33,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(rounds, "measure_in_process", measure)
     monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
-    monkeypatch.setattr(race, "peak_share", lambda *_: 0.5)
+    monkeypatch.setattr(race, "peak_fraction", lambda *_: 0.5)
     yield asked
 
 
@@ -73,4 +73,4 @@ def test_the_share_of_the_peak_is_work_over_time(monkeypatch: pytest.MonkeyPatch
     options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
     flop = sum(work.flop for work in count_work(build_workload(options).run).values())
     monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(copy_gb_s=20.0, product_tflop_s=0.5, dtype="fp32"))
-    assert peak_share(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)
+    assert peak_fraction(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)

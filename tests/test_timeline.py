@@ -32,8 +32,8 @@ MAIN, AUTOGRAD, STREAM_7, STREAM_8 = (1, 1), (1, 2), (0, 7), (0, 8)
 Event = dict[str, Any]
 
 
-def span(name: str, kind: str, lane: tuple[int, int], start_us: float, end_us: float, **args: Any) -> Event:
-    place = {"pid": lane[0], "tid": lane[1], "ts": BASE_US + start_us, "dur": end_us - start_us}
+def span(name: str, kind: str, track: tuple[int, int], start_us: float, end_us: float, **args: Any) -> Event:
+    place = {"pid": track[0], "tid": track[1], "ts": BASE_US + start_us, "dur": end_us - start_us}
     return {"ph": "X", "cat": kind, "name": name, "args": args, **place}
 
 
@@ -41,13 +41,13 @@ def ranges(*rows: tuple[str, float, float]) -> list[Event]:
     return [span(name, "user_annotation", MAIN, start, end) for name, start, end in rows]
 
 
-def launch(name: str, lane: tuple[int, int], start_us: float, correlation: int, kind: str = "cuda_runtime") -> Event:
-    return span(name, kind, lane, start_us, start_us + 5, correlation=correlation)
+def launch(name: str, track: tuple[int, int], start_us: float, correlation: int, kind: str = "cuda_runtime") -> Event:
+    return span(name, kind, track, start_us, start_us + 5, correlation=correlation)
 
 
-def memory(time_us: float, bytes_: int, total: int, device: int = 0, lane: tuple[int, int] = MAIN) -> Event:
+def memory(time_us: float, bytes_: int, total: int, device: int = 0, track: tuple[int, int] = MAIN) -> Event:
     args = {"Bytes": bytes_, "Total Allocated": total, "Device Type": device}
-    place = {"pid": lane[0], "tid": lane[1], "ts": BASE_US + time_us}
+    place = {"pid": track[0], "tid": track[1], "ts": BASE_US + time_us}
     return {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "args": args, **place}
 
 
@@ -230,9 +230,9 @@ def test_dearest_operators_and_kernels(gpu: Timeline) -> None:
     assert sum(row.share for row in kernels) == pytest.approx(1)
 
 
-def nested(*names: str, start_us: float, lane: tuple[int, int] = MAIN) -> list[Event]:
+def nested(*names: str, start_us: float, track: tuple[int, int] = MAIN) -> list[Event]:
     """Operators, each within the one before."""
-    return [span(name, "cpu_op", lane, start_us + i, start_us + 20 - i) for i, name in enumerate(names)]
+    return [span(name, "cpu_op", track, start_us + i, start_us + 20 - i) for i, name in enumerate(names)]
 
 
 def test_reads_on_a_cpu_are_counted_once_and_named_by_where_they_are() -> None:
@@ -401,7 +401,7 @@ def test_all_work_is_in_a_stage(traced: Timeline) -> None:
     """Counted, not timed: of a step's operators less than one in a hundred runs between the stages."""
     timeline = traced
     inside = [span for span in timeline.operators.spans if timeline.step_at(span.start_ns) is not None]
-    outside = [span.name for span in inside if timeline.stage_at(span.lane, span.start_ns) is None]
+    outside = [span.name for span in inside if timeline.stage_at(span.track, span.start_ns) is None]
     assert len(inside) > 1000 and len(outside) < 0.01 * len(inside)
 
 

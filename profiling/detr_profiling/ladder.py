@@ -17,6 +17,7 @@ import tyro
 
 from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.techniques import start, techniques
 from detr_profiling.pages import formats
@@ -26,8 +27,6 @@ from detr_profiling.pages.terminal import show
 from detr_profiling.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
 from detr_profiling.workload import WorkloadOptions
-
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True, kw_only=True)

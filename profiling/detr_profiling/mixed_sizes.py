@@ -85,8 +85,8 @@ def typical_shapes(batch_size: int, seed: int, buckets: bool, largest_px: int) -
     once shuffled, would not do: it has few extreme shapes, and padding at random comes of those.)
     """
     order = sorted(order_of(batch_size, seed, buckets, largest_px), key=lambda shape: shape.computed_px)
-    share = len(order) // TYPICAL_BATCHES
-    return [most_typical(order[start : start + share]) for start in range(0, len(order), share)]
+    quarter = len(order) // TYPICAL_BATCHES
+    return [most_typical(order[start : start + quarter]) for start in range(0, len(order), quarter)]
 
 
 def most_typical(shapes: Sequence[BatchShape]) -> BatchShape:

@@ -15,7 +15,7 @@ import torch
 from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
-from detr_profiling.ladder import REFERENCE
+from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
@@ -71,7 +71,7 @@ def fastest_eager_ms(rows: Sequence[LadderRow]) -> float | None:
     return min(times, default=None)
 
 
-def peak_share(options: WorkloadOptions, median_ms: float) -> float:
+def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
     """Return the fraction of the device's matrix peak, measured here and now, that a step of that time reaches."""
     workload = build_workload(replace(options.resolved(), compile=False))
     flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
@@ -86,6 +86,6 @@ def main(options: RaceOptions) -> int:
     eager_ms, ours_ms = fastest_eager_ms(rows), rows[-1].median_ms
     if eager_ms and ours_ms:
         console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
-        fraction = peak_share(options, ours_ms)
+        fraction = peak_fraction(options, ours_ms)
         console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
     return exit_code(rows)

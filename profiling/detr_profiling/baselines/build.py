@@ -30,7 +30,8 @@ from detr_profiling.workload import (
     stepping,
 )
 
-BASELINES = ("reference", "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
+REFERENCE = "reference"
+BASELINES = (REFERENCE, "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
 
 
 def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = torch.float32) -> Workload:
@@ -44,7 +45,7 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
     options = replace(options.resolved(), compile=name == "hf-compiled", channels_last=False)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     ours = initial_model(options)
-    if name == "reference":
+    if name == REFERENCE:
         return reference_workload(ours, options, dtype)
     require(
         ours.config.backbone in ("resnet50", "resnet101") and not ours.config.source_position,
@@ -82,7 +83,7 @@ def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype)
 
     step = training_step(reference, loss) if options.mode == "training" else inference(reference, forward)
     run = stepping(step, plain_feed(batches, config, device, dtype), len(batches))
-    return Workload("reference", options, reference, run, observe, step=lambda batch: step(place(batch)))
+    return Workload(REFERENCE, options, reference, run, observe, step=lambda batch: step(place(batch)))
 
 
 def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch, most: int) -> Observation:

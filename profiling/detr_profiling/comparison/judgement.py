@@ -71,7 +71,7 @@ class Row:
         return cls(quantity, kind, math.nan, math.nan, math.nan, False)
 
     @property
-    def share(self) -> float:
+    def fraction_used(self) -> float:
         """Return the fraction of what is allowed; infinite where no number says by how much it is too far."""
         if self.close and self.error == 0:
             return 0.0
@@ -85,7 +85,7 @@ class Row:
 
 def worst(rows: Iterable[Row]) -> Row:
     """Find the row that is nearest to what is allowed, or furthest past it."""
-    return max(rows, key=lambda row: (not row.close, row.share))
+    return max(rows, key=lambda row: (not row.close, row.fraction_used))
 
 
 def judge(found: Observation, oracle: Observation, eager: Observation) -> list[Row]:

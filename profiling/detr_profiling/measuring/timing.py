@@ -46,8 +46,8 @@ class Timing:
     def q3_ms(self) -> float:
         return self._quantile(0.75)
 
-    def _quantile(self, share: float) -> float:
-        return float(np.quantile(self.runs_ms, share))
+    def _quantile(self, fraction: float) -> float:
+        return float(np.quantile(self.runs_ms, fraction))
 
     def text(self) -> str:
         """Format as `302 (11, 5 runs)`: milliseconds, the interquartile range (IQR), the runs."""

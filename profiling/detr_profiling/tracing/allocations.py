@@ -16,7 +16,7 @@ from detr_profiling.tracing.timeline import Event, Timeline, nanoseconds
 
 MOST_POINTS = 2000
 LEAST_LEAK_MIB = 1 / 64
-LEAST_LEAK_SHARE = 1e-3
+LEAST_LEAK_FRACTION = 1e-3
 """Of the peak. What grows by more than this, and by more than 16 KiB, in every step is a leak."""
 ALLOCATORS = frozenset(
     {
@@ -72,7 +72,7 @@ def memory_use(timeline: Timeline, before_mib: float = 0.0) -> MemoryUse | None:
     highest = int(totals.argmax())
     growths = np.diff([total_at(times_ns, totals, step.end_ns) for step in timeline.steps])
     stage, operator = where(timeline, events[highest])
-    least_leak_mib = max(LEAST_LEAK_MIB, LEAST_LEAK_SHARE * totals.max())
+    least_leak_mib = max(LEAST_LEAK_MIB, LEAST_LEAK_FRACTION * totals.max())
     return MemoryUse(
         peak_mib=float(totals[highest]),
         peak_stage=stage,
@@ -90,11 +90,11 @@ def total_at(times_ns: np.ndarray, totals_mib: np.ndarray, time_ns: int) -> floa
 
 def where(timeline: Timeline, event: Event) -> tuple[str, str | None]:
     """Name the stage and the operator in which memory was asked for."""
-    lane, time_ns = (event["pid"], event["tid"]), nanoseconds(event["ts"])
-    innermost = timeline.operators.innermost(lane, time_ns)
+    track, time_ns = (event["pid"], event["tid"]), nanoseconds(event["ts"])
+    innermost = timeline.operators.innermost(track, time_ns)
     around = [] if innermost is None else [span.name for span in innermost.outward()]
     operator = next((name for name in around if name not in ALLOCATORS), around[-1] if around else None)
-    return timeline.stage_at(lane, time_ns) or OTHER, operator
+    return timeline.stage_at(track, time_ns) or OTHER, operator
 
 
 def thinned(times_ms: np.ndarray, totals_mib: np.ndarray) -> list[tuple[float, float]]:

@@ -56,7 +56,7 @@ def stage_times(timeline: Timeline) -> list[StageTime]:
     own_ns: dict[str, list[int]] = defaultdict(lambda: [0] * steps)
     for span in timeline.stages.spans:
         step = timeline.step_at(span.start_ns)
-        if step is not None and span.lane == timeline.steps[0].lane:
+        if step is not None and span.track == timeline.steps[0].track:
             own_ns[span.name][step] += span.own_ns
     lengths = [step.duration_ns for step in timeline.steps]
     covered = [sum(column) for column in zip(*own_ns.values(), strict=True)] or [0] * steps
@@ -81,7 +81,7 @@ def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
         return None
     times: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(timeline.steps))
     for step, call, work in timeline.launched():
-        times[timeline.stage_at(call.lane, call.start_ns) or OTHER][step] += work.duration_ns / 1e6
+        times[timeline.stage_at(call.track, call.start_ns) or OTHER][step] += work.duration_ns / 1e6
     return times
 
 

@@ -60,12 +60,12 @@ def blocking_calls(timeline: Timeline) -> Iterator[tuple[str, str]]:
     into_pageable = {work.correlation for work in timeline.device if TO_PAGEABLE_HOST.match(work.name)}
     seen = set()
     for call in timeline.calls:
-        stage = timeline.stage_at(call.lane, call.start_ns) or OTHER
+        stage = timeline.stage_at(call.track, call.start_ns) or OTHER
         if timeline.step_at(call.start_ns) is None or stage == CLOSING:
             continue
         if not (BLOCKING.match(call.name) or call.correlation in into_pageable):
             continue
-        operator = timeline.operators.innermost(call.lane, call.start_ns)
+        operator = timeline.operators.innermost(call.track, call.start_ns)
         if operator is None:
             yield call.name, stage
         elif operator not in seen:
@@ -76,7 +76,7 @@ def blocking_calls(timeline: Timeline) -> Iterator[tuple[str, str]]:
 def host_reads(timeline: Timeline) -> Iterator[tuple[str, str]]:
     """Yield operation and stage of each read by the host, on a CPU."""
     for span in timeline.operators.spans:
-        stage = timeline.stage_at(span.lane, span.start_ns) or OTHER
+        stage = timeline.stage_at(span.track, span.start_ns) or OTHER
         if span.name not in READS or timeline.step_at(span.start_ns) is None or stage == "data wait":
             continue
         around = [outer.name for outer in span.outward()][1:]

@@ -20,7 +20,7 @@ from typing import Any
 from detr_fast.config import require
 from detr_fast.stages import STAGES
 
-Lane = tuple[Any, Any]
+Track = tuple[Any, Any]
 """Process and thread, or device and stream."""
 Event = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Span:
     name: str
     kind: str
     """The trace's category, as in cpu_op or kernel."""
-    lane: Lane
+    track: Track
     start_ns: int
     end_ns: int
     correlation: int | None = None
@@ -69,24 +69,24 @@ class Nesting:
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-        self._lanes: dict[Lane, list[Span]] = defaultdict(list)
+        self._tracks: dict[Track, list[Span]] = defaultdict(list)
         for span in self.spans:
-            lane = self._lanes[span.lane]
-            around = lane[-1] if lane else None
+            track = self._tracks[span.track]
+            around = track[-1] if track else None
             while around is not None and around.end_ns < span.end_ns:
                 around = around.parent
             if around is not None:
                 span.parent = around
                 around.inner_ns += span.duration_ns
-            lane.append(span)
-        self._starts = {lane: [span.start_ns for span in spans] for lane, spans in self._lanes.items()}
+            track.append(span)
+        self._starts = {track: [span.start_ns for span in spans] for track, spans in self._tracks.items()}
 
-    def innermost(self, lane: Lane, time_ns: int) -> Span | None:
-        """Find the one that is open on `lane` at that time."""
-        if lane not in self._lanes:
+    def innermost(self, track: Track, time_ns: int) -> Span | None:
+        """Find the one that is open on `track` at that time."""
+        if track not in self._tracks:
             return None
-        index = bisect_right(self._starts[lane], time_ns) - 1
-        found = self._lanes[lane][index] if index >= 0 else None
+        index = bisect_right(self._starts[track], time_ns) - 1
+        found = self._tracks[track][index] if index >= 0 else None
         while found is not None and found.end_ns <= time_ns:
             found = found.parent
         return found
@@ -119,9 +119,9 @@ class Timeline:
         index = bisect_right(self._step_starts, time_ns) - 1
         return index if index >= 0 and time_ns < self.steps[index].end_ns else None
 
-    def stage_at(self, lane: Lane, time_ns: int) -> str | None:
+    def stage_at(self, track: Track, time_ns: int) -> str | None:
         """Name the innermost stage open there, else on the step's own thread: autograd works on another one for it."""
-        own = self.stages.innermost(lane, time_ns) or self.stages.innermost(self.steps[0].lane, time_ns)
+        own = self.stages.innermost(track, time_ns) or self.stages.innermost(self.steps[0].track, time_ns)
         return own.name if own else None
 
     def launch(self, work: Span) -> Span | None:
@@ -167,8 +167,8 @@ def make_timeline(events: Sequence[Event], source: str = "The trace") -> Timelin
 def make_span(event: Event) -> Span:
     start_ns = nanoseconds(event["ts"])
     correlation = event.get("args", {}).get("correlation")
-    lane = (event["pid"], event["tid"])
-    return Span(event["name"], event["cat"], lane, start_ns, start_ns + nanoseconds(event["dur"]), correlation)
+    track = (event["pid"], event["tid"])
+    return Span(event["name"], event["cat"], track, start_ns, start_ns + nanoseconds(event["dur"]), correlation)
 
 
 def nanoseconds(microseconds: float) -> int:
