@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from detr_fast.config import Checked, UserError, require
-from detr_fast.model.detr import DETR
-from detr_fast.weights import export_state_dict, load_model
+from detr_fast.detector import Detector
+from detr_fast.weights import export_state_dict, read_detector
 from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG
 from detr_fast.weights.naming import Naming
 from detr_fast.weights.preprocessing import preprocessor_config
@@ -39,20 +39,20 @@ class ExportConfig(Checked):
 
 def main(options: ExportConfig) -> int:
     """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
-    model = load_model(options.weights, categories=options.categories)
-    for note in model.notes:
+    detector = read_detector(options.weights, categories=options.categories)
+    for note in detector.notes:
         print(note)
     out = Path(options.out)
     try:
         if out.suffix:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_weights(model, out, options.naming)
+            write_weights(detector, out, options.naming)
         else:
             out.mkdir(parents=True, exist_ok=True)
-            write_weights(model, out / "model.safetensors", options.naming)
+            write_weights(detector, out / "model.safetensors", options.naming)
             for name, content in (
-                (HUGGING_FACE_CONFIG, huggingface_config(model)),
-                (PREPROCESSOR_CONFIG, preprocessor_config(model.config)),
+                (HUGGING_FACE_CONFIG, huggingface_config(detector)),
+                (PREPROCESSOR_CONFIG, preprocessor_config(detector.config)),
             ):
                 (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -61,11 +61,11 @@ def main(options: ExportConfig) -> int:
     return 0
 
 
-def write_weights(model: DETR, out: Path, naming: Naming) -> None:
+def write_weights(detector: Detector, out: Path, naming: Naming) -> None:
     """Write the weights with, beside them, the architecture and the classes, which `load_model` reads and others
     ignore."""
-    state_dict = {key: value.contiguous() for key, value in export_state_dict(model, naming).items()}
-    facts = {"model_config": model.config.to_dict(), "categories": described_categories(model)}
+    state_dict = {key: value.contiguous() for key, value in export_state_dict(detector, naming).items()}
+    facts = {"model_config": detector.config.to_dict(), "categories": described_categories(detector)}
     partial = out.with_name(out.name + ".partial")  # a kill leaves the old file or the new one, never a torn one
     try:
         if out.suffix == ".pth":
@@ -77,17 +77,17 @@ def write_weights(model: DETR, out: Path, naming: Naming) -> None:
         partial.unlink(missing_ok=True)
 
 
-def described_categories(model: DETR) -> list[dict[str, Any]] | None:
-    """Return the model's classes as plain values, in label order."""
-    if model.categories is None:
+def described_categories(detector: Detector) -> list[dict[str, Any]] | None:
+    """Return the detector's classes as plain values, in label order."""
+    if detector.categories is None:
         return None
-    return [{"id": category.id, "name": category.name} for category in model.categories]
+    return [{"id": category.id, "name": category.name} for category in detector.categories]
 
 
-def huggingface_config(model: DETR) -> dict[str, Any]:
+def huggingface_config(detector: Detector) -> dict[str, Any]:
     """Return what transformers' DetrConfig needs to build this model with a timm backbone."""
-    config = model.config
-    names = [category.name for category in model.categories or ()]
+    config = detector.config
+    names = [category.name for category in detector.categories or ()]
     names = names or [f"LABEL_{label}" for label in range(config.num_classes)]
     return {
         "architectures": ["DetrForObjectDetection"],

@@ -230,8 +230,8 @@ def test_in_bf16_one_object_may_fall_either_way() -> None:
 
 def test_a_checkpoint_on_a_whole_data_set(trained: DETR, task: Task, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
-    trained.categories = task.dataset.categories
-    save_checkpoint(path, {"model": trained.state_dict(), **stored_metadata(trained)})
+    metadata = stored_metadata(trained.config, task.dataset.categories)
+    save_checkpoint(path, {"model": trained.state_dict(), **metadata})
     model, images = checkpoint_and_images(str(path), task.config.data)
     ap = AveragePrecision(model, images, CPU)
     ap.add("fp32", FP32)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from detr_fast import build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.data.targets import Targets
 from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.model.detr import Predictions
 from detr_fast.model.implementation import Implementation
 from detr_fast.runtime import select_implementation
 from detr_fast.training.matcher import MatchCosts, match
@@ -110,8 +111,7 @@ def reference_model(case: str) -> nn.Module:
 
 def our_indices(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> list[list[list[int]]]:
     query_of_target, _ = match(
-        outputs["pred_logits"][None],
-        outputs["pred_boxes"][None],
+        Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None]),
         Targets.from_list(targets),
         MatchCosts(),
         Implementation(),

@@ -1,4 +1,4 @@
-"""From single images to batches on the device: one worker's read, the collation, the two loaders, the pixels."""
+"""From single images to batches on the device: one worker's read, the collation, the two loaders."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from detr_kernels import Backend, PackedImages, resize_normalize_pad
+from detr_kernels import PackedImages
 from detr_kernels.pixels import Place
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +26,7 @@ WORKER_TIMEOUT_S = 600
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
+    """Images of one step as they were read, with what is to become of them: see `detr_fast.preprocessing`."""
 
     images: PackedImages
     room: tuple[int, int]
@@ -123,27 +123,6 @@ def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
         image_ids=[sample.image_id for sample in samples],
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
     )
-
-
-def model_input(
-    batch: Batch,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    channels_last: bool,
-    dtype: torch.dtype = torch.float32,
-    form: Backend = "ref",
-) -> tuple[Tensor, Tensor | None]:
-    """Resized and mirrored, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
-    True where padded, or None where nothing is. Runs on the batch's device and asks it for nothing."""
-    height, width = batch.room
-    images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, form)
-    if not channels_last:
-        images = images.contiguous()
-    if not batch.padded:
-        return images, None
-    own_height, own_width = batch.images.table[:, 3:5, None].unbind(1)  # (B, 1) each
-    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
-    return images, (rows >= own_height)[:, :, None] | (columns >= own_width)[:, None, :]
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,21 +84,7 @@ class MultiheadAttention(nn.Module):
             (wq, wkv), (bq, bkv) = self._split(1)
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
-        return self._mix(q, k, F.linear(value, wv, bv), layout)
-
-    def project_queries(self, query: Tensor) -> Tensor:
-        """(..., D) -> (..., D), what `attend` takes."""
-        (wq, _), (bq, _) = self._split(1)
-        return F.linear(query, wq, bq)
-
-    def attend(self, q: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
-        """As `forward`, of queries (B, Nq, D) that are projected already."""
-        (_, wkv), (_, bkv) = self._split(1)
-        (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
-        return self._mix(q, F.linear(key, wk, bk), F.linear(value, wv, bv), layout)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """What follows the projections of the input."""
+        v = F.linear(value, wv, bv)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
         if self.form in ("sdpa", "ref"):
             mixed = self._attend_in_rows(q, k, v, layout.padding)

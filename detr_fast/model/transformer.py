@@ -1,7 +1,5 @@
 """DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
 
-import copy
-
 import torch
 from detr_kernels import Backend, Packing, fused_add_layer_norm, relu_dropout
 from torch import Tensor, nn
@@ -71,48 +69,9 @@ class DecoderLayer(PostNormLayer):
         """
         placed = state + query_position
         state = self.add_norm(self.self_attn(placed, placed, state, among), state, self.norm1)
-        return self.finish(state, self.multihead_attn(state + query_position, placed_memory, memory, across))
-
-    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
-        """What follows both attentions: the state (B, Q, D) before the second one, and what that one gave."""
+        attended = self.multihead_attn(state + query_position, placed_memory, memory, across)
         state = self.add_norm(attended, state, self.norm2)
         return self.add_norm(self.feedforward(state), state, self.norm3)
-
-
-class FirstDecoderLayer(nn.Module):
-    """The first decoder layer, for inference alone: until its queries meet the memory, all is the same for every image.
-
-    Its state is zeros, so every value of its self-attention is the bias, and so is every mean of them, whatever the
-    weights: one state (D,) for all queries.
-    """
-
-    state: Tensor
-    q: Tensor
-
-    def __init__(self, layer: DecoderLayer, query_position: Tensor, dtype: torch.dtype) -> None:
-        """Of `layer`, which it takes over, and query positions (Q, D); rounded to `dtype` once."""
-        super().__init__()
-        exact = copy.deepcopy(layer).double()
-        value = exact.self_attn.in_proj_bias.chunk(3)[2]
-        state = exact.norm1(exact.self_attn.out_proj(value))
-        q = exact.multihead_attn.project_queries(state + query_position.double())
-        self.register_buffer("state", state.to(dtype))  # (D,)
-        self.register_buffer("q", q.to(dtype))  # (Q, D)
-        del layer.self_attn, layer.norm1
-        self.rest = layer
-
-    def forward(
-        self,
-        state: Tensor,
-        query_position: Tensor,
-        memory: Tensor,
-        placed_memory: Tensor,
-        among: Layout,
-        across: Layout,
-    ) -> Tensor:
-        """As `DecoderLayer`, of a state (B, Q, D) of zeros."""
-        attended = self.rest.multihead_attn.attend(self.q.expand_as(state), placed_memory, memory, across)
-        return self.rest.finish(self.state.expand_as(state), attended)
 
 
 class Encoder(nn.Module):

@@ -1,13 +1,14 @@
 """A run's parts, made from its options, and from a checkpoint where it continues one."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config
 from detr_fast.console import Console
+from detr_fast.data.annotations import Category
 from detr_fast.data.batching import Batch, collate, on_device, train_loader
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.checks import warn_before_training
@@ -40,14 +41,13 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
 
 
 def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
-    """The checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
+    """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
-    model.categories = train_set.categories
     if state:
         load_state_dict(model, state["model"])
     elif options.weights:
-        kept = load_for_fine_tuning(model, options.weights)
+        kept = load_for_fine_tuning(model, options.weights, train_set.categories)
         for line in kept.lines(options.weights, config.num_classes):
             out.print(line)
     else:
@@ -59,7 +59,7 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
 
 
 def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: State) -> TrainStep:
-    """The step around a model that is in its place already."""
+    """Make the step of a model that is on its device already."""
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
     factor = lr_factor(options, world.size)
     step = TrainStep(
@@ -69,7 +69,7 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         runtime=runtime,
         world=world,
         clip=options.clip,
-        averaged=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
         ema_decay=options.ema,
     )
     if state:
@@ -77,8 +77,8 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         keep_layouts(step.optimizer)
         if state["scaler"]:
             step.scaler.load_state_dict(state["scaler"])
-        if step.averaged and state["ema"]:
-            load_state_dict(step.averaged, state["ema"])
+        if step.ema and state["ema"]:
+            load_state_dict(step.ema, state["ema"])
     return step
 
 
@@ -188,10 +188,9 @@ def make_batches(
     return on_device(batches, runtime.device)
 
 
-def stored_metadata(model: DETR) -> dict[str, Any]:
-    """What every checkpoint says of its model besides the weights."""
-    categories = model.categories
+def stored_metadata(config: ModelConfig, categories: Sequence[Category] | None) -> dict[str, Any]:
+    """Return what every checkpoint says of its model besides the weights."""
     return {
-        "model_config": model.config.to_dict(),
+        "model_config": config.to_dict(),
         "categories": None if categories is None else [vars(category) for category in categories],
     }

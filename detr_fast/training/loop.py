@@ -15,6 +15,7 @@ from detr_fast.data.batching import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
 from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.distributed import share_buffers
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
 from detr_fast.training.metrics_log import MetricsLog
@@ -44,10 +45,12 @@ class Progress:
 
 @dataclass
 class TrainingLoop:
-    """Runs `step` over `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
+    """Makes steps of `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
 
     options: TrainConfig
     step: TrainStep
+    take_step: Callable[[list[Batch]], Any]
+    """`step`, or what wraps it: `MicroBatches`, `GraphedStep`."""
     schedule: Schedule
     batches: Iterator[Batch]
     batches_per_epoch: int
@@ -109,10 +112,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
-        parts = self.step.parts
-        self.step(window)
-        if self.step.parts > parts:
-            self.display.say(f"The memory ran out: from now on each batch is computed in {self.step.parts} parts.")
+        self.take_step(window)
         self.progress.step += 1
         padding = sum(batch.padding for batch in window) / len(window)
         self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)
@@ -174,7 +174,7 @@ class TrainingLoop:
             raise UserError(f"Predictions or gradients were not finite at {times} log lines. {advice}")
 
     def _evaluate(self) -> None:
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         self.evaluation = self.evaluate()
         self.progress.evaluated_step = self.progress.step
         metrics = self.evaluation.measured
@@ -190,20 +190,20 @@ class TrainingLoop:
 
     def _model_state(self) -> dict[str, Any]:
         """What is needed to use the model."""
-        model = self.step.averaged or self.step.model
+        model = self.step.ema or self.step.model
         return {**self.metadata, "model": model.state_dict(), "step": self.progress.step}
 
     def _save(self) -> None:
         """What is needed to continue the run as if it had not stopped."""
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         if not self.folder:
             return
-        averaged = self.step.averaged
+        ema = self.step.ema
         progress = vars(self.progress) | {"seconds": self._seconds()}
         state = {
             **self.metadata,
             "model": self.step.model.state_dict(),
-            "ema": averaged.state_dict() if averaged else None,
+            "ema": ema.state_dict() if ema else None,
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "options": self.options.to_dict(),

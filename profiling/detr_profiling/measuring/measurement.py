@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from detr_fast.config import Precision, UserError
-from detr_fast.runtime import keep_freed_memory
+from detr_fast.host_memory import keep_freed_memory
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
@@ -36,7 +36,7 @@ class Configuration:
     tf32: bool = True
     """On a GPU."""
     keeps_memory: bool = True
-    """On a CPU (`detr_fast.runtime.keep_freed_memory`); ours always does."""
+    """Of a peer on a CPU (`detr_fast.host_memory`); ours does as its --host-allocator says."""
 
     def build(self) -> Workload:
         """Raises UserError where something asked for by name is not there."""
