@@ -41,7 +41,7 @@ def main(options: EvaluateConfig) -> None:
 
 
 def metric_tables(evaluation: Evaluation) -> list[Table]:
-    """The twelve numbers with the best operating point, and AP by class."""
+    """Lay out the twelve numbers with the best operating point, and AP by class."""
     point = evaluation.operating_point
     numbers = Table("metric", Column("value", justify="right"), title="COCO metrics")
     for name, value in (evaluation.metrics | evaluation.unlimited).items():

@@ -26,7 +26,7 @@ Allocator = Literal["keep", "system"]
 
 @dataclass
 class Process:
-    """What was decided for this process so far."""
+    """Remembers what was decided for this process."""
 
     allocator: Allocator | None = None
     """None: nobody has decided, and it is glibc's."""

@@ -14,7 +14,7 @@ from detr_fast.runtime import Runtime
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network expects of its images, and in which layout, dtype and backend they are made."""
+    """Makes a network's input of a batch: normalised as it expects, in one memory order, dtype and backend."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

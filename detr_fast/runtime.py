@@ -34,7 +34,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """What matrix products and convolutions are computed in; float32 means no autocast."""
+    """GEMMs and convolutions are computed in it; float32 means no autocast."""
     channels_last: bool
     compile: bool
     kernels: Kernels
@@ -64,7 +64,7 @@ class Runtime:
 
 
 def choose_device(asked: Device) -> tuple[torch.device, str]:
-    """Raises UserError where a GPU is asked for and there is none."""
+    """Choose the device, and say why. Raises UserError where a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
     require(asked != "cuda" or available, "--device cuda: torch finds no GPU. Use --device cpu, or see doctor.")
     if asked == "auto":
@@ -73,7 +73,7 @@ def choose_device(asked: Device) -> tuple[torch.device, str]:
 
 
 def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
+    """Choose the dtype of GEMMs and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
     scaler."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     require(asked != "fp16" or device.type == "cuda", "--precision fp16 needs a GPU. Use bf16 or fp32 on a CPU.")
@@ -85,7 +85,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtyp
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products, not merely emulation."""
+    """Tell whether the device has instructions for bf16 products, not merely emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -93,7 +93,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def missing_for_compile() -> str | None:
-    """What torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
+    """Say what torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
     name = os.environ.get("CXX", "g++")
     if not shutil.which(name):
         return f"there is no compiler {name}: sudo apt install g++, or set CXX to another one"

@@ -75,7 +75,7 @@ def default_options(argv: Sequence[str]) -> TrainConfig:
 
 
 def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
-    """One process of a training run; returns the exit code."""
+    """Run one process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
     options = located(options)
     resumed = resumed_path(options.resume, options.output)
@@ -182,7 +182,7 @@ def wrapped_step(step: TrainStep, options: TrainConfig, largest: Batch) -> Micro
 
 
 def is_last_of(path: Path | None, output: str) -> bool:
-    """Whether `path` is the output folder's own checkpoint: another run's may not take its place."""
+    """Tell whether `path` is the output folder's own checkpoint: another run's may not take its place."""
     return path is not None and path.resolve() == RunFolder(Path(output)).last.resolve()
 
 
@@ -202,7 +202,7 @@ def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -
 
 @contextmanager
 def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool) -> Iterator[RunFolder]:
-    """The output folder, held by the main process; the others only know where it is."""
+    """Hold the output folder in the main process, and give it to all: the others only know where it is."""
     root = Path(options.output)
     if not world.is_main:
         yield RunFolder(root)

@@ -18,7 +18,7 @@ class Implementation:
     folded: bool = True
     """Whether a frozen batch norm is part of the convolution before it."""
     frozen: bool = True
-    """Whether inference folds and rounds weights once (`detr_fast.model.freezing`), or in every call."""
+    """Whether inference folds and rounds weights once (`detr_fast.model.optimized`), or in every call."""
     layer_norm: Backend = "auto"
     pixels: Backend = "auto"
     match_cost: Backend = "auto"

@@ -27,7 +27,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the sums are divided by: device scalars that follow from the targets alone.
+    """Divisors of the losses' sums: device scalars that follow from the targets alone.
 
     For several micro-batches or ranks they are made of all their targets together, so that the sum of their losses
     is the loss of the joined batch.

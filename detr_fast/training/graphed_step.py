@@ -128,7 +128,7 @@ class GraphedStep:
         for _ in range(2):
             self.gradient_graphs(self._of_micro_batch, (given, normalizers))
         if (given, normalizers) not in self.gradient_graphs:
-            raise torch.OutOfMemoryError("the memory has no room for the CUDA graph of the largest batch")
+            raise torch.OutOfMemoryError("the memory does not hold the CUDA graph of the largest batch")
         self.capturer.run(lambda: self.step.micro_batch(given, normalizers))
 
     def _forget(self) -> None:

@@ -33,7 +33,7 @@ class StepInput(NamedTuple):
 
 @dataclass(frozen=True)
 class OneShape:
-    """What all micro-batches of one size in pixels have alike, so that they are replays of one CUDA graph."""
+    """Gives all micro-batches of one size in pixels the same shapes, so that they are replays of one CUDA graph."""
 
     targets: int = 16
     """Rows of targets an image, at least."""
