@@ -30,8 +30,8 @@ from detr_fast.config import RECIPES, TrainConfig
 from detr_fast.data.batch import Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.data.loader import model_input
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Group, Position
+from detr_fast.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 16
@@ -53,7 +53,7 @@ class OurPipeline:
 
     def batch(self) -> PaddedBatch:
         samples = self.read()
-        images, mask = model_input(collate(samples), MEAN, STD, channels_last=True)
+        images, mask = Preprocessing(MEAN, STD, channels_last=True)(collate(samples))
         return PaddedBatch(images, mask, [sample.boxes_cxcywh for sample in samples])
 
 

@@ -169,6 +169,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Kernels = Literal["auto", "triton", "ref"]
 Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
+HostAllocator = Literal["auto", "keep", "system"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,9 @@ class RuntimeOptions(Checked):
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""
+    host_allocator: HostAllocator = "auto"
+    """keep: freed memory of the host is kept by the process, in large pages; system: glibc as it is; auto: keep on a
+    CPU with glibc. It holds for the whole process."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors.torch import save
 
 from detr_fast.config import Checked, require
+from detr_fast.detector import Detector
 from detr_fast.files import atomic_write, write_json
-from detr_fast.model.detr import DETR
-from detr_fast.weights import export_state_dict, load_model
+from detr_fast.weights import export_state_dict, read_detector
 from detr_fast.weights.container import write_container
 from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG, ModelDescription
 from detr_fast.weights.naming import Naming
@@ -38,25 +38,25 @@ class ExportConfig(Checked):
 
 def main(options: ExportConfig) -> int:
     """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
-    model = load_model(options.weights, categories=options.categories)
-    for note in model.notes:
+    detector = read_detector(options.weights, categories=options.categories)
+    for note in detector.notes:
         print(note)
     out = Path(options.out)
     if out.suffix:
-        write_weights(model, out, options.naming)
+        write_weights(detector, out, options.naming)
     else:
-        write_weights(model, out / "model.safetensors", options.naming)
-        write_json(out / HUGGING_FACE_CONFIG, huggingface_config(model))
-        write_json(out / PREPROCESSOR_CONFIG, preprocessor_config(model.config))
+        write_weights(detector, out / "model.safetensors", options.naming)
+        write_json(out / HUGGING_FACE_CONFIG, huggingface_config(detector))
+        write_json(out / PREPROCESSOR_CONFIG, preprocessor_config(detector.config))
     print(f"Wrote {out} with {options.naming} names.")
     return 0
 
 
-def write_weights(model: DETR, out: Path, naming: Naming) -> None:
+def write_weights(detector: Detector, out: Path, naming: Naming) -> None:
     """Write the weights with, beside them, the architecture and the classes, which `load_model` reads and others
     ignore. Raises UserError where the file cannot be written."""
-    state_dict = {key: value.contiguous() for key, value in export_state_dict(model, naming).items()}
-    description = ModelDescription.of(model.config, model.categories)
+    state_dict = {key: value.contiguous() for key, value in export_state_dict(detector, naming).items()}
+    description = ModelDescription.of(detector.config, detector.categories)
     if out.suffix == ".pth":
         write_container(out, description.with_weights(state_dict))
         return
@@ -65,10 +65,10 @@ def write_weights(model: DETR, out: Path, naming: Naming) -> None:
         file.write(save(state_dict, metadata))
 
 
-def huggingface_config(model: DETR) -> dict[str, Any]:
+def huggingface_config(detector: Detector) -> dict[str, Any]:
     """Return what transformers' DetrConfig needs to build this model with a timm backbone."""
-    config = model.config
-    names = [category.name for category in model.categories or ()]
+    config = detector.config
+    names = [category.name for category in detector.categories or ()]
     names = names or [f"LABEL_{label}" for label in range(config.num_classes)]
     return {
         "architectures": ["DetrForObjectDetection"],

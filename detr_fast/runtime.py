@@ -1,17 +1,13 @@
-"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its
-reason."""
+"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its reason,
+from options and hardware alone. `detr_fast.detector.place` does what was chosen."""
 
-import ctypes
-import mmap
 import os
 import platform
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,9 @@ import torch
 from detr_kernels import OPERATIONS, Facts
 from detr_kernels.launch import why_not_triton
 
-from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, require
+from detr_fast.config import Attention, Device, Kernels, ModelConfig, Precision, RuntimeOptions, require
+from detr_fast.host_memory import Allocator, choose_host_allocator
 from detr_fast.machine import cores
-from detr_fast.model.backends import reasons, select_backends
-from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import frozen
 from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Mode, Tuning, find
 
 MOST_WORKERS = 16
@@ -36,7 +30,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """What matrix products and convolutions are computed in; float32 means no autocast."""
+    """GEMMs and convolutions are computed in it; float32 means no autocast."""
     channels_last: bool
     compile: bool
     kernels: Kernels
@@ -48,6 +42,10 @@ class Runtime:
     """Whether inference folds and rounds weights once; None: unless --kernels ref."""
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
+    host_allocator: Allocator | None = None
+    """For the whole process; None: it stays as it is."""
+    threads: int | None = None
+    """Of torch's operators on a CPU, for the whole process; None: as many as it has."""
 
     def workers(self, asked: int | None) -> int:
         """Return how many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of
@@ -67,35 +65,9 @@ class Runtime:
         """Whether inference folds and rounds weights once, instead of in every call."""
         return self.optimize if self.optimize is not None else self.kernels != "ref"
 
-    def place(self, model: DETR, named: Mapping[str, str] | None = None) -> DETR:
-        """Move the model to the device, in the memory order and with the backends chosen.
-
-        `named`: backends of single operations, before what the options ask for.
-        """
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        selection = select_backends(
-            model,
-            self.kernels,
-            self.attention,
-            self.dtype,
-            named=named,
-            measured=self.measured,
-            compiled=self.compile,
-        )
-        self.reasons.update(reasons(model, selection, model.training))
-        return model
-
-    def place_for_inference(self, model: DETR) -> DETR:
-        """As `place`, and frozen where the implementation says so: such a model cannot be trained or saved."""
-        return self.for_inference(self.place(model))
-
-    def for_inference(self, model: DETR) -> DETR:
-        return frozen(model, self.dtype) if self.optimizes else model
-
 
 def choose_device(asked: Device) -> tuple[torch.device, str]:
-    """Raises UserError where a GPU is asked for and there is none."""
+    """Choose the device, and say why. Raises UserError where a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
     require(asked != "cuda" or available, "--device cuda: torch finds no GPU. Use --device cpu, or see doctor.")
     if asked == "auto":
@@ -103,41 +75,8 @@ def choose_device(asked: Device) -> tuple[torch.device, str]:
     return torch.device(asked), "asked for"
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Names of mallopt(3)."""
-NEVER = -1
-TOP_PAD_BYTES = 2**28
-RESERVED_BYTES = 2**32
-HUGE_PAGE_BYTES = 2**21
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Lets this process use freed memory again, instead of giving every large block back and asking for new pages, and
-    asks for large pages.
-
-    glibc maps each block of megabytes by itself, and the kernel then clears all its pages anew: a fifth of a million
-    faults a training step on a CPU. What malloc takes instead is one range of addresses, the first 4 GiB of which are
-    asked for in pages of 2 MiB: what lies in pages of 4 KiB is found more slowly than it is read. Memory is used only
-    where it is written to. Where there is no glibc, nothing changes.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, TOP_PAD_BYTES)):
-        libc.mallopt(name, value)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    reserved = libc.malloc(RESERVED_BYTES)
-    if reserved:
-        first = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        libc.madvise(first, RESERVED_BYTES - HUGE_PAGE_BYTES, mmap.MADV_HUGEPAGE)
-        libc.free(reserved)
-
-
 def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
+    """Choose the dtype of GEMMs and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
     scaler."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     require(asked != "fp16" or device.type == "cuda", "--precision fp16 needs a GPU. Use bf16 or fp32 on a CPU.")
@@ -149,7 +88,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtyp
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products, not merely emulation."""
+    """Tell whether the device has instructions for bf16 products, not merely emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -157,7 +96,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def missing_for_compile() -> str | None:
-    """What torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
+    """Say what torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
     name = os.environ.get("CXX", "g++")
     if not shutil.which(name):
         return f"there is no compiler {name}: sudo apt install g++, or set CXX to another one"
@@ -221,13 +160,10 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     Raises UserError where something asked for by name is not there.
     """
     device, device_reason = choose_device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     measured = not_asked_for(options, tuning, device)
     value = {name: found for name, (found, _) in measured.items()}
     dtype, precision_reason = choose_precision(value.get("precision", options.precision), device)
-    if "threads" in value and device.type == "cpu":
-        torch.set_num_threads(value["threads"])
+    host_allocator, allocator_reason = choose_host_allocator(options.host_allocator, device)
     compiled = bool(value.get("compile", options.compile))
     channels_last = value.get("channels_last", options.channels_last is not False)
     lacking = missing_for_compile() if compiled else None
@@ -238,6 +174,7 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     reasons = {
         "device": f"{device} ({device_reason})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",
+        "host allocator": f"{host_allocator or 'system'} ({allocator_reason})",
         **({"measured": tuning.summary()} if tuning and options.tune and options.kernels != "ref" else {}),
         **with_reasons({name: found for name, found in measured.items() if name in RUNTIME_SWITCHES}),
     }
@@ -252,10 +189,13 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
         capture=value.get("capture", getattr(options, "capture", None)),
         optimize=value.get("optimize", getattr(options, "optimize", None)),
         measured={name: found for name, found in measured.items() if name not in RUNTIME_SWITCHES},
+        host_allocator=host_allocator,
+        threads=value.get("threads") if device.type == "cpu" else None,
     )
 
 
-def runtime_for_inference(options: RuntimeOptions, model: DETR, batch_size: int) -> Runtime:
-    """Choose as `choose_runtime` does, with what was measured here for `model` on `batch_size` photographs at once."""
+def runtime_for_inference(options: RuntimeOptions, config: ModelConfig, batch_size: int) -> Runtime:
+    """Choose as `choose_runtime` does, with what was measured here for a model of `config` on `batch_size` photographs
+    at once."""
     device, _ = choose_device(options.device)
-    return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size, options)))
+    return choose_runtime(options, find(device, Case.of_inference(config, batch_size, options)))

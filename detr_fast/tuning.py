@@ -59,7 +59,7 @@ Measured = dict[str, tuple[Any, str]]
 """Switch -> its value, and what was measured that made it so."""
 
 
-NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads")
+NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads", "host_allocator")
 """Options that a measurement depends on where they are asked for by name."""
 
 

@@ -26,7 +26,7 @@ from detr_fast.config import MODELS, Attention, Kernels, UserError
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import frozen
+from detr_fast.model.optimized import optimized
 
 HAS_GPU = torch.cuda.is_available()
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=2)
@@ -147,7 +147,7 @@ def check_that_optimized_inference_is_one_graph(
     kernels: Kernels, attention: Attention, padded: bool, gpu: torch.device
 ) -> None:
     step = make_step(CONFIG, gpu, kernels, attention)
-    model = made_on(gpu, lambda: frozen(DETR(CONFIG), torch.bfloat16))
+    model = made_on(gpu, lambda: optimized(DETR(CONFIG), torch.bfloat16))
     hand_out(step.model.selection, model)
     images, mask, _ = inputs_of(step, make_batch(gpu, 2, ROOM, padded))
     torch._dynamo.reset()

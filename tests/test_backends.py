@@ -1,12 +1,9 @@
 """Backends of a whole network: all are the same model, each choice has its reason, and what runs is what is printed."""
 
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, Attention, Kernels, RuntimeOptions, UserError
 from detr_fast.data.batch import Targets
+from detr_fast.detector import place
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
@@ -181,57 +179,10 @@ def test_triton_on_a_cpu_without_its_interpreter_is_refused_at_once(
 def test_xformers_on_a_cpu_is_refused_with_its_reason() -> None:
     runtime = choose_runtime(RuntimeOptions(device="cpu", attention="xformers"))
     with pytest.raises(UserError, match=r"--attention xformers: .*xformers has no cpu path"):
-        runtime.place(make_model())
+        place(make_model(), runtime)
 
 
 def test_the_command_says_so_with_exit_code_2() -> None:
     command = [sys.executable, "-m", "detr_fast.train", "--device", "cpu", "--kernels", "tritn"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and "triton" in result.stderr
-
-
-FAULTS = """
-import resource, torch
-from detr_fast.runtime import keep_freed_memory
-{call}
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    """64 MiB eight times: 16,384 pages each are mapped anew, or once."""
-    faults = {}
-    for call in ("", "keep_freed_memory()"):
-        command = [sys.executable, "-c", FAULTS.format(call=call)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        faults[call] = int(done.stdout)
-    assert faults["keep_freed_memory()"] <= max(1000, faults[""] / 4)
-
-
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-IN_LARGE_PAGES = """
-import torch
-from pathlib import Path
-from detr_fast.runtime import keep_freed_memory
-keep_freed_memory()
-kept = torch.ones(2**26)
-print([line.split()[1] for line in Path("/proc/self/smaps_rollup").open() if line.startswith("AnonHugePages")][0])
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.skipif(
-    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="the kernel gives no large pages"
-)
-def test_memory_comes_in_large_pages() -> None:
-    """At least half of 256 MiB, as the kernel has them."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", IN_LARGE_PAGES]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert int(done.stdout) > 2**17  # KiB

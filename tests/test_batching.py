@@ -14,17 +14,14 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as F
 
 from detr_fast.config import UserError
 from detr_fast.data import loader as data_loader
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.coco import CocoDataset
-from detr_fast.data.loader import evaluation_loader, model_input, train_loader
+from detr_fast.data.loader import evaluation_loader, train_loader
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def sample(height: int, width: int, targets: int = 1, image_id: int = 1) -> Sample:
@@ -74,29 +71,6 @@ def test_fault_21_a_batch_without_any_target() -> None:
     batch = collate([sample(30, 50, targets=0), sample(30, 50, targets=0)])
     assert batch.targets.labels.shape == (2, 0) and batch.targets.boxes_cxcywh.shape == (2, 0, 4)
     assert not batch.padded
-
-
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_the_models_input_is_each_image_normalised_and_then_padded(channels_last: bool) -> None:
-    samples = [sample(31, 50), sample(40, 20)]
-    images, mask = model_input(collate(samples), MEAN, STD, channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert images.dtype == torch.float32 and images.is_contiguous(memory_format=layout)
-    assert mask is not None and mask.shape == (2, 40, 50)
-    for row, row_mask, one in zip(images, mask, samples, strict=True):
-        height, width = one.image.shape[1:]
-        expected = F.normalize(one.image.float() / 255, list(MEAN), list(STD))
-        torch.testing.assert_close(row[:, :height, :width], expected, rtol=0, atol=0)
-        assert row[:, height:].abs().sum() == 0 and row[:, :, width:].abs().sum() == 0
-        assert not row_mask[:height, :width].any()
-        assert row_mask.sum() == 40 * 50 - height * width
-
-
-def test_no_mask_where_nothing_is_padded() -> None:
-    same_size = [sample(30, 50), sample(30, 50)]
-    assert model_input(collate(same_size), MEAN, STD, channels_last=True)[1] is None
-    wider = model_input(collate(same_size, (32, 64)), MEAN, STD, channels_last=True)[1]
-    assert wider is not None and wider.shape == (2, 32, 64) and wider.sum() == 2 * (32 * 64 - 30 * 50)
 
 
 def test_of_a_batch_from_a_worker_the_pixels_alone_are_shared_memory() -> None:

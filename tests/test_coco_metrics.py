@@ -12,6 +12,7 @@ from torch import Tensor
 from detr_fast.config import MODELS, DataOptions, UserError
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
 from detr_fast.data.loader import evaluation_loader
+from detr_fast.detector import Detector
 from detr_fast.evaluation.coco_metrics import (
     ABSENT,
     METRICS,
@@ -20,17 +21,15 @@ from detr_fast.evaluation.coco_metrics import (
     Evaluator,
     PrecisionRecall,
     evaluate_detections,
-    evaluate_model,
+    evaluate_detector,
     run_hotcoco,
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.model.backends import Selectable
-from detr_fast.runtime import Runtime
 from detr_fast.weights import build_model
 from tests.pycocotools_referee import run_pycocotools
 
 EVALUATORS = (run_hotcoco, run_pycocotools)
-CPU = Runtime(torch.device("cpu"), torch.float32, False, False, "auto", "auto", {})
 
 
 def random_document(seed: int, images: int, categories: int, crowd: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -214,8 +213,7 @@ class Scripted(Selectable):
     def __init__(self, outputs: list[tuple[Tensor, Tensor]], largest_batch: int = 99) -> None:
         super().__init__()
         self.config = MODELS["detr_tiny"]
-        self.frozen = False
-        self.recordings = None
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # a detector runs where it lies
         self.outputs = outputs
         self.largest_batch = largest_batch
         self.modes: list[bool] = []
@@ -249,7 +247,7 @@ def perfect_outputs(dataset: CocoDataset, batch_size: int) -> list[tuple[Tensor,
 
 def test_a_perfect_model_has_average_precision_1(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 4)).train()
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 4, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
     assert evaluation.operating_point.precision == evaluation.operating_point.recall == 1.0
     assert len(evaluation.detections) == 12 * 10
@@ -261,7 +259,7 @@ def test_batches_do_not_matter(dataset: CocoDataset) -> None:
     torch.manual_seed(0)
     model = build_model("detr_tiny")
     one, five = (
-        collect_detections(model, evaluation_loader(dataset, size, workers=0), CPU, dataset.categories)
+        collect_detections(Detector(model), evaluation_loader(dataset, size, workers=0), dataset.categories)
         for size in (1, 5)
     )
     np.testing.assert_allclose(one, five, rtol=1e-4, atol=1e-3)
@@ -271,7 +269,9 @@ def test_batches_do_not_matter(dataset: CocoDataset) -> None:
 def test_rows_are_in_the_order_of_ids_whatever_the_order_of_reading(dataset: CocoDataset) -> None:
     batches = list(evaluation_loader(dataset, 4, workers=0))
     outputs = perfect_outputs(dataset, 4)
-    inorder, backwards = (collect_detections(Scripted(outputs[::step]), batches[::step], CPU, None) for step in (1, -1))
+    inorder, backwards = (
+        collect_detections(Detector(Scripted(outputs[::step])), batches[::step], None) for step in (1, -1)
+    )
     np.testing.assert_array_equal(inorder, backwards)
     assert inorder[::10, 0].tolist() == [record.id for record in dataset.records]
 
@@ -279,16 +279,16 @@ def test_rows_are_in_the_order_of_ids_whatever_the_order_of_reading(dataset: Coc
 def test_labels_become_the_category_ids_of_the_data(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 6))
     dataset.categories = tuple(reversed(dataset.categories or ()))
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 6, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 6, workers=0))
     assert evaluation.metrics["AP"] < 0.3
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 2), largest_batch=2)
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 4, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
     with pytest.raises(UserError, match="does not fit into the device's memory"):
-        evaluate_model(Scripted([], largest_batch=0), dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+        evaluate_detector(Detector(Scripted([], largest_batch=0)), dataset, evaluation_loader(dataset, 4, workers=0))
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (1, float("nan")), (1, float("inf"))])
@@ -298,7 +298,7 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_images(
     outputs = perfect_outputs(dataset, 3)
     outputs[1][place][2, 0] = value
     with pytest.raises(UserError, match=r"not finite for image 5\."):
-        evaluate_model(Scripted(outputs), dataset, evaluation_loader(dataset, 3, workers=0), CPU)
+        evaluate_detector(Detector(Scripted(outputs)), dataset, evaluation_loader(dataset, 3, workers=0))
 
 
 def test_images_that_cannot_be_read_are_left_out_with_a_warning(shapes_root: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_images_that_cannot_be_read_are_left_out_with_a_warning(shapes_root: Pat
     dataset = build_dataset(options, "val", MODELS["detr_tiny"])
     model = Scripted(perfect_outputs(dataset, 6))
     with pytest.warns(UserWarning, match=r"without 1 images that could not be read: absent\.jpg"):
-        evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 6, workers=0), CPU)
+        evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 6, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
 
 
@@ -325,7 +325,7 @@ def test_a_class_that_the_data_lacks_is_an_error() -> None:
 
 def test_processes_join_their_shares(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = collect_detections(
-        Scripted(perfect_outputs(dataset, 6)), evaluation_loader(dataset, 6, workers=0), CPU, None
+        Detector(Scripted(perfect_outputs(dataset, 6))), evaluation_loader(dataset, 6, workers=0), None
     )
     shares = [whole[:40], whole[40:]]
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref, convolution_tiles
+from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution import tiles as convolution_tiles
 from detr_kernels.convolution.tiles import Blocks, choose_blocks
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
@@ -47,7 +48,7 @@ def make_inputs(
 
 
 def fused(*inputs: Tensor | None, **options: object) -> Tensor:
-    return conv1x1_bias_act(*inputs, backend="triton", **options)  # type: ignore[arg-type]
+    return conv1x1_bias_act(*inputs, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", FLOORS)

@@ -229,8 +229,7 @@ def test_in_bf16_a_hundredth_and_one_object_may_fall_either_way() -> None:
 
 def test_a_checkpoint_on_a_whole_data_set(trained: DETR, task: Task, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
-    trained.categories = task.dataset.categories
-    description = ModelDescription.of(trained.config, trained.categories)
+    description = ModelDescription.of(trained.config, task.dataset.categories)
     write_container(path, description.with_weights(trained.state_dict()))
     model, images = checkpoint_and_images(str(path), task.config.data)
     ap = AveragePrecision(model, images, CPU)

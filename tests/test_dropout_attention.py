@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from detr_kernels import apply_dropout, attention_with_dropout, relu_dropout
-from detr_kernels.attention.blocked import backward_op, forward_op
+from detr_kernels import apply_dropout, relu_dropout
+from detr_kernels.attention.blocked import attention_with_dropout, backward_op, forward_op
 from detr_kernels.dropout.pcg64 import Dropper, relu_backward_op, relu_op, threshold_of
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor

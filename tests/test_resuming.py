@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
+from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, main
@@ -57,7 +58,7 @@ OTHERWISE: dict[str, Any] = {
         "on_bad_image": "skip",
         "follow_links": True,
     },
-    **{"data_only": True, "eval_every": 7, "log_every": 7, "save_every": 7},
+    **{"host_allocator": "system", "data_only": True, "eval_every": 7, "log_every": 7, "save_every": 7},
 }
 """For every option whose value matters on resuming, one that the run below does not have."""
 
@@ -125,7 +126,7 @@ def param_groups(options: TrainConfig, state: Any) -> tuple[Any, Any]:
     model = DETR(replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=1))
     model.backbone.requires_grad_(options.lr_backbone > 0)
     runtime = choose_runtime(options)
-    step = make_step(runtime.place(model), options, runtime, World(), state)
+    step = make_step(place(model, runtime), options, runtime, World(), state)
     if state is None:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -138,7 +139,7 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
     trained = TrainConfig(model="detr_tiny", batch_size=8, accumulate=1, device="cpu", precision="fp32", ema=0.9)
     for before in (trained, replace(trained, lr_backbone=0.0, ema=0.0)):
         step, _ = param_groups(before, None)
-        average = step.averaged.state_dict() if step.averaged else None
+        average = step.ema.state_dict() if step.ema else None
         state = SimpleNamespace(optimizer=step.optimizer.state_dict(), scaler={}, ema=average)
         for asked in (
             replace(before, lr=7e-6, lr_backbone=3e-6, weight_decay=0.5, ema=0.5),
@@ -152,7 +153,7 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
                 assert moments["step"] == 1 and moments["exp_avg"].shape == parameter.shape
             kept = min(len(groups), len(state.optimizer["param_groups"]))
             assert len(resumed.optimizer.state) == sum(len(group["params"]) for group in groups[:kept])
-            assert (resumed.averaged is not None) == (asked.ema > 0)
+            assert (resumed.ema is not None) == (asked.ema > 0)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from detr_fast.training.assembly import make_data
 from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.loop import TrainingLoop
+from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.run_folder import RunFolder
-from detr_fast.training.step import TrainStep
 from detr_fast.weights.container import read_container
 
 STEPS = 12
@@ -64,16 +64,16 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
     def plan(step: int, number: int) -> None:
         calls = 0
-        original = TrainStep.__call__
+        original = MicroBatches.__call__
 
-        def call(self: TrainStep, batches: list) -> dict:
+        def call(self: MicroBatches, batches: list) -> dict:
             nonlocal calls
             calls += 1
             if calls == step:
                 os.kill(os.getpid(), number)
             return original(self, batches)
 
-        monkeypatch.setattr(TrainStep, "__call__", call)
+        monkeypatch.setattr(MicroBatches, "__call__", call)
 
     return plan
 
@@ -88,8 +88,8 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
     values = [float(loss) for _, loss in losses(tmp_path)]
     assert sum(values[-6:]) < 0.98 * sum(values[:6])
     assert 0 <= json.loads((tmp_path / "evaluation.json").read_text())["AP50"] <= 1
-    model = load_model(tmp_path / "checkpoints" / "best.pt")
-    assert model.categories is not None and model.categories[0].name == "circle"
+    detector = load_model(tmp_path / "checkpoints" / "best.pt")
+    assert detector.categories is not None and detector.categories[0].name == "circle"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,7 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
     loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0
+    loop.step.world.size = 1
     loop.options = replace(TrainConfig(), accumulate=1)
     for progress.step, ap in enumerate(aps, 1):
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)

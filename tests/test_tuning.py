@@ -12,13 +12,15 @@ import tyro
 from detr_profiling.tune import TuneOptions
 from rich.console import Console
 
-from detr_fast import machine, tuning
+from detr_fast import load_model, machine, tuning
 from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
 from detr_fast.data.shapes import write_split
+from detr_fast.detector import Detector, place
 from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
+from detr_fast.model.optimized import OptimizedDETR
 from detr_fast.paths import cache_folder
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import first_minute
@@ -169,7 +171,7 @@ def test_auto_takes_what_was_measured_and_says_so() -> None:
     entry = make(**CHOSEN)
     runtime = choose_runtime(TrainConfig(device="cpu"), entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.float32, False, True)
-    model = runtime.place(DETR(CONFIG))
+    model = place(DETR(CONFIG), runtime)
     names = ("frozen_batch_norm", "convolution")
     assert [model.selection.backend(name, training=True) for name in names] == ["ref", "ref"]
     assert runtime.reasons["precision"] == "fp32 (measured here: won, 8 against 10 ms)"
@@ -182,7 +184,7 @@ def test_what_is_asked_for_by_name_runs() -> None:
     options = TrainConfig(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
     runtime = choose_runtime(options, entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.bfloat16, True, False)
-    assert runtime.place(DETR(CONFIG)).selection.backend("attention", training=True) == "ref"
+    assert place(DETR(CONFIG), runtime).selection.backend("attention", training=True) == "ref"
 
 
 @pytest.mark.parametrize("options", [{"kernels": "ref"}, {"tune": False}])
@@ -202,16 +204,24 @@ def test_what_cannot_run_any_more_is_left_out_and_named(monkeypatch: pytest.Monk
         *("attention xformers", "layer norm triton", "compile True")
     }
     assert not runtime.compile and set(runtime.measured) == {"frozen_batch_norm"}
-    runtime.place(DETR(CONFIG))
+    place(DETR(CONFIG), runtime)
 
 
 def test_inference_reads_its_own_entry() -> None:
-    model = DETR(CONFIG)
     keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", optimize=False))
     options = RuntimeOptions(device="cpu")
-    assert runtime_for_inference(options, model, 1).dtype == torch.float32
-    assert not runtime_for_inference(options, model, 1).place_for_inference(model).frozen
-    assert "measured" not in runtime_for_inference(options, model, 2).reasons
+    runtime = runtime_for_inference(options, CONFIG, 1)
+    assert runtime.dtype == torch.float32
+    assert not isinstance(Detector(DETR(CONFIG)).optimize(runtime).network, OptimizedDETR)
+    assert "measured" not in runtime_for_inference(options, CONFIG, 2).reasons
+
+
+def test_a_model_loaded_to_be_fast_reads_it_as_the_commands_do(tmp_path: Path) -> None:
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", channels_last=False))
+    torch.save({"model": DETR(CONFIG).state_dict(), "model_config": CONFIG.to_dict()}, tmp_path / "model.pt")
+    runtime = load_model(tmp_path / "model.pt", optimize=True).runtime
+    assert (runtime.dtype, runtime.channels_last) == (torch.float32, False) and "measured" in runtime.reasons
+    assert "measured" not in load_model(tmp_path / "model.pt").runtime.reasons
 
 
 def test_switches_that_are_left_open_keep_their_flags() -> None:

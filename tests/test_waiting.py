@@ -123,10 +123,10 @@ def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attent
     runtime = Runtime(device, torch.float32, True, False, kernels, attention, {})
     with device:  # made there: a module of fake tensors cannot be moved
         model = DETR(CONFIG).train()
-        averaged = DETR(CONFIG).requires_grad_(False)
+        ema = DETR(CONFIG).requires_grad_(False)
     select_backends(model, kernels, attention)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
 
 
 OURS = {

@@ -11,7 +11,7 @@ from detr_profiling.reference.keyed_weights import keyed_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
+from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
 from detr_fast.config import UserError, model_config
 from detr_fast.data.annotations import Category
 from detr_fast.export import ExportConfig, main, write_weights
@@ -43,8 +43,9 @@ def upstream_file(model: DETR, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def assert_same_weights(model: DETR, other: DETR) -> None:
-    expected, found = model.state_dict(), other.state_dict()
+def assert_same_weights(model: DETR | Detector, other: DETR | Detector) -> None:
+    networks = (each.network if isinstance(each, Detector) else each for each in (model, other))
+    expected, found = (network.state_dict() for network in networks)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
@@ -93,7 +94,7 @@ def test_timm_backbone_round_trip(naming: Naming) -> None:
 def test_timm_backbone_that_looks_like_a_resnet(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     model, file, folder = build_model("resnet50d", **SMALL), tmp_path / "weights.safetensors", tmp_path / "folder"
-    write_weights(model, file, "huggingface")
+    write_weights(Detector(model), file, "huggingface")
     main(ExportConfig(weights=str(file), out=str(folder), naming="huggingface"))
     for path in (file, folder):
         loaded = load_model(path)
@@ -123,7 +124,7 @@ def test_upstream_file_says_what_shapes_do_not(model: DETR, upstream_file: Path)
     loaded = load_model(upstream_file)
     assert_same_weights(model, loaded)
     assert loaded.config == model_config("detr_r50_dc5", **SMALL, dropout=0.25)
-    assert not loaded.training
+    assert not loaded.network.training
     assert loaded.categories is not None and len(loaded.categories) == 91
     assert loaded.categories[18] == Category(18, "dog") and loaded.categories[90].name == "toothbrush"
 
@@ -146,7 +147,7 @@ def test_file_in_torchs_older_format(model: DETR, tmp_path: Path) -> None:
 
 def test_own_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, averaged = build_model("detr_tiny", num_classes=3), build_model("detr_tiny", num_classes=3)
+    model, ema = build_model("detr_tiny", num_classes=3), build_model("detr_tiny", num_classes=3)
     state = {
         "model": model.state_dict(),
         "model_config": model.config.to_dict(),
@@ -158,8 +159,8 @@ def test_own_checkpoint(tmp_path: Path) -> None:
     assert_same_weights(loaded, model)
     assert loaded.config == model.config and loaded.categories == PETS
 
-    write_container(path, {**state, "ema": averaged.state_dict()})
-    assert_same_weights(load_model(path), averaged)
+    write_container(path, {**state, "ema": ema.state_dict()})
+    assert_same_weights(load_model(path), ema)
 
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -202,7 +203,7 @@ def test_a_configuration_without_bounds_is_refused(model: DETR, tmp_path: Path) 
 
 
 def test_config_that_computes_something_else_is_refused(model: DETR, tmp_path: Path) -> None:
-    write_weights(model, tmp_path / "model.safetensors", "huggingface")
+    write_weights(Detector(model), tmp_path / "model.safetensors", "huggingface")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", "auxiliary_loss": True}))
     with pytest.raises(UserError, match="auxiliary_loss=True"):
         load_model(tmp_path)
@@ -265,9 +266,8 @@ def head(state_dict: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def test_fine_tuning_keeps_the_classes_that_agree(upstream_file: Path, model: DETR) -> None:
     own = build_model("detr_r50", num_classes=3, **SMALL)
-    own.categories = PETS
     fresh = head({key: value.clone() for key, value in own.state_dict().items()})
-    assert load_for_fine_tuning(own, upstream_file).classes == ["Dog", "CAT"]
+    assert load_for_fine_tuning(own, upstream_file, PETS).classes == ["Dog", "CAT"]
     coco = {category.name: category.id for category in coco_categories()}
     for kept, new, source in zip(head(own.state_dict()), fresh, head(model.state_dict()), strict=True):
         assert torch.equal(kept[0], source[coco["dog"]]) and torch.equal(kept[2], source[coco["cat"]])
@@ -279,8 +279,7 @@ def test_fine_tuning_keeps_the_classes_that_agree(upstream_file: Path, model: DE
 def test_fine_tuning_on_the_same_classes_is_plain_loading(upstream_file: Path, model: DETR) -> None:
     own = build_model("detr_r50", **SMALL)
     for categories in (None, coco_categories()):
-        own.categories = categories
-        load_for_fine_tuning(own, upstream_file)
+        load_for_fine_tuning(own, upstream_file, categories)
         assert_same_weights(own, model)
 
 
@@ -302,6 +301,5 @@ def test_fine_tuning_does_not_cut_a_deeper_backbone(tmp_path: Path) -> None:
     """Every name of ResNet-50 is in ResNet-101 as well."""
     torch.save({"model": export_state_dict(build_model("detr_r101", **SMALL), "facebook")}, tmp_path / "deep.pth")
     own = build_model("detr_r50", num_classes=3, **SMALL)
-    own.categories = PETS
     with pytest.raises(UserError, match="--model detr_r101"):
-        load_for_fine_tuning(own, tmp_path / "deep.pth")
+        load_for_fine_tuning(own, tmp_path / "deep.pth", PETS)

@@ -113,8 +113,8 @@ def test_a_class_head_whose_parts_differ_is_learned_anew(
     changed = weights | {"class_embed.bias": bias}
     torch.save({"model": changed, "model_config": model.config.to_dict(), "categories": PETS}, tmp_path / "cut.pth")
     own = build_model("detr_r50", num_classes=2, **SMALL)
-    own.categories = (Category(1, "cat"), Category(2, "spoon"))
-    assert load_for_fine_tuning(own, tmp_path / "cut.pth").new == ["class_embed"]
+    categories = (Category(1, "cat"), Category(2, "spoon"))
+    assert load_for_fine_tuning(own, tmp_path / "cut.pth", categories).new == ["class_embed"]
 
 
 def test_no_categories_are_none_at_all(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_numbers_of_another_kind_are_no_weights(
 def test_repeated_numbers_are_read_as_far_as_a_model_has_them(weights: dict[str, Tensor], tmp_path: Path) -> None:
     name, path = "transformer.decoder.norm.weight", tmp_path / "expanded.pth"
     torch.save(weights | {name: torch.full((1,), 0.5).expand(32)}, path)
-    assert torch.equal(load_model(path).transformer.decoder.norm.weight, torch.full((32,), 0.5))
+    assert torch.equal(load_model(path).network.transformer.decoder.norm.weight, torch.full((32,), 0.5))
     torch.save(weights | {name: torch.zeros(1).expand(10**12)}, path)
     refused(path, "is damaged: transformer.decoder.norm.weight has fewer numbers")
 

@@ -1,7 +1,6 @@
 """What is measured is the same for all: weights, batch, and what is computed from them."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,11 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from detr_fast.config import UserError
-from detr_fast.data.loader import model_input
-from detr_fast.evaluation.inference import replayed
-from detr_fast.model.detr import DETR
-from detr_fast.recording import Recordings
-from detr_fast.training.step import TrainStep
+from detr_fast.detector import Detector
+from detr_fast.preprocessing import Preprocessing
 from tests.planted_clock import PlantedClock
 from tests.stand_in import StandIn
 
@@ -177,31 +173,27 @@ def test_baselines_get_the_same_pixels_as_ours() -> None:
     config = OPTIONS.architecture()
     batches = make_batches(OPTIONS, config.num_classes)
     placed = next(plain_feed(batches, config, torch.device("cpu")))
-    expected, mask = model_input(batches[0], config.image_mean, config.image_std, channels_last=True)
+    expected, mask = Preprocessing(config.image_mean, config.image_std, channels_last=True)(batches[0])
     assert torch.equal(placed.images, expected) and mask is not None and torch.equal(placed.mask, mask)
     assert [len(each["labels"]) for each in placed.targets] == batches[0].targets.count.tolist()
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = StandIn()
+    capturer = StandIn()
     options = replace(OPTIONS, mode=mode, model="detr_tiny")
-    monkeypatch.setattr("detr_profiling.workload.forward_of", lambda model, _: recorded(model, recorder))
-    monkeypatch.setattr(TrainStep, "why_not_captured", lambda _: None)
-    monkeypatch.setattr("detr_fast.training.step.CudaRecorder", lambda *_, **__: recorder)
+    monkeypatch.setattr("detr_profiling.workload.why_not_graphed", lambda _: None)
+    monkeypatch.setattr("detr_fast.training.graphed_step.CudaCapturer", lambda *_, **__: capturer)
+    monkeypatch.setattr("detr_fast.detector.CudaCapturer", lambda *_, **__: capturer)
+    monkeypatch.setattr(Detector, "replays", property(lambda detector: detector.runtime.capture))
     plain, captured = build_workload(options), build_workload(replace(options, capture=True))
     assert plain.observe is not None and captured.observe is not None
     before = {name: value.clone() for name, value in captured.model.state_dict().items()}
     expected, found = plain.observe(), captured.observe()
-    assert recorder.replayed > 0 and found.keys() == expected.keys()
+    assert capturer.replayed > 0 and found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in captured.model.state_dict().items())
-
-
-def recorded(model: DETR, recorder: StandIn) -> Any:
-    model.recordings = Recordings(recorder, most=1)
-    return partial(replayed, model)
 
 
 def test_forms_of_single_operations() -> None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from detr_kernels import resize_normalize_pad
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import UserError
@@ -19,27 +17,6 @@ from detr_fast.data.transforms import SampledAugmentation
 
 WORKER_TIMEOUT_S = 600
 """Longer than any batch takes to read: past it a worker hangs."""
-
-
-def model_input(
-    batch: Batch,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    channels_last: bool,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "ref",
-) -> tuple[Tensor, Tensor | None]:
-    """Resized and flipped, `(x / 255 - mean) / std` as `dtype` (B, 3, H, W), 0 where padded; and the mask (B, H, W),
-    True where padded, or None where nothing is. Runs on the batch's device and asks it for nothing."""
-    height, width = batch.room
-    images = resize_normalize_pad(batch.images, height, width, mean, std, dtype, backend)
-    if not channels_last:
-        images = images.contiguous()
-    if not batch.padded:
-        return images, None
-    own_height, own_width = batch.images.table[:, 3:5, None].unbind(1)  # (B, 1) each
-    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
-    return images, (rows >= own_height)[:, :, None] | (columns >= own_width)[:, None, :]
 
 
 @dataclass(frozen=True, eq=False)

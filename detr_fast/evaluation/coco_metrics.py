@@ -17,9 +17,8 @@ from detr_fast.config import require
 from detr_fast.data.batch import Batch
 from detr_fast.data.checks import COCO_DETECTIONS
 from detr_fast.data.coco import CocoDataset
+from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections
-from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """In the evaluators' order: average precision over IoU 0.50:0.95, at 0.50, at 0.75; of small (below 32² px), medium and
@@ -131,19 +130,14 @@ def without_absent(value: Any) -> Any:
     return None if value == ABSENT else value
 
 
-def evaluate_model(
-    model: DETR,
-    dataset: CocoDataset,
-    batches: Iterable[Batch],
-    runtime: Runtime,
-) -> Evaluation:
-    """Hold the model's detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
+def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterable[Batch]) -> Evaluation:
+    """Hold the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
 
     Images that no batch brought, because they could not be read, are left out with a warning. With several processes
-    each runs its own part, and all return the same. The model's mode is restored.
+    each runs its own part, and all return the same. The network's mode is restored.
     Raises UserError for outputs that are not finite and for classes that the data does not have.
     """
-    detections = collect_detections(model, batches, runtime, dataset.categories)
+    detections = collect_detections(detector, batches, dataset.categories)
     evaluated = set(detections[:, IMAGE_ID].tolist())
     require(len(evaluated) > 0, f"{dataset.annotation_file}: none of its images could be read.")
     left_out = [record.path.name for record in dataset.records if record.id not in evaluated]

@@ -68,10 +68,7 @@ class MultiheadAttention(Selectable):
             (wq, wkv), (bq, bkv) = self._split(1)
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
-        return self._mix(q, k, F.linear(value, wv, bv), layout)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """Attend with what the input's projections gave, and project the output."""
+        v = F.linear(value, wv, bv)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
         backend = self.backend("attention")
         if backend in ("auto", *ROW_BACKENDS):

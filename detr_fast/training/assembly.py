@@ -43,11 +43,10 @@ def make_model(
     """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
-    model.categories = train_set.categories
     if state:
         load_state_dict(model, state.model)
     elif options.weights:
-        kept = load_for_fine_tuning(model, options.weights)
+        kept = load_for_fine_tuning(model, options.weights, train_set.categories)
         for line in kept.lines(options.weights, config.num_classes):
             out.print(line)
     else:
@@ -61,7 +60,7 @@ def make_model(
 def make_step(
     model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: TrainingState | None
 ) -> TrainStep:
-    """Make the step around a model that is in its place already."""
+    """Make the step of a model that is on its device already."""
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
     factor = lr_factor(options, world.size)
     step = TrainStep(
@@ -71,7 +70,7 @@ def make_step(
         runtime=runtime,
         world=world,
         clip=options.clip,
-        averaged=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
         ema_decay=options.ema,
     )
     if state:
@@ -79,8 +78,8 @@ def make_step(
         keep_layouts(step.optimizer)
         if state.scaler:
             step.scaler.load_state_dict(state.scaler)
-        if step.averaged and state.ema:
-            load_state_dict(step.averaged, state.ema)
+        if step.ema and state.ema:
+            load_state_dict(step.ema, state.ema)
     return step
 
 

@@ -10,7 +10,7 @@ import torch
 from detr_fast.config import ModelConfig
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch
-from detr_fast.data.loader import model_input
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import Runtime
 from detr_fast.training.metrics_log import read_rows
 
@@ -40,8 +40,10 @@ def measure_data(
     readers = runtime.workers(workers)
     cores = f"{readers} workers" if readers else "this process alone"
 
+    preprocessing = Preprocessing(config.image_mean, config.image_std, runtime.channels_last, runtime.dtype)
+
     def prepare(batch: Batch) -> None:
-        model_input(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype)
+        preprocessing(batch)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
 

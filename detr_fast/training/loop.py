@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.display import TrainingDisplay
+from detr_fast.training.distributed import share_buffers
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
 from detr_fast.training.metrics_log import MetricsLog
@@ -28,9 +30,11 @@ MOST_NONFINITE_READINGS = 20
 
 @dataclass
 class TrainingLoop:
-    """Runs `step` over `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
+    """Makes steps of `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
 
     step: TrainStep
+    take_step: Callable[[list[Batch]], Any]
+    """`step`, or what wraps it: `MicroBatches`, `GraphedStep`."""
     schedule: Schedule
     batches: Iterator[Batch]
     batches_per_epoch: int
@@ -92,10 +96,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
-        parts = self.step.parts
-        self.step(window)
-        if self.step.parts > parts:
-            self.display.say(f"The memory ran out: from now on each batch is computed in {self.step.parts} parts.")
+        self.take_step(window)
         self.progress.step += 1
         padding = sum(batch.padding for batch in window) / len(window)
         self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)
@@ -157,7 +158,7 @@ class TrainingLoop:
             raise UserError(f"Predictions or gradients were not finite at {times} log lines. {advice}")
 
     def _evaluate(self) -> None:
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         self.evaluation = self.evaluate()
         self.progress.evaluated_step = self.progress.step
         metrics = self.evaluation.measured
@@ -167,21 +168,21 @@ class TrainingLoop:
             self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
             self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
-                model = self.step.averaged or self.step.model
+                model = self.step.ema or self.step.model
                 self.facts.save_model(self.folder.best, model.state_dict(), self.progress.step)
         self.progress.best_ap = max(self.progress.best_ap, ap)
         self.meter.restart()
 
     def _save(self) -> None:
         """What is needed to continue the run as if it had not stopped."""
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         if not self.folder:
             return
-        averaged = self.step.averaged
+        ema = self.step.ema
         state = TrainingState(
             **vars(self.facts),
             model=self.step.model.state_dict(),
-            ema=averaged.state_dict() if averaged else None,
+            ema=ema.state_dict() if ema else None,
             optimizer=self.step.optimizer.state_dict(),
             scaler=self.step.scaler.state_dict(),
             progress=replace(self.progress, seconds=self._seconds()),

@@ -27,7 +27,17 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
     TAKES_EFFECT: (
         *("epochs", "lr", "lr_backbone", "weight_decay", "clip", "schedule", "lr_drop", "warmup_steps", "scale_lr"),
         *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range", "image_size", "max_size"),
-        *("device", "precision", "compile", "channels_last", "kernels", "attention", "tune", "capture"),
+        *(
+            "device",
+            "precision",
+            "compile",
+            "channels_last",
+            "kernels",
+            "attention",
+            "tune",
+            "capture",
+            "host_allocator",
+        ),
         *("checkpoint_activations", "workers", "on_bad_image", "follow_links", "data_only"),
         *("eval_every", "log_every", "save_every", "output", "resume"),
     ),

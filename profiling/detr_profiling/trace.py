@@ -11,10 +11,12 @@ import tyro
 from detr_fast.config import Idle, TrainConfig, require
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch
+from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
+from detr_fast.training.recipes import recipe_of
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections, workload_text
 from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
@@ -84,9 +86,7 @@ class Feed:
 
 def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
     """Take the recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
-    from detr_fast.train import default_options
-
-    recipe = default_options(["--data", data, "--model", options.model])
+    recipe = recipe_of(options.model, data)
     shared = {each.name for each in fields(TrainConfig)} & {each.name for each in fields(WorkloadOptions)}
     changes: dict[str, Any] = {name: getattr(options.resolved(), name) for name in shared}
     if options.size != "auto":
@@ -104,7 +104,7 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
     runtime, world = choose_runtime(config), World()
     train_set, _, architecture = make_data(config)
-    model = runtime.place(make_model(architecture, config, train_set, None, Console()))
+    model = place(make_model(architecture, config, train_set, None, Console()), runtime)
     step = make_step(model.train(), config, runtime, world, None)
     feed = Feed(make_batches(config, train_set, runtime, world, (0, 0)))
     # with the data's name, and no size where nobody asked for one: images are as the recipe makes them

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig
 from detr_fast.data.batch import Batch
-from detr_fast.data.loader import model_input
 from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.preprocessing import Preprocessing
 from detr_profiling.workload import WorkloadOptions, copied_ahead
 
 BoxTargets = list[dict[str, Tensor]]
@@ -48,7 +48,7 @@ class PlainBatch:
     ) -> Self:
         """Make it by plain torch where the batch lies; its `targets` lie anywhere, default: the batch's, which must
         then be on the host."""
-        images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
+        images, mask = Preprocessing(config.image_mean, config.image_std)(batch)
         if mask is None:
             mask = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool, device=images.device)
         targets = box_targets(batch, dtype) if targets is None else targets

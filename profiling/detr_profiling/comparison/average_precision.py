@@ -24,8 +24,9 @@ from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.loader import evaluation_loader
-from detr_fast.evaluate import evaluation_dataset
+from detr_fast.detector import Detector, place
 from detr_fast.evaluation.coco_metrics import category_names, evaluate_detections, only_images, without_absent
+from detr_fast.evaluation.dataset import evaluation_dataset
 from detr_fast.evaluation.inference import (
     CATEGORY_ID,
     IMAGE_ID,
@@ -37,7 +38,7 @@ from detr_fast.evaluation.inference import (
 )
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.weights import load_model
+from detr_fast.weights import read_detector
 from detr_profiling.baselines.plain_loop import PlainBatch
 from detr_profiling.reference.detr import corners
 from detr_profiling.reference.weights import reference_of
@@ -70,9 +71,9 @@ class Score:
 
 def checkpoint_and_images(weights: str, data: str) -> tuple[DETR, Images]:
     """Load the model of a checkpoint, and the validation images of `data`. Raises UserError where they do not fit."""
-    model, options = load_model(weights), EvaluateConfig(weights=weights, data=data, batch_size=8, workers=0)
-    dataset = evaluation_dataset(model, options)
-    return model, Images(data, dataset, lambda: evaluation_loader(dataset, options.batch_size, workers=0))
+    detector, options = read_detector(weights), EvaluateConfig(weights=weights, data=data, batch_size=8, workers=0)
+    dataset = evaluation_dataset(detector, options)
+    return detector.network, Images(data, dataset, lambda: evaluation_loader(dataset, options.batch_size, workers=0))
 
 
 @torch.no_grad()
@@ -139,8 +140,8 @@ class AveragePrecision:
 
     def detections(self, options: RuntimeOptions) -> np.ndarray:
         runtime = choose_runtime(options)
-        model = runtime.place(copy_of(self.model))
-        return collect_detections(model, self.images.batches(), runtime, self.images.dataset.categories)
+        detector = Detector(place(copy_of(self.model), runtime), runtime=runtime)
+        return collect_detections(detector, self.images.batches(), self.images.dataset.categories)
 
     def to_dict(self) -> dict[str, Any]:
         """Give AP's part of parity.json; a row without numbers has outputs that are not finite, or no objects."""
@@ -174,7 +175,6 @@ class AveragePrecision:
 def copy_of(model: DETR) -> DETR:
     copied = DETR(model.config)
     copied.load_state_dict(model.state_dict())
-    copied.categories = model.categories
     return copied.eval()
 
 

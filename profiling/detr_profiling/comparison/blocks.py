@@ -10,8 +10,8 @@ from detr_kernels import Packing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.data.loader import model_input
 from detr_fast.model.detr import DETR
+from detr_fast.preprocessing import Preprocessing
 from detr_profiling.observation import Observation
 from detr_profiling.workload import Workload, observed_batch
 
@@ -91,7 +91,7 @@ def observed_padding(workload: Workload, size: torch.Size) -> Tensor:
     """Mark the tokens of features of `size` that are padding of the observed batch: (B, N) bool."""
     config = workload.options.architecture()
     batch = observed_batch(workload.options, config.num_classes)
-    images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
+    images, mask = Preprocessing(config.image_mean, config.image_std)(batch)
     if mask is None:
         return torch.zeros(len(images), size.numel(), dtype=torch.bool)
     return F.interpolate(mask[None].float(), size=size)[0].bool().flatten(1)

@@ -24,12 +24,13 @@ from detr_fast.config import RuntimeOptions, TrainConfig
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch, collate
 from detr_fast.data.coco import CocoDataset
+from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.train import default_options
 from detr_fast.training.assembly import make_data, make_model, make_step
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.distributed import World
+from detr_fast.training.recipes import recipe_of
 from detr_fast.weights import load_state_dict
 from detr_profiling.baselines.build import in_float32
 from detr_profiling.baselines.plain_loop import PlainBatch
@@ -62,7 +63,7 @@ def make_task(data: str, model: str, seed: int) -> Task:
 
     Raises UserError for data that cannot be read and for an unknown model.
     """
-    recipe = default_options(["--data", data, "--model", model])
+    recipe = recipe_of(model, data)
     config = replace(recipe, data=data, model=model, seed=seed, dropout=0.0, backbone_weights="none")
     train_set, dataset, architecture = make_data(config)
     config = with_batches(config, architecture, "cpu", processes=1, images=len(train_set))
@@ -74,9 +75,10 @@ def train_ours(task: Task, options: RuntimeOptions, steps: int) -> Losses:
     """Train by the step that training takes, with the backends that `options` ask for."""
     config = replace(task.config, **{each.name: getattr(options, each.name) for each in fields(RuntimeOptions)})
     runtime = choose_runtime(config)
-    model = runtime.place(copy.deepcopy(task.model)).train()
+    model = place(copy.deepcopy(task.model), runtime).train()
     step = make_step(model, config, runtime, World(), None)
-    return [on_host(losses(step([task.batch]))) for _ in range(steps)]
+    batch = task.batch.to(runtime.device)
+    return [on_host(losses(step([batch]))) for _ in range(steps)]
 
 
 def train_reference(task: Task, device: torch.device, precision: str, steps: int) -> tuple[Losses, ReferenceDETR]:

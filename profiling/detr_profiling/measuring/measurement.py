@@ -14,7 +14,7 @@ import torch
 
 from detr_fast.config import Precision, UserError
 from detr_fast.files import atomic_write
-from detr_fast.runtime import keep_freed_memory
+from detr_fast.host_memory import keep_freed_memory
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
@@ -39,7 +39,7 @@ class Configuration:
     tf32: bool = True
     """On a GPU."""
     keeps_memory: bool = True
-    """On a CPU (`detr_fast.runtime.keep_freed_memory`); ours always does."""
+    """Of a peer on a CPU (`detr_fast.host_memory`); ours does as its --host-allocator says."""
 
     def build(self) -> Workload:
         """Build its workload. Raises UserError where something asked for by name is not there."""

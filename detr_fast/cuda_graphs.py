@@ -1,7 +1,7 @@
-"""CUDA graph capture of a function of tensors: one graph for each shape of its inputs, replayed by one call.
+"""CUDA graph capture and replay of a function of tensors: a cache of one graph per input shape.
 
-A replay launches all kernels at once, and nothing waits for it. A shape's first calls run uncaptured, which also warms
-its kernels up; a later one is captured, which runs nothing, and replayed from there on.
+A replay launches all kernels by one call, and nothing waits for it. The first calls of a shape run eagerly, which also
+warms their kernels up; a later one is captured, which runs nothing, and replayed from there on.
 """
 
 import warnings
@@ -20,29 +20,31 @@ from detr_fast.config import UserError
 from detr_fast.out_of_memory import is_out_of_memory
 
 Call = Callable[[], Any]
-NO_ROOM = "The memory has no room for more CUDA graphs: other shapes run uncaptured from now on."
+MEMORY_IS_FULL = "The memory holds no more CUDA graphs: other shapes run eagerly from now on."
 ALIGNMENT_BYTES = 512
 """As torch's allocator aligns: kernels are specialised for what their pointers are multiples of."""
 
 
-class Recorder(Protocol):
-    """What captures: CUDA graphs on a GPU."""
+class Capturer(Protocol):
+    """The interface of what captures: `CudaCapturer` on a GPU, a stand-in in tests."""
 
     def run(self, call: Call) -> Any:
-        """Calls it once, uncaptured, where captures are made too."""
+        """Run `call` once, eagerly, on the stream that captures."""
         ...
 
-    def record(self, call: Call) -> tuple[Callable[[], Any], Any]:
-        """Returns how to repeat the call, which does not run here, and its results: memory that each replay writes
-        anew, and that replays of other calls may write too."""
+    def capture(self, call: Call) -> tuple[Callable[[], Any], Any]:
+        """Capture `call` without running it; return its replay and its results.
+
+        The results are memory that each replay overwrites, and that replays of other graphs may overwrite too.
+        """
         ...
 
     def forget(self) -> None:
-        """Makes later captures independent of earlier ones, which are not replayed again."""
+        """Make later captures independent of earlier ones, which are not replayed again."""
         ...
 
 
-class Recording(NamedTuple):
+class CapturedGraph(NamedTuple):
     """A call captured with inputs of one shape."""
 
     inputs: Any
@@ -53,77 +55,80 @@ class Recording(NamedTuple):
 
 
 @dataclass
-class Recordings:
-    """The graph cache of one function, by the shapes of its inputs. The function comes with each call, so that it may
-    belong to what holds the cache."""
+class GraphCache:
+    """Cache one CUDA graph per input shape of a function.
 
-    recorder: Recorder
+    The function is passed with each call, so that its owner can hold the cache without a reference cycle.
+    """
+
+    capturer: Capturer
     most: int
-    """Graphs that are captured; calls with other shapes run uncaptured."""
+    """Graphs that are captured; calls of other shapes run eagerly."""
     notice: str = ""
     """A warning for the first such call; "": none is given."""
-    made: dict[Any, Recording] = field(default_factory=dict)
-    seen: Counter[Any] = field(default_factory=Counter)
+    graphs: dict[Any, CapturedGraph] = field(default_factory=dict)
+    eager_calls: Counter[Any] = field(default_factory=Counter)
+    """Calls of each shape that ran eagerly so far."""
     memory: Tensor | None = None
-    """What inputs are copied into, those of all shapes into the same."""
+    """Inputs of all shapes are copied into this one buffer, uint8."""
 
     def __post_init__(self) -> None:
         self._begins_with = self.most, self.notice
 
-    def __call__(self, function: Callable[[Any], Any], inputs: Any, uncaptured: int = 1) -> Any:
-        """Returns function(inputs), a tree of tensors, for a tree of tensors and None; replays do not change it later.
+    def __call__(self, function: Callable[[Any], Any], inputs: Any, warm_up: int = 1) -> Any:
+        """Return function(inputs), a tree of tensors, for a tree of tensors and None; later replays leave it as it is.
 
-        `uncaptured`: how many calls of a shape run before one is captured.
+        `warm_up`: eager calls of a shape before one is captured.
         """
         shape = shape_of(inputs)
-        recording = self.made.get(shape)
-        held = self._held(inputs) if recording is None else recording.inputs
+        graph = self.graphs.get(shape)
+        held = self._held(inputs) if graph is None else graph.inputs
         for mine, given in zip(tree_leaves(held), tree_leaves(inputs), strict=True):
             if mine is not None:
                 mine.copy_(given, non_blocking=True)
-        if recording is None and self._is_due(shape, uncaptured):
-            recording = self._captured(shape, function, held)
-        if recording is None:
-            results = self.recorder.run(lambda: function(held))
-            self.seen[shape] += 1  # only now: what has not fitted into the memory is not to be captured
+        if graph is None and self._is_due(shape, warm_up):
+            graph = self._captured(shape, function, held)
+        if graph is None:
+            results = self.capturer.run(lambda: function(held))
+            self.eager_calls[shape] += 1  # only now: what has not fitted into the memory is not to be captured
             return results
-        recording.replay()
-        return tree_map(torch.clone, recording.results)
+        graph.replay()
+        return tree_map(torch.clone, graph.results)
 
     def __contains__(self, inputs: Any) -> bool:
-        """Tell whether a call with `inputs` is a replay."""
-        return shape_of(inputs) in self.made
+        """Tell whether a call with `inputs` would be a replay."""
+        return shape_of(inputs) in self.graphs
 
     def forget(self) -> None:
-        """Gives the memory of all graphs back, and begins anew."""
-        self.made.clear()
-        self.seen.clear()
+        """Give the memory of all graphs back, and begin anew."""
+        self.graphs.clear()
+        self.eager_calls.clear()
         self.memory = None
         self.most, self.notice = self._begins_with
-        self.recorder.forget()
+        self.capturer.forget()
 
-    def _is_due(self, shape: Any, uncaptured: int) -> bool:
-        if self.seen[shape] < uncaptured:
+    def _is_due(self, shape: Any, warm_up: int) -> bool:
+        if self.eager_calls[shape] < warm_up:
             return False
-        if len(self.made) < self.most:
+        if len(self.graphs) < self.most:
             return True
         if self.notice:
             warnings.warn(self.notice)
             self.notice = ""
         return False
 
-    def _captured(self, shape: Any, function: Callable[[Any], Any], held: Any) -> Recording | None:
+    def _captured(self, shape: Any, function: Callable[[Any], Any], held: Any) -> CapturedGraph | None:
         """Capture a call; None where that does not fit into the memory, and then no more shapes are captured."""
         try:
-            recording = Recording(held, *self.recorder.record(lambda: function(held)))
+            graph = CapturedGraph(held, *self.capturer.capture(lambda: function(held)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self.most, self.notice = len(self.made), ""
-            warnings.warn(NO_ROOM)
+            self.most, self.notice = len(self.graphs), ""
+            warnings.warn(MEMORY_IS_FULL)
             return None
-        self.made[shape] = recording
-        return recording
+        self.graphs[shape] = graph
+        return graph
 
     def _held(self, inputs: Any) -> Any:
         """Memory for inputs of this shape, aligned alike in all calls, captured or not."""
@@ -138,22 +143,24 @@ class Recordings:
 
 
 def laid_out_as(tensor: Tensor, memory: Tensor, start: int) -> Tensor:
-    """Makes a tensor of the same shape, dtype and strides in `memory`, uint8, from byte `start` on. To autograd and
-    torch.compile it is no view of anything."""
+    """Make a tensor of the same shape, dtype and strides in `memory`, uint8, from byte `start` on.
+
+    To autograd and torch.compile it is no view of anything.
+    """
     strides = torch.empty_like(tensor, device="meta").stride()
     return tensor.new_empty(0).set_(memory.untyped_storage(), start // tensor.itemsize, tensor.shape, strides)
 
 
 def shape_of(inputs: Any) -> Any:
-    """Returns what decides which graph is replayed: shape and dtype of each tensor in the tree."""
+    """Return the cache's key: shape and dtype of each tensor in the tree."""
     return tuple(None if leaf is None else (leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs))
 
 
-class CudaRecorder:
-    """Captures CUDA graphs on a stream of its own, all with one pool of memory.
+class CudaCapturer:
+    """Captures CUDA graphs on a stream of its own, all with one memory pool.
 
-    `benchmark`: cuDNN measures the algorithms of each convolution in the uncaptured call, seconds a shape, and the
-    capture takes the fastest.
+    `benchmark`: cuDNN times the algorithms of each convolution in the eager calls, seconds a shape, and the capture
+    takes the fastest.
     """
 
     def __init__(self, device: torch.device, benchmark: bool = False) -> None:
@@ -162,11 +169,12 @@ class CudaRecorder:
         self.forget()
 
     def forget(self) -> None:
+        """Take a new memory pool: that of the earlier graphs is freed with them."""
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Call) -> Any:
-        """On the stream that captures: there lies cuBLAS's workspace, and a gradient is added up on one and the
-        same."""
+        """Run `call` on the stream that captures: cuBLAS's workspace lies there, and a gradient is accumulated on one
+        and the same stream."""
         here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream), cudnn_benchmark(self.benchmark):
@@ -174,8 +182,8 @@ class CudaRecorder:
         here.wait_stream(self.stream)
         return results
 
-    def record(self, call: Call) -> tuple[Callable[[], Any], Any]:
-        """Raises UserError where the memory runs out in a way that leaves nothing to go on with."""
+    def capture(self, call: Call) -> tuple[Callable[[], Any], Any]:
+        """Capture `call`. Raises UserError where the memory runs out in a way that leaves nothing to go on with."""
         graph = torch.cuda.CUDAGraph()
         # other threads call the driver meanwhile: one pins the next batch's memory, NCCL's looks after its work
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
@@ -194,7 +202,7 @@ class CudaRecorder:
 
 @contextmanager
 def cudnn_benchmark(wanted: bool) -> Iterator[None]:
-    """Lets cuDNN measure which algorithm is fastest for each shape, where `wanted`; afterwards as before."""
+    """Let cuDNN time which algorithm is fastest for each shape, where `wanted`; afterwards as before."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted or before
     try:

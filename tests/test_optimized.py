@@ -1,4 +1,4 @@
-"""A model made for inference alone: the same function as the model it was made from, which stays as it was."""
+"""A network optimised for inference: the same function as the one it was made from, which stays as it was."""
 
 import copy
 from dataclasses import replace
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from detr_fast import DETR, export_state_dict, load_model
 from detr_fast.config import MODELS, RuntimeOptions, UserError
+from detr_fast.detector import Detector
 from detr_fast.model.backends import select_backends
-from detr_fast.model.freezing import frozen
 from detr_fast.model.normalization import FoldedConvolution, FrozenBatchNorm2d
+from detr_fast.model.optimized import OptimizedDETR, optimized
 from detr_fast.runtime import choose_runtime, multiplies_bf16
 
 CONFIGS = {
@@ -60,9 +61,21 @@ def outputs(model: DETR, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_function_in_float64(name: str) -> None:
     model = make_model(name, torch.float64)
-    expected, found = outputs(model, torch.float64), outputs(frozen(model, torch.float64), torch.float64)
+    expected, found = outputs(model, torch.float64), outputs(optimized(model, torch.float64), torch.float64)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)  # outputs are float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"], ids=["rows", "packed"])
+def test_positions_of_an_image_without_padding_are_those_under_an_empty_mask(attention: str) -> None:
+    """One position encoding for all images then; of another shape it is another."""
+    model = make_model("tiny", torch.float32)
+    select_backends(model, named={"attention": attention})
+    images, _ = make_input(torch.float32, 3)
+    for seen in (images, images.mT):
+        with torch.no_grad():
+            expected, found = model(seen, torch.zeros_like(seen[:, 0], dtype=torch.bool)), model(seen)
+        torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +85,7 @@ def test_as_exact_as_the_references_own_operations(name: str, dtype: torch.dtype
         pytest.skip("this processor has no bf16 products")
     model = make_model(name)
     oracle = outputs(make_model(name, torch.float64), torch.float64)
-    found = outputs(frozen(model, dtype), dtype)
+    found = outputs(optimized(model, dtype), dtype)
     select_backends(model, "ref", "ref")
     eager = outputs(model, dtype)
     for key, value in oracle.items():
@@ -81,7 +94,7 @@ def test_as_exact_as_the_references_own_operations(name: str, dtype: torch.dtype
 
 def test_all_batch_norm_is_gone_and_layer_norm_keeps_float32() -> None:
     for name in CONFIGS:
-        made = frozen(make_model(name), torch.bfloat16)
+        made = optimized(make_model(name), torch.bfloat16)
         assert not any(isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d) for module in made.modules())
         folded = [module for module in made.modules() if isinstance(module, FoldedConvolution)]
         assert len(folded) == {"resnet50": 53, "dc5": 53, "tiny": 9}[name]
@@ -98,7 +111,7 @@ def test_all_batch_norm_is_gone_and_layer_norm_keeps_float32() -> None:
 def test_what_a_block_gave_is_recorded_before_the_next_writes_over_it() -> None:
     model = make_model("tiny")
     recorded = []
-    for each in (model, frozen(model, torch.float32)):
+    for each in (model, optimized(model, torch.float32)):
         with torch.no_grad(), recorded_outputs(each) as blocks:
             each(*make_input(torch.float32))
         recorded.append(blocks)
@@ -119,15 +132,15 @@ def test_a_packed_weight_is_counted_among_the_living() -> None:
 def test_the_model_it_was_made_from_stays_as_it_was() -> None:
     model = make_model("tiny").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    frozen(model, torch.bfloat16)
-    assert model.training and not model.frozen
+    optimized(model, torch.bfloat16)
+    assert model.training and not isinstance(model, OptimizedDETR)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value.requires_grad for value in model.parameters())
 
 
 def test_it_is_for_inference_alone() -> None:
-    made = frozen(make_model("tiny"), torch.float32)
-    assert frozen(made, torch.float32) is made
+    made = optimized(make_model("tiny"), torch.float32)
+    assert optimized(made, torch.float32) is made
     with pytest.raises(UserError, match="optimize=True"):
         made.train()
     with pytest.raises(UserError, match="optimize=True"):
@@ -136,7 +149,7 @@ def test_it_is_for_inference_alone() -> None:
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_it_compiles_to_one_graph(padded: bool) -> None:
-    made, (images, mask) = frozen(make_model("tiny"), torch.float32), make_input(torch.float32)
+    made, (images, mask) = optimized(make_model("tiny"), torch.float32), make_input(torch.float32)
     given = (images, mask if padded else None)
     with torch.no_grad():
         found = torch.compile(made, fullgraph=True, backend="aot_eager")(*given)
@@ -145,16 +158,18 @@ def test_it_compiles_to_one_graph(padded: bool) -> None:
 
 
 def test_detrs_own_operations_are_kept_where_they_are_asked_for() -> None:
-    model = make_model("tiny")
-    assert choose_runtime(RuntimeOptions(device="cpu", kernels="ref")).place_for_inference(model) is model
-    assert choose_runtime(RuntimeOptions(device="cpu")).place_for_inference(model).frozen
+    network = make_model("tiny")
+    for kernels in ("ref", "auto"):
+        detector = Detector(network).optimize(choose_runtime(RuntimeOptions(device="cpu", kernels=kernels)))
+        assert isinstance(detector.network, OptimizedDETR) == (kernels == "auto")
+        assert (detector.network is network) == (kernels == "ref")
 
 
 def test_one_word_makes_a_loaded_model_fast(tmp_path: Path) -> None:
     model = make_model("tiny")
     torch.save({"model": model.state_dict(), "model_config": model.config.to_dict()}, tmp_path / "model.pt")
     plain, fast = load_model(tmp_path / "model.pt"), load_model(tmp_path / "model.pt", optimize=True)
-    assert fast.frozen and not plain.frozen
+    assert isinstance(fast.network, OptimizedDETR) and not isinstance(plain.network, OptimizedDETR)
     image = torch.randint(256, (80, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     (expected,), (found,) = plain.predict(image, threshold=0.0), fast.predict(image, threshold=0.0)
     assert len(found) == len(expected)
@@ -163,7 +178,7 @@ def test_one_word_makes_a_loaded_model_fast(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_one_that_has_run_computes_the_same() -> None:
-    made = frozen(make_model("resnet50"), torch.float32)
+    made = optimized(make_model("resnet50"), torch.float32)
     expected = outputs(made)
     for key, value in outputs(copy.deepcopy(made)).items():
         torch.testing.assert_close(value, expected[key])
