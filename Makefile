@@ -4,7 +4,7 @@
 
 OUT ?= runs/profile
 
-.PHONY: train test bench trace report setup clean
+.PHONY: train test lint coverage bench trace report setup clean
 
 train: setup
 	.venv/bin/python -m detr_fast.train --resume auto $(ARGS)
@@ -14,6 +14,15 @@ test: setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/codespell
+
+coverage: setup
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --cov $(ARGS)
 
 bench: setup
 	.venv/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
@@ -38,4 +47,4 @@ setup:
 	@./setup.sh
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks .coverage

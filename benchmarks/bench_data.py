@@ -27,11 +27,11 @@ from benchmarks.clock import Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.pillow_pipeline import MEAN, STD, OnePass, PaddedBatch, PillowPipeline
 from detr_fast.config import RECIPES, TrainConfig
-from detr_fast.data.batching import collate, model_input
+from detr_fast.data.batch import Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.data.sample import Sample
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Group, Position
+from detr_fast.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 16
@@ -48,12 +48,12 @@ class OurPipeline:
         self.dataset = dataset
 
     def read(self) -> list[Sample]:
-        plans = self.dataset.plans(0, range(len(self.dataset)))
-        return [self.dataset.read(index, plan) for index, plan in enumerate(plans)]
+        augmentations = self.dataset.augmentations(0, range(len(self.dataset)))
+        return [self.dataset.read(index, augmentation) for index, augmentation in enumerate(augmentations)]
 
     def batch(self) -> PaddedBatch:
         samples = self.read()
-        images, mask = model_input(collate(samples), MEAN, STD, channels_last=True)
+        images, mask = Preprocessing(MEAN, STD, channels_last=True)(collate(samples))
         return PaddedBatch(images, mask, [sample.boxes_cxcywh for sample in samples])
 
 

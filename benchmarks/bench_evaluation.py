@@ -9,7 +9,7 @@ code's.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from benchmarks.clock import DEVICE, Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.workload_cases import precisions
 from detr_fast.config import DataOptions
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_model
-from detr_fast.evaluation.inference import detect_batch, evaluation_mode
-from detr_fast.model.detr import DETR
+from detr_fast.data.loader import evaluation_loader
+from detr_fast.detector import Detector, place
+from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_detector
 from detr_fast.runtime import Runtime, choose_runtime
+from tests.pycocotools_referee import run_pycocotools
 
 CPU = torch.device("cpu")
 CATEGORIES = {"small": 20, "full": 80}
@@ -37,7 +37,9 @@ OBJECTS, DETECTIONS = 7, 100
 
 @dataclass(frozen=True)
 class EvaluatorCase:
-    name: Evaluator
+    name: str
+    evaluator: Evaluator | None
+    """None: the one that evaluation takes."""
     images: int
     categories: int
     precision: str = "fp64"
@@ -50,8 +52,8 @@ class EvaluatorCase:
 
 def evaluator_cases(size: Size) -> Iterator[EvaluatorCase]:
     images = 500 if size == "full" else 100
-    for name in ("hotcoco", "pycocotools"):
-        yield EvaluatorCase(cast(Evaluator, name), images, CATEGORIES[size])
+    for name, evaluator in (("hotcoco", None), ("pycocotools", run_pycocotools)):
+        yield EvaluatorCase(name, evaluator, images, CATEGORIES[size])
 
 
 def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -82,12 +84,12 @@ def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], 
 
 def bench_evaluator(benchmark: BenchmarkFixture, evaluator_case: EvaluatorCase) -> None:
     document, rows = synthetic_detections(evaluator_case.images, evaluator_case.categories)
-    fast, referee = (evaluate_detections(document, rows, name).metrics for name in ("hotcoco", "pycocotools"))
+    fast, referee = (evaluate_detections(document, rows, each).metrics for each in (None, run_pycocotools))
     error = max(abs(fast[name] - referee[name]) for name in referee)
     assert fast == referee, f"the twelve numbers differ by up to {error}"
     assert 0.05 < referee["AP"] < 0.95, "equality would prove little"
     verdict = Verdict("the twelve numbers", error, 0.0)
-    run = lambda: evaluate_detections(document, rows, evaluator_case.name)  # noqa: E731
+    run = lambda: evaluate_detections(document, rows, evaluator_case.evaluator)  # noqa: E731
     time_case(benchmark, evaluator_case, verdict, run, CPU)
 
 
@@ -122,20 +124,20 @@ def bench_model(benchmark: BenchmarkFixture, model_case: ModelCase, request: Any
     root: Path = request.getfixturevalue(model_case.data)
     precision: Any = "fp32" if model_case.precision == "tf32" else model_case.precision
     options = WorkloadOptions(model=model_case.model, precision=precision)
-    model, runtime = build(options)
-    dataset = build_dataset(DataOptions(data=str(root)), "val", model.config)
+    detector = build(options)
+    dataset = build_dataset(DataOptions(data=str(root)), "val", detector.config)
     assert len(dataset) == model_case.images
     verdict = judge(options, dataset)
 
     def run() -> None:
-        evaluate_model(model, dataset, load(dataset, runtime), runtime)
+        evaluate_detector(detector, dataset, load(dataset, detector.runtime))
 
     time_case(benchmark, model_case, verdict, run)
 
 
-def build(options: WorkloadOptions) -> tuple[DETR, Runtime]:
+def build(options: WorkloadOptions) -> Detector:
     runtime = choose_runtime(options)
-    return runtime.place(initial_model(options)), runtime
+    return Detector(place(initial_model(options), runtime), runtime=runtime)
 
 
 def load(dataset: CocoDataset, runtime: Runtime) -> Any:
@@ -145,8 +147,8 @@ def load(dataset: CocoDataset, runtime: Runtime) -> Any:
 def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
     """Scores and boxes of all images, against those of DETR's own order of operations in float64."""
     plain = replace(options, kernels="ref", attention="ref")
-    found, eager = (detections(*build(each), dataset, torch.float32) for each in (options, plain))
-    exact = detections(*build(replace(plain, precision="fp32")), dataset, torch.float64)
+    found, eager = (detections(build(each), dataset, torch.float32) for each in (options, plain))
+    exact = detections(build(replace(plain, precision="fp32")), dataset, torch.float64)
     judged = [
         (name, assert_close(a, b, c, relative_floor(b, 1e-5), name))
         for name, a, b, c in zip(("scores", "boxes"), found, exact, eager, strict=True)
@@ -155,15 +157,10 @@ def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
     return Verdict(name, worst.error, worst.allowed)
 
 
-@torch.no_grad()
-def detections(model: DETR, runtime: Runtime, dataset: CocoDataset, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def detections(detector: Detector, dataset: CocoDataset, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scores (N, Q) and boxes (N, Q, 4) in pixels, the model's weights in `dtype`. A class that changes between two
     of like score does not show."""
-    model = model.to(dtype)
-    with evaluation_mode(model):
-        parts = [
-            detect_batch(lambda images, mask: model(images.to(dtype), mask), batch.to(runtime.device), model, runtime)
-            for batch in load(dataset, runtime)
-        ]
-    scores, _, boxes = zip(*parts, strict=True)
+    detector.network.to(dtype).register_forward_pre_hook(lambda _, given: (given[0].to(dtype), *given[1:]))
+    found = [detector.detect(batch) for batch in load(dataset, detector.runtime)]
+    scores, _, boxes = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(boxes)

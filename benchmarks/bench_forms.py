@@ -28,20 +28,29 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "triton-convolution": {"convolution": "triton"},
     "cudnn-convolution": {"convolution": "cudnn"},
     "triton-layer-norm": {"layer_norm": "triton"},
-    "triton-pixels": {"pixels": "triton"},
+    "triton-preprocessing": {"preprocessing": "triton"},
     "triton-match-cost": {"match_cost": "triton"},
     "triton-set-loss": {"set_loss": "triton"},
     "scipy": {"assignment": "scipy"},
 }
-OURS = dict.fromkeys(("layer_norm", "pixels", "match_cost", "set_loss"), "triton")
+OURS = dict.fromkeys(("layer_norm", "preprocessing", "match_cost", "set_loss"), "triton")
 ALL = OURS | {"attention": "xformers", "convolution": "cudnn"}
 PLAIN = dict.fromkeys((*OURS, "convolution"), "ref")
 """On a GPU, whatever `auto` has come to mean there; matching is on the device."""
-FORMS: dict[str, dict[str, Any]] = {"plain": {}, "ref-attention": {"attention": "ref"}, "unfolded": {"folded": False}}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "ref-attention": {"attention": "ref"},
+    "unfolded": {"frozen_batch_norm": "ref"},
+}
 if ON_GPU:
     FORMS = {name: PLAIN | form for name, form in (FORMS | ONE_BY_ONE | {"all": ALL}).items()}
 else:
-    FORMS |= {"ref-convolution": {"convolution": "ref"}}
+    FORMS |= {
+        "ref-convolution": {"convolution": "ref"},
+        "block-by-block": {"residual_stage": "ref"},
+        "sdpa": {"attention": "sdpa"},
+        "ref-dropout": {"dropout": "ref"},
+    }
 
 
 def cases(size: Size) -> list[WorkloadCase]:

@@ -12,9 +12,9 @@ from benchmarks.gate import PlainObservations
 from benchmarks.workload_cases import (
     FORMS,
     WorkloadCase,
+    baseline_cases,
     compiles,
     own_cases,
-    peer_cases,
     precisions,
     time_workload,
     workload_options,
@@ -23,7 +23,7 @@ from benchmarks.workload_cases import (
 
 def cases(size: Size) -> list[WorkloadCase]:
     options = workload_options("inference", size)
-    return [*peer_cases(options, size), *own_cases(options, FORMS, precisions(), compiles(size))]
+    return [*baseline_cases(options, size), *own_cases(options, FORMS, precisions(), compiles(size))]
 
 
 def bench_inference(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:

@@ -10,8 +10,8 @@ CPU are timed, and of the others the plain forms alone, at one image: Triton's i
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,29 +43,37 @@ P = 0.1
 class Kernel:
     """Called as `call(*make(dtype), backend=...)`."""
 
+    operation: str
+    """In the registry, whose backends are timed where they run."""
     call: Callable[..., Any]
     make: Callable[[torch.dtype], Sequence[Any]]
     size: str
     """What it works on: height and width, or the two sides of a matrix."""
     dtype: torch.dtype = torch.bfloat16
-    plain: str = "ref"
-    """The name of the form it is compared with."""
+    plain: str = ""
+    """The backend that the others are compared with; "": the operation's reference."""
     differentiable: int = 99
     """How many of the first inputs get a gradient, of those that have one."""
-    ours: Mapping[str, str] = field(default_factory=lambda: {"triton": "cuda"})
-    """The names of our forms, and the type of device on which each runs."""
+    draws: bool = False
+    """Its numbers are random: means are compared."""
     timed: Callable[..., Any] | None = None
     """What is called for the clock, where it draws dropout, which cannot be judged. None: `call`."""
 
-    def forms(self) -> list[str]:
-        """Lists ours that run here."""
-        here = [form for form, device in self.ours.items() if device == DEVICE.type]
-        return [form for form in here if form != "onednn" or detr_kernels.why_not_onednn(self.dtype) is None]
+    @property
+    def baseline(self) -> str:
+        return self.plain or detr_kernels.OPERATIONS[self.operation].reference
+
+    def backends(self) -> list[str]:
+        """List those that run here, but for the baseline, the plain reference and, on a CPU, Triton's interpreter."""
+        operation = detr_kernels.OPERATIONS[self.operation]
+        facts = detr_kernels.Facts(DEVICE, self.dtype, training=True, dropout=P if self.draws else 0.0)
+        without = {self.baseline, operation.reference, *(() if ON_GPU else ("triton",))}
+        return [name for name in operation.names if name not in without and operation.why_not(name, facts) is None]
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel in one of its forms: ours, the plain one, or that compiled; each but the last also captured."""
+    """A kernel on one of its backends, or the plain one, or that compiled; each but the last also captured."""
 
     kernel_name: str
     kernel: Kernel
@@ -107,24 +115,23 @@ def convolution(images: int, channels: int, out_channels: int, height: int, widt
         added = residual if out_channels > channels else None
         return detr_kernels.conv_bias_act(x, weight, bias, added, padding=kernel_size // 2, backend=backend)
 
-    ours = {"triton": "cuda", "cudnn": "cuda", "onednn": "cpu"}
-    return Kernel(call, make, f"{height}x{width}", differentiable=3, ours=ours)
+    return Kernel("convolution", call, make, f"{height}x{width}", differentiable=3)
 
 
 def attention(images: int, queries: int, tokens: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
         q, k, v = (noise(images * n, HEADS, DIM // HEADS, dtype=dtype) for n in (queries, tokens, tokens))
-        offsets = (detr_kernels.Packing.uniform(images, n, DEVICE).offsets for n in (queries, tokens))
-        return q, k, v, *offsets, queries, tokens
+        cu_seqlens = (detr_kernels.Packing.uniform(images, n, DEVICE).cu_seqlens for n in (queries, tokens))
+        return q, k, v, *cu_seqlens, queries, tokens
 
     def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, backend: Any, p: float = 0.0) -> Tensor:
+        q_offsets, k_offsets, longest_q, longest_k = lengths
         if backend == "sdpa":  # as the model calls it: each image's tokens in rows of their own
-            rows = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*rows, dropout_p=p).transpose(1, 2).flatten(0, 1)
-        return detr_kernels.packed_attention(q, k, v, *lengths, p, p > 0, backend)
+            q, k, v = (x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(0, 1)
+        return detr_kernels.packed_attention(q, k, v, q_offsets, k_offsets, longest_q, longest_k, p, p > 0, backend)
 
-    ours = {"triton": "cuda", "xformers": "cuda"}
-    return Kernel(call, make, f"{queries}x{tokens}", plain="sdpa", ours=ours, timed=partial(call, p=P))
+    return Kernel("attention", call, make, f"{queries}x{tokens}", plain="sdpa", timed=partial(call, p=P))
 
 
 def layer_norm(images: int, tokens: int) -> Kernel:
@@ -133,7 +140,7 @@ def layer_norm(images: int, tokens: int) -> Kernel:
         return x, residual, noise(DIM), noise(DIM)
 
     timed = partial(detr_kernels.fused_add_layer_norm, dropout=P, training=True)
-    return Kernel(detr_kernels.fused_add_layer_norm, make, f"{tokens}x{DIM}", timed=timed)
+    return Kernel("layer_norm", detr_kernels.fused_add_layer_norm, make, f"{tokens}x{DIM}", timed=timed)
 
 
 def residual_stage(images: int, channels: int, height: int, width: int) -> Kernel:
@@ -149,20 +156,19 @@ def residual_stage(images: int, channels: int, height: int, width: int) -> Kerne
 
     def call(x: Tensor, *rest: Any, backend: str) -> Tensor:
         *weights, biases = rest
-        form = detr_kernels.residual_stage_ref if backend == "ref" else detr_kernels.residual_stage
-        return form(x, weights, biases, 2, [1, 1])
+        return detr_kernels.residual_stage(x, weights, biases, 2, [1, 1], backend)
 
-    return Kernel(call, make, f"{height}x{width}", differentiable=len(shapes) + 1, ours={"onednn": "cpu"})
+    return Kernel("residual_stage", call, make, f"{height}x{width}", differentiable=len(shapes) + 1)
 
 
 def dropout(images: int, tokens: int) -> Kernel:
     def call(x: Tensor, backend: str) -> Tensor:
-        return F.dropout(x, P) if backend == "torch" else detr_kernels.apply_dropout(x, P, True)
+        return detr_kernels.apply_dropout(x, P, True, backend)
 
     def make(dtype: torch.dtype) -> Sequence[Any]:
         return [torch.ones(images * tokens, 8 * DIM, dtype=dtype)]
 
-    return Kernel(call, make, f"{tokens}x{8 * DIM}", plain="torch", ours={"ours": "cpu"})
+    return Kernel("dropout", call, make, f"{tokens}x{8 * DIM}", draws=True)
 
 
 def dropout_attention(images: int, tokens: int) -> Kernel:
@@ -173,11 +179,9 @@ def dropout_attention(images: int, tokens: int) -> Kernel:
         return q, k, torch.ones_like(q)
 
     def call(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-        if backend == "torch":
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=P)
-        return detr_kernels.attention_with_dropout(q, k, v, None, P)
+        return detr_kernels.padded_attention(q, k, v, None, P, True, backend)
 
-    return Kernel(call, make, f"{tokens}x{tokens}", plain="torch", ours={"ours": "cpu"})
+    return Kernel("attention", call, make, f"{tokens}x{tokens}", plain="sdpa", draws=True)
 
 
 def cost_inputs(images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,9 +206,11 @@ def set_kernels(images: int) -> dict[str, Kernel]:
 
     fp32 = torch.float32
     return {
-        "match-cost": Kernel(detr_kernels.match_cost, lambda _: cost_inputs(images), size, fp32, differentiable=0),
-        "assignment": Kernel(detr_kernels.batched_assignment, assignment, size, fp32, "scipy", differentiable=0),
-        "set-loss": Kernel(detr_kernels.set_loss, loss, size, fp32, differentiable=2),
+        "match-cost": Kernel(
+            "match_cost", detr_kernels.match_cost, lambda _: cost_inputs(images), size, fp32, differentiable=0
+        ),
+        "assignment": Kernel("assignment", detr_kernels.batched_assignment, assignment, size, fp32, differentiable=0),
+        "set-loss": Kernel("set_loss", detr_kernels.set_loss, loss, size, fp32, differentiable=2),
     }
 
 
@@ -215,7 +221,7 @@ def pixels(images: int, height: int, width: int) -> Kernel:
         packed = detr_kernels.PackedImages.of_list(photographs, sizes).to(DEVICE)
         return packed, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype
 
-    return Kernel(detr_kernels.resize_normalize_pad, make, f"{height}x{width}", differentiable=0)
+    return Kernel("preprocessing", detr_kernels.resize_normalize_pad, make, f"{height}x{width}", differentiable=0)
 
 
 def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
@@ -246,12 +252,12 @@ def cases(size: Size) -> Iterator[KernelCase]:
     """Ours where it runs. SciPy does not compile, and compiling for a CPU takes longer than all else here."""
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
-        compiled = (ON_GPU or size == "full") and kernel.plain != "scipy"
-        forms = [*kernel.forms(), "plain"]
-        on_device = forms if ON_GPU and kernel.plain != "scipy" else kernel.forms() if ON_GPU else []
+        compiled = (ON_GPU or size == "full") and kernel.baseline != "scipy"
+        forms = [*kernel.backends(), "plain"]
+        on_device = forms if ON_GPU and kernel.baseline != "scipy" else kernel.backends() if ON_GPU else []
         replayed = [f"{form}{CAPTURED}" for form in on_device]
         for form in (*forms, *(["compiled"] if compiled else []), *replayed):
-            yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain forms")
+            yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain alone")
 
 
 CAPTURED = "-captured"
@@ -280,9 +286,9 @@ def judge_dropout(of_ones: Tensor, numbers_a_row: int) -> Verdict:
 
 def judge(kernel: Kernel, timed: Callable[..., Any], plain: Callable[..., Any], inputs: Sequence[Any]) -> Verdict:
     """Raises AssertionError where `timed` is further from float64 than plain torch's own error allows."""
-    if kernel.plain == "torch":
+    if kernel.draws:
         return judge_dropout(timed(*inputs), inputs[0].shape[-2] if len(inputs) > 1 else inputs[0].shape[-1])
-    if kernel.plain == "scipy":
+    if kernel.baseline == "scipy":
         return judge_assignment(*(total_cost(inputs[0], solve(*inputs)) for solve in (timed, plain)))
     count = kernel.differentiable or len(inputs)
     leaves, rest = inputs[:count], inputs[count:]
@@ -346,5 +352,5 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
     """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
     form = form.removesuffix(CAPTURED)
-    chosen = partial(call, backend=kernel.plain if form in ("plain", "compiled") else form)
+    chosen = partial(call, backend=kernel.baseline if form in ("plain", "compiled") else form)
     return torch.compile(chosen) if form == "compiled" else chosen

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detr_kernels import Selection
 from detr_profiling.observation import Observation, losses, on_host
 from detr_profiling.reference.detr import reference_criterion
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from benchmarks.clock import DEVICE, Size, time_case
 from benchmarks.gate import verdict_of
-from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
+from detr_fast.data.batch import Targets
 from detr_fast.runtime import missing_for_compile
 from detr_fast.training.criterion import build_criterion
 
@@ -67,7 +67,7 @@ def make_criterion(name: str, targets: Sequence[dict[str, Tensor]]) -> Criterion
         return hugging_face_criterion(targets)
     criterion = build_criterion(CLASSES)
     if name == "triton":
-        criterion.use(Implementation(match_cost="triton", assignment="triton", set_loss="triton"))
+        criterion.use(Selection.named(match_cost="triton", assignment="triton", set_loss="triton"))
     padded = Targets.from_list(targets)
     called: Any = torch.compile(criterion) if name.endswith("compiled") else criterion
     return lambda outputs: called(outputs, padded)

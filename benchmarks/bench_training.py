@@ -14,9 +14,9 @@ from benchmarks.gate import PlainObservations
 from benchmarks.workload_cases import (
     FORMS,
     WorkloadCase,
+    baseline_cases,
     compiles,
     own_cases,
-    peer_cases,
     precisions,
     time_workload,
     workload_options,
@@ -30,7 +30,7 @@ def cases(size: Size) -> list[WorkloadCase]:
     options = workload_options("training", size)
     own = own_cases(options, FORMS, precisions(), compiles(size))
     tiny = own_cases(TINY, {"tiny": {}}, precisions(), missing_for_compile() is None)
-    return [*peer_cases(options, size), *own, *tiny]
+    return [*baseline_cases(options, size), *own, *tiny]
 
 
 def bench_training(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:

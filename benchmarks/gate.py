@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.judgement import judge, targets_of, worst
 from detr_profiling.observation import Observation
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions
 
 from benchmarks.clock import NOT_COMPARABLE, Verdict
@@ -35,7 +35,7 @@ class PlainObservations:
         words = (options.mode, options.model, options.size, options.batch_size, options.objects, options.precision)
         path = self.folder / "-".join(map(str, (*words, tf32, dtype)))
         if not path.exists():
-            observe = build_peer("reference", options, dtype).observe
+            observe = build_baseline("reference", options, dtype).observe
             assert observe is not None
             torch.save(observe(), path)
         return torch.load(path)

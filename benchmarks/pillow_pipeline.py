@@ -17,11 +17,11 @@ from detr_fast.data.draws import Draws
 from detr_fast.data.transforms import (
     CROP,
     CROP_SIZE,
+    HFLIP,
     LONGEST_SIDE_BEFORE_CROP_PX,
-    MIRROR,
     SIZE,
     TrainTransform,
-    random_regions,
+    random_crops,
     resized_sizes,
 )
 
@@ -73,11 +73,11 @@ class PillowPipeline:
         record, transform = self.dataset.records[index], self.transform
         draws = Draws(self.dataset.seed, 0, [index])
         item = LabelledPicture(self.decode(record), torch.from_numpy(record.boxes_xyxy_px))
-        if draws.fraction(MIRROR) < 0.5:
+        if draws.fraction(HFLIP) < 0.5:
             item = flip(item)
         if transform.crop_sizes and draws.fraction(CROP) < 0.5:
             item = resize(item, draws.choice(CROP_SIZE, transform.crop_sizes).item(), LONGEST_SIDE_BEFORE_CROP_PX)
-            corner, size = random_regions(np.array([size_of(item.image)]), transform.crop_range, draws)
+            corner, size = random_crops(np.array([size_of(item.image)]), transform.crop_range, draws)
             item = crop(item, *corner[0].tolist(), *size[0].tolist())
         return resize(item, draws.choice(SIZE, transform.sizes).item(), transform.max_size)
 
@@ -94,21 +94,21 @@ class PillowPipeline:
 
 
 class OnePass(PillowPipeline):
-    """The same region of each image, resized at once."""
+    """The same crop of each image, resized at once."""
 
     def read(self) -> list[Picture]:
-        return [self.region(index).image for index in range(len(self.dataset))]
+        return [self.cropped(index).image for index in range(len(self.dataset))]
 
-    def region(self, index: int) -> LabelledPicture:
+    def cropped(self, index: int) -> LabelledPicture:
         record = self.dataset.records[index]
-        top, left, bottom, right = self.dataset.plan(0, index).on_grid(1)
+        top, left, bottom, right = self.dataset.augmentation(0, index).on_grid(1)
         item = LabelledPicture(self.decode(record), torch.from_numpy(record.boxes_xyxy_px))
         return crop(item, top, left, bottom - top, right - left)
 
     def sample(self, index: int) -> LabelledPicture:
-        plan = self.dataset.plan(0, index)
-        item = resize_to(self.region(index), plan.size)
-        return flip(item) if plan.mirrored else item
+        augmentation = self.dataset.augmentation(0, index)
+        item = resize_to(self.cropped(index), augmentation.size)
+        return flip(item) if augmentation.hflip else item
 
 
 def size_of(image: Picture) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Whole models as cases: ours in its forms, and our peers on the same weights and the same batch."""
+"""Whole models as cases: ours in its forms, and our baselines on the same weights and the same batch."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,13 +87,13 @@ def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) ->
     return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
 
 
-def peer_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCase]:
+def baseline_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCase]:
     """The plain reference, Hugging Face's DETR and Faster R-CNN; the reference also in full float32 on a GPU."""
     if ON_GPU:
         yield case("reference", options, "fp32", implementation="reference")
     for precision in precisions():
-        for peer in ("reference", "hf-eager", "hf-sdpa"):
-            yield case(peer, options, precision, implementation=peer)
+        for baseline in ("reference", "hf-eager", "hf-sdpa"):
+            yield case(baseline, options, precision, implementation=baseline)
     if compiles(size):
         yield case("hf-compiled", options, precisions()[-1], implementation="hf-compiled")
     yield case("fasterrcnn", options, precisions()[0], implementation="fasterrcnn")

@@ -13,8 +13,9 @@ from detr_fast.command import run
 from detr_fast.config import DataLocation, UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
+from detr_fast.data.categories import by_spelling, spelling_hint
 from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
-from detr_fast.data.coco import CocoDataset, ImageRecord, by_spelling, size_mismatch, spelling_hint
+from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.corrections import shortened
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, Header, read_header
@@ -43,6 +44,8 @@ class Findings:
     """Faults: exit code 2"""
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Things that may be meant, but are worth a look"""
+    seen: dict[bytes, tuple[str, Path]] = field(default_factory=dict)
+    """Hash of a file's content to the split and the path that had it first"""
 
     def add_once(self, split: str, problem: str) -> None:
         """Add a problem that several splits may have in common."""
@@ -196,15 +199,41 @@ def locate(options: CheckDataConfig, split: str) -> Location | None:
     return find_split(options, split) if split == "test" or given_by_themselves else require_split(options, split)
 
 
+def check_split(
+    split: str,
+    dataset: CocoDataset,
+    first: CocoDataset,
+    options: CheckDataConfig,
+    findings: Findings,
+    console: Console,
+) -> None:
+    """Print a summary of a split, and add what is wrong with it, and with its classes beside those of the `first`."""
+    harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
+    console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
+    images = check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console)
+    problems = [
+        *annotation_problems(dataset, split, options.num_queries),
+        *image_problems(dataset, images),
+        *check_categories(dataset.annotations.categories, first.annotations.categories),
+    ]
+    notes = [
+        *annotation_notes(dataset, split),
+        *orientation_notes(images),
+        *depth_notes(images),
+        *content_notes(split, images, findings.seen),
+    ]
+    findings.problems += [(split, line) for line in problems]
+    findings.notes += [(split, line) for line in notes]
+
+
 def main(options: CheckDataConfig) -> int:
-    """Prints what is wrong; returns 0 if nothing is, else 2.
+    """Print what is wrong; return 0 if nothing is, else 2.
 
     A split that training needs and that is not there is a problem; of splits given one by one, one may be alone.
     """
     console = Console()
     findings = Findings()
     datasets: dict[Location, CocoDataset] = {}
-    seen: dict[bytes, tuple[str, Path]] = {}
     for split in ("train", "val", "test"):
         try:
             location = locate(options, split)
@@ -220,23 +249,7 @@ def main(options: CheckDataConfig) -> int:
         except UserError as error:
             findings.add_once(split, str(error))
             continue
-        harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
-        console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
-        images = check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console)
-        first = next(iter(datasets.values()))
-        problems = [
-            *annotation_problems(dataset, split, options.num_queries),
-            *image_problems(dataset, images),
-            *check_categories(dataset.annotations.categories, first.annotations.categories),
-        ]
-        notes = [
-            *annotation_notes(dataset, split),
-            *orientation_notes(images),
-            *depth_notes(images),
-            *content_notes(split, images, seen),
-        ]
-        findings.problems += [(split, line) for line in problems]
-        findings.notes += [(split, line) for line in notes]
+        check_split(split, dataset, next(iter(datasets.values())), options, findings, console)
     print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:

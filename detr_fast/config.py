@@ -9,7 +9,6 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import tyro
-from detr_kernels import AttentionBackend, Backend
 from typeguard import TypeCheckError, check_type
 
 
@@ -62,8 +61,8 @@ class Checked:
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The architecture and what it expects of its input; stored in every checkpoint. Defaults are DETR's (REFERENCE:
-    Recipe)."""
+    """The architecture and what it expects of its input; stored in every checkpoint. Defaults are DETR's (Carion et al.
+    2020, section A.4)."""
 
     backbone: str = "resnet50"
     """resnet50, resnet101, tiny, or the name of a timm model."""
@@ -168,8 +167,9 @@ class Idle:
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Kernels = Backend
-Attention = AttentionBackend
+Kernels = Literal["auto", "triton", "ref"]
+Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
+HostAllocator = Literal["auto", "keep", "system"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +192,14 @@ class RuntimeOptions(Checked):
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; triton: our
-    own; ref: with materialised weights."""
+    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; blocked:
+    ours for dropout on a CPU; xformers: FlashAttention; triton: our kernel; ref: with materialised weights."""
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""
+    host_allocator: HostAllocator = "auto"
+    """keep: freed memory of the host is kept by the process, in large pages; system: glibc as it is; auto: keep on a
+    CPU with glibc. It holds for the whole process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +245,8 @@ class DataOptions(DataLocation):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataOptions, RuntimeOptions):
-    """One training run. Defaults are DETR's recipe (REFERENCE: Recipe); `RECIPES` holds what differs for other
-    models."""
+    """One training run. Defaults are the recipe of DETR's authors (Carion et al. 2020, section A.4); detr_tiny has its
+    own."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *RuntimeOptions.idle,

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from detr_fast.command import run
 from detr_fast.console import Console
-from detr_fast.data.shapes import cache_folder
 from detr_fast.machine import cores
+from detr_fast.paths import cache_folder
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
 from detr_fast.tuning import Case, entries_of
 
@@ -62,7 +62,7 @@ def check_gpus() -> list[Finding]:
 
 
 def why_no_gpu() -> str:
-    """What NVIDIA's driver says of GPUs that torch does not see."""
+    """Return what NVIDIA's driver says of GPUs that torch does not see."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -99,7 +99,7 @@ def check_compiler() -> Finding:
 
 
 def check_package(name: str, serves: str, without: str) -> Finding:
-    """Whether the package `name` imports; `serves` and `without` say what for, and what happens otherwise."""
+    """Tell whether the package `name` imports; `serves` and `without` say what for, and what happens otherwise."""
     try:
         importlib.import_module(name)
         return Finding(name, version(name), serves)
@@ -110,7 +110,7 @@ def check_package(name: str, serves: str, without: str) -> Finding:
 
 
 def check_xformers() -> Finding:
-    """Whether its FlashAttention, which calls torch's kernels, is there. Its own extension need not load."""
+    """Tell whether its FlashAttention, which calls torch's kernels, is there. Its own extension need not load."""
     problem = why_not_xformers()
     if problem:
         return Finding("xformers", problem, f"--attention xformers cannot run: {INSTALL}", missing=True)
@@ -130,7 +130,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_cache(folder: Path) -> Finding:
-    """Whether the embedded data set can be written to `folder`, which need not exist yet."""
+    """Tell whether the embedded data set can be written to `folder`, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
         todo = "the embedded data set cannot be kept: set DETR_FAST_CACHE to a writable folder"
@@ -160,7 +160,6 @@ def examine() -> list[Finding]:
         ),
         check_xformers(),
         check_package("hotcoco", "evaluates", "evaluation needs it"),
-        check_package("pycocotools", "referees the evaluation", "evaluation needs it"),
         check_disk(Path.cwd()),
         check_cache(cache_folder()),
         check_measured(),

@@ -1,19 +1,18 @@
 """`python -m detr_fast.export`: a detector's weights under another implementation's names."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from detr_fast.config import Checked, UserError, require
-from detr_fast.model.detr import DETR
-from detr_fast.weights import export_state_dict, load_model
-from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG
+from detr_fast.config import Checked, require
+from detr_fast.detector import Detector
+from detr_fast.files import atomic_write, write_json
+from detr_fast.weights import export_state_dict, read_detector
+from detr_fast.weights.container import write_container
+from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG, ModelDescription
 from detr_fast.weights.naming import Naming
 from detr_fast.weights.preprocessing import preprocessor_config
 
@@ -39,55 +38,37 @@ class ExportConfig(Checked):
 
 def main(options: ExportConfig) -> int:
     """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
-    model = load_model(options.weights, categories=options.categories)
-    for note in model.notes:
+    detector = read_detector(options.weights, categories=options.categories)
+    for note in detector.notes:
         print(note)
     out = Path(options.out)
-    try:
-        if out.suffix:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_weights(model, out, options.naming)
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            write_weights(model, out / "model.safetensors", options.naming)
-            for name, content in (
-                (HUGGING_FACE_CONFIG, huggingface_config(model)),
-                (PREPROCESSOR_CONFIG, preprocessor_config(model.config)),
-            ):
-                (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
+    if out.suffix:
+        write_weights(detector, out, options.naming)
+    else:
+        write_weights(detector, out / "model.safetensors", options.naming)
+        write_json(out / HUGGING_FACE_CONFIG, huggingface_config(detector))
+        write_json(out / PREPROCESSOR_CONFIG, preprocessor_config(detector.config))
     print(f"Wrote {out} with {options.naming} names.")
     return 0
 
 
-def write_weights(model: DETR, out: Path, naming: Naming) -> None:
+def write_weights(detector: Detector, out: Path, naming: Naming) -> None:
     """Write the weights with, beside them, the architecture and the classes, which `load_model` reads and others
-    ignore."""
-    state_dict = {key: value.contiguous() for key, value in export_state_dict(model, naming).items()}
-    facts = {"model_config": model.config.to_dict(), "categories": described_categories(model)}
-    partial = out.with_name(out.name + ".partial")  # a kill leaves the old file or the new one, never a torn one
-    try:
-        if out.suffix == ".pth":
-            torch.save({"model": state_dict, **facts}, partial)
-        else:
-            save_file(state_dict, partial, {"format": "pt", **{name: json.dumps(fact) for name, fact in facts.items()}})
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    ignore. Raises UserError where the file cannot be written."""
+    state_dict = {key: value.contiguous() for key, value in export_state_dict(detector, naming).items()}
+    description = ModelDescription.of(detector.config, detector.categories)
+    if out.suffix == ".pth":
+        write_container(out, description.with_weights(state_dict))
+        return
+    metadata = {"format": "pt", **{name: json.dumps(fact) for name, fact in vars(description).items()}}
+    with atomic_write(out) as file:
+        file.write(save(state_dict, metadata))
 
 
-def described_categories(model: DETR) -> list[dict[str, Any]] | None:
-    """Return the model's classes as plain values, in label order."""
-    if model.categories is None:
-        return None
-    return [{"id": category.id, "name": category.name} for category in model.categories]
-
-
-def huggingface_config(model: DETR) -> dict[str, Any]:
+def huggingface_config(detector: Detector) -> dict[str, Any]:
     """Return what transformers' DetrConfig needs to build this model with a timm backbone."""
-    config = model.config
-    names = [category.name for category in model.categories or ()]
+    config = detector.config
+    names = [category.name for category in detector.categories or ()]
     names = names or [f"LABEL_{label}" for label in range(config.num_classes)]
     return {
         "architectures": ["DetrForObjectDetection"],

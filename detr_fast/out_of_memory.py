@@ -14,7 +14,7 @@ FAILED_ALLOCATIONS = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether `error` is an allocation on the device that failed, torch's own or one within cuDNN or cuBLAS."""
+    """Tell whether `error` is an allocation on the device that failed, torch's own or one within cuDNN or cuBLAS."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in FAILED_ALLOCATIONS)

@@ -1,7 +1,8 @@
-"""Kinds of what lies at a path that someone gave."""
+"""What lies at a path that someone gave, and the folder of what is made once and kept."""
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -30,3 +31,16 @@ def require_kind(kind: Kind, path: Path, given: str, advice: str = "") -> None:
     found = kind_of(path)
     wrong = f"there is no such {kind}" if found == "nothing" else f"it is a {found}, not a {kind}"
     require(found == kind, f"{given}: {wrong}.{f' {advice}' * bool(advice)}")
+
+
+def cache_folder() -> Path:
+    """Find where generated data is kept: DETR_FAST_CACHE, else the user's cache folder, else, of a user without a home,
+    one among temporary files."""
+    if named := os.environ.get("DETR_FAST_CACHE"):
+        return Path(named)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "detr_fast"
+    try:
+        return Path.home() / ".cache" / "detr_fast"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "detr_fast"

@@ -14,11 +14,11 @@ from detr_fast.data.annotations import Category
 from detr_fast.data.photographs import find_images
 from detr_fast.evaluation.lettering import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
-from detr_fast.evaluation.prediction import Detections, predict_batch, prediction_batches, read_pixels
+from detr_fast.evaluation.prediction import Detections, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
+from detr_fast.files import require_writable
 from detr_fast.runtime import runtime_for_inference
-from detr_fast.training.run_folder import require_writable
-from detr_fast.weights import load_model
+from detr_fast.weights import read_detector
 from detr_fast.weights.pickles import listed
 
 
@@ -35,18 +35,17 @@ def main(options: PredictConfig) -> int:
     )
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
-    model = load_model(options.weights, categories=options.categories)
-    for note in model.notes:
+    detector = read_detector(options.weights, categories=options.categories)
+    for note in detector.notes:
         print(note)
     require_writable("--out", out)
-    runtime = runtime_for_inference(options, model, options.batch_size)
-    model = runtime.place_for_inference(model)
-    names, note = drawn_names(model.categories or ()), f"score at least {options.threshold}"
+    detector.optimize(runtime_for_inference(options, detector.config, options.batch_size))
+    names, note = drawn_names(detector.categories or ()), f"score at least {options.threshold}"
     bad: set[Path] = set()
-    by_shape = prediction_batches(model, files, options.batch_size)
+    by_shape = prediction_batches(detector.config, files, options.batch_size)
     with PredictionsFile(out / "predictions.json") as predictions:
         for batch in read_batches([[files[index] for index in batch] for batch in by_shape], bad):
-            found = predict_batch(model, [pixels for _, pixels in batch], options.threshold, runtime)
+            found = detector.predict_batch([pixels for _, pixels in batch], options.threshold)
             predictions.add([entry(*read, one) for read, one in zip(batch, found, strict=True)])
             for (file, pixels), detections in zip(batch, found, strict=True):
                 with named(file, bad):

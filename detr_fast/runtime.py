@@ -1,31 +1,24 @@
-"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its
-reason."""
+"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its reason,
+from options and hardware alone. `detr_fast.detector.place` does what was chosen."""
 
-import ctypes
-import mmap
 import os
 import platform
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from detr_kernels import choose_assignment, choose_attention, choose_backend, choose_convolution
-from detr_kernels.dispatch import why_not_triton
+from detr_kernels import OPERATIONS, Facts
+from detr_kernels.launch import why_not_triton
 
-from detr_fast.config import Attention, Device, Kernels, Precision, RuntimeOptions, UserError, require
+from detr_fast.config import Attention, Device, Kernels, ModelConfig, Precision, RuntimeOptions, require
+from detr_fast.host_memory import Allocator, choose_host_allocator
 from detr_fast.machine import cores
-from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
-from detr_fast.model.implementation import Implementation
-from detr_fast.model.normalization import FrozenBatchNorm2d
-from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Tuning, find
+from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Mode, Tuning, find
 
 MOST_WORKERS = 16
 """Processes that read images where none are asked for: they read more than a GPU trains on."""
@@ -37,7 +30,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """What matrix products and convolutions are computed in; float32 means no autocast."""
+    """GEMMs and convolutions are computed in it; float32 means no autocast."""
     channels_last: bool
     compile: bool
     kernels: Kernels
@@ -45,8 +38,14 @@ class Runtime:
     reasons: dict[str, str]
     capture: bool | None = None
     """Whether steps are replayed as CUDA graphs; None: training is not, optimised inference on a GPU is."""
+    optimize: bool | None = None
+    """Whether inference folds and rounds weights once; None: unless --kernels ref."""
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
+    host_allocator: Allocator | None = None
+    """For the whole process; None: it stays as it is."""
+    threads: int | None = None
+    """Of torch's operators on a CPU, for the whole process; None: as many as it has."""
 
     def workers(self, asked: int | None) -> int:
         """Return how many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of
@@ -61,20 +60,14 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, model: DETR) -> DETR:
-        """The model on the device, in the memory order and with the operations chosen."""
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.reasons.update(select_implementation(model, self.kernels, self.attention, self.dtype, self.measured))
-        return model
-
-    def place_for_inference(self, model: DETR) -> DETR:
-        """As `place`, and frozen where the implementation says so: such a model cannot be trained or saved."""
-        return for_inference(self.place(model), self.dtype)
+    @property
+    def optimizes(self) -> bool:
+        """Whether inference folds and rounds weights once, instead of in every call."""
+        return self.optimize if self.optimize is not None else self.kernels != "ref"
 
 
 def choose_device(asked: Device) -> tuple[torch.device, str]:
-    """Raises UserError where a GPU is asked for and there is none."""
+    """Choose the device, and say why. Raises UserError where a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
     require(asked != "cuda" or available, "--device cuda: torch finds no GPU. Use --device cpu, or see doctor.")
     if asked == "auto":
@@ -82,41 +75,8 @@ def choose_device(asked: Device) -> tuple[torch.device, str]:
     return torch.device(asked), "asked for"
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Names of mallopt(3)."""
-NEVER = -1
-TOP_PAD_BYTES = 2**28
-RESERVED_BYTES = 2**32
-HUGE_PAGE_BYTES = 2**21
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Lets this process use freed memory again, instead of giving every large block back and asking for new pages, and
-    asks for large pages.
-
-    glibc maps each block of megabytes by itself, and the kernel then clears all its pages anew: a fifth of a million
-    faults a training step on a CPU. What malloc takes instead is one range of addresses, the first 4 GiB of which are
-    asked for in pages of 2 MiB: what lies in pages of 4 KiB is found more slowly than it is read. Memory is used only
-    where it is written to. Where there is no glibc, nothing changes.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, TOP_PAD_BYTES)):
-        libc.mallopt(name, value)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.free.argtypes = (ctypes.c_void_p,)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    reserved = libc.malloc(RESERVED_BYTES)
-    if reserved:
-        first = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        libc.madvise(first, RESERVED_BYTES - HUGE_PAGE_BYTES, mmap.MADV_HUGEPAGE)
-        libc.free(reserved)
-
-
 def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of products and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
+    """Choose the dtype of GEMMs and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
     scaler."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     require(asked != "fp16" or device.type == "cuda", "--precision fp16 needs a GPU. Use bf16 or fp32 on a CPU.")
@@ -128,7 +88,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtyp
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products, not merely emulation."""
+    """Tell whether the device has instructions for bf16 products, not merely emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -136,7 +96,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def missing_for_compile() -> str | None:
-    """What torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
+    """Say what torch.compile lacks on a CPU, and Triton's launchers on a GPU, and how to get it; None if nothing."""
     name = os.environ.get("CXX", "g++")
     if not shutil.which(name):
         return f"there is no compiler {name}: sudo apt install g++, or set CXX to another one"
@@ -144,44 +104,6 @@ def missing_for_compile() -> str | None:
         package = ".".join(platform.python_version_tuple()[:2])
         return f"Python.h is missing: sudo apt install python{package}-dev"
     return None
-
-
-def select_implementation(
-    model: DETR,
-    kernels: Kernels = "auto",
-    attention: Attention = "auto",
-    dtype: torch.dtype = torch.float32,
-    measured: Measured | None = None,
-) -> dict[str, str]:
-    """Gives `model` its forms, for the device it is on and products in `dtype`; returns what runs, and why.
-
-    `measured`: what is to run instead of the first guess. Raises UserError where a form asked for by name cannot run
-    there.
-    """
-    if attention == "auto" and kernels != "auto":
-        attention = kernels
-    device, config = next(model.parameters()).device, model.config
-    try:
-        form, reason = choose_attention(device, dtype, config.hidden_dim // config.num_heads, True, attention)
-        frozen_norm = any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
-        reasons = {"attention": f"{form} ({reason})"} | dict(_reasons(kernels, device, frozen_norm))
-    except RuntimeError as error:
-        raise UserError(f"--kernels {kernels} --attention {attention}: {error}") from error
-    implementation = Implementation(
-        # torch's own attention is faster on rows than on packed tokens, which it would have to pad again
-        attention="sdpa" if form == "sdpa" else attention,
-        convolution=kernels,
-        folded=kernels != "ref",
-        frozen=kernels != "ref",
-        layer_norm=kernels,
-        pixels=kernels,
-        match_cost=kernels,
-        assignment="scipy" if kernels == "ref" else kernels,
-        set_loss=kernels,
-    )
-    measured = measured or {}
-    replace(implementation, **{name: value for name, (value, _) in measured.items()}).apply_to(model)
-    return reasons | with_reasons(measured)
 
 
 def with_reasons(measured: Measured) -> dict[str, str]:
@@ -193,33 +115,14 @@ def with_reasons(measured: Measured) -> dict[str, str]:
     }
 
 
-def _reasons(kernels: Kernels, device: torch.device, frozen_norm: bool) -> Iterator[tuple[str, str]]:
-    """Operation -> its form and why; convolutions only where the backbone has frozen batch norm to fold into them."""
-    chosen: dict[str, tuple[str, str]] = {
-        "layer norm": choose_backend("fused_add_layer_norm", device, kernels),
-        "pixels": choose_backend("resize_normalize_pad", device, kernels),
-        "match cost": choose_backend("match_cost", device, kernels),
-        "assignment": choose_assignment(device, "scipy" if kernels == "ref" else kernels),
-        "set loss": choose_backend("set_loss", device, kernels),
-    }
-    if frozen_norm:
-        yield "frozen batch norm", "by itself (--kernels ref)" if kernels == "ref" else "folded into convolutions"
-        chosen["1x1 convolution"] = choose_convolution(1, device, kernels, training=True)
-        chosen["convolution"] = choose_convolution(3, device, kernels, training=True)
-    for name, (form, reason) in chosen.items():
-        yield name, f"{form} ({reason})"
-
-
-def why_not_measured(switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why `value` of a switch of `detr_fast.tuning.Choices` cannot run here, as far as that is known before it is
+def why_not_measured(
+    switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int, mode: Mode = "training"
+) -> str | None:
+    """Say why `value` of a switch, an operation or an option, cannot run here, as far as that is known before it is
     tried; None where nothing is known."""
-    if switch == "attention":
-        try:
-            choose_attention(device, dtype, head_dim, True, value)
-        except RuntimeError as error:
-            return str(error)
-    if value == "triton":
-        return why_not_triton(device)
+    if switch in OPERATIONS:
+        facts = Facts(device, dtype, training=mode == "training", dropout=0.1, head_dim=head_dim)
+        return OPERATIONS[switch].why_not(value, facts)
     return missing_for_compile() if (switch, value) == ("compile", True) else None
 
 
@@ -235,10 +138,11 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.
         "capture": getattr(options, "capture", None) is None,
         "threads": "OMP_NUM_THREADS" not in os.environ,
         "attention": options.attention == options.kernels == "auto",
+        "optimize": options.kernels == "auto" and getattr(options, "optimize", None) is None,
     }
     found = {name: each for name, each in tuning.measured().items() if left_open.get(name, options.kernels == "auto")}
     precision = found["precision"][0] if "precision" in found else options.precision
-    about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM
+    about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM, tuning.parsed_case().mode
     problems = {name: why_not_measured(name, value, *about) for name, (value, _) in found.items()}
     for name, problem in problems.items():
         if problem:
@@ -256,13 +160,10 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     Raises UserError where something asked for by name is not there.
     """
     device, device_reason = choose_device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     measured = not_asked_for(options, tuning, device)
     value = {name: found for name, (found, _) in measured.items()}
     dtype, precision_reason = choose_precision(value.get("precision", options.precision), device)
-    if "threads" in value and device.type == "cpu":
-        torch.set_num_threads(value["threads"])
+    host_allocator, allocator_reason = choose_host_allocator(options.host_allocator, device)
     compiled = bool(value.get("compile", options.compile))
     channels_last = value.get("channels_last", options.channels_last is not False)
     lacking = missing_for_compile() if compiled else None
@@ -273,6 +174,7 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     reasons = {
         "device": f"{device} ({device_reason})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({precision_reason})",
+        "host allocator": f"{host_allocator or 'system'} ({allocator_reason})",
         **({"measured": tuning.summary()} if tuning and options.tune and options.kernels != "ref" else {}),
         **with_reasons({name: found for name, found in measured.items() if name in RUNTIME_SWITCHES}),
     }
@@ -285,11 +187,15 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
         options.attention,
         reasons,
         capture=value.get("capture", getattr(options, "capture", None)),
+        optimize=value.get("optimize", getattr(options, "optimize", None)),
         measured={name: found for name, found in measured.items() if name not in RUNTIME_SWITCHES},
+        host_allocator=host_allocator,
+        threads=value.get("threads") if device.type == "cpu" else None,
     )
 
 
-def runtime_for_inference(options: RuntimeOptions, model: DETR, batch_size: int) -> Runtime:
-    """Choose as `choose_runtime` does, with what was measured here for `model` on `batch_size` photographs at once."""
+def runtime_for_inference(options: RuntimeOptions, config: ModelConfig, batch_size: int) -> Runtime:
+    """Choose as `choose_runtime` does, with what was measured here for a model of `config` on `batch_size` photographs
+    at once."""
     device, _ = choose_device(options.device)
-    return choose_runtime(options, find(device, Case.of_inference(model.config, batch_size, options)))
+    return choose_runtime(options, find(device, Case.of_inference(config, batch_size, options)))

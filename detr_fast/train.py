@@ -1,7 +1,6 @@
 """`python -m detr_fast.train`: trains a detector, evaluates it, and leaves everything in one folder."""
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +8,24 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from detr_fast.command import run
-from detr_fast.config import RECIPES, ModelConfig, TrainConfig, require
+from detr_fast.config import ModelConfig, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, evaluation_loader
+from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
-from detr_fast.data.sampler import EpochSampler
-from detr_fast.data.shapes import is_shapes, parse_shapes
-from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_model
+from detr_fast.data.loader import evaluation_loader, on_device
+from detr_fast.data.sampler import batches_per_epoch
+from detr_fast.detector import Detector, place, settle_process
+from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_detector
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
+from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
+from detr_fast.model.optimized import optimized
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.assembly import (
-    State,
     extremes_of,
     largest_batch,
     make_batches,
@@ -31,51 +33,48 @@ from detr_fast.training.assembly import (
     make_model,
     make_schedule,
     make_step,
-    stored_metadata,
 )
 from detr_fast.training.batch_size import batch_line, with_batches
+from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.data_rate import measure_data, training_rate
+from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.first_minute import tuning_of
+from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
 from detr_fast.training.interruption import deferred_interruption
-from detr_fast.training.loop import Progress, TrainingLoop
+from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
-from detr_fast.training.progress import TrainingDisplay
+from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.recipes import recipe_of
 from detr_fast.training.resuming import (
     changes,
     check_resumed,
-    contents,
     continued,
+    digests,
     evaluates_otherwise,
     load_resumed,
     located,
+    resumed_options,
     resumed_path,
-    stored_defaults,
 )
-from detr_fast.training.run_folder import RunFolder, held_run_folder, writing
+from detr_fast.training.run_folder import RunFolder, held_run_folder
 from detr_fast.training.step import TrainStep
 
 
 def default_options(argv: Sequence[str]) -> TrainConfig:
-    """What holds where an option is not given: a resumed run's own options, else the recipe of the model to train."""
+    """Return what holds where an option is not given: a resumed run's own options, else the recipe of the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
     path = resumed_path(asked.resume, asked.output or TrainConfig.output)
-    state = load_resumed(path)
-    if path and state:
-        return stored_defaults(state, path, data_asked=asked.data is not None)
-    data = asked.data or TrainConfig.data
-    if asked.train_images or not is_shapes(data):
-        return RECIPES.get(asked.model, TrainConfig(model=asked.model or TrainConfig.model))
-    model, side = asked.model or "detr_tiny", parse_shapes(data)
-    recipe = RECIPES.get(model, TrainConfig(model=model))
-    return replace(recipe, train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
+    if path:
+        return resumed_options(path, data_asked=asked.data is not None)
+    return recipe_of(asked.model, asked.train_images or asked.data)
 
 
 def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
-    """One process of a training run; returns the exit code."""
+    """Run one process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
     options = located(options)
     resumed = resumed_path(options.resume, options.output)
@@ -88,11 +87,10 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         check_resumed(state, options, config, train_set, val_set)
         options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
-    batches_per_epoch = EpochSampler(
-        len(train_set), options.batch_size, options.seed, world.rank, world.size
-    ).batches_per_epoch
-    schedule = make_schedule(options, batches_per_epoch)
+    per_epoch = batches_per_epoch(len(train_set), options.batch_size, world.size)
+    schedule = make_schedule(options, per_epoch)
     if options.data_only:
+        settle_process(runtime)
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
         batches = make_batches(options, train_set, runtime, world, (0, 0))
         measure_data(batches, config, runtime, options.workers, console, rate)
@@ -104,32 +102,39 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     if state:
         console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
-    first = divmod(progress.step * options.accumulate, batches_per_epoch)
+    first = divmod(progress.step * options.accumulate, per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
         runtime = choose_runtime(options, tuning)
-        step = make_step(runtime.place(model), options, runtime, world, state)
-        make_room(step, options, largest_batch(options, config, extremes_of(options, train_set, batches_per_epoch)))
-        describe(console, options, step, (train_set, val_set), schedule.total_steps)
-        metadata = stored_metadata(model)
+        step = make_step(place(model, runtime), options, runtime, world, state)
+        wrapped = wrapped_step(
+            step, options, largest_batch(options, config, extremes_of(options, train_set, per_epoch))
+        )
+        describe(console, options, wrapped, (train_set, val_set), schedule.total_steps)
+        facts = RunFacts(
+            model_config=config,
+            categories=train_set.categories,
+            options=options,
+            tuning=tuning.to_dict() if tuning else None,
+            data=digests(train_set, val_set),
+            processes=world.size,
+        )
         if world.is_main:  # nothing can be refused any more: these are the options that run
-            with writing(folder.config):
-                folder.config.write_text(json.dumps({"options": options.to_dict(), **metadata}, indent=2))
+            write_json(folder.config, facts.about())
         columns = METRICS + UNLIMITED  # the latter stay empty where COCO's limit is never met
         log = MetricsLog(folder.metrics, folder.tensorboard, columns, progress.step) if world.is_main else None
         loop = TrainingLoop(
-            options=options,
             step=step,
+            take_step=wrapped,
             schedule=schedule,
             batches=make_batches(options, train_set, runtime, world, first),
-            batches_per_epoch=batches_per_epoch,
+            batches_per_epoch=per_epoch,
             evaluate=evaluation_of(step, val_set, options),
             folder=folder if world.is_main else None,
             log=log,
             display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
+            facts=facts,
             progress=progress,
-            metadata=metadata
-            | {"tuning": tuning and tuning.to_dict(), "data": contents(train_set, val_set), "processes": world.size},
         )
         with closing(log) if log else nullcontext(), deferred_interruption() as interruption, loop.display:
             code = loop.run(interruption)
@@ -139,9 +144,9 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     return code
 
 
-def progress_of(state: State, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
+def progress_of(state: TrainingState | None, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
     """Find where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
-    progress = Progress(**state["progress"]) if state else Progress()
+    progress = replace(state.progress) if state else Progress()
     require(
         total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
     )
@@ -165,40 +170,43 @@ def last_line(folder: RunFolder, progress: Progress) -> str:
     return f"Everything is in {folder.root}. No AP was measured: checkpoints/best.pt has the latest weights."
 
 
-def make_room(step: TrainStep, options: TrainConfig, largest: Batch) -> None:
-    """Captures steps as CUDA graphs where that is asked for or was measured to be faster, and on a GPU finds how
-    `largest` fits into its memory; a CPU's gives no warning."""
-    if step.runtime.capture:
-        problem = step.why_not_captured()
-        require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
-        if problem is None:
-            step.capture()
-    if step.runtime.device.type == "cuda":
-        step.fit(largest)
+def wrapped_step(step: TrainStep, options: TrainConfig, largest: Batch) -> MicroBatches | GraphedStep:
+    """Wrap `step`: in CUDA graphs where that is asked for or was measured to be faster, and in micro-batches, on a GPU
+    as many as it takes for `largest` to fit into its memory; a CPU's gives no warning."""
+    runtime, micro_batches = step.runtime, MicroBatches(step)
+    problem = why_not_graphed(step) if runtime.capture else None
+    require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
+    wrapped = GraphedStep(micro_batches) if runtime.capture and problem is None else micro_batches
+    if runtime.device.type == "cuda":
+        wrapped.find_micro_batch_size(next(on_device([largest], runtime.device)))
+        torch.cuda.reset_peak_memory_stats(runtime.device)  # what is logged is to be the run's
+    return wrapped
 
 
 def is_last_of(path: Path | None, output: str) -> bool:
-    """Whether `path` is the output folder's own checkpoint: another run's may not take its place."""
+    """Tell whether `path` is the output folder's own checkpoint: another run's may not take its place."""
     return path is not None and path.resolve() == RunFolder(Path(output)).last.resolve()
 
 
 def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -> Callable[[], Evaluation]:
-    """Evaluates the weights to keep, uncompiled: compiling once more would take longer than it saves."""
+    """Return what evaluates the weights to keep, uncompiled: compiling once more would take longer than it saves."""
     runtime, world = replace(step.runtime, compile=False), step.world
     workers = runtime.workers(options.workers)
 
     def evaluate() -> Evaluation:
         pin_memory = runtime.device.type == "cuda"
         loader = evaluation_loader(val_set, options.batch_size, workers, pin_memory, world.rank, world.size)
-        model = for_inference(step.averaged or step.model, runtime.dtype)
-        return evaluate_model(model, val_set, loader, runtime)
+        network = step.ema or step.model
+        if runtime.optimizes:
+            network = optimized(network, runtime.dtype)
+        return evaluate_detector(Detector(network, runtime=runtime), val_set, loader)
 
     return evaluate
 
 
 @contextmanager
 def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool) -> Iterator[RunFolder]:
-    """The output folder, held by the main process; the others only know where it is."""
+    """Hold the output folder in the main process, and give it to all: the others only know where it is."""
     root = Path(options.output)
     if not world.is_main:
         yield RunFolder(root)
@@ -210,19 +218,24 @@ def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool)
 
 
 def describe(
-    console: Console, options: TrainConfig, step: TrainStep, data: tuple[CocoDataset, CocoDataset], total_steps: int
+    console: Console,
+    options: TrainConfig,
+    wrapped: MicroBatches | GraphedStep,
+    data: tuple[CocoDataset, CocoDataset],
+    total_steps: int,
 ) -> None:
-    """What is about to happen, before it does."""
+    """Print what is about to happen, before it does."""
+    step, graphed = wrapped.step, isinstance(wrapped, GraphedStep) and not wrapped.gave_up
     model, runtime, processes = step.model, step.runtime, step.world.size
     train_set, val_set = data
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = {
         "model": f"{options.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
-        "batch": batch_line(options, processes, step.parts),
+        "batch": batch_line(options, processes, wrapped.count),
         "length": f"{options.epochs} epochs, {total_steps} steps",
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
-        "capture": "CUDA graphs, one for each shape" if step.captured else "no",
+        "capture": "CUDA graphs, one for each shape" if graphed else "no",
         **runtime.reasons,  # where something was measured, with that
         "output": options.output,
     }

@@ -17,51 +17,49 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from detr_kernels import AssignmentBackend, AttentionBackend, Backend, ConvolutionBackend
+from detr_kernels import OPERATIONS
+from typeguard import TypeCheckError, check_type
 
 from detr_fast.config import Checked, ModelConfig, Precision, RuntimeOptions, UserError, require
-from detr_fast.data.shapes import cache_folder
+from detr_fast.files import explained, write_json
 from detr_fast.machine import environment
+from detr_fast.paths import cache_folder
 
 Mode = Literal["training", "inference"]
-FORMAT = 1
+FORMAT = 2
 """Of the file; another one is void."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choices(Checked):
-    """A value for each switch that changes no number beyond rounding; None: the first guess."""
-
-    attention: AttentionBackend | None = None
-    convolution: ConvolutionBackend | None = None
-    folded: bool | None = None
-    """Frozen batch norm within the convolution before it."""
-    frozen: bool | None = None
-    """Weights folded and rounded once for inference."""
-    layer_norm: Backend | None = None
-    pixels: Backend | None = None
-    match_cost: Backend | None = None
-    assignment: AssignmentBackend | None = None
-    set_loss: Backend | None = None
-    precision: Precision | None = None
-    channels_last: bool | None = None
-    compile: bool | None = None
-    capture: bool | None = None
-    threads: int | None = None
-    """Of torch's operators on a CPU."""
-
-    def made(self) -> dict[str, Any]:
-        """List switch -> value of those that are not left to the first guess."""
-        return {name: value for name, value in self.to_dict().items() if value is not None}
+RUNTIME_SWITCHES: dict[str, Any] = {
+    "precision": Precision,
+    "channels_last": bool,
+    "compile": bool,
+    "capture": bool,
+    "threads": int,
+    "optimize": bool,
+}
+"""Switches that are options of a run, and their types; the others are operations, and their values backends."""
 
 
-RUNTIME_SWITCHES = ("precision", "channels_last", "compile", "capture", "threads")
-"""Switches that are options of a run; the others are fields of `Implementation`."""
+def checked_choices(choices: dict[str, Any]) -> dict[str, Any]:
+    """Return switch -> value as it is. Raises UserError for a switch or a value that this version does not know."""
+    for name, value in choices.items():
+        if name in OPERATIONS:
+            require(value in OPERATIONS[name].names, f"{name} has no backend {value!r}")
+            continue
+        require(name in RUNTIME_SWITCHES, f"there is no switch {name!r}")
+        try:
+            check_type(value, RUNTIME_SWITCHES[name])
+        except TypeCheckError as error:
+            raise UserError(f"{name}: {value!r} {error}") from error
+    return choices
+
+
 Measured = dict[str, tuple[Any, str]]
 """Switch -> its value, and what was measured that made it so."""
 
 
-NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads")
+NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads", "host_allocator")
 """Options that a measurement depends on where they are asked for by name."""
 
 
@@ -172,22 +170,20 @@ class Tuning(Checked):
     def __post_init__(self) -> None:
         """Raises UserError for another format, and for a case, choices or trials that this version does not know."""
         require(self.format == FORMAT, f"format {self.format}, known is {FORMAT}")
-        require(Case.from_dict(self.case).pixels > 0, "images without pixels")
-        self.parsed_choices()
+        require(self.parsed_case().pixels > 0, "images without pixels")
+        checked_choices(self.choices)
         self.parsed_trials()
 
     @classmethod
     def of(
-        cls, device: torch.device, case: Case, choices: Choices, trials: Sequence[Trial], **measured: Any
+        cls, device: torch.device, case: Case, choices: dict[str, Any], trials: Sequence[Trial], **measured: Any
     ) -> "Tuning":
         """Make an entry of what was found on `device`; `measured`: the fields that are times, and the date."""
         tried = tuple(trial.to_dict() for trial in trials)
-        return cls(
-            environment=environment(device), case=case.to_dict(), choices=choices.made(), trials=tried, **measured
-        )
+        return cls(environment=environment(device), case=case.to_dict(), choices=choices, trials=tried, **measured)
 
-    def parsed_choices(self) -> Choices:
-        return Choices.from_dict(self.choices)
+    def parsed_case(self) -> Case:
+        return Case.from_dict(self.case)
 
     def parsed_trials(self) -> list[Trial]:
         return [Trial.from_dict(trial) for trial in self.trials]
@@ -195,10 +191,7 @@ class Tuning(Checked):
     def measured(self) -> Measured:
         """List the switches that do not keep the first guess."""
         won = {trial.switch: trial.text() for trial in self.parsed_trials() if trial.verdict == "won"}
-        return {
-            name: (value, f"measured here: {won.get(name, 'won')}")
-            for name, value in self.parsed_choices().made().items()
-        }
+        return {name: (value, f"measured here: {won.get(name, 'won')}") for name, value in self.choices.items()}
 
     def summary(self) -> str:
         """Tell in one line the gain over the first guess, when and among how many it was measured."""
@@ -247,24 +240,15 @@ def entries_of(device: torch.device) -> Iterator[Tuning]:
 def require_keeping(device: torch.device, case: Case) -> None:
     """Raise UserError where `keep` could not write: before minutes are spent on it."""
     folder = entry_path(device, case).parent
-    try:
+    with explained(folder, CACHE_ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise not_kept(folder, error) from error
 
 
-def not_kept(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}. Name another cache folder: DETR_FAST_CACHE.")
+CACHE_ADVICE = "Name another cache folder: DETR_FAST_CACHE."
 
 
 def keep(device: torch.device, entry: Tuning) -> Path:
     """Write `entry` to where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
     path = entry_path(device, Case.from_dict(entry.case))
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(entry.to_dict(), indent=2), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise not_kept(path, error) from error
+    write_json(path, entry.to_dict(), advice=CACHE_ADVICE)
     return path

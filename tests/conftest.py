@@ -1,10 +1,13 @@
 """What several test files need: small data sets, made once, and Triton kernels that run without a GPU."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # threads of two processes on one core wait for each other; read when torch is imported, in this process and others
@@ -17,6 +20,7 @@ if not torch.cuda.is_available():
 
 from detr_fast import DETR, build_model, export_state_dict
 from detr_fast.data.shapes import ensure_shapes
+from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -57,3 +61,18 @@ def model(narrow: None) -> DETR:
 def weights(model: DETR) -> Weights:
     """Its weights, under facebookresearch's names."""
     return {key: value.clone() for key, value in export_state_dict(model, "facebook").items()}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a document, or text, to annotations.json beside a folder of images; returns the file."""
+    (tmp_path / "images").mkdir()
+    for i in range(1, 4):
+        Image.new("RGB", (60, 40), (i * 40, 0, 0)).save(tmp_path / "images" / f"{i}.jpg")
+
+    def write_file(content: Any) -> Path:
+        file = tmp_path / "annotations.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return file
+
+    return write_file

@@ -24,8 +24,9 @@ from torch._dynamo.utils import counters
 
 from detr_fast.config import MODELS, Attention, Kernels, UserError
 from detr_fast.model import backbone
+from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import frozen
+from detr_fast.model.optimized import optimized
 
 HAS_GPU = torch.cuda.is_available()
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=2)
@@ -107,7 +108,7 @@ def check_every_convolution_by_cudnn(name: str, gpu: torch.device) -> None:
     config = replace(MODELS[name], encoder_layers=1, decoder_layers=2)
     step, batch = make_step(config, gpu), make_batch(gpu, 2, ROOM, True)
     before = count_step(step, batch).totals()["backbone"]
-    replace(step.model.implementation, convolution="cudnn").apply_to(step.model)
+    select_backends(step.model, named={"convolution": "cudnn"})
     launches = count_step(step, batch)
     with_relu, joined = 1 + 4 * 3, 4
     assert launches.totals()["backbone"] == before - 2 * with_relu - joined
@@ -146,8 +147,8 @@ def check_that_optimized_inference_is_one_graph(
     kernels: Kernels, attention: Attention, padded: bool, gpu: torch.device
 ) -> None:
     step = make_step(CONFIG, gpu, kernels, attention)
-    model = made_on(gpu, lambda: frozen(DETR(CONFIG), torch.bfloat16))
-    step.model.implementation.apply_to(model)
+    model = made_on(gpu, lambda: optimized(DETR(CONFIG), torch.bfloat16))
+    hand_out(step.model.selection, model)
     images, mask, _ = inputs_of(step, make_batch(gpu, 2, ROOM, padded))
     torch._dynamo.reset()
     counters.clear()

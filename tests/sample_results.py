@@ -3,18 +3,14 @@
 import csv
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detr_profiling.measuring.row import LadderRow, column
 
 MODEL = {"model": "detr_r50", "mode": "training", "size": "320x427", "batch_size": 1, "objects": 7, "dropout": None}
-LADDER_COLUMNS = (
-    *("mode", "technique", "median_ms", "q1_ms", "q3_ms", "runs", "images_per_second", "speedup", "padding"),
-    *("peak_mib", "cpu_seconds_per_image", "energy_j_per_image", "first_run_s", "error", "allowed", "quantity"),
-    *("close", "without_median_ms", "without_q1_ms", "without_q3_ms", "without_runs", "round_medians_ms", "note"),
-    *("precision", "model", "size", "batch_size", "threads", "device", "torch", "commit", "date"),
-)
 CLIMB = {
     # technique: ms, spread, MiB, error, allowed, ms without it, medians of both rounds
     "reference": (912.4, 25.3, 2104, 3.1e-6, 9.4e-6, None, "905 921"),
@@ -265,7 +261,7 @@ def write_results(folder: Path, **parts: Any) -> Path:
             (folder / f"{name}.json").write_text(json.dumps(parts[name]))
     if "ladder" in parts:
         with (folder / "ladder.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, LADDER_COLUMNS, restval="")
+            writer = csv.DictWriter(file, [column(each.name) for each in fields(LadderRow)], restval="")
             writer.writeheader()
             writer.writerows(parts["ladder"])
     return folder

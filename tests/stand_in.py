@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from detr_fast.recording import Call
+from detr_fast.cuda_graphs import Call
 
 
 class StandIn:
@@ -15,15 +15,15 @@ class StandIn:
     """
 
     def __init__(self) -> None:
-        self.ran = self.recorded = self.replayed = self.forgotten = 0
+        self.ran = self.captured = self.replayed = self.forgotten = 0
         self.results: list[dict[str, Tensor]] = []
 
     def run(self, call: Call) -> Any:
         self.ran += 1
         return call()
 
-    def record(self, call: Call) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-        self.recorded += 1
+    def capture(self, call: Call) -> tuple[Callable[[], Any], dict[str, Tensor]]:
+        self.captured += 1
         results: dict[str, Tensor] = {}
         self.results.append(results)
 

@@ -1,4 +1,4 @@
-"""Numbers in COCO files as other programs write them: whole ones are taken, the rest is refused once, with a count."""
+"""COCO files as programs write them: what can be mended is, and counted; the rest is refused by id, once for all."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import pytest
 from detr_fast.config import UserError
 from detr_fast.data.annotations import LARGEST_NUMBER, Annotations, read_annotations
 from detr_fast.evaluation.coco_metrics import evaluate_detections
+from tests.coco_files import Write, annotation, document
 
 PLACES = [
     *(("images", "id"), ("images", "width"), ("images", "height"), ("categories", "id")),
@@ -128,3 +129,106 @@ def test_a_category_without_a_name_is_called_by_its_id(tmp_path: Path, name: int
 def test_negative_ids_are_refused(tmp_path: Path, part: str, kind: str) -> None:
     with pytest.raises(UserError, match=f"{kind} -1, -2: ids must not be negative"):
         read_with(tmp_path, part, "id", lambda id_: -id_)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [\n  {"id": 1,', "line 2, column"),
+        ("", "line 1, column 1"),
+        ('{"images": [1, }', "line 1, column"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[1, 2]", "is an object with images"),
+        ('{"images": {}}', "'images' must be a list"),
+        ('{"images": [3]}', "'images' must be a list"),
+    ],
+    ids=["truncated", "empty", "invalid", "nested", "list", "images no list", "image no object"],
+)
+def test_fault_19_broken_json_is_located(write: Write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"annotations.json.*{message}"):
+        read_annotations(write(text))
+
+
+def test_fault_19_binary_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "binary.json").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UserError, match=r"binary.json.*UTF-8"):
+        read_annotations(tmp_path / "binary.json")
+    with pytest.raises(UserError, match=r"absent.json.*No such file"):
+        read_annotations(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "bbox", [[1, 2, math.nan, 4], [1, math.inf, 3, 4], [1, 2, 3], None, [1, 2, 3, "4"], [1, 2, 3, 10**400], "1234"]
+)
+def test_faults_19_and_20_a_box_that_is_no_box_names_its_annotation(write: Write, bbox: Any) -> None:
+    wrong = {**annotation(77, [1, 2, 3, 4]), "bbox": bbox}
+    with pytest.raises(UserError, match=r"annotation 77.*bbox"):
+        read_annotations(write(document(annotation(76, [1, 2, 3, 4]), wrong)))
+
+
+def test_fault_19_nan_area_names_its_annotation(write: Write) -> None:
+    with pytest.raises(UserError, match=r"annotation 5.*area"):
+        read_annotations(write(document(annotation(5, [1, 2, 3, 4], area=math.nan))))
+
+
+def test_fault_20_boxes_without_area_are_dropped_and_counted(write: Write) -> None:
+    boxes = [[5, 5, 10, 10], [5, 5, 0, 10], [5, 5, 10, -3], [70, 5, 10, 10], [-20, 5, 10, 10]]
+    annotations = read_annotations(write(document(*(annotation(i, box) for i, box in enumerate(boxes, 1)))))
+    assert annotations.ids.tolist() == [1]
+    assert annotations.corrections.dropped_empty == (2, 3, 4, 5)
+    assert "4 boxes" in annotations.corrections.lines()[0]
+
+
+def test_fault_24_unlisted_category_is_refused(write: Write) -> None:
+    with pytest.raises(UserError, match="annotation 4 has 99"):
+        read_annotations(write(document(annotation(4, [1, 1, 9, 9], 99))))
+
+
+@pytest.mark.parametrize("value", ["0", 2, None])
+def test_fault_24_a_crowd_flag_that_is_none_is_refused(write: Write, value: Any) -> None:
+    with pytest.raises(UserError, match="annotation 4: 'iscrowd'"):
+        read_annotations(write(document(annotation(4, [1, 1, 9, 9], 1, iscrowd=value))))
+
+
+def test_fault_19_a_number_beyond_all_bounds(tmp_path: Path) -> None:
+    file = tmp_path / "huge.json"
+    file.write_text('{"images": ' + "9" * 5000 + "}")
+    with pytest.raises(UserError, match=r"huge\.json"):
+        read_annotations(file)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [5, 5], [-1, 2], ["a", "b"], [1.5, 2]])
+def test_fault_24_unusable_annotation_ids_are_renumbered(write: Write, ids: list[Any]) -> None:
+    annotations = read_annotations(write(document(*(annotation(id_, [1, 1, 9, 9]) for id_ in ids))))
+    assert annotations.ids.tolist() == [1, 2] and annotations.corrections.renumbered
+
+
+def test_usable_annotation_ids_stay(write: Write) -> None:
+    annotations = read_annotations(write(document(annotation(900100000001, [1, 1, 9, 9]), annotation(3, [1, 1, 9, 9]))))
+    assert annotations.ids.tolist() == [900100000001, 3] and not annotations.corrections.renumbered
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [{"id": 1, "file_name": "1.jpg", "width": 60, "height": 40}] * 2}, "image ids must be distinct.*1"),
+        ({"images": [{"id": "x", "file_name": "1.jpg", "width": 60, "height": 40}]}, "image x.*whole number"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "height": 40}]}, "image 1.*'width'"),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "width": 0, "height": 40}]}, "image 1.*positive"),
+        ({"images": [{"id": 8, "width": 60, "height": 40}]}, "image 8.*file_name"),
+        ({"images": []}, "no images"),
+        ({"categories": [{"id": 1}, {"id": 1}]}, "category ids must be distinct"),
+        ({"categories": []}, "no categories"),
+        ({"categories": [{"id": -1}]}, "category -1"),
+    ],
+)
+def test_images_and_categories_that_cannot_be_right(write: Write, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_annotations(write({**document(), **change}))
+
+
+def test_annotations_of_unlisted_images_are_dropped_and_counted(write: Write) -> None:
+    annotations = read_annotations(
+        write(document(annotation(1, [1, 1, 9, 9], image_id=99), annotation(2, [1, 1, 9, 9])))
+    )
+    assert annotations.ids.tolist() == [2] and annotations.corrections.dropped_unlisted == (1,)

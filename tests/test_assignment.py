@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detr_kernels import batched_assignment, batched_assignment_ref, choose_assignment, dispatch
-from detr_kernels.assignment import AssignmentBackend, scipy_op, triton_op
+from detr_kernels import batched_assignment, batched_assignment_ref
+from detr_kernels.matching.assignment import scipy_op, triton_op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS: list[AssignmentBackend] = ["triton", "scipy"]
+BACKENDS: list[str] = ["triton", "scipy"]
 NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.usefixtures("poisoned")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -39,7 +39,7 @@ def alarm(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def solve(cost: Tensor, count: list[int], backend: AssignmentBackend = "triton", **options: Any) -> np.ndarray:
+def solve(cost: Tensor, count: list[int], backend: str = "triton", **options: Any) -> np.ndarray:
     """`batched_assignment` of a cost on the CPU, solved on DEVICE."""
     with alarm(60):
         num_targets = torch.tensor(count, dtype=torch.int64, device=DEVICE)
@@ -179,7 +179,7 @@ def test_non_finite_costs_are_matched_last_and_counted(problem: tuple[Tensor, li
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize(("queries", "targets"), [(5, 3), (3, 5), (4, 4)])
 def test_whole_rows_columns_and_problems_that_are_not_finite(
-    queries: int, targets: int, bad: float, backend: AssignmentBackend
+    queries: int, targets: int, bad: float, backend: str
 ) -> None:
     cost = torch.randn(4, queries, targets, generator=torch.Generator().manual_seed(1)) * 1e3
     cost[0, 1], cost[1, :, 2], cost[2], cost[3, 0, 0] = bad, bad, bad, bad
@@ -211,7 +211,7 @@ def test_penalty_of_costs_at_both_ends_of_float32() -> None:
 
 
 @each_backend
-def test_padding_changes_nothing_and_is_not_counted(backend: AssignmentBackend) -> None:
+def test_padding_changes_nothing_and_is_not_counted(backend: str) -> None:
     cost, _ = random_problems(6, 5, 7)
     count, counter = [0, 1, 3, 5, 6, 7], torch.zeros(1, dtype=torch.int64, device=DEVICE)
     padded = cost.clone()
@@ -224,7 +224,7 @@ def test_padding_changes_nothing_and_is_not_counted(backend: AssignmentBackend) 
 
 
 @each_backend
-def test_a_number_of_targets_out_of_range_is_clamped(backend: AssignmentBackend) -> None:
+def test_a_number_of_targets_out_of_range_is_clamped(backend: str) -> None:
     cost, _ = random_problems(4, 3, 2)
     clamped = solve(cost, [0, 0, 2, 2], backend)
     np.testing.assert_array_equal(solve(cost, [-1, 1 - 2**40, 9, 2**40], backend), clamped)
@@ -232,7 +232,7 @@ def test_a_number_of_targets_out_of_range_is_clamped(backend: AssignmentBackend)
 
 @each_backend
 @pytest.mark.parametrize("shape", [(0, 5, 3), (3, 0, 4), (3, 4, 0), (0, 0, 0), (2, 0, 0), (2, 1, 1)])
-def test_empty_sides(shape: tuple[int, int, int], backend: AssignmentBackend) -> None:
+def test_empty_sides(shape: tuple[int, int, int], backend: str) -> None:
     count, counter = [shape[2]] * shape[0], torch.zeros(1, dtype=torch.int64, device=DEVICE)
     found = solve(torch.zeros(shape), count, backend, nonfinite=counter)
     assert (found == (0 if shape[1] else -1)).all()
@@ -241,14 +241,14 @@ def test_empty_sides(shape: tuple[int, int, int], backend: AssignmentBackend) ->
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_taken_as_it_is(dtype: torch.dtype, backend: AssignmentBackend) -> None:
+def test_half_precision_is_taken_as_it_is(dtype: torch.dtype, backend: str) -> None:
     cost, count = random_problems(6, 5, 4)
     half = cost.to(dtype)
     np.testing.assert_array_equal(solve(half, count, backend), solve(half.float(), count, backend))
 
 
 @each_backend
-def test_views_that_are_not_contiguous(backend: AssignmentBackend) -> None:
+def test_views_that_are_not_contiguous(backend: str) -> None:
     cost, count = random_problems(6, 5, 4)
     for view in (cost.permute(2, 1, 0).contiguous().permute(2, 1, 0), cost.repeat(1, 2, 3)[:, ::2, ::3]):
         assert not view.is_contiguous()
@@ -276,21 +276,6 @@ def test_the_reference_is_scipy() -> None:
     assert counter.item() == number_broken(cost, count)
 
 
-def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_assignment(cpu) == ("scipy", "a CPU runs Triton in tests alone")
-    assert choose_assignment(gpu, "scipy") == ("scipy", "asked for")
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    assert choose_assignment(gpu) == ("triton", "SciPy would wait for the device")
-    assert choose_assignment(gpu, "triton") == ("triton", "asked for")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        choose_assignment(cpu, "triton")
-    monkeypatch.setattr(dispatch, "INSTALLED", False)
-    assert choose_assignment(gpu) == ("scipy", "Triton is not installed: pip install triton")
-    with pytest.raises(ValueError, match="ref"):
-        choose_assignment(cpu, "ref")  # type: ignore[arg-type]
-
-
 def test_what_does_not_fit_is_refused() -> None:
     cost, number = torch.zeros(2, 5, 3), torch.ones(2, dtype=torch.int64)
     for bad, message in [
@@ -307,8 +292,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @each_backend
-def test_fake_tensors_of_a_gpu(backend: AssignmentBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+def test_fake_tensors_of_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     with FakeTensorMode():
         cost, number = torch.empty(6, 100, 63, device="cuda"), torch.empty(6, dtype=torch.int64, device="cuda")
         counter = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -317,7 +302,7 @@ def test_fake_tensors_of_a_gpu(backend: AssignmentBackend, monkeypatch: pytest.M
 
 
 @each_backend
-def test_compiles_without_a_graph_break(backend: AssignmentBackend) -> None:
+def test_compiles_without_a_graph_break(backend: str) -> None:
     cost, count = random_problems(4, 5, 3)
     cost[0, 0] = NAN
 

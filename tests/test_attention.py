@@ -1,26 +1,27 @@
-"""Both forms of attention against float64, with masks, and where they differ from nn.MultiheadAttention on purpose."""
+"""Attention in rows against float64, with masks, and where it differs from nn.MultiheadAttention on purpose."""
 
 import pytest
 import torch
+from detr_kernels import Selection
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
 
 from detr_fast.model.attention import Layout, MultiheadAttention
 
 DIM, HEADS = 64, 4
-IMPLEMENTATIONS = ["sdpa", "ref"]
+BACKENDS = ["sdpa", "ref"]
 # queries and keys: DETR's own, one key, and odd counts that fill no block of a fused kernel
 SHAPES = [(100, 221), (7, 1), (33, 33)]
 FLOOR = 3e-6
 """With one key the gradients of queries and keys are zero, and a fused backward leaves its summands' rounding."""
 
 
-def make_attention(implementation: str) -> MultiheadAttention:
+def make_attention(backend: str) -> MultiheadAttention:
     torch.manual_seed(0)
     attention = MultiheadAttention(DIM, HEADS).eval()
     nn.init.normal_(attention.in_proj_bias)
     nn.init.normal_(attention.out_proj.bias)
-    attention.form = implementation  # type: ignore[assignment]
+    attention.use(Selection.named(attention=backend))
     return attention
 
 
@@ -53,9 +54,9 @@ def as_torch(attention: MultiheadAttention) -> nn.MultiheadAttention:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_as_close_to_float64_as_torch(implementation: str, shape: tuple[int, int], masked: bool) -> None:
-    attention = make_attention(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_close_to_float64_as_torch(backend: str, shape: tuple[int, int], masked: bool) -> None:
+    attention = make_attention(backend)
     *inputs, mask = make_inputs(*shape)
     chosen = mask if masked else None
     results = run(attention, tuple(inputs), chosen)
@@ -66,9 +67,9 @@ def test_as_close_to_float64_as_torch(implementation: str, shape: tuple[int, int
         assert_close(*values, floor=FLOOR * max(1.0, scale), name=f"value {index}")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_one_projection_for_queries_and_keys_that_are_one(implementation: str) -> None:
-    attention = make_attention(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_projection_for_queries_and_keys_that_are_one(backend: str) -> None:
+    attention = make_attention(backend)
     query, _, value, mask = make_inputs(33, 33)
     torch.testing.assert_close(
         attention(query, query, value, Layout(mask)),
@@ -78,17 +79,17 @@ def test_one_projection_for_queries_and_keys_that_are_one(implementation: str) -
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_masked_keys_do_not_count(implementation: str) -> None:
-    attention = make_attention(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_do_not_count(backend: str) -> None:
+    attention = make_attention(backend)
     query, key, value, mask = make_inputs(5, 9)
     changed = [torch.where(mask[..., None], 1e4, x) for x in (key, value)]
     assert torch.equal(attention(query, key, value, Layout(mask)), attention(query, *changed, Layout(mask)))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_fully_padded_image_gives_zeros_and_finite_gradients(implementation: str) -> None:
-    attention = make_attention(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fully_padded_image_gives_zeros_and_finite_gradients(backend: str) -> None:
+    attention = make_attention(backend)
     *inputs, mask = make_inputs(6, 8)
     mask[1] = True
     output, *grads = run(attention, tuple(inputs), mask)
@@ -111,9 +112,9 @@ def test_torch_gives_nan_there() -> None:
     assert output[1].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_dropout_is_on_the_weights_and_only_in_training(implementation: str) -> None:
-    attention = make_attention(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_on_the_weights_and_only_in_training(backend: str) -> None:
+    attention = make_attention(backend)
     attention.dropout = 0.5
     *inputs, mask = make_inputs(40, 50)
     plain = attention(*inputs, Layout(mask))

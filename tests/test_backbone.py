@@ -11,7 +11,8 @@ import torchvision
 
 from detr_fast.config import UserError
 from detr_fast.model.backbone import build_backbone
-from detr_fast.weights import build_model
+from detr_fast.weights import build_model, load_backbone_weights
+from tests.small_detr import SMALL
 
 
 def test_a_failed_download_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +88,14 @@ def test_a_timm_model_that_takes_one_size_of_image_is_refused() -> None:
     pytest.importorskip("timm", reason="timm is an extra")
     with pytest.raises(UserError, match="--model vit_tiny_patch16_224"):
         build_backbone("vit_tiny_patch16_224", dilation=False)
+
+
+def test_backbone_weights_go_through_the_same_reader(tmp_path: Path) -> None:
+    model, other = (build_model("detr_r50", **SMALL) for _ in range(2))
+    torch.save(model.backbone.state_dict(), tmp_path / "resnet50.pth")
+    load_backbone_weights(other.backbone, "resnet50", str(tmp_path / "resnet50.pth"))
+    expected = model.backbone.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in other.backbone.state_dict().items())
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"bad\.pth"):
+        load_backbone_weights(other.backbone, "resnet50", str(tmp_path / "bad.pth"))

@@ -14,23 +14,14 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as F
 
 from detr_fast.config import UserError
-from detr_fast.data import batching
-from detr_fast.data.batching import (
-    Batch,
-    Sample,
-    collate,
-    evaluation_loader,
-    model_input,
-    train_loader,
-)
+from detr_fast.data import loader as data_loader
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.loader import evaluation_loader, train_loader
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def sample(height: int, width: int, targets: int = 1, image_id: int = 1) -> Sample:
@@ -82,29 +73,6 @@ def test_fault_21_a_batch_without_any_target() -> None:
     assert not batch.padded
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_the_models_input_is_each_image_normalised_and_then_padded(channels_last: bool) -> None:
-    samples = [sample(31, 50), sample(40, 20)]
-    images, mask = model_input(collate(samples), MEAN, STD, channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert images.dtype == torch.float32 and images.is_contiguous(memory_format=layout)
-    assert mask is not None and mask.shape == (2, 40, 50)
-    for row, row_mask, one in zip(images, mask, samples, strict=True):
-        height, width = one.image.shape[1:]
-        expected = F.normalize(one.image.float() / 255, list(MEAN), list(STD))
-        torch.testing.assert_close(row[:, :height, :width], expected, rtol=0, atol=0)
-        assert row[:, height:].abs().sum() == 0 and row[:, :, width:].abs().sum() == 0
-        assert not row_mask[:height, :width].any()
-        assert row_mask.sum() == 40 * 50 - height * width
-
-
-def test_no_mask_where_nothing_is_padded() -> None:
-    same_size = [sample(30, 50), sample(30, 50)]
-    assert model_input(collate(same_size), MEAN, STD, channels_last=True)[1] is None
-    wider = model_input(collate(same_size, (32, 64)), MEAN, STD, channels_last=True)[1]
-    assert wider is not None and wider.shape == (2, 32, 64) and wider.sum() == 2 * (32 * 64 - 30 * 50)
-
-
 def test_of_a_batch_from_a_worker_the_pixels_alone_are_shared_memory() -> None:
     """Each tensor costs a connection to the worker: 0.4 ms in the process that launches steps."""
     for samples in ([sample(30, 50, targets=3), sample(40, 20, targets=0)], [sample(30, 50, targets=0)]):
@@ -152,7 +120,7 @@ def test_augmentation_differs_by_seed_epoch_and_image_alone(shapes_root: Path) -
         assert any(image.shape != again.image.shape or not torch.equal(image, again.image) for image in changes)
     pairs = [(dataset[0, index].image.shape, other_seed[0, index].image.shape) for index in range(8)]
     assert any(a != b for a, b in pairs)
-    assert again.size == dataset.plan(3, 5).size
+    assert again.size == dataset.augmentation(3, 5).size
 
 
 def test_making_a_loader_leaves_the_global_random_state(shapes_root: Path) -> None:
@@ -302,7 +270,7 @@ class Dying(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> batching.Read:
+    def __getitem__(self, index: int) -> data_loader.Read:
         import os
         import time
 
@@ -315,11 +283,11 @@ class Dying(torch.utils.data.Dataset):
 def test_fault_26_a_worker_that_dies_or_hangs_is_an_error_with_a_hint(
     hang: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "WORKER_TIMEOUT_S", 1)
-    loader = batching.make_loader(Dying(hang), workers=1, pin_memory=False, batch_size=1)
+    monkeypatch.setattr(data_loader, "WORKER_TIMEOUT_S", 1)
+    loader = data_loader.make_loader(Dying(hang), workers=1, pin_memory=False, batch_size=1)
     assert isinstance(loader, DataLoader)
     with pytest.raises(UserError, match=r"DataLoader.*/dev/shm"):
-        next(batching.batches(loader))
+        next(data_loader.batches(loader))
 
 
 def test_a_dataset_travels_to_a_worker_that_is_not_forked(shapes_root: Path) -> None:

@@ -61,12 +61,12 @@ def planted(monkeypatch):
         terms = forward(self, *arguments)
         return {**terms, "loss": terms["loss"] * 1.01}
 
-    def coarse(self, index, plan):
-        sample = read(self, index, plan)
+    def coarse(self, index, augmentation):
+        sample = read(self, index, augmentation)
         return replace(sample, image=sample.image // 4 * 4)
 
     monkeypatch.setattr(CocoDataset, "read", coarse)
-    monkeypatch.setitem(coco_metrics.EVALUATORS, "hotcoco", off_in_the_last_bit)
+    monkeypatch.setattr(coco_metrics, "run_hotcoco", off_in_the_last_bit)
     monkeypatch.setattr(SetCriterion, "forward", off_by_one_percent)
 """
 
@@ -128,7 +128,7 @@ def test_a_kernel_that_is_off_by_one_percent_does_not_pass() -> None:
         inputs = kernel.make(kernel.dtype)
 
         def plain(*values: Any, kernel: bench_kernels.Kernel = kernel) -> Any:
-            return kernel.call(*values, backend=kernel.plain)
+            return kernel.call(*values, backend=kernel.baseline)
 
         def wrong(*values: Any, kernel: bench_kernels.Kernel = kernel, plain: Any = plain) -> Any:
             result = plain(*values)
@@ -136,7 +136,7 @@ def test_a_kernel_that_is_off_by_one_percent_does_not_pass() -> None:
                 return result._replace(ce=result.ce * 1.01)
             if result.dtype == torch.int64:
                 return result.roll(1, -1)
-            return result * (1.5 if kernel.plain == "torch" else 1.01)  # of so few random numbers the mean is rough
+            return result * (1.5 if kernel.draws else 1.01)  # of so few random numbers the mean is rough
 
         verdict = bench_kernels.judge(kernel, plain, plain, inputs)
         assert verdict.error is not None and verdict.allowed is not None and verdict.error <= verdict.allowed

@@ -1,4 +1,4 @@
-"""Checkpoints survive kills and full disks, and damage is seen (FAULTS rows 1 to 3)."""
+"""Checkpoints survive kills and full disks, and damage is seen (docs/faults.md, rows 1 to 3)."""
 
 import multiprocessing
 import os
@@ -14,19 +14,20 @@ import pytest
 import torch
 
 from detr_fast.config import UserError
-from detr_fast.training.checkpoint import PARTIAL_SUFFIX, is_checkpoint, load_checkpoint, save_checkpoint, sweep_partial
+from detr_fast.files import sweep_partial
+from detr_fast.weights.container import is_container, read_container, write_container
 
 
 def save(path: Path, step: int = 1, size: int = 1000) -> Path:
-    save_checkpoint(path, {"model": torch.full((size,), float(step)), "step": step})
+    write_container(path, {"model": torch.full((size,), float(step)), "step": step})
     return path
 
 
 def test_what_is_saved_is_loaded_and_torch_reads_it_too(tmp_path: Path) -> None:
     path = save(tmp_path / "last.pt", step=3)
-    assert load_checkpoint(path)["step"] == 3
+    assert read_container(path)["step"] == 3
     assert torch.equal(torch.load(path, weights_only=True)["model"], torch.full((1000,), 3.0))
-    assert is_checkpoint(path)
+    assert is_container(path)
 
 
 MOMENTS = ((struct, "pack"), (os, "fsync"), (os, "replace"))
@@ -56,8 +57,8 @@ def test_a_kill_during_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path, own
     assert there.wait(120)
     process.kill()
     process.join()
-    assert path.with_name(path.name + PARTIAL_SUFFIX).exists()
-    state = load_checkpoint(path)
+    assert [file.name for file in tmp_path.glob("*.partial")] == [f"last.pt.{process.pid}.partial"]
+    state = read_container(path)
     assert state["step"] == 1 and torch.equal(state["model"], torch.ones(500_000))
     sweep_partial(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
@@ -70,12 +71,12 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_rest(tmp_path: Path)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"Could not write .*last\.pt"):
+        with pytest.raises(UserError, match=r"last\.pt cannot be written: File too large\. Free"):
             save(path, step=2, size=1_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert load_checkpoint(path)["step"] == 1
+    assert read_container(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -88,7 +89,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path, place: float) -
     data[int(place * (len(data) - 1))] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"last\.pt.*\n?.*best\.pt"):
-        load_checkpoint(path)
+        read_container(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 1000, -1])
@@ -97,9 +98,9 @@ def test_a_cut_or_empty_file_is_found(tmp_path: Path, kept: int) -> None:
     path = save(tmp_path / "last.pt")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"last\.pt"):
-        load_checkpoint(path)
+        read_container(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.pt"):
-        load_checkpoint(tmp_path / "none.pt")
+        read_container(tmp_path / "none.pt")

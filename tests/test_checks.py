@@ -12,9 +12,10 @@ from PIL import Image
 from detr_fast.check_data import check_categories
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Annotations, Category, read_annotations
-from detr_fast.data.box_forms import likely_forms
+from detr_fast.data.box_formats import likely_formats
+from detr_fast.data.categories import label_map
 from detr_fast.data.checks import beyond_coco, check_files, class_notes, warn_before_training, without_objects
-from detr_fast.data.coco import CocoDataset, label_map
+from detr_fast.data.coco import CocoDataset
 from detr_fast.data.doubles import find_doubles
 from detr_fast.data.headers import UPRIGHT, orientation_of, read_header
 from detr_fast.data.transforms import EvaluationTransform
@@ -38,7 +39,7 @@ def in_form(boxes: np.ndarray, order: str, unit: float | None) -> np.ndarray:
 
 
 def forms_of(boxes: np.ndarray, side: tuple[int, int] = (WIDTH, HEIGHT)) -> list[tuple[str, int]]:
-    found = likely_forms(boxes, np.tile(side, (len(boxes), 1)))
+    found = likely_formats(boxes, np.tile(side, (len(boxes), 1)))
     return [(words, int(which.sum())) for words, which in found]
 
 
@@ -139,8 +140,8 @@ def test_a_part_of_relative_boxes_is_named(tmp_path: Path) -> None:
         rows[place]["bbox"] = [0.25, 0.5, 0.125, 0.25]
     rows.append(annotation(21, 1, [300, 200, 0.5, 9]))
     corrections = read(tmp_path, *rows).corrections
-    assert [ids for _, ids in corrections.likely_forms] == [(4, 12)]
-    assert "2 boxes look like relative" in corrections.doubtful_forms()[0]
+    assert [ids for _, ids in corrections.likely_formats] == [(4, 12)]
+    assert "2 boxes look like relative" in corrections.doubtful_formats()[0]
     assert corrections.below_pixel == (21,)
 
 

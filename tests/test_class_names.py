@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_fast import build_model, export_state_dict, load_model
+from detr_fast import Detector, build_model, export_state_dict, load_model
 from detr_fast.config import EvaluateConfig, UserError
 from detr_fast.data.annotations import Category
-from detr_fast.evaluate import evaluation_dataset
+from detr_fast.evaluation.dataset import evaluation_dataset
 from detr_fast.export import write_weights
 from detr_fast.weights import Naming
 from tests.small_detr import SMALL
@@ -38,8 +38,7 @@ def head_of(path: Path, num_classes: int, naming: Naming = "facebook", categorie
     if categories is None:
         torch.save({"model": export_state_dict(model, naming)}, path)
     else:
-        model.categories = categories
-        write_weights(model, path, naming)
+        write_weights(Detector(model, categories), path, naming)
     return path
 
 

@@ -7,27 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detr_fast.config import MODELS, DataOptions, UserError
-from detr_fast.data.batching import evaluation_loader
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
+from detr_fast.data.loader import evaluation_loader
+from detr_fast.detector import Detector
 from detr_fast.evaluation.coco_metrics import (
     ABSENT,
-    EVALUATORS,
     METRICS,
     NOTHING_MEASURED,
     UNLIMITED,
+    Evaluator,
+    PrecisionRecall,
     evaluate_detections,
-    evaluate_model,
+    evaluate_detector,
+    run_hotcoco,
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
-from detr_fast.evaluation.precision_recall import PrecisionRecall
-from detr_fast.model.implementation import Implementation
-from detr_fast.runtime import Runtime
+from detr_fast.model.backends import Selectable
 from detr_fast.weights import build_model
+from tests.pycocotools_referee import run_pycocotools
 
-CPU = Runtime(torch.device("cpu"), torch.float32, False, False, "auto", "auto", {})
+EVALUATORS = (run_hotcoco, run_pycocotools)
 
 
 def random_document(seed: int, images: int, categories: int, crowd: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -72,8 +74,7 @@ CASES["crowds alone"] = (
 
 @pytest.mark.parametrize("case", CASES)
 def test_hotcoco_and_pycocotools_agree_bit_by_bit(case: str) -> None:
-    fast = evaluate_detections(*CASES[case], evaluator="hotcoco")
-    referee = evaluate_detections(*CASES[case], evaluator="pycocotools")
+    fast, referee = (evaluate_detections(*CASES[case], evaluator) for evaluator in EVALUATORS)
     assert tuple(fast.metrics) == METRICS
     assert fast.metrics == referee.metrics
     assert fast.per_class == referee.per_class
@@ -100,8 +101,8 @@ def one_object(**changes: Any) -> dict[str, Any]:
 PERFECT = np.array([[1, 10, 10, 50, 50, 0.9, 3]])
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_annotation_id_0_counts(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_annotation_id_0_counts(evaluator: Evaluator) -> None:
     assert evaluate_detections(one_object(id=0), PERFECT, evaluator).metrics["AP"] == pytest.approx(1.0)
 
 
@@ -137,8 +138,8 @@ def test_names_given_to_classes_of_one_name_are_no_other_classs() -> None:
     assert len(per_class) == 3 and [one["AP"] for one in per_class.values() if one["AP"] > ABSENT] == [pytest.approx(1)]
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_names_that_no_encoding_has_are_no_evaluators_concern(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_names_that_no_encoding_has_are_no_evaluators_concern(evaluator: Evaluator) -> None:
     document = one_object()
     document["images"][0]["file_name"] = "caf\udce9.jpg"
     document["categories"][0]["name"] = "\ud800x"
@@ -158,8 +159,8 @@ def dense(objects: int, classes: int = 1) -> tuple[dict[str, Any], np.ndarray]:
     return document, np.array([[1, *box, 1 - i / 1e4, i % classes] for i, box in enumerate(boxes)])
 
 
-@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_beyond_100_objects_of_a_class_the_numbers_without_cocos_limit_stand_beside(evaluator: Any) -> None:
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_beyond_100_objects_of_a_class_the_numbers_without_cocos_limit_stand_beside(evaluator: Evaluator) -> None:
     limited = evaluate_detections(*dense(150), evaluator)
     assert limited.metrics["AP"] == pytest.approx(0.663, abs=1e-3)  # 67 of the 101 recall steps
     assert limited.unlimited == pytest.approx(dict.fromkeys(UNLIMITED, 1.0))
@@ -176,7 +177,7 @@ def test_both_tools_agree_without_the_limit() -> None:
     rng = np.random.default_rng(0)
     rows[:, 1:5] += rng.normal(0, 1, (len(rows), 4))
     rows[:, 5] = rng.random(len(rows))
-    fast, referee = (evaluate_detections(document, rows, name) for name in EVALUATORS)
+    fast, referee = (evaluate_detections(document, rows, evaluator) for evaluator in EVALUATORS)
     assert fast.metrics == referee.metrics and fast.unlimited == referee.unlimited
     assert 0.05 < fast.metrics["AP"] < fast.unlimited["AP_all_detections"] < 0.95
 
@@ -206,15 +207,13 @@ def test_best_f1_is_where_the_curves_say() -> None:
     assert point.f1 == pytest.approx(0.75)
 
 
-class Scripted(nn.Module):
+class Scripted(Selectable):
     """Returns one scripted output after the other; (B, Q, C + 1) logits and (B, Q, 4) boxes."""
 
     def __init__(self, outputs: list[tuple[Tensor, Tensor]], largest_batch: int = 99) -> None:
         super().__init__()
         self.config = MODELS["detr_tiny"]
-        self.implementation = Implementation()
-        self.frozen = False
-        self.recordings = None
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # a detector runs where it lies
         self.outputs = outputs
         self.largest_batch = largest_batch
         self.modes: list[bool] = []
@@ -248,7 +247,7 @@ def perfect_outputs(dataset: CocoDataset, batch_size: int) -> list[tuple[Tensor,
 
 def test_a_perfect_model_has_average_precision_1(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 4)).train()
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 4, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
     assert evaluation.operating_point.precision == evaluation.operating_point.recall == 1.0
     assert len(evaluation.detections) == 12 * 10
@@ -260,7 +259,7 @@ def test_batches_do_not_matter(dataset: CocoDataset) -> None:
     torch.manual_seed(0)
     model = build_model("detr_tiny")
     one, five = (
-        collect_detections(model, evaluation_loader(dataset, size, workers=0), CPU, dataset.categories)
+        collect_detections(Detector(model), evaluation_loader(dataset, size, workers=0), dataset.categories)
         for size in (1, 5)
     )
     np.testing.assert_allclose(one, five, rtol=1e-4, atol=1e-3)
@@ -270,7 +269,9 @@ def test_batches_do_not_matter(dataset: CocoDataset) -> None:
 def test_rows_are_in_the_order_of_ids_whatever_the_order_of_reading(dataset: CocoDataset) -> None:
     batches = list(evaluation_loader(dataset, 4, workers=0))
     outputs = perfect_outputs(dataset, 4)
-    inorder, backwards = (collect_detections(Scripted(outputs[::step]), batches[::step], CPU, None) for step in (1, -1))
+    inorder, backwards = (
+        collect_detections(Detector(Scripted(outputs[::step])), batches[::step], None) for step in (1, -1)
+    )
     np.testing.assert_array_equal(inorder, backwards)
     assert inorder[::10, 0].tolist() == [record.id for record in dataset.records]
 
@@ -278,16 +279,16 @@ def test_rows_are_in_the_order_of_ids_whatever_the_order_of_reading(dataset: Coc
 def test_labels_become_the_category_ids_of_the_data(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 6))
     dataset.categories = tuple(reversed(dataset.categories or ()))
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 6, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 6, workers=0))
     assert evaluation.metrics["AP"] < 0.3
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(dataset: CocoDataset) -> None:
     model = Scripted(perfect_outputs(dataset, 2), largest_batch=2)
-    evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+    evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 4, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
     with pytest.raises(UserError, match="does not fit into the device's memory"):
-        evaluate_model(Scripted([], largest_batch=0), dataset, evaluation_loader(dataset, 4, workers=0), CPU)
+        evaluate_detector(Detector(Scripted([], largest_batch=0)), dataset, evaluation_loader(dataset, 4, workers=0))
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, float("nan")), (1, float("nan")), (1, float("inf"))])
@@ -297,7 +298,7 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_images(
     outputs = perfect_outputs(dataset, 3)
     outputs[1][place][2, 0] = value
     with pytest.raises(UserError, match=r"not finite for image 5\."):
-        evaluate_model(Scripted(outputs), dataset, evaluation_loader(dataset, 3, workers=0), CPU)
+        evaluate_detector(Detector(Scripted(outputs)), dataset, evaluation_loader(dataset, 3, workers=0))
 
 
 def test_images_that_cannot_be_read_are_left_out_with_a_warning(shapes_root: Path, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_images_that_cannot_be_read_are_left_out_with_a_warning(shapes_root: Pat
     dataset = build_dataset(options, "val", MODELS["detr_tiny"])
     model = Scripted(perfect_outputs(dataset, 6))
     with pytest.warns(UserWarning, match=r"without 1 images that could not be read: absent\.jpg"):
-        evaluation = evaluate_model(model, dataset, evaluation_loader(dataset, 6, workers=0), CPU)
+        evaluation = evaluate_detector(Detector(model), dataset, evaluation_loader(dataset, 6, workers=0))
     assert evaluation.metrics["AP"] == pytest.approx(1.0)
 
 
@@ -324,7 +325,7 @@ def test_a_class_that_the_data_lacks_is_an_error() -> None:
 
 def test_processes_join_their_shares(dataset: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = collect_detections(
-        Scripted(perfect_outputs(dataset, 6)), evaluation_loader(dataset, 6, workers=0), CPU, None
+        Detector(Scripted(perfect_outputs(dataset, 6))), evaluation_loader(dataset, 6, workers=0), None
     )
     shares = [whole[:40], whole[40:]]
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Targets
 from detr_fast.model import backbone
+from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import select_implementation
 from detr_fast.training.criterion import SetCriterion, build_criterion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,8 +24,8 @@ NAMES = ["-".join(forms) for forms in FORMS]
 def make_model(kernels: Kernels, attention: Attention, dropout: float = 0.0) -> tuple[DETR, SetCriterion]:
     torch.manual_seed(0)
     model, criterion = DETR(replace(CONFIG, dropout=dropout)).to(DEVICE).train(), build_criterion(CONFIG.num_classes)
-    select_implementation(model, kernels, attention)
-    model.implementation.apply_to(criterion)
+    select_backends(model, kernels, attention)
+    hand_out(model.selection, criterion)
     return model, criterion
 
 

@@ -1,4 +1,4 @@
-"""Options and configurations: misspelt or senseless ones are refused by name (FAULTS row 36)."""
+"""Options and configurations: misspelt or senseless ones are refused by name (docs/faults.md, row 36)."""
 
 import os
 import subprocess

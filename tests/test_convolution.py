@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref, convolution_tiles
-from detr_kernels.convolution_tiles import Blocks, choose_blocks
+from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution import tiles as convolution_tiles
+from detr_kernels.convolution.tiles import Blocks, choose_blocks
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,7 +48,7 @@ def make_inputs(
 
 
 def fused(*inputs: Tensor | None, **options: object) -> Tensor:
-    return conv1x1_bias_act(*inputs, backend="triton", **options)  # type: ignore[arg-type]
+    return conv1x1_bias_act(*inputs, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", FLOORS)
@@ -232,8 +233,8 @@ def test_compiles_without_a_graph_break() -> None:
 
 @pytest.mark.parametrize(("stride", "residual", "relu"), [(1, True, True), (2, False, False)])
 def test_operators_are_registered_as_torch_asks(stride: int, residual: bool, relu: bool) -> None:
-    from detr_kernels.convolution import forward_op
-    from detr_kernels.convolution_gradients import input_gradient_op, weight_gradient_op
+    from detr_kernels.convolution.pointwise import forward_op
+    from detr_kernels.convolution.pointwise_backward import input_gradient_op, weight_gradient_op
 
     inputs = make_inputs((1, 16, 5, 4, 24), stride, residual, torch.float32)
     x, weight, *_ = inputs

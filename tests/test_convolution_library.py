@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from detr_kernels import OneDNNConvolution, conv_bias_act, conv_bias_act_ref, convolution_tail
-from detr_kernels.convolution_library import LIBRARIES, library_op, why_not_onednn
+from detr_kernels import Choice, OneDNNConvolution, Operation, conv_bias_act, conv_bias_act_ref
+from detr_kernels.convolution.library import library_op, why_not_onednn
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 
@@ -23,7 +23,7 @@ CASES = [
 Function = Callable[..., Tensor]
 
 
-@pytest.fixture(params=[name for name, device in LIBRARIES.items() if device == DEVICE or name == "cudnn"])
+@pytest.fixture(params=["cudnn"] if DEVICE == "cuda" else ["cudnn", "onednn"])
 def library(request: pytest.FixtureRequest) -> Iterator[str]:
     """On a CPU, cuDNN's two fused operators by their own signatures, computed by plain torch."""
     if DEVICE == "cuda" or request.param == "onednn":
@@ -114,7 +114,7 @@ def test_no_input_is_changed(library: str) -> None:
 
 
 def test_under_autocast(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution_tail, "choose_convolution", lambda *_: (library, ""))  # on a CPU too
+    monkeypatch.setattr(Operation, "choose", lambda *_: Choice(library, ""))  # on a CPU too
     with torch.autocast(DEVICE, torch.bfloat16):
         result = conv_bias_act(*make_inputs(CASES[1], torch.float32))
         assert result.dtype == torch.bfloat16

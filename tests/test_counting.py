@@ -9,9 +9,11 @@ from typing import Any
 import detr_kernels
 import pytest
 import torch
+from detr_kernels import OPERATIONS
 from detr_profiling.limits.counting import NOTHING
-from detr_profiling.limits.flops import WITHOUT_PRODUCTS, has_products
+from detr_profiling.limits.flops import has_products
 from detr_profiling.limits.roofline import Work, count_work
+from detr_profiling.measuring.techniques import REFERENCES
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_fast.config import model_config
+from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.model.implementation import Implementation
 from detr_fast.stages import stage
 
 FLOAT = 4
@@ -35,8 +37,10 @@ def flop_of(run: Callable[[], Any]) -> int:
 def test_every_operator_of_ours_has_a_formula_or_no_products() -> None:
     names = {name.removeprefix("detr_kernels::").split(".")[0] for name in operator_names()}
     assert len(names) >= 17
-    counted = {name for name in names if has_products(getattr(torch.ops.detr_kernels, name).default)}
-    assert counted | WITHOUT_PRODUCTS == names and not counted & WITHOUT_PRODUCTS
+    formulas = {name for operation in OPERATIONS.values() for name in operation.flop}
+    assert formulas == names
+    assert has_products(torch.ops.detr_kernels.residual_stage.default)
+    assert not has_products(torch.ops.detr_kernels.dropout.default)
 
 
 def operator_names() -> list[str]:
@@ -238,24 +242,25 @@ def test_a_packed_convolution_of_onednn(residual: bool) -> None:
 @pytest.mark.parametrize("form", ["packed_attention", "xformers_attention"])
 def test_packed_attention_counts_as_if_padded(form: str) -> None:
     """2 images of at most 5 queries and 7 keys in 9 and 12 rows; 4 heads of width 8."""
-    with FakeTensorMode():  # no data: nothing could be read from the offsets
+    with FakeTensorMode():  # no data: nothing could be read from the cu_seqlens
         q, k, v = (torch.empty(rows, 4, 8, requires_grad=True) for rows in (9, 12, 12))
-        offsets, seed = torch.empty(3, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+        cu_seqlens, seed = torch.empty(3, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
         forward = 2 * (2 * 2 * 4 * 5 * 7 * 8)
         operator = getattr(torch.ops.detr_kernels, form)
         rest = (seed, [5, 7], 0.0) if form == "packed_attention" else (5, 7, 0.0)
-        assert flop_of(lambda: operator(q, k, v, offsets, offsets, *rest)) == forward
-        assert flop_of(lambda: operator(q, k, v, offsets, offsets, *rest)[0].sum().backward()) == 3 * forward
+        assert flop_of(lambda: operator(q, k, v, cu_seqlens, cu_seqlens, *rest)) == forward
+        assert flop_of(lambda: operator(q, k, v, cu_seqlens, cu_seqlens, *rest)[0].sum().backward()) == 3 * forward
 
 
 # the detector
 
 
-def training_step_flop(implementation: Implementation, padded: bool, dropout: float = 0.0) -> tuple[int, int]:
+def training_step_flop(named: dict[str, str] | None, padded: bool, dropout: float = 0.0) -> tuple[int, int]:
     """Of forward alone and with backward, an 800 x 1066 image, without computing anything."""
     with FakeTensorMode():
         model = DETR(model_config("detr_r50", dropout=dropout)).train()
-        implementation.apply_to(model)
+        if named is not None:
+            select_backends(model, named=named)
         images, mask = torch.empty(1, 3, 800, 1066), torch.empty(1, 800, 1066, dtype=torch.bool) if padded else None
 
         def run() -> None:
@@ -274,17 +279,20 @@ def training_step_flop(implementation: Implementation, padded: bool, dropout: fl
         return total - work["backward"].flop, total
 
 
+TRITON = {"attention": "triton", "convolution": "triton", "residual_stage": "ref", "layer_norm": "triton"}
+
+
 @pytest.mark.parametrize(
-    ("implementation", "padded", "dropout"),
+    ("named", "padded", "dropout"),
     [
-        (Implementation(attention="ref", folded=False), True, 0.1),
-        (Implementation(), False, 0.0),  # torch's attention kernel
-        (Implementation(attention="triton", convolution="triton", layer_norm="triton"), True, 0.1),  # ours, packed
+        (REFERENCES, True, 0.1),
+        (None, False, 0.0),  # torch's attention kernel
+        (TRITON, True, 0.1),  # ours, packed
     ],
     ids=["ref", "auto", "triton"],
 )
-def test_detr_r50_is_what_we_say_in_any_form(implementation: Implementation, padded: bool, dropout: float) -> None:
-    forward, step = training_step_flop(implementation, padded, dropout)
+def test_detr_r50_is_what_we_say_on_any_backend(named: dict[str, str] | None, padded: bool, dropout: float) -> None:
+    forward, step = training_step_flop(named, padded, dropout)
     assert forward == 162_490_112_000  # "162 GFLOP forward and 427 a training step", so operations, not multiply-adds
     assert step == 426_926_643_200
 

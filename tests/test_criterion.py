@@ -1,15 +1,16 @@
-"""The criterion's hard cases: no targets, more targets than queries, non-finite outputs, parts of one batch."""
+"""The criterion's hard cases: no targets, more targets than queries, non-finite outputs, micro-batches of one batch."""
 
 from typing import Any
 
 import pytest
 import torch
+from detr_kernels import Selection
 from detr_profiling.reference.detr import reference_criterion
 from torch import Tensor
 
 from detr_fast import build_criterion
-from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
+from detr_fast.data.batch import Targets
+from detr_fast.model.detr import Predictions
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.matcher import MatchCosts, match
 
@@ -75,8 +76,8 @@ def test_non_finite_outputs_are_matched_last_and_counted(name: str, broken: floa
     outputs, targets = make_outputs(2, 7), Targets.from_list(make_targets([3, 2]))
     with torch.no_grad():
         outputs[name][1, 4] = broken
-    stacked = [outputs[key][None] for key in ("pred_logits", "pred_boxes")]
-    query_of_target, nonfinite = match(*stacked, targets, MatchCosts(), Implementation())
+    predictions = Predictions(outputs["pred_logits"][None], outputs["pred_boxes"][None])
+    query_of_target, nonfinite = match(predictions, targets, MatchCosts(), Selection())
     assert nonfinite == 2  # one query, two targets; the cost of the padding, a third, is no one's
     assert 4 not in query_of_target[0, 1].tolist()
     assert (query_of_target[0, 0, :3] >= 0).all() and (query_of_target[0, 1, :2] >= 0).all()
@@ -91,22 +92,33 @@ def test_all_costs_non_finite(criterion: SetCriterion) -> None:
     assert not terms["loss"].isfinite()  # counted and matched without a crash; the step is then skipped
 
 
-def test_parts_with_joined_normalizers_are_the_joined_batch(criterion: SetCriterion) -> None:
-    """Microbatches of different box counts, one with more targets than queries."""
+def test_micro_batches_with_joined_normalizers_are_the_joined_batch(criterion: SetCriterion) -> None:
+    """Micro-batches of different box counts, one with more targets than queries."""
     counts = [3, 0, 9, 1]
     outputs, targets = make_outputs(4, 7), make_targets(counts)
     whole = criterion(outputs, targets)
     whole_grads = torch.autograd.grad(whole["loss"], leaves(outputs))
 
-    parts = [slice(0, 2), slice(2, 3), slice(3, 4)]
-    normalizers: list[Normalizers] = [criterion.normalizers(Targets.from_list(targets[part]), 7) for part in parts]
+    some = [slice(0, 2), slice(2, 3), slice(3, 4)]
+    normalizers: list[Normalizers] = [criterion.normalizers(Targets.from_list(targets[part]), 7) for part in some]
     joined = sum(normalizers[1:], normalizers[0])
-    losses = [criterion(images(outputs, part), targets[part], joined) for part in parts]
+    losses = [criterion(images(outputs, part), targets[part], joined) for part in some]
     grads = torch.autograd.grad(sum(terms["loss"] for terms in losses), leaves(outputs))
     for name in ("loss", "loss_ce", "loss_bbox_0", "loss_giou_1"):
         torch.testing.assert_close(sum(terms[name] for terms in losses), whole[name], atol=0, rtol=1e-5)
     for grad, whole_grad in zip(grads, whole_grads, strict=True):
         torch.testing.assert_close(grad, whole_grad, atol=1e-7, rtol=1e-5)
+
+
+def test_the_mapping_and_the_stacked_predictions_give_the_same(criterion: SetCriterion) -> None:
+    outputs, targets = make_outputs(2, 7), make_targets([3, 2])
+    predictions = Predictions.of(outputs)
+    assert predictions.logits.shape == (3, 2, 7, NUM_CLASSES + 1) and predictions.boxes_cxcywh.shape == (3, 2, 7, 4)
+    again = predictions.to_dict()
+    for one, other in zip(leaves(outputs), leaves(again), strict=True):
+        assert torch.equal(one, other)
+    terms, expected = criterion(predictions, targets), criterion(outputs, targets)
+    assert terms.keys() == expected.keys() and all(torch.equal(terms[name], expected[name]) for name in expected)
 
 
 def images(outputs: dict[str, Any], part: slice) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
-from detr_fast.data.batching import Batch, collate, on_device
-from detr_fast.data.sample import Sample
-from detr_fast.evaluation.inference import detect_batch, forward_of
+from detr_fast.data.batch import Batch, Sample, collate
+from detr_fast.data.loader import on_device
+from detr_fast.detector import Detector, place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
+from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
+from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 
@@ -48,17 +50,17 @@ def make_step(
     torch.manual_seed(0)
     options = RuntimeOptions(device=device, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
     runtime = choose_runtime(options)
-    model = runtime.place(DETR(replace(CONFIG, dropout=dropout))).train()
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    model = place(DETR(replace(CONFIG, dropout=dropout)), runtime).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("triton", "xformers"), ("auto", "auto")])
 @pytest.mark.usefixtures("no_waits")
 def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention, precision: Precision) -> None:
-    step, batch = make_step(kernels, attention, precision, dropout=0.1), make_batch()
+    step, batch = make_step(kernels, attention, precision, dropout=0.1), make_batch().to("cuda")
     step([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -72,7 +74,7 @@ def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention, mon
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fifty layers of it would hide a mistake
     on_cpu, on_gpu = make_step("ref", "ref", "fp32", "cpu"), make_step(kernels, attention, "fp32")
     on_gpu.model.load_state_dict(on_cpu.model.state_dict())
-    expected, found = on_cpu([make_batch()]), on_gpu([make_batch()])
+    expected, found = on_cpu([make_batch()]), on_gpu([make_batch().to("cuda")])
     for name in (name for name in expected if name.startswith("loss")):
         value = expected[name]
         assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
@@ -90,18 +92,18 @@ def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attenti
     start = weights(plain)
     for step in (again, captured):
         step.model.load_state_dict(plain.model.state_dict())
-    assert captured.why_not_captured() is None
-    captured.capture()
-    halves = make_batch().split(2)
+    assert why_not_graphed(captured) is None
+    graphed = GraphedStep(MicroBatches(captured))
+    halves = make_batch().to("cuda").split(2)
     for number in range(8):
-        window = [make_batch() if number % 2 else halves[0]]
+        batches = [make_batch().to("cuda") if number % 2 else halves[0]]
         terms = []
-        for step in (plain, again, captured):
+        for step in (plain, again, graphed):
             torch.manual_seed(number)
             if number > 5:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-            found = step(window)
+            found = step(batches)
             torch.cuda.set_sync_debug_mode("default")
             terms.append({name: value.item() for name, value in found.items() if name.startswith("loss")})
         assert terms[2] == pytest.approx(terms[0], rel=2e-2, abs=1e-3), number
@@ -131,14 +133,14 @@ def test_cudnns_fused_convolution_reads_no_memory_that_nobody_wrote(residual: bo
 
 def test_the_largest_shape_is_captured_first() -> None:
     """Smaller ones then take no more memory for their graphs than it did, but for the gradients' first calls."""
-    step = make_step("auto", "auto", "bf16")
-    step.capture()
-    step.fit(make_batch())
-    assert step.captured is not None and step.parts == 1 and not torch.backends.cudnn.benchmark
-    assert len(step.captured.micro_batches.made) == 1
-    for batch in (make_batch(), make_batch().split(3)[0], make_batch().split(3)[0]):
-        assert step([batch])["loss"].isfinite()
-    one, other = (each.inputs[0].images for each in step.captured.micro_batches.made.values())
+    step = GraphedStep(MicroBatches(make_step("auto", "auto", "bf16")))
+    batch = make_batch().to("cuda")
+    step.find_micro_batch_size(batch)
+    assert not step.gave_up and step.micro_batches.count == 1 and not torch.backends.cudnn.benchmark
+    assert len(step.gradient_graphs.graphs) == 1
+    for each in (batch, batch.split(3)[0], batch.split(3)[0]):
+        assert step([each])["loss"].isfinite()
+    one, other = (each.inputs[0].images for each in step.gradient_graphs.graphs.values())
     assert one.data_ptr() == other.data_ptr()
 
 
@@ -146,12 +148,12 @@ def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
     """The scale lies on the device: a replay halves it and leaves the weights as they are, without the host."""
     step, factor = make_step("auto", "auto", "fp16"), torch.ones((), device="cuda")
     step.model.query_embed.weight.register_hook(lambda gradient: gradient * factor)
-    step.capture()
+    graphed, batch = GraphedStep(MicroBatches(step)), make_batch().to("cuda")
     for number in range(6):
         factor.fill_(float("inf") if number == 4 else 1.0)
         scale = step.scaler.get_scale()
         before = [each.detach().clone() for each in step.model.parameters()]
-        terms = step([make_batch()])
+        terms = graphed([batch])
         same = all(map(torch.equal, step.model.parameters(), before))
         skipped = terms["skipped"].item() == 1
         assert same == skipped and step.scaler.get_scale() == (scale / 2 if skipped else scale)
@@ -161,25 +163,23 @@ def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "auto"), ("auto", "auto")])
 @pytest.mark.usefixtures("no_waits")
-def test_recorded_inference_finds_the_same(kernels: Kernels, attention: Attention, precision: Precision) -> None:
+def test_replayed_inference_finds_the_same(kernels: Kernels, attention: Attention, precision: Precision) -> None:
     """Two shapes in turn, ragged and not; what was found is kept over later replays, which wait for nothing."""
     torch.manual_seed(0)
     options = RuntimeOptions(device="cuda", precision=precision, kernels=kernels, attention=attention)
     runtime = choose_runtime(options)
-    model = runtime.place_for_inference(DETR(CONFIG).eval())
-    forward = forward_of(model, runtime)
-    assert forward is not model and model.recordings is not None
-    batches = [make_batch().split(parts)[0] for parts in (1, 3, 1, 1, 3, 3, 1)]
-    with torch.no_grad():
-        expected = [detect_batch(model, batch.to("cuda"), model, runtime) for batch in batches]
-        found = []
-        for number, batch in enumerate(batches):
-            if number > 4:
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-            found.append(detect_batch(forward, batch.to("cuda"), model, runtime))
-            torch.cuda.set_sync_debug_mode("default")
-    assert len(model.recordings.made) == 2
+    detector = Detector(DETR(CONFIG).eval()).optimize(runtime)
+    eager = Detector(detector.network, runtime=replace(runtime, capture=False))
+    assert detector.replays and not eager.replays
+    batches = [make_batch().split(count)[0] for count in (1, 3, 1, 1, 3, 3, 1)]
+    expected, found = [eager.detect(batch) for batch in batches], []
+    for number, batch in enumerate(batches):
+        if number > 4:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        found.append(detector.detect(batch))
+        torch.cuda.set_sync_debug_mode("default")
+    assert detector.graphs is not None and len(detector.graphs.graphs) == 2
     for one, other in zip(expected, found, strict=True):
         for mine, theirs in zip(one, other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)

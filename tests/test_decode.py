@@ -20,7 +20,7 @@ from detr_fast.data.decode import decode_image, faults_named, rgb_pixels
 from detr_fast.data.formats import READ_FORMATS
 from detr_fast.data.headers import read_header
 from detr_fast.data.photographs import why_passed_over
-from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.weights.container import read_container
 from detr_fast.weights.files import read_weights_file
 
 RNG = np.random.default_rng(0)
@@ -152,7 +152,7 @@ from pathlib import Path
 from detr_fast.data.decode import decode_image
 from detr_fast.data.headers import read_header
 from detr_fast.data.photographs import why_passed_over
-from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.weights.container import read_container
 from detr_fast.weights.files import read_weights_file
 paths = sorted(Path(sys.argv[1]).iterdir())
 threads = [threading.Thread(target=lambda path=path: (read_header(path), decode_image(path))) for path in 2 * paths]
@@ -303,7 +303,7 @@ def test_what_is_no_regular_file_is_not_waited_for(kind: str, tmp_path: Path) ->
     else:
         path.symlink_to("/dev/zero")
     assert why_passed_over(path) == "no regular file" and read_header(path) is None
-    for read in (decode_image, read_weights_file, load_checkpoint):
+    for read in (decode_image, read_weights_file, read_container):
         with pytest.raises(UserError, match=r"any\.png.* \(?(is |it is )?no regular file"):
             read(path)
     path.unlink()

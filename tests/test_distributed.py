@@ -11,12 +11,12 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from detr_fast.config import MODELS, RuntimeOptions
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
+from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
-from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.distributed import World, joined_world, share_buffers
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 
@@ -42,14 +42,14 @@ def run_step(windows: list[list[Batch]], world: World | None = None) -> dict[str
     """Steps in evaluation mode, where no image's batch norm depends on another: the last one's loss and gradients."""
     torch.manual_seed(0)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
-    model = runtime.place(DETR(CONFIG)).eval()
+    model = place(DETR(CONFIG), runtime).eval()
     optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
     step = TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, world or World(), clip=0.0)
     for window in windows:
         terms = step(window)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     statistics = next(model.buffers()).fill_(step.world.rank)
-    step.share_buffers()
+    share_buffers(step.model, step.world)
     return {"statistics": statistics, "loss": terms["loss"], "norm": terms["grad_norm"], "gradients": gradients}
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from detr_kernels import apply_dropout, attention_with_dropout, relu_dropout
-from detr_kernels.cpu_dropout import Dropper, relu_backward_op, relu_op, threshold_of
-from detr_kernels.dropout_attention import backward_op, forward_op
+from detr_kernels import apply_dropout, relu_dropout
+from detr_kernels.attention.blocked import attention_with_dropout, backward_op, forward_op
+from detr_kernels.dropout.pcg64 import Dropper, relu_backward_op, relu_op, threshold_of
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def test_as_exact_as_eager_with_the_same_mask(
     shape: tuple[int, ...], dtype: torch.dtype, masked: bool, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = shape[2] * shape[3] * dtype.itemsize
-    monkeypatch.setattr("detr_kernels.dropout_attention.CACHED_BYTES", together * weights)
+    monkeypatch.setattr("detr_kernels.attention.blocked.CACHED_BYTES", together * weights)
     p, drawn = 0.3, []
     drop = Dropper.drop
 
@@ -194,7 +194,7 @@ def test_dropout_after_a_relu_in_one_pass(dtype: torch.dtype) -> None:
 
 
 def test_a_longer_draw_than_one_piece_is_as_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detr_kernels.cpu_dropout.DRAWN", 32)
+    monkeypatch.setattr("detr_kernels.dropout.pcg64.DRAWN", 32)
     keep = drawn_mask(0.5, 33 * 7, 10)
     assert set(keep.unique().tolist()) == {0.0, 1.0} and 0.45 < keep.mean() < 0.55
     assert not torch.equal(keep[:3].flatten()[:30], keep.flatten()[32:62])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_fast import evaluate, predict
+from detr_fast import Detector, evaluate, predict
 from detr_fast.command import run
 from detr_fast.config import MODELS, EvaluateConfig, PredictConfig, UserError
 from detr_fast.data.coco import Category, build_dataset
@@ -31,8 +31,7 @@ def write_model(path: Path, categories: tuple[Category, ...] | None) -> Path:
     torch.manual_seed(0)
     model = build_model("detr_tiny", num_classes=len(categories) if categories else 6)
     torch.nn.init.normal_(model.class_embed.weight, std=2)  # some scores are high, so that boxes are drawn
-    model.categories = categories
-    write_weights(model, path, "detr_fast")
+    write_weights(Detector(model, categories), path, "detr_fast")
     return path
 
 
@@ -305,7 +304,7 @@ def test_a_full_disk_leaves_what_was_written_before(tmp_path: Path, monkeypatch:
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(
     weights: Path, shapes_root: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((evaluate, "evaluate_model"), (predict, "predict_batch")):
+    for module, name in ((evaluate, "evaluate_detector"), (predict, "prediction_batches")):
         monkeypatch.setattr(module, name, None)  # which would raise
     out = weights / "out"
     assert run_evaluate("--weights", weights, "--data", shapes_root, "--output", out) == 2

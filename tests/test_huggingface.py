@@ -1,16 +1,17 @@
 """Inference against transformers' DETR, code that no one here wrote, built without download on the same weights.
 
-`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (REFERENCE.md).
+`auxiliary_loss=False`: with True it feeds the normed state on, which is another model (docs/specification.md).
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from detr_profiling.reference.keyed_weights import keyed_batch, mild_state_dict
 from torch import nn
 
-from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
+from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
 from detr_fast.export import ExportConfig, main, write_weights
 
 transformers = pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'detr-fas
 SIZES = [(96, 128), (80, 64)]
 
 
-def build_peer(backbone: str, dilation: bool = False) -> nn.Module:
+def build_peer(backbone: str, dilation: bool = False) -> Any:
     common = {"num_labels": 91, "auxiliary_loss": False}
     if backbone == "native":
         resnet = transformers.ResNetConfig(out_features=["stage4"])
@@ -71,7 +72,7 @@ def test_their_folder_is_read(tmp_path: Path) -> None:
 
 def test_our_folder_is_read_by_them(tmp_path: Path) -> None:
     model = build_ours("detr_r50_dc5")
-    write_weights(model, tmp_path / "own.pth", "detr_fast")
+    write_weights(Detector(model), tmp_path / "own.pth", "detr_fast")
     folder = tmp_path / "exported"
     assert main(ExportConfig(weights=str(tmp_path / "own.pth"), out=str(folder), naming="huggingface")) == 0
     assert_same_predictions(model, transformers.DetrForObjectDetection.from_pretrained(folder).eval())

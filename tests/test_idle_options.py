@@ -53,20 +53,16 @@ CASES: dict[type, list[tuple[str, str]]] = {
         *WORKLOAD[1:],
         ("--data shapes:64 --objects 3", "--objects 3"),
     ],
-    LadderOptions: [*WORKLOAD[:3], ("--no-capture", "")],
+    LadderOptions: WORKLOAD[:3],
     RaceOptions: [
         *WORKLOAD,
         ("--same-settings --device cuda", "--same-settings --device cpu"),
-        ("--peers-compiled", "--no-peers-compiled"),
+        ("--compiled-baseline", "--no-compiled-baseline"),
     ],
     TuneOptions: [*WORKLOAD, ("--data shapes:64 --size 3x4", "--size 3x4")],
     ParityOptions: [
-        ("--no-buckets", ""),
-        *WORKLOAD[1:2],
-        ("--mode inference --dropout 0.1", ""),
+        WORKLOAD[1],
         WORKLOAD[3],
-        ("--sizes mixed", "--sizes same"),
-        ("--dropout 0.1", ""),
         ("--batch-size 5", "--batch-size 4"),
     ],
 }
@@ -133,6 +129,10 @@ def test_every_command_with_a_table_is_tried() -> None:
         *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateConfig, PredictConfig)),
         *((CheckDataConfig, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
         *((kind, "--no-tune") for kind in (TraceOptions, LadderOptions)),
+        *((kind, "--sizes mixed") for kind in (TraceOptions, ParityOptions)),
+        *((ParityOptions, arguments) for arguments in ("--no-buckets", "--dropout 0.1")),
+        (LadderOptions, "--no-capture"),
+        (RaceOptions, "--no-leave-one-out"),
     ],
 )
 def test_an_option_that_never_has_an_effect_is_not_there(options_type: type, arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""A signal asks once, and the second one is obeyed at once (FAULTS row 7)."""
+"""A signal asks once, and the second one is obeyed at once (docs/faults.md, row 7)."""
 
 import signal
 import subprocess

@@ -20,8 +20,14 @@ def test_every_function_has_a_row_and_an_example() -> None:
     functions = {
         name
         for name in detr_kernels.__all__
-        if name.islower() and not name.startswith(("choose_", "why_")) and not name.endswith("_ref")
+        if name.islower() and not name.startswith("why_") and not name.endswith("_ref")
     }
     assert functions == set(re.findall(r"^\| `(\w+)`", README, re.MULTILINE))
     shown = "".join(BLOCKS)
     assert all(name in shown for name in functions - {"conv1x1_bias_act"})  # which conv_bias_act calls
+
+
+def test_every_operation_has_a_row_with_its_backends() -> None:
+    rows = dict(re.findall(r"^\| (\w+) \| ([\w, ]+) \|", README, re.MULTILINE))
+    rows = {name: backends for name, backends in rows.items() if name not in ("operation", "function")}
+    assert rows == {name: ", ".join(operation.names) for name, operation in detr_kernels.OPERATIONS.items()}

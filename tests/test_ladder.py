@@ -4,28 +4,36 @@ import io
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from detr_profiling import ladder
-from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, read_rows, rows_of
+from detr_profiling import ladder, rounds
+from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.row import LadderRow, read_rows, write_rows
 from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ladder_sections, ranks
 from detr_profiling.pages.markdown import render_markdown
-from detr_profiling.pages.results import LadderRow, load_results
+from detr_profiling.pages.results import load_results
 from detr_profiling.pages.terminal import show
 from detr_profiling.report import make_report, readme_table
+from detr_profiling.rounds import Entry, rows_of
 
 from detr_fast.config import UserError
 from detr_fast.console import Console
+from tests.planted_clock import PlantedClock
 
 OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
 QUIET = Console(quiet=True)
+
+
+def left_one_out(entries: list[Entry]) -> list[Configuration]:
+    """Those that are measured besides the entries' own."""
+    return [entry.without for entry in entries if isinstance(entry.without, Configuration)]
 
 
 @dataclass
@@ -45,7 +53,7 @@ class Measurer:
         if configuration.forms.items() & self.broken_forms.items():
             raise UserError("no such kernel")
         ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
-        ms -= sum(value not in ("ref", False, "scipy") for value in configuration.forms.values())
+        ms -= sum(value not in ("ref", "scipy") for value in configuration.forms.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
         close = not configuration.forms.items() & self.wrong_forms.items()
         error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if oracle else {}
@@ -56,35 +64,49 @@ class Measurer:
 @pytest.fixture
 def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
     stand_in = Measurer()
-    monkeypatch.setattr(ladder, "measure_in_process", stand_in)
-    monkeypatch.setattr(ladder, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "measure_in_process", stand_in)
+    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
     yield stand_in
 
 
 def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> None:
-    rungs = build_rungs(OPTIONS)
-    names = ["reference", "freed memory kept", "losses at once", "bf16", "channels-last", "attention with dropout"]
-    assert [rung.technique for rung in rungs] == [*names, "folded batch norm", "convolutions by oneDNN", "compile"]
-    assert [rung.configuration.keeps_memory for rung in rungs] == [False] + [True] * 8
-    first, top = rungs[0].configuration, rungs[-1].configuration
+    entries = build_entries(OPTIONS)
+    names = ["reference", "freed memory kept", "joint loss, fused AdamW", "bf16", "channels-last"]
+    operations = ["frozen batch norm: folded", "convolution: onednn", "residual stage: onednn"]
+    operations += ["attention: sdpa", "attention: blocked", "dropout: pcg64"]
+    assert [entry.name for entry in entries] == [*names, *operations, "compile"]
+    assert [entry.configuration.keeps_memory for entry in entries] == [False] + [True] * 11
+    first, top = entries[0].configuration, entries[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
-    assert top.options.precision == "bf16" and top.forms["folded"] and top.forms["attention"] == "sdpa"
-    assert all(Configuration.from_dict(rung.configuration.to_dict()) == rung.configuration for rung in rungs)
-    assert all(a.configuration != b.configuration for a, b in itertools.pairwise(rungs))
+    assert top.options.precision == "bf16" and top.forms["attention"] == "blocked"
+    assert all(Configuration.from_dict(entry.configuration.to_dict()) == entry.configuration for entry in entries)
+    assert all(a.configuration != b.configuration for a, b in itertools.pairwise(entries))
 
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
-    names = [rung.technique for rung in build_rungs(replace(OPTIONS, mode="inference"))]
-    assert names[-5:] == ["SDPA", "folded batch norm", "convolutions by oneDNN", "frozen weights", "compile"]
+    eager = replace(OPTIONS, mode="inference", compile=False)
+    *_, folded, packed, attention = [entry.name for entry in build_entries(eager)]
+    assert (folded, packed) == ("weights folded and rounded once", "packed convolution: onednn")
+    assert attention == "attention: sdpa", "dropout is of training"
+
+
+def test_what_a_later_row_replaces_is_not_left_out() -> None:
+    """Without torch's attention ours stays on: there is nothing to measure."""
+    entries = {entry.name: entry for entry in build_entries(replace(OPTIONS, compile=False))}
+    assert entries["attention: sdpa"].without is None
+    without = entries["attention: blocked"].without
+    assert isinstance(without, Configuration) and without.forms["attention"] == "sdpa"
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with all there is, as far as the ladder asks."""
     names = {"choose_device": (torch.device("cuda"), ""), "choose_precision": (torch.bfloat16, "")}
-    for name, answer in (names | {"why_not_triton": None, "why_not_xformers": None}).items():
+    for name, answer in names.items():
         monkeypatch.setattr(f"detr_profiling.measuring.techniques.{name}", lambda *_, answer=answer: answer)
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
+    monkeypatch.setattr("detr_kernels.attention.xformers.why_not_xformers", lambda: None)
 
 
 def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
@@ -92,15 +114,19 @@ def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
         {each.name: each for each in techniques(replace(OPTIONS, mode=mode, compile=False))}
         for mode in ("training", "inference")
     )
-    attention = ["packed attention by triton", "packed attention by xformers"]
-    convolutions = ["convolutions by triton", "convolutions by cuDNN"]
-    kernels = ["layer norm by triton", "pixels by triton"]
-    losses = ["match cost by triton", "set loss by triton", "assignment by triton"]
-    assert list(training)[-10:] == [*attention, *kernels, *losses, *convolutions, "captured step"]
-    assert list(inference)[-7:] == [*attention, *kernels, *convolutions, "captured inference"]
-    assert training["set loss by triton"].forms == {"set_loss": "triton"}
+    folding = [f"frozen batch norm: {backend}" for backend in ("folded", "fused", "foreach")]
+    convolutions = ["convolution: triton", "convolution: cudnn"]
+    attention = [f"attention: {backend}" for backend in ("sdpa", "triton", "xformers")]
+    losses = ["match cost: triton", "assignment: triton", "set loss: triton"]
+    both = ["preprocessing: triton", *folding, *convolutions]
+    assert list(training)[-14:] == [*both, *attention, "layer norm: triton", *losses, "captured step"]
+    folded_once = "weights folded and rounded once"
+    assert list(inference)[-12:] == [*both, folded_once, *attention, "layer norm: triton", "captured inference"]
+    assert training["set loss: triton"].forms == {"set_loss": "triton"}
     ours = [each.name for each in techniques(replace(OPTIONS, kernels="triton", compile=False))]
-    assert not {"packed attention by xformers", "convolutions by cuDNN"} & set(ours)
+    assert not {"attention: xformers", "convolution: cudnn"} & set(ours) and "attention: triton" in ours
+    plain = [each.name for each in techniques(replace(OPTIONS, kernels="ref", compile=False))]
+    assert not [name for name in plain if ":" in name]
 
 
 def test_what_does_not_run_is_left_out_of_the_rows_after_it(
@@ -108,34 +134,35 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
 ) -> None:
     monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
     options = replace(OPTIONS, compile=False)
-    rungs = build_rungs(options)
-    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"pixels": "triton"}
-    list(measure_rungs(rungs, options, QUIET))
-    found = {rung.technique: rung for rung in rungs}
-    broken, wrong = found["layer norm by triton"], found["pixels by triton"]
+    entries = build_entries(options)
+    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"preprocessing": "triton"}
+    list(measuring(entries, options, QUIET).run())
+    found = {entry.name: entry for entry in entries}
+    broken, wrong = found["layer norm: triton"], found["preprocessing: triton"]
     assert broken.measured is None and broken.note == "no such kernel; left out of the rows after it"
     assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
-    top = rungs[-1]
-    assert top.configuration.forms["layer_norm"] == top.configuration.forms["pixels"] == "ref"
+    top = entries[-1]
+    assert top.configuration.forms["layer_norm"] == top.configuration.forms["preprocessing"] == "ref"
     assert top.configuration.forms["set_loss"] == "triton" and top.configuration.options.capture
-    others = [rung for rung in rungs if rung not in (broken, wrong)]
-    assert all(rung.measured and rung.measured.timing.runs == 4 and not rung.note for rung in others)
-    assert top.measured_without == rungs[-2].measured and broken.without is wrong.without is None
-    assert all(rung.without.forms["pixels"] == "ref" for rung in rungs if rung.without)
+    others = [entry for entry in entries if entry not in (broken, wrong)]
+    assert all(entry.measured and entry.measured.timing.runs == 4 and not entry.note for entry in others)
+    assert top.measured_without == entries[-2].measured and broken.without is wrong.without is None
+    assert all(each.forms["preprocessing"] == "ref" for each in left_one_out(entries))
     forms = [each.forms for each in measurer.asked]
     assert sum(each.get("layer_norm") == "triton" for each in forms) == 1, "it is not tried again"
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
     mixed = replace(OPTIONS, sizes="mixed")
-    rungs = build_rungs(mixed)
-    assert [rung.technique for rung in rungs[:3]] == ["reference", "buckets", "freed memory kept"]
-    assert [rung.configuration.options.buckets for rung in rungs] == [False] + [True] * (len(rungs) - 1)
-    assert rungs[1].configuration.implementation == "reference"
-    assert rungs[1].without and not rungs[1].without.options.buckets
-    assert replace(rungs[1].without.options, buckets=True) == rungs[-1].configuration.options
+    entries = build_entries(mixed)
+    assert [entry.name for entry in entries[:3]] == ["reference", "buckets", "freed memory kept"]
+    assert [entry.configuration.options.buckets for entry in entries] == [False] + [True] * (len(entries) - 1)
+    assert entries[1].configuration.implementation == "reference"
+    rest = entries[1].without
+    assert isinstance(rest, Configuration) and not rest.options.buckets
+    assert replace(rest.options, buckets=True) == entries[-1].configuration.options
     for options in (OPTIONS, replace(mixed, buckets=False)):
-        assert "buckets" not in [rung.technique for rung in build_rungs(options)]
+        assert "buckets" not in [entry.name for entry in build_entries(options)]
 
 
 def test_rows_that_change_places_share_one() -> None:
@@ -147,44 +174,58 @@ def test_rows_that_change_places_share_one() -> None:
 
 
 def test_without_a_technique_everything_else_is_on() -> None:
-    without = {rung.technique: rung.without for rung in build_rungs(OPTIONS)}
-    assert without["reference"] is without["losses at once"] is None  # there is no top without them
+    entries = build_entries(OPTIONS)
+    without = {entry.name: entry.without for entry in entries}
+    assert without["reference"] is without["joint loss, fused AdamW"] is None  # there is no top without them
     assert without["freed memory kept"] is None  # ours always keeps it
-    assert without["compile"] is None  # the row before
+    assert without["compile"] is entries[-2]
     for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
-        rest, top = without[name], build_rungs(OPTIONS)[-1].configuration
-        assert rest is not None and rest.forms == top.forms and getattr(rest.options, only) in ("fp32", False)
+        rest, top = without[name], build_entries(OPTIONS)[-1].configuration
+        assert (
+            isinstance(rest, Configuration)
+            and rest.forms == top.forms
+            and getattr(rest.options, only) in ("fp32", False)
+        )
         assert replace(rest.options, **{only: getattr(top.options, only)}) == top.options
 
 
 def test_options_lower_the_top() -> None:
     options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
-    assert [rung.technique for rung in build_rungs(options)] == ["reference", "freed memory kept", "losses at once"]
+    assert [entry.name for entry in build_entries(options)] == [
+        "reference",
+        "freed memory kept",
+        "joint loss, fused AdamW",
+    ]
 
 
 def test_rows_take_turns(measurer: Measurer) -> None:
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, OPTIONS, QUIET))
-    one_round = [rung.configuration for rung in rungs] + [rung.without for rung in rungs if rung.without]
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, OPTIONS, QUIET).run())
+    one_round = [entry.configuration for entry in entries] + left_one_out(entries)
     assert measurer.asked == one_round * 2
-    assert all(rung.measured and rung.measured.timing.runs == 4 for rung in rungs)
-    assert rungs[-1].measured_without == rungs[-2].measured
+    assert all(entry.measured and entry.measured.timing.runs == 4 for entry in entries)
+    assert entries[-1].measured_without == entries[-2].measured
 
 
 def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> None:
     measurer.broken = "fp32"
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, OPTIONS, QUIET))
-    assert rungs[0].measured is None and rungs[0].note == "out of memory"
-    assert rungs[3].measured and rungs[3].measured_without is None and rungs[3].note == "out of memory"
-    row = rows_of(rungs, OPTIONS)[3]
-    assert row["speedup"] is None and row["note"] == "out of memory"
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, OPTIONS, QUIET).run())
+    assert entries[0].measured is None and entries[0].note == "out of memory"
+    assert entries[3].measured and entries[3].measured_without is None and entries[3].note == "out of memory"
+    row = rows_of(entries, OPTIONS)[3]
+    assert row.speedup is None and row.note == "out of memory"
 
 
-def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer) -> None:
-    rungs = build_rungs(OPTIONS)
-    list(measure_rungs(rungs, replace(OPTIONS, minutes=1e-9), QUIET))
-    assert not measurer.asked and all("no time" in rung.note for rung in rungs)
+def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a minute: in three and a half the fourth would not end."""
+    clock = PlantedClock()
+    monkeypatch.setattr(rounds, "time", clock)
+    monkeypatch.setattr(rounds, "measure_in_process", lambda *order: (clock.sleep(60), measurer(*order))[1])
+    entries = build_entries(OPTIONS)
+    list(measuring(entries, replace(OPTIONS, minutes=3.5), QUIET).run())
+    assert [entry.configuration for entry in entries[:3]] == measurer.asked
+    assert all("no time" in entry.note for entry in entries), "the first three are not measured a second time"
 
 
 def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
@@ -195,35 +236,43 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
             raise KeyboardInterrupt
         return measurer(*arguments)
 
-    monkeypatch.setattr(ladder, "measure_in_process", stopped)
+    monkeypatch.setattr(rounds, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
         ladder.main(replace(OPTIONS, out=str(tmp_path)))
-    assert [bool(row["median_ms"]) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 6
+    assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 9
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
-    path, options = tmp_path / "ladder.csv", replace(OPTIONS, rounds=1)
     for mode in ("training", "inference", "training"):
-        rungs = build_rungs(replace(options, mode=mode))
-        list(measure_rungs(rungs, options, QUIET))
-        ladder.write_rows(rows_of(rungs, replace(options, mode=mode)), path)
-    rows = read_rows(path)
-    assert [row["mode"] for row in rows] == ["inference"] * 10 + ["training"] * 9
+        assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, out=str(tmp_path))) == 0
+    rows = read_rows(tmp_path / "ladder.csv")
+    assert [row.mode for row in rows] == ["inference"] * 11 + ["training"] * 12
     last = rows[-1]
-    assert float(last["speedup"]) == pytest.approx(100.5 / float(last["median_ms"]), rel=1e-4)
-    assert float(last["images_per_second"]) == pytest.approx(1e3 / float(last["median_ms"]), rel=1e-4)
-    assert last["energy_j_per_image"] == "" and last["torch"] == torch.__version__.partition("+")[0]
-    assert float(last["without_median_ms"]) > float(last["median_ms"])
+    assert last.median_ms and last.without_median_ms and last.without_median_ms > last.median_ms
+    assert last.speedup == pytest.approx(100.5 / last.median_ms, rel=1e-4) and last.rounds_ms == (last.median_ms,)
+    assert last.images_per_second == pytest.approx(1e3 / last.median_ms, rel=1e-4)
+    assert last.energy_j_per_image is None and last.torch == torch.__version__.partition("+")[0]
+
+
+def test_a_row_is_the_same_after_a_file(tmp_path: Path) -> None:
+    """Every field, so that none is written under one name and read under another."""
+    row = LadderRow(**{each.name: FILLED.get(each.type, 'text, and "more"') for each in fields(LadderRow)})
+    write_rows([row, LadderRow("training", "empty")], tmp_path / "rows.csv")
+    assert read_rows(tmp_path / "rows.csv") == [row, LadderRow("training", "empty")]
+    assert "round_medians_ms" in (tmp_path / "rows.csv").read_text(), "as in files of before"
+
+
+FILLED: dict[Any, Any] = {float | None: 2.5, bool | None: False, tuple[float, ...]: (1.5, 2.0)}
 
 
 def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer, tmp_path: Path) -> None:
     options = replace(OPTIONS, sizes="mixed", rounds=1, leave_one_out=False)
-    rungs = build_rungs(options)
-    list(measure_rungs(rungs, options, QUIET))
-    ladder.write_rows(rows_of(rungs, options), tmp_path / "ladder.csv")
+    entries = build_entries(options)
+    list(measuring(entries, options, QUIET).run())
+    write_rows(rows_of(entries, options), tmp_path / "ladder.csv")
     rows = read_rows(tmp_path / "ladder.csv")
-    assert [row["padding"] for row in rows] == ["1.5"] + ["1.04"] * (len(rows) - 1)
-    assert {row["sizes"] for row in rows} == {"mixed"}
+    assert [row.padding for row in rows] == [1.5] + [1.04] * (len(rows) - 1)
+    assert {row.sizes for row in rows} == {"mixed"}
     results = load_results(tmp_path)
     shown = Console(width=100, record=True, file=io.StringIO())
     show(ladder_sections(results.ladder), shown)

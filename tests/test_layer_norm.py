@@ -44,7 +44,7 @@ def test_autocasts_mixture_of_dtypes() -> None:
 
 def test_a_gpus_autocast_gives_float32_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, not on a CPU, autocast runs LayerNorm in float32: what follows it must not become bfloat16."""
-    monkeypatch.setattr("detr_kernels.dispatch.INTERPRETED", False)
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16):
@@ -112,7 +112,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
-    from detr_kernels.layer_norm import forward_op
+    from detr_kernels.normalization.layer_norm import forward_op
 
     inputs = [each.requires_grad_() for each in make_inputs((4, 64), torch.float32)]
     torch.library.opcheck(forward_op, (*inputs, torch.tensor([3], device=DEVICE), 1e-5, 0.1, True))

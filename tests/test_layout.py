@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from detr_kernels.account import prepare_account
+from detr_profiling.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = {
@@ -30,6 +31,58 @@ def imported_packages(source: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+ENTRY_POINTS = {
+    *(f"detr_fast.{name}" for name in ("train", "evaluate", "predict", "export", "check_data", "doctor")),
+    *(f"detr_profiling.{name}" for name in COMMANDS),
+}
+"""Modules that a person starts by name."""
+STILL_IMPORTED = {"detr_profiling.trace", "detr_profiling.ladder", "detr_profiling.suite", "detr_profiling.report"}
+"""Those that hold what other commands of the profiling suite need, too."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the three packages by its name."""
+    found = {}
+    for package, root in PACKAGES.items():
+        for path in root.rglob("*.py"):
+            parts = [package, *path.relative_to(root).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> ours that it imports, in functions and for type checkers too."""
+    ours = modules()
+    found: dict[str, set[str]] = {}
+    for name, path in ours.items():
+        of_module = found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                of_module |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                of_module |= (inner & ours.keys()) | ({node.module} if inner - ours.keys() else set())
+        of_module &= ours.keys() - {name}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of a circle of imports, in order; none where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name not in done:
+            for other in sorted(graph[name]):
+                if found := visit(other, [*way, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in graph)), [])
+
+
 def run_python(code: str, **variables: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -48,6 +101,23 @@ def test_imports_point_one_way(package: str) -> None:
     for path in PACKAGES[package].rglob("*.py"):
         wrong = imported_packages(path.read_text()) & FORBIDDEN_IMPORTS[package]
         assert not wrong, f"{path} imports {wrong}"
+
+
+def test_imports_make_no_circle() -> None:
+    graph = imports()
+    assert len(graph) > 150 and "detr_fast.model.detr" in graph["detr_fast.detector"]
+    assert circle(graph) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    graph = imports()
+    graph["detr_fast.model.detr"].add("detr_fast.detector")  # as it was
+    assert {"detr_fast.model.detr", "detr_fast.detector"} <= set(circle(graph))
+
+
+def test_nobody_imports_what_a_person_starts() -> None:
+    imported = {other for name, others in imports().items() for other in others if not name.endswith("__main__")}
+    assert imported & ENTRY_POINTS <= STILL_IMPORTED
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
@@ -111,7 +181,7 @@ def unknown(uid):
 pwd.getpwuid = unknown
 import detr_kernels, detr_fast.doctor, detr_profiling.report
 import getpass, matplotlib, torch
-from detr_fast.data.shapes import cache_folder
+from detr_fast.paths import cache_folder
 print(getpass.getuser(), os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.hub.get_dir(), matplotlib.get_cachedir())
 print(cache_folder(), os.environ["TRITON_HOME"])
 """

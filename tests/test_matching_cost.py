@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detr_kernels import match_cost, match_cost_ref
-from detr_kernels.boxes import generalized_iou_ref
+from detr_kernels.loss.boxes import generalized_iou_ref
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
@@ -130,7 +130,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_operator_is_registered_as_torch_asks() -> None:
-    from detr_kernels.matching_cost import forward_op
+    from detr_kernels.matching.cost import forward_op
 
     torch.library.opcheck(forward_op, (*make_inputs((2, 2, 5, 7, 3)), 1.0, 5.0, 2.0))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import (
     Configuration,
     eager_file,
@@ -24,6 +25,7 @@ from detr_profiling.workload import Workload, WorkloadOptions, batch_shapes
 from torch import nn
 
 from detr_fast.config import UserError
+from tests.planted_clock import PlantedClock
 
 OPTIONS = WorkloadOptions(size="64x64", device="cpu", precision="fp32", objects=2, threads=1, dropout=0.0)
 INFERENCE = replace(OPTIONS, mode="inference")
@@ -60,6 +62,7 @@ def test_on_a_gpu_a_run_is_many_steps_and_the_device_is_waited_for_at_its_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     did: list[str] = []
+    monkeypatch.setattr(timing, "time", PlantedClock(tick_s=1e-3))
     monkeypatch.setattr("detr_profiling.workload.choose_device", lambda _: (torch.device("cuda"), "as if"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: did.append("wait"))
     monkeypatch.setattr("detr_profiling.measuring.measurement.peak_memory", lambda _: nullcontext(Peak(7.0)))

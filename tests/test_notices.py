@@ -8,10 +8,12 @@ from typing import Any
 import detr_kernels
 import pytest
 import torch
-from detr_profiling import ladder
-from detr_profiling.ladder import LadderOptions, build_rungs, measure_rungs, rows_of
+from detr_profiling import rounds
+from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import measure_workload, write_oracle
+from detr_profiling.measuring.row import LadderRow
+from detr_profiling.rounds import rows_of
 from detr_profiling.tracing.recording import profile_workload
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 from rich.console import Console
@@ -28,21 +30,21 @@ SHORT = LadderOptions(
 """Three rows: the reference, once more with its memory kept, and ours in its plainest form."""
 
 
-def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LadderRow]:
     """The ladder, measured in this process, where things can be planted."""
-    monkeypatch.setattr(ladder, "measure_in_process", lambda *order: measure_workload(*order[:3]))
-    monkeypatch.setattr(ladder, "write_oracle_in_process", write_oracle)
-    rungs = build_rungs(SHORT)
-    list(measure_rungs(rungs, SHORT, Console(quiet=True)))
-    return rows_of(rungs, SHORT)
+    monkeypatch.setattr(rounds, "measure_in_process", lambda *order: measure_workload(*order[:3]))
+    monkeypatch.setattr(rounds, "write_oracle_in_process", write_oracle)
+    entries = build_entries(SHORT)
+    list(measuring(entries, SHORT, Console(quiet=True)).run())
+    return rows_of(entries, SHORT)
 
 
 def test_a_wrong_kernel_and_a_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = PlantedClock(tick_s=1e-3)
     monkeypatch.setattr(timing, "time", clock)
     before = climb(tmp_path, monkeypatch)
-    assert [row["close"] for row in before] == [True, True, True]
-    assert [row["median_ms"] for row in before] == pytest.approx([1, 1, 1])
+    assert [row.close for row in before] == [True, True, True]
+    assert [row.median_ms for row in before] == pytest.approx([1, 1, 1])
 
     def wrong(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return detr_kernels.fused_add_layer_norm(x, residual, weight * 1.01, *rest)
@@ -56,9 +58,9 @@ def test_a_wrong_kernel_and_a_slow_step(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong)
     monkeypatch.setattr(TrainStep, "__call__", slow)
     after = climb(tmp_path, monkeypatch)
-    assert [row["close"] for row in after] == [True, True, False] and after[2]["error"] > after[2]["allowed"]
-    assert [row["median_ms"] for row in after] == pytest.approx([1, 1, 5])
-    assert after[2]["speedup"] == pytest.approx(0.2)
+    assert [row.close for row in after] == [True, True, False] and (after[2].error or 0) > (after[2].allowed or 0)
+    assert [row.median_ms for row in after] == pytest.approx([1, 1, 5])
+    assert after[2].speedup == pytest.approx(0.2)
 
 
 def traced(tmp_path: Path, spoil: Callable[[dict[str, Tensor]], object]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The GPU's readings, against an NVML that is not there: units, the right GPU, what it does not support, its loss."""
+"""The GPU's readings by torch's functions and ours, against an NVML that is not there: units, the right GPU, what it
+does not support, its loss."""
 
 import sys
 import threading
@@ -13,7 +14,6 @@ from detr_profiling.measuring.nvml import Reading, Sampler, throttling
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-OURS, OTHER = "11111111-aaaa-bbbb-cccc-000000000001", "22222222-aaaa-bbbb-cccc-000000000002"
 GPU = torch.device("cuda", 0)
 
 
@@ -26,7 +26,7 @@ class FakeNvml:
         self.fails_after: int | None = None
         self.reasons = 0x1
         self.calls: list[str] = []
-        self.open = 0
+        self.is_open = False
         self.energy_mj = 5_000_000
 
     def __getattr__(self, name: str) -> object:
@@ -34,7 +34,7 @@ class FakeNvml:
 
     def _call(self, handle: str, name: str) -> None:
         assert handle == "second", "the other GPU was read"
-        assert self.open == 1, "NVML is not initialised"
+        assert self.is_open, "NVML is not initialised"
         self.calls.append(name)
         if name in self.unsupported:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -42,16 +42,10 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 
     def nvmlInit(self) -> None:
-        self.open += 1
+        self.is_open = True
 
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        known = {f"GPU-{OTHER}": "first", f"GPU-{OURS}": "second"}
-        if uuid not in known:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        return known[uuid]
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return ("first", "second")[index]
 
     def nvmlDeviceGetHandleByPciBusId(self, place: str) -> str:
         return {"00000000:17:00.0": "first", "00000000:ca:00.0": "second"}[place]
@@ -94,7 +88,11 @@ class FakeNvml:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    properties = SimpleNamespace(uuid=OURS, pci_domain_id=0, pci_bus_id=0xCA, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xCA, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return fake
 
@@ -107,7 +105,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     """Gives the thread that reads as much time as it takes."""
     ends = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < ends
+        assert time.monotonic() < ends and readers(), "the thread has ended"
         time.sleep(0.001)
 
 
@@ -116,7 +114,7 @@ def test_readings_have_their_units_and_come_from_torchs_gpu(nvml: FakeNvml) -> N
     with Sampler(GPU, every_ms=5) as sampler:
         assert readers()
         wait_until(lambda: nvml.calls.count("power") >= 2)
-    assert not readers() and nvml.open == 0
+    assert not readers()
     summary = sampler.summary()
     assert summary is not None and summary.samples >= 3
     assert summary.utilisation_percent == Reading(97, 97)
@@ -164,19 +162,20 @@ def test_what_a_gpu_does_not_support_is_none_and_the_rest_is_read(nvml: FakeNvml
     assert nvml.calls.count("power") == 1
 
 
-def test_a_part_of_a_gpu_is_found_by_its_place_on_the_bus(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = SimpleNamespace(uuid="33333333-of-the-part", pci_domain_id=0, pci_bus_id=0xCA, pci_device_id=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: part)
-    with Sampler(GPU) as sampler:
+def test_a_gpu_that_torch_does_not_find_has_no_readings(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a part of a GPU (MIG) that is visible by its UUID."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-33333333-of-the-part")
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: ["GPU-11111111", "GPU-22222222"])
+    with pytest.warns(UserWarning, match="readings end after 0 samples"), Sampler(GPU) as sampler:
         pass
-    assert sampler.summary() is not None  # the fake refuses the other GPU
+    assert sampler.summary() is None and sampler.problem
 
 
 def test_a_gpu_that_is_lost_ends_the_readings_and_nothing_else(nvml: FakeNvml) -> None:
-    nvml.fails_after = 9
+    nvml.fails_after = 9  # the energy, a sample, and two readings
     done = False
     with pytest.warns(UserWarning, match="readings end after 1 samples. NVML: GPU is lost"), Sampler(GPU, 5) as sampler:
-        wait_until(lambda: not readers())
+        readers()[0].join(120)
         done = True
     assert done and not readers()
     summary = sampler.summary()
@@ -196,7 +195,7 @@ def test_the_thread_ends_where_the_body_fails(nvml: FakeNvml) -> None:
     with pytest.raises(ValueError, match="the body's own"), Sampler(GPU, every_ms=5):
         assert readers()
         raise ValueError("the body's own")
-    assert not readers() and nvml.open == 0
+    assert not readers()
 
 
 def test_throttling_in_words(nvml: FakeNvml) -> None:

@@ -12,7 +12,7 @@ def test_the_backbone_has_its_own_rate_and_nothing_frozen_is_trained() -> None:
     others, backbone = build_optimizer(model, 1e-4, 1e-5, 1e-4).param_groups
     assert (others["lr"], backbone["lr"]) == (1e-4, 1e-5)
     counted = sum(parameter.numel() for group in (others, backbone) for parameter in group["params"])
-    assert counted == 41_302_368  # REFERENCE: what upstream trains of its 41,524,768
+    assert counted == 41_302_368  # what facebookresearch/detr trains of its 41,524,768
 
 
 def test_step_schedule_drops_every_time_as_upstreams_does() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from detr_fast.data.batching import evaluation_loader, train_loader
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.loader import evaluation_loader, train_loader
 from detr_fast.data.sampler import EpochSampler
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
 
@@ -26,7 +26,7 @@ def test_workers_are_forked_beside_it_and_it_ends_with_its_loader(shapes_root: P
     annotations = shapes_root / "annotations"
     training = CocoDataset(shapes_root / "train", annotations / "train.json", TrainTransform((48, 64), 96, (), (1, 1)))
     validation = CocoDataset(shapes_root / "val", annotations / "val.json", EvaluationTransform(64, 64))
-    buckets = Buckets(lambda epoch, images: training.plans(epoch, images).sizes)
+    buckets = Buckets(lambda epoch, images: training.augmentations(epoch, images).sizes)
     for workers in (0, 2):
         batches = train_loader(training, 4, workers, seed=3, buckets=buckets)
         for _ in range(2):

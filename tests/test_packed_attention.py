@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from detr_kernels import packed_attention
-from detr_kernels.attention import AttentionBackend
-from detr_kernels.packing import images_of_rows
-from detr_kernels.triton_attention import triton_attention
+from detr_kernels.attention.packing import images_of_rows
+from detr_kernels.attention.triton_forward import triton_attention
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,11 +26,11 @@ LENGTHS = {
     "cross": ([100, 100, 0, 100], [130, 0, 9, 7]),
     "dropout": ([70, 20], [130, 9]),
 }
-BACKENDS: list[AttentionBackend] = ["ref", "sdpa", "triton"]
+BACKENDS: list[str] = ["ref", "sdpa", "triton"]
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
-def offsets(lengths: list[int]) -> Tensor:
+def cu_seqlens(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
 
@@ -46,10 +45,10 @@ def make_inputs(name: str, dim: int, dtype: torch.dtype, heads: int = 2) -> list
     return [torch.randn(each, heads, dim, generator=generator).to(DEVICE, dtype) for each in rows]
 
 
-def packed(name: str, backend: AttentionBackend, **options: float) -> Callable[..., Tensor]:
+def packed(name: str, backend: str, **options: float) -> Callable[..., Tensor]:
     """`packed_attention` over images of the lengths `name`."""
     bounds = [max(lengths) + 3 for lengths in LENGTHS[name]]
-    places = [offsets(lengths) for lengths in LENGTHS[name]]
+    places = [cu_seqlens(lengths) for lengths in LENGTHS[name]]
     return lambda q, k, v: packed_attention(q, k, v, *places, *bounds, backend=backend, **options)  # type: ignore[arg-type]
 
 
@@ -69,7 +68,7 @@ def image_by_image(name: str) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("name", ["self", "cross"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_is_attention_within_each_image(backend: AttentionBackend, name: str) -> None:
+def test_is_attention_within_each_image(backend: str, name: str) -> None:
     assert_same_function(packed(name, backend), image_by_image(name), make_inputs(name, 32, torch.float32), 2e-6)
 
 
@@ -93,7 +92,7 @@ def test_scores_of_a_thousand(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_one_projection(backend: AttentionBackend) -> None:
+def test_slices_of_one_projection(backend: str) -> None:
     projected = torch.cat(make_inputs("self", 32, torch.float32), 1).flatten(1)
     split = lambda x: [part.unflatten(1, (2, 32)) for part in x.chunk(3, 1)]  # noqa: E731
     assert not split(projected)[0].is_contiguous()
@@ -108,7 +107,7 @@ def test_heads_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_tail_belongs_to_no_image(backend: AttentionBackend) -> None:
+def test_the_tail_belongs_to_no_image(backend: str) -> None:
     inputs = [x.requires_grad_() for x in make_inputs("cross", 16, torch.float32, heads=1)]
     spoilt = [torch.cat([x[:-TAIL], torch.full_like(x[-TAIL:], float("nan"))]) for x in inputs]
     out = packed("cross", backend)(*spoilt)
@@ -119,8 +118,8 @@ def test_the_tail_belongs_to_no_image(backend: AttentionBackend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_attend_to(backend: AttentionBackend) -> None:
-    none, some = offsets([0, 0]), offsets([2, 1])
+def test_nothing_to_attend_to(backend: str) -> None:
+    none, some = cu_seqlens([0, 0]), cu_seqlens([2, 1])
     for q_rows, k_rows, places in (
         (3, 4, (some, none)),
         (3, 4, (none, some)),
@@ -134,7 +133,7 @@ def test_nothing_to_attend_to(backend: AttentionBackend) -> None:
             gradients = torch.autograd.grad(out.sum(), (q, k, v), materialize_grads=True)
             assert out.shape == q.shape
             assert all((each == 0).all() for each in (out, *gradients))
-    out = packed_attention(q, q, q, offsets([]), offsets([]), 2, 2, backend=backend)
+    out = packed_attention(q, q, q, cu_seqlens([]), cu_seqlens([]), 2, 2, backend=backend)
     assert (out == 0).all() and out.shape == q.shape
 
 
@@ -157,7 +156,9 @@ def test_dropouts_mask_is_the_same_in_all_passes() -> None:
     out = packed("dropout", "triton", dropout=p, training=True)(*inputs)
     weighting = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weighting).sum(), inputs)
-    images = [images_of_rows(offsets(lengths), len(x)) for lengths, x in zip(LENGTHS["dropout"], (q, k), strict=True)]
+    images = [
+        images_of_rows(cu_seqlens(lengths), len(x)) for lengths, x in zip(LENGTHS["dropout"], (q, k), strict=True)
+    ]
     elsewhere = images[0][:, None] != images[1]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     scores = torch.einsum("qhd,khd->hqk", *exact[:2]) / 8
@@ -192,7 +193,7 @@ def test_dropouts_mask_does_not_depend_on_the_dtypes_blocks() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_draws_anew_each_time_and_only_in_training(backend: AttentionBackend) -> None:
+def test_dropout_draws_anew_each_time_and_only_in_training(backend: str) -> None:
     inputs = make_inputs("self", 16, torch.float32, heads=1)
     once, again = (packed("self", backend, dropout=0.5, training=True)(*inputs) for _ in range(2))
     assert not torch.equal(once, again)
@@ -201,7 +202,7 @@ def test_dropout_draws_anew_each_time_and_only_in_training(backend: AttentionBac
 
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v = make_inputs("self", 16, torch.float32, heads=1)
-    places = offsets(LENGTHS["self"][0])
+    places = cu_seqlens(LENGTHS["self"][0])
     with pytest.raises(ValueError, match=r"\(140, 1, 8\)"):
         packed_attention(q[..., :8], k, v, places, places, 70, 70)
     with pytest.raises(ValueError, match=r"\[\(5,\), \(4,\)\]"):
@@ -215,18 +216,18 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_a_graph_break(backend: AttentionBackend) -> None:
+def test_compiles_without_a_graph_break(backend: str) -> None:
     attend, inputs = packed("self", backend), make_inputs("self", 16, torch.float32, heads=1)
     compiled = torch.compile(lambda *inputs: attend(*inputs).relu(), fullgraph=True, backend="aot_eager")
     assert_same_function(compiled, lambda *inputs: packed("self", "ref")(*inputs).relu(), inputs, 2e-6)
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
-    from detr_kernels.triton_attention import forward_op
+    from detr_kernels.attention.triton_forward import forward_op
 
     q, k, v = (torch.randn(7, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     seed = torch.tensor([3], device=DEVICE)
-    torch.library.opcheck(forward_op, (q, k, v, offsets([3, 4]), offsets([5, 2]), seed, [4, 5], 0.1))
+    torch.library.opcheck(forward_op, (q, k, v, cu_seqlens([3, 4]), cu_seqlens([5, 2]), seed, [4, 5], 0.1))
 
 
 def test_nothing_is_read_on_the_host() -> None:
@@ -249,7 +250,7 @@ def test_flash_attention_on_a_gpu_is_as_exact_as_eager(name: str, dtype: torch.d
 
 @needs_gpu
 @pytest.mark.parametrize("backend", ["xformers", "triton"])
-def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: AttentionBackend) -> None:
+def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: str) -> None:
     q, k, v = (x.requires_grad_() for x in make_inputs("self", 32, torch.float16, heads=8))
     out = packed("self", backend, dropout=0.5, training=True)(q, k, v)
     weighting = torch.randn_like(out)
@@ -260,15 +261,15 @@ def test_dropout_on_a_gpu_drops_the_same_in_both_passes(backend: AttentionBacken
 
 @needs_gpu
 @pytest.mark.parametrize("backend", ["xformers", "triton"])
-def test_a_captured_graph_serves_other_lengths(backend: AttentionBackend) -> None:
+def test_a_captured_graph_serves_other_lengths(backend: str) -> None:
     q, k, v = make_inputs("cross", 32, torch.bfloat16, heads=8)
-    places = [offsets(lengths) for lengths in LENGTHS["cross"]]
+    places = [cu_seqlens(lengths) for lengths in LENGTHS["cross"]]
     attend = lambda backend: packed_attention(q, k, v, *places, 120, 140, backend=backend)  # noqa: E731
     attend(backend)  # compiles, and loads what is loaded once
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attend(backend)
     for place, lengths in zip(places, ([20, 110, 0, 120], [0, 100, 40, 1]), strict=True):
-        place.copy_(offsets(lengths))
+        place.copy_(cu_seqlens(lengths))
     graph.replay()
     torch.testing.assert_close(out, attend("ref"), atol=2e-2, rtol=2e-2)

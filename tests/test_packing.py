@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_kernels.packing import Blank, Packing, images_of_rows
+from detr_kernels.attention.packing import Blank, Packing, images_of_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -33,13 +33,13 @@ def test_real_tokens_come_first_in_their_images_order(name: str) -> None:
     assert packed.shape == (padding.numel(), 5)
     assert torch.equal(packed[: len(real)], real)
     assert sorted(packed[:, 0].tolist()) == sorted(x[..., 0].flatten().tolist())
-    assert packing.offsets.dtype == torch.int32
-    assert packing.offsets.tolist() == [0, *lengths.cumsum(0).tolist()]
-    assert (packing.images, packing.longest) == padding.shape
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
+    assert (packing.images, packing.max_seqlen) == padding.shape
     assert torch.equal(packing.unpack(packed), x)
     tail = len(x) * x.shape[1] - len(real)
     expected = torch.arange(len(x), device=DEVICE).repeat_interleave(lengths).tolist() + [len(x)] * tail
-    assert images_of_rows(packing.offsets, padding.numel()).tolist() == expected
+    assert images_of_rows(packing.cu_seqlens, padding.numel()).tolist() == expected
 
 
 def test_gradients_are_the_other_permutation_exactly() -> None:
@@ -64,11 +64,11 @@ def test_second_derivatives() -> None:
 def test_without_padding_nothing_moves() -> None:
     packing = Packing.uniform(3, 4, DEVICE)
     x = torch.randn(3, 4, 5, device=DEVICE)
-    assert packing.offsets.tolist() == [0, 4, 8, 12]
-    assert packing.offsets.dtype == torch.int32
+    assert packing.cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert packing.cu_seqlens.dtype == torch.int32
     assert packing.pack(x).data_ptr() == x.data_ptr() == packing.unpack(packing.pack(x)).data_ptr()
     same = Packing.of(torch.zeros(3, 4, dtype=torch.bool, device=DEVICE))
-    assert torch.equal(same.offsets, packing.offsets)
+    assert torch.equal(same.cu_seqlens, packing.cu_seqlens)
     assert torch.equal(same.pack(x), packing.pack(x))
 
 
@@ -78,7 +78,7 @@ def test_no_images_and_no_tokens() -> None:
             Packing.of(torch.zeros(shape, dtype=torch.bool, device=DEVICE)),
             Packing.uniform(*shape, DEVICE),
         ):
-            assert packing.offsets.tolist() == [0] * (shape[0] + 1)
+            assert packing.cu_seqlens.tolist() == [0] * (shape[0] + 1)
             assert packing.unpack(packing.pack(torch.zeros(*shape, 2, device=DEVICE))).shape == (*shape, 2)
 
 
@@ -95,7 +95,7 @@ def test_nothing_is_read_on_the_host() -> None:
         packing = Packing.of(torch.zeros(16, 850, dtype=torch.bool, device="cuda"))
         x = packing.pack(torch.zeros(16, 850, 256, device="cuda"))
         assert (x.shape, packing.unpack(x).shape, x.device.type) == ((13600, 256), (16, 850, 256), "cuda")
-        assert packing.offsets.shape == (17,)
+        assert packing.cu_seqlens.shape == (17,)
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -126,7 +126,7 @@ def test_blank_rows_are_those_that_any_offsets_give(ends: tuple[list[int], list[
         Packing.of(torch.arange(5, device=DEVICE) >= torch.tensor(each, device=DEVICE)[:, None]) for each in ends
     )
     for left, right in ((queries, keys), (keys, queries), (queries, queries)):
-        expected = Blank.of_offsets(left.offsets, right.offsets, 15, 15)
+        expected = Blank.of_cu_seqlens(left.cu_seqlens, right.cu_seqlens, 15, 15)
         for found, rows in zip(left.blank(right), expected, strict=True):
             assert found is not None and torch.equal(found, rows)
 

@@ -8,7 +8,7 @@ from detr_profiling.reference.keyed_weights import mild_state_dict
 from torch import Tensor, nn
 
 from detr_fast import build_model, export_state_dict, load_state_dict
-from detr_fast.runtime import select_implementation
+from detr_fast.model.backends import select_backends
 
 LAYERS = {"encoder_layers": 1, "decoder_layers": 2}
 ROOMS = [(96, 128), (128, 192)]
@@ -38,7 +38,7 @@ def test_padding_does_what_it_does_in_the_reference(kernels: str) -> None:
     reference = ReferenceDETR(num_queries=8, dropout=0.0, **LAYERS)
     reference.load_state_dict(weights)
     ours, reference = ours.double().eval(), reference.double().eval()
-    select_implementation(ours, kernels)  # type: ignore[arg-type]
+    select_backends(ours, kernels)  # type: ignore[arg-type]
     image = torch.randn(3, *ROOMS[0], dtype=torch.float64)
     alone, together = (logits(ours, image, room) for room in ROOMS)
     effect = logits(reference, image, ROOMS[1]) - logits(reference, image, ROOMS[0])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling import parity
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.judgement import Row, judge, worst
 from detr_profiling.comparison.own_outputs import cost_above_least, equal_matches
@@ -18,7 +19,6 @@ from detr_profiling.comparison.record import error_histogram, sampled
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.observation import Observation
 from detr_profiling.parity import OutputParity, ParityOptions, main
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import WorkloadOptions, build_workload
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -
     groups = ("encoder", "decoder", "heads", "backbone.layer2", "backbone.layer3", "backbone.layer4")
     assert {f"gradients of {name}" for name in (*groups, "all")} | {"scale of gradients"} == set(kinds["gradient"])
     assert {f"update of {name}" for name in groups} | {"losses after a step"} == set(kinds["update"])
-    assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).share < 1
+    assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).fraction_used < 1
     assert outputs.oracle["update loss"] < outputs.oracle["loss"]
     assert all(outputs.oracle[name] > 0 for name in outputs.oracle if name.startswith("update of"))
 
@@ -84,8 +84,8 @@ def test_packed_tokens_are_brought_into_rows() -> None:
     """Of four images: the third has a token less, so the fourth's lie elsewhere."""
     options = replace(OPTIONS, batch_size=4, mode="inference")
     workload = build_workload(replace(options, attention="triton"))
-    assert workload.model.implementation.packed  # type: ignore[union-attr]
-    found, exact = map(observe_with_blocks, (workload, build_peer("reference", options, torch.float64)))
+    assert workload.model.transformer.packed  # type: ignore[union-attr]
+    found, exact = map(observe_with_blocks, (workload, build_baseline("reference", options, torch.float64)))
     for name in ("block encoder.layers.0", "block encoder.layers.1", "block decoder.layers.1"):
         torch.testing.assert_close(found[name].double(), exact[name], rtol=0, atol=2e-5)
     assert not found["block encoder.layers.1"][3, -1].any() and found["block encoder.layers.1"][3, -2].all()
@@ -100,13 +100,13 @@ def test_a_compiled_forward_has_no_blocks(outputs: OutputParity, monkeypatch: py
 
 def test_hugging_face_is_compared_in_inference(outputs: OutputParity, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-    (variant,) = [each for each in build_variants(OPTIONS) if each.peer]
+    (variant,) = [each for each in build_variants(OPTIONS) if each.baseline]
     exact = outputs.oracle["logits"][-1:].float()
     answer = {"logits": exact, "boxes": outputs.oracle["boxes"][-1:].float()}
     stand_in = replace(build_workload(OPTIONS), observe=lambda: answer)  # its sizes are not cut: tests/test_workload.py
-    build_peer = parity.build_peer
+    build_baseline = parity.build_baseline
     monkeypatch.setattr(
-        parity, "build_peer", lambda name, *rest: stand_in if name[:2] == "hf" else build_peer(name, *rest)
+        parity, "build_baseline", lambda name, *rest: stand_in if name[:2] == "hf" else build_baseline(name, *rest)
     )
     _, rows = outputs.compare(variant)
     assert [row.quantity for row in rows] == ["logits", "boxes", "scale of blocks and outputs"] and not far(rows)
@@ -135,7 +135,7 @@ def nth_call(function: Callable[..., Tensor], number: int) -> Callable[..., Tens
 @pytest.mark.parametrize(
     ("operation", "number", "block"),
     [
-        ("detr_kernels.resnet_stage.add_convolution", 4, "backbone.layer2"),
+        ("detr_kernels.convolution.stage.add_convolution", 4, "backbone.layer2"),
         ("detr_fast.model.transformer.fused_add_layer_norm", 3, "encoder.layers.1"),
     ],
     ids=["a convolution", "a layer norm"],
@@ -217,9 +217,9 @@ def test_matches_that_cost_the_same_are_equally_good() -> None:
 
 def test_a_row_goes_into_json() -> None:
     row = Row.missing("logits", "output")
-    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["error"] is None and row.share == math.inf
+    assert json.loads(json.dumps(row.to_dict(), allow_nan=False))["error"] is None and row.fraction_used == math.inf
     assert worst([Row("a", "loss", 2, 1, 4, True), row, Row("b", "loss", 9, 1, 4, False)]) in (row,)
-    assert Row("exact", "match", 0.0, 0.0, 0.0, True).share == 0
+    assert Row("exact", "match", 0.0, 0.0, 0.0, True).fraction_used == 0
 
 
 def test_samples_and_histogram() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detr_kernels import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
-from detr_kernels.pixels import forward_op
+from detr_kernels.preprocessing.resize import forward_op
 from detr_profiling.comparison.closeness import assert_close
 from PIL import Image
 from torch import Tensor

@@ -106,9 +106,9 @@ def test_precision_and_recall_without_objects(
     titles: list[str] = []
     savefig = Figure.savefig
 
-    def saved(self: Figure, *given: object) -> None:
+    def saved(self: Figure, *given: object, **options: object) -> None:
         titles.append(self.axes[0].get_title())
-        savefig(self, *given)  # type: ignore[arg-type]
+        savefig(self, *given, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Figure, "savefig", saved)
     draw_precision_recall(evaluation(HOSTILE_NAMES, objects=objects), tmp_path / "curves.png")

@@ -9,26 +9,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from detr_fast.config import MODELS, DataOptions, UserError
-from detr_fast.data.batching import evaluation_loader
+from detr_fast.config import MODELS, DataOptions, RuntimeOptions, UserError
 from detr_fast.data.coco import Category, build_dataset
+from detr_fast.data.loader import evaluation_loader
+from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
-from detr_fast.evaluation.prediction import Detections, predict, runtime_of
-from detr_fast.model.detr import DETR
-from detr_fast.model.implementation import Implementation
+from detr_fast.evaluation.prediction import Detections
+from detr_fast.model.backends import Selectable
+from detr_fast.runtime import choose_runtime
 from detr_fast.weights import build_model
 
 
-class Constant(nn.Module):
+class Constant(Selectable):
     """Finds the same on every image: class 1 at 0.9, class 0 at 0.5, class 2 at 0.7, each on another quarter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.frozen = False
-        self.recordings = None
         self.config = MODELS["detr_tiny"]
-        self.implementation = Implementation()
-        self.categories: tuple[Category, ...] | None = None
         self.weight = nn.Parameter(torch.zeros(()))
         self.logits = torch.tensor([[0.02, 0.9, 0.02, 0.06], [0.5, 0.1, 0.1, 0.3], [0.1, 0.1, 0.7, 0.1]]).log()
         self.boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.25, 0.5, 0.5], [0.5, 0.75, 1.0, 0.5]])
@@ -46,9 +43,9 @@ class Constant(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model() -> DETR:
+def detector() -> Detector:
     torch.manual_seed(0)
-    return build_model("detr_tiny").eval()
+    return Detector(build_model("detr_tiny").eval())
 
 
 @pytest.fixture
@@ -62,31 +59,31 @@ def same(a: Detections, b: Detections) -> bool:
 
 def test_boxes_are_in_pixels_of_the_image_that_was_given(pixels: np.ndarray) -> None:
     constant = Constant()
-    (found,) = predict(constant, np.repeat(pixels, 2, axis=0), threshold=0.0)
+    (found,) = Detector(constant).predict(np.repeat(pixels, 2, axis=0), threshold=0.0)
     assert constant.shapes == [(1, 3, 64, 64)]  # resized from 96 x 96
     assert found.boxes_xyxy_px[0].tolist() == [0, 0, 48, 48]
-    (found,) = predict(constant, pixels, threshold=0.0)
+    (found,) = Detector(constant).predict(pixels, threshold=0.0)
     assert constant.shapes[1] == (1, 3, 32, 64)
     assert found.boxes_xyxy_px.tolist() == [[0, 0, 48, 24], [0, 24, 96, 48], [48, 0, 96, 24]]
 
 
 @pytest.mark.parametrize(("threshold", "labels"), [(0.0, [1, 2, 0]), (0.6, [1, 2]), (0.8, [1]), (0.95, [])])
 def test_the_threshold_keeps_the_best_first(threshold: float, labels: list[int], pixels: np.ndarray) -> None:
-    (found,) = predict(Constant(), pixels, threshold)
+    (found,) = Detector(Constant()).predict(pixels, threshold)
     assert found.labels.tolist() == labels
     assert len(found) == len(labels)
 
 
 def test_a_score_equal_to_the_threshold_is_kept(pixels: np.ndarray) -> None:
-    (found,) = predict(Constant(), pixels, threshold=0.0)
-    assert len(predict(Constant(), pixels, threshold=found.scores[1].item())[0]) == 2
+    (found,) = Detector(Constant()).predict(pixels, threshold=0.0)
+    assert len(Detector(Constant()).predict(pixels, threshold=found.scores[1].item())[0]) == 2
 
 
 def test_names_are_the_models(pixels: np.ndarray) -> None:
     constant = Constant()
-    assert predict(constant, pixels)[0].names == ["1", "2"]
-    constant.categories = (Category(3, "cat"), Category(7, "<script>"), Category(8, "$x$"))
-    assert predict(constant, pixels)[0].to_dict() == {
+    assert Detector(constant).predict(pixels)[0].names == ["1", "2"]
+    categories = (Category(3, "cat"), Category(7, "<script>"), Category(8, "$x$"))
+    assert Detector(constant, categories).predict(pixels)[0].to_dict() == {
         "detections": [
             {"label": 1, "name": "<script>", "score": pytest.approx(0.9), "box_xyxy_px": [0, 0, 48, 24]},
             {"label": 2, "name": "$x$", "score": pytest.approx(0.7), "box_xyxy_px": [0, 24, 96, 48]},
@@ -96,31 +93,31 @@ def test_names_are_the_models(pixels: np.ndarray) -> None:
 
 def test_the_models_mode_is_restored_also_after_an_error(pixels: np.ndarray) -> None:
     constant = Constant().train()
-    predict(constant, pixels)
+    Detector(constant).predict(pixels)
     assert constant.modes == [False]
     assert constant.training
     constant.logits[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        predict(constant, pixels)
+        Detector(constant).predict(pixels)
     assert constant.training
-    assert predict(constant.eval(), []) == []
+    assert Detector(constant.eval()).predict([]) == []
     assert not constant.training
 
 
-def test_paths_pil_images_and_arrays_give_the_same(model: DETR, pixels: np.ndarray, tmp_path: Path) -> None:
+def test_paths_pil_images_and_arrays_give_the_same(detector: Detector, pixels: np.ndarray, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     Image.fromarray(pixels).save(file)
     flipped_view = np.ascontiguousarray(pixels[..., ::-1])[..., ::-1]  # negative strides, as BGR turned to RGB has
-    several = predict(model, [file, str(file), Image.open(file), pixels, flipped_view], threshold=0.0)
+    several = detector.predict([file, str(file), Image.open(file), pixels, flipped_view], threshold=0.0)
     assert len(several) == 5
     assert all(same(one, several[0]) for one in several)
-    assert same(predict(model, file, threshold=0.0)[0], several[0])
+    assert same(detector.predict(file, threshold=0.0)[0], several[0])
     assert len(several[0]) == 10
 
 
-def test_a_batch_gives_what_single_images_give(model: DETR, pixels: np.ndarray) -> None:
+def test_a_batch_gives_what_single_images_give(detector: Detector, pixels: np.ndarray) -> None:
     images = [pixels, 255 - pixels, pixels[::-1]]
-    singly, together = predict(model, images, 0.0), predict(model, images, 0.0, batch_size=2)
+    singly, together = detector.predict(images, 0.0), detector.predict(images, 0.0, batch_size=2)
     for one, other in zip(singly, together, strict=True):
         torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one.boxes_xyxy_px, other.boxes_xyxy_px, rtol=1e-4, atol=1e-3)
@@ -135,7 +132,7 @@ def test_images_of_like_shape_share_a_batch_and_answers_keep_the_order(tmp_path:
         images.append(np.full((height, width + number, 3), 9, dtype=np.uint8))
     Image.fromarray(images[2]).save(tmp_path / "2.png")
     given = [*images[:2], tmp_path / "2.png", Image.fromarray(images[3]), *images[4:]]
-    found = predict(constant, given, 0.0, batch_size=2)
+    found = Detector(constant).predict(given, 0.0, batch_size=2)
     assert [one.boxes_xyxy_px[1].tolist() for one in found] == [
         [0, height / 2, width, height] for height, width in (image.shape[:2] for image in images)
     ]
@@ -144,14 +141,14 @@ def test_images_of_like_shape_share_a_batch_and_answers_keep_the_order(tmp_path:
 
 def test_a_file_that_is_none_is_named_in_a_batch_too(pixels: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"no/such/image\.jpg"):
-        predict(Constant(), [pixels, "no/such/image.jpg", pixels], batch_size=2)
+        Detector(Constant()).predict([pixels, "no/such/image.jpg", pixels], batch_size=2)
 
 
-def test_prediction_is_evaluation(model: DETR, shapes_root: Path) -> None:
+def test_prediction_is_evaluation(detector: Detector, shapes_root: Path) -> None:
     """The same image gives the same scores and classes either way."""
-    dataset = build_dataset(DataOptions(data=str(shapes_root)), "val", model.config)
-    rows = collect_detections(model, evaluation_loader(dataset, 1, workers=0), runtime_of(model), None)
-    found = predict(model, [record.path for record in dataset.records], threshold=0.0)
+    dataset = build_dataset(DataOptions(data=str(shapes_root)), "val", detector.config)
+    rows = collect_detections(detector, evaluation_loader(dataset, 1, workers=0), None)
+    found = detector.predict([record.path for record in dataset.records], threshold=0.0)
     for record, one in zip(dataset.records, found, strict=True):
         mine = rows[rows[:, IMAGE_ID] == record.id]
         mine = mine[np.argsort(-mine[:, SCORE], kind="stable")]
@@ -164,11 +161,27 @@ def test_exif_rotation_is_ignored(pixels: np.ndarray, tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees for display
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
     for image in (tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")):
-        assert predict(Constant(), image)[0].boxes_xyxy_px[1].tolist() == [0, 24, 96, 48]
+        assert Detector(Constant()).predict(image)[0].boxes_xyxy_px[1].tolist() == [0, 24, 96, 48]
 
 
-def test_the_method_of_the_model(model: DETR, pixels: np.ndarray) -> None:
-    assert same(model.predict(pixels, threshold=0.0)[0], predict(model, pixels, threshold=0.0)[0])
+def test_it_is_called_like_its_network(detector: Detector) -> None:
+    images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 60:] = True
+    with torch.no_grad():
+        found, expected = detector(images, mask), detector.network(images, mask)
+    assert torch.equal(found["pred_boxes"], expected["pred_boxes"]) and len(found["aux_outputs"]) == 2
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_it_runs_where_and_as_it_was_moved(optimize: bool, pixels: np.ndarray) -> None:
+    torch.manual_seed(0)
+    made = Detector(build_model("detr_tiny").eval())
+    (expected,) = made.predict(pixels, threshold=0.0)
+    if optimize:
+        made.optimize(choose_runtime(RuntimeOptions(device="cpu", precision="fp32", channels_last=False)))
+    (found,) = made.to(torch.bfloat16).predict(pixels, threshold=0.0)
+    assert made.runtime.dtype == torch.bfloat16 and len(found) == len(expected)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,7 @@ def test_the_method_of_the_model(model: DETR, pixels: np.ndarray) -> None:
 )
 def test_what_is_no_image_is_refused(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        predict(Constant(), [image])
+        Detector(Constant()).predict([image])
 
 
 def test_html_named_jpg_and_a_torn_pil_image_are_named(pixels: np.ndarray, tmp_path: Path) -> None:
@@ -195,10 +208,10 @@ def test_html_named_jpg_and_a_torn_pil_image_are_named(pixels: np.ndarray, tmp_p
     torn.write_bytes(torn.read_bytes()[:2000])
     for image, name in ((html, "page.jpg"), (Image.open(torn), "torn.png")):
         with pytest.raises(UserError, match=name):
-            predict(Constant(), image)
+            Detector(Constant()).predict(image)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 1.5}, {"threshold": float("nan")}, {"batch_size": 0}])
 def test_senseless_options_are_refused(options: dict[str, Any], pixels: np.ndarray) -> None:
     with pytest.raises(UserError, match="must be"):
-        predict(Constant(), pixels, **options)
+        Detector(Constant()).predict(pixels, **options)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from detr_fast import DETR, build_model, load_model
+from detr_fast import DETR, Detector, build_model, load_model
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.export import ExportConfig, main, write_weights
@@ -29,9 +29,9 @@ INPUT: dict[str, Any] = {
 }
 
 
-def exported(model: DETR, folder: Path) -> Path:
+def exported(model: DETR, folder: Path, categories: tuple[Category, ...] | None = PETS) -> Path:
     """The folder that export writes for `model`."""
-    write_weights(model, folder / "own.safetensors", "detr_fast")
+    write_weights(Detector(model, categories), folder / "own.safetensors", "detr_fast")
     out = folder / "exported"
     assert main(ExportConfig(weights=str(folder / "own.safetensors"), out=str(out), naming="huggingface")) == 0
     return out
@@ -42,7 +42,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))  # small files
         model = build_model("detr_r50", num_classes=3, hidden_dim=32, **SMALL, **INPUT)
-        model.categories = PETS
         yield exported(model, tmp_path_factory.mktemp("preprocessing"))
 
 
@@ -135,7 +134,7 @@ def test_a_translator_is_no_detr(tmp_path: Path) -> None:
 def test_classes_without_names_are_the_same_from_folder_and_file(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
-        out = exported(build_model("detr_r50", hidden_dim=32, **SMALL), tmp_path)
+        out = exported(build_model("detr_r50", hidden_dim=32, **SMALL), tmp_path, None)
         assert load_model(out).categories == load_model(out / "model.safetensors").categories
 
 
@@ -207,7 +206,6 @@ def test_a_pipeline_of_transformers_finds_what_predict_does(tmp_path: Path) -> N
     model = build_model("resnet18", num_classes=3, **SMALL, **INPUT)
     torch.nn.init.normal_(model.class_embed.weight, std=0.5)
     torch.nn.init.normal_(model.query_embed.weight, std=3)
-    model.categories = PETS
     folder = exported(model, tmp_path)
     rough = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
     Image.fromarray(rough).resize((170, 120), Image.Resampling.BILINEAR).save(tmp_path / "photo.png")

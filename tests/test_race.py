@@ -1,19 +1,22 @@
-"""Ours beside its peers: who runs, in what order, and what the ratio is taken from."""
+"""Ours compared with baselines: which run, in what order, and what the ratio is taken from."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from detr_profiling import ladder, race
-from detr_profiling.ladder import read_rows
+from detr_profiling import race, rounds
+from detr_profiling.limits.counting import count_work
+from detr_profiling.limits.peaks import Peaks
 from detr_profiling.measuring.measurement import Configuration, Measurement
+from detr_profiling.measuring.row import LadderRow, read_rows
 from detr_profiling.measuring.timing import Timing
-from detr_profiling.race import EAGER_PEERS, RaceOptions, entrants, fastest_eager_ms, peak_share
+from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fastest_eager_ms, peak_fraction
+from detr_profiling.workload import build_workload
 
 from detr_fast.config import UserError
 
-OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, peers_compiled=False)
+OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, compiled_baseline=False)
 TIMES_MS = {"reference": 100.0, "hf-eager": 90.0, "hf-sdpa": 80.0, "hf-compiled": 10.0, "detr_fast": 20.0}
 
 
@@ -28,49 +31,46 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             raise UserError("not installed")
         return Measurement(Timing((TIMES_MS[configuration.implementation],) * runs), 1000.0, 0.1, None, 3.0)
 
-    monkeypatch.setattr(ladder, "measure_in_process", measure)
-    monkeypatch.setattr(ladder, "write_oracle_in_process", lambda *_: None)
-    monkeypatch.setattr(race, "peak_share", lambda *_: 0.5)
+    monkeypatch.setattr(rounds, "measure_in_process", measure)
+    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(race, "peak_fraction", lambda *_: 0.5)
     yield asked
 
 
-def test_peers_run_in_float32_and_ours_as_the_options_say() -> None:
-    rungs = {rung.technique: rung.configuration for rung in entrants(OPTIONS)}
-    assert list(rungs) == [*EAGER_PEERS, "reference bf16", "detr_fast"]
-    for name in EAGER_PEERS:
-        options = rungs[name].options
+def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
+    entries = {entry.name: entry.configuration for entry in build_entries(OPTIONS)}
+    assert list(entries) == [*EAGER_BASELINES, "reference bf16", "detr_fast"]
+    for name in EAGER_BASELINES:
+        options = entries[name].options
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
-    assert rungs["detr_fast"].options.precision == "bf16" and rungs["detr_fast"].options.channels_last
-    assert all(each.keeps_memory for each in rungs.values())
-    as_they_come = entrants(replace(OPTIONS, same_settings=False))
-    assert [rung.configuration.keeps_memory for rung in as_they_come] == [False] * 4 + [True]
-    sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in rungs.values()}
+    assert entries["detr_fast"].options.precision == "bf16" and entries["detr_fast"].options.channels_last
+    assert all(each.keeps_memory for each in entries.values())
+    as_they_come = build_entries(replace(OPTIONS, same_settings=False))
+    assert [entry.configuration.keeps_memory for entry in as_they_come] == [False] * 4 + [True]
+    sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in entries.values()}
     assert len(sizes) == 1
-    assert [options.buckets for options in (each.options for each in rungs.values())] == [False] * 4 + [True]
+    assert [options.buckets for options in (each.options for each in entries.values())] == [False] * 4 + [True]
 
 
 def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
     measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = RaceOptions(**{**vars(OPTIONS), "out": str(tmp_path), "rounds": 2})
-    assert race.main(options) == 1  # one peer is not there
+    assert race.main(options) == 1  # one baseline is not there
     assert measured == ["reference", "hf-eager", "hf-sdpa", "reference", "detr_fast"] * 2
-    assert "4.50 times the fastest eager form" in capsys.readouterr().out
-    rows = {row["technique"]: row for row in read_rows(tmp_path / "race.csv")}
-    assert rows["detr_fast"]["median_ms"] == "20" and rows["hf-sdpa"]["note"] == "not installed"
-    assert rows["hf-sdpa"]["median_ms"] == ""
+    assert "4.50 times the fastest eager baseline" in capsys.readouterr().out
+    rows = {row.technique: row for row in read_rows(tmp_path / "race.csv")}
+    assert rows["detr_fast"].median_ms == 20 and rows["hf-sdpa"].note == "not installed"
+    assert rows["hf-sdpa"].median_ms is None
 
 
-def test_a_compiled_peer_is_no_eager_one() -> None:
-    rungs = entrants(OPTIONS)
-    assert fastest_eager_ms(rungs) is None
-    for rung, ms in zip(rungs, (100.0, 90.0, 80.0, 5.0, 20.0), strict=True):
-        rung.measured = Measurement(Timing((ms,)), 1.0, 1.0, None, 1.0)
-    assert fastest_eager_ms(rungs) == 80.0
+def test_a_compiled_baseline_is_no_eager_one() -> None:
+    assert fastest_eager_ms([LadderRow("training", name) for name in TIMES_MS]) is None
+    assert fastest_eager_ms([LadderRow("training", name, ms) for name, ms in TIMES_MS.items()]) == 80.0
 
 
-def test_the_share_of_the_peak_is_work_over_time() -> None:
+def test_the_share_of_the_peak_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
-    slow, fast = peak_share(options, 1e6), peak_share(options, 1e4)
-    assert 0 < slow < fast < 1
-    assert fast / slow == pytest.approx(100, rel=0.7)  # the peak is measured anew
+    flop = sum(work.flop for work in count_work(build_workload(options).run).values())
+    monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(copy_gb_s=20.0, product_tflop_s=0.5, dtype="fp32"))
+    assert peak_fraction(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
-from detr_fast.runtime import select_implementation
+from detr_fast.model.backends import select_backends
 from detr_fast.training.optimizer import build_optimizer
 
 LAYERS = {"encoder_layers": 2, "decoder_layers": 3}
@@ -49,7 +49,7 @@ class Pair:
         return Pair(*double, (images.double(), mask), self.targets)
 
     def step_ours(self, kernels: str) -> Step:
-        select_implementation(self.ours, kernels)  # type: ignore[arg-type]
+        select_backends(self.ours, kernels)  # type: ignore[arg-type]
         return step(self.ours, build_criterion(), self)
 
     def step_reference(self) -> Step:

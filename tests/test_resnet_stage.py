@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from detr_kernels import residual_stage, residual_stage_ref, why_not_onednn
-from detr_kernels.resnet_stage import forward_op
+from detr_kernels.convolution.stage import forward_op
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 

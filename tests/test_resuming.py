@@ -7,36 +7,40 @@ import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
+from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, main
-from detr_fast.training.assembly import make_data, make_step, stored_metadata
+from detr_fast.training import checkpoint
+from detr_fast.training.assembly import make_data, make_step
 from detr_fast.training.batch_size import with_batches
-from detr_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from detr_fast.training.checkpoint import VERSION, Progress, TrainingState
 from detr_fast.training.distributed import World
 from detr_fast.training.resuming import (
     FIXED,
-    NEEDED,
     ON_RESUMING,
     SAME_CONTENT,
     TAKES_EFFECT,
     changes,
     check_resumed,
-    contents,
     continued,
+    digests,
     flag,
     load_resumed,
     located,
     options_table,
+    resumed_options,
     spelt,
     stored_defaults,
 )
+from detr_fast.weights.container import read_container, write_container
 
 README = Path(__file__).parents[1] / "README.md"
 OTHERWISE: dict[str, Any] = {
@@ -54,7 +58,7 @@ OTHERWISE: dict[str, Any] = {
         "on_bad_image": "skip",
         "follow_links": True,
     },
-    **{"data_only": True, "eval_every": 7, "log_every": 7, "save_every": 7},
+    **{"host_allocator": "system", "data_only": True, "eval_every": 7, "log_every": 7, "save_every": 7},
 }
 """For every option whose value matters on resuming, one that the run below does not have."""
 
@@ -64,16 +68,21 @@ def begun(root: Path, **options: Any) -> TrainConfig:
     return replace(RECIPES["detr_tiny"], **(small | options))
 
 
-def state_of(options: TrainConfig, processes: int = 1) -> dict[str, Any]:
+def state_of(options: TrainConfig, processes: int = 1) -> TrainingState:
     """What last.pt holds after three steps, without weights and moments."""
     train_set, val_set, config = make_data(options)
-    model = DETR(config)
-    model.categories = train_set.categories
-    about = {"options": options.to_dict(), "progress": {"step": 3}, "processes": processes}
-    return stored_metadata(model) | about | {"data": contents(train_set, val_set)}
+    return TrainingState(
+        model_config=config,
+        categories=train_set.categories,
+        options=options,
+        data=digests(train_set, val_set),
+        processes=processes,
+        progress=Progress(step=3),
+        **{"model": {}, "ema": None, "optimizer": {}, "scaler": {}},
+    )
 
 
-def ask(state: dict[str, Any], processes: int = 1, **asked: Any) -> TrainConfig:
+def ask(state: TrainingState, processes: int = 1, **asked: Any) -> TrainConfig:
     """The options that a run resumed from `state` has, where `asked` are given."""
     options = located(replace(stored_defaults(state, Path("last.pt"), data_asked=False), **asked))
     train_set, val_set, config = make_data(options)
@@ -91,9 +100,10 @@ def test_every_option_has_one_rule_and_the_readme_has_them_all() -> None:
 def test_what_may_change_is_what_runs_and_is_told(shapes_root: Path, name: str) -> None:
     state = state_of(begun(shapes_root))
     asked = ask(state, **{name: OTHERWISE[name]})
-    assert getattr(asked, name) == OTHERWISE[name] != state["options"][name]
+    assert getattr(asked, name) == OTHERWISE[name] != getattr(state.options, name)
     assert changes(state, asked).count("(was ") == 1
-    assert f", {spelt(name, OTHERWISE[name])} (was {spelt(name, state['options'][name])})" in changes(state, asked)
+    before = spelt(name, getattr(state.options, name))
+    assert f", {spelt(name, OTHERWISE[name])} (was {before})" in changes(state, asked)
 
 
 @pytest.mark.parametrize("name", ON_RESUMING[FIXED])
@@ -110,13 +120,13 @@ def test_a_fixed_option_spelt_out_is_no_change(shapes_root: Path) -> None:
     ask(state_of(begun(shapes_root)), **spelt)
 
 
-def param_groups(options: TrainConfig, state: dict[str, Any] | None) -> tuple[Any, Any]:
+def param_groups(options: TrainConfig, state: Any) -> tuple[Any, Any]:
     """The step's optimizer after one update, or as it goes on from `state`."""
     torch.manual_seed(0)
     model = DETR(replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=1))
     model.backbone.requires_grad_(options.lr_backbone > 0)
     runtime = choose_runtime(options)
-    step = make_step(runtime.place(model), options, runtime, World(), state)
+    step = make_step(place(model, runtime), options, runtime, World(), state)
     if state is None:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -129,8 +139,8 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
     trained = TrainConfig(model="detr_tiny", batch_size=8, accumulate=1, device="cpu", precision="fp32", ema=0.9)
     for before in (trained, replace(trained, lr_backbone=0.0, ema=0.0)):
         step, _ = param_groups(before, None)
-        average = step.averaged.state_dict() if step.averaged else None
-        state = {"optimizer": step.optimizer.state_dict(), "scaler": {}, "ema": average}
+        average = step.ema.state_dict() if step.ema else None
+        state = SimpleNamespace(optimizer=step.optimizer.state_dict(), scaler={}, ema=average)
         for asked in (
             replace(before, lr=7e-6, lr_backbone=3e-6, weight_decay=0.5, ema=0.5),
             replace(before, lr=7e-6, lr_backbone=0.0, weight_decay=0.5, ema=0.0),
@@ -141,9 +151,9 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
             assert {group["weight_decay"] for group in groups} == {0.5}
             for parameter, moments in resumed.optimizer.state.items():
                 assert moments["step"] == 1 and moments["exp_avg"].shape == parameter.shape
-            kept = min(len(groups), len(state["optimizer"]["param_groups"]))
+            kept = min(len(groups), len(state.optimizer["param_groups"]))
             assert len(resumed.optimizer.state) == sum(len(group["params"]) for group in groups[:kept])
-            assert (resumed.averaged is not None) == (asked.ema > 0)
+            assert (resumed.ema is not None) == (asked.ema > 0)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +260,8 @@ def test_the_content_tells_what_evaluation_reads_as_well(shapes_root: Path, tmp_
         document["annotations"][0]["iscrowd"] = 1
 
     other = replace(begun(shapes_root), data=str(rewritten(shapes_root, tmp_path / "other", crowds)))
-    one, two = (contents(*make_data(options)[:2]) for options in (begun(shapes_root), other))
-    assert all(one[split]["digest"] != two[split]["digest"] for split in ("train", "val"))
+    one, two = (digests(*make_data(options)[:2]) for options in (begun(shapes_root), other))
+    assert all(one[split].digest != two[split].digest for split in ("train", "val"))
 
 
 def test_what_a_resumed_run_takes_for_granted(
@@ -260,9 +270,8 @@ def test_what_a_resumed_run_takes_for_granted(
     """Its own options; its folder where it lies now; and with another --data none of the folders given before."""
     place = tmp_path / "moved" / "checkpoints" / "last.pt"
     images, file = str(shapes_root / "train"), str(shapes_root / "annotations" / "train.json")
-    state = {
-        "options": begun(shapes_root, output="gone", lr=3e-4, train_images=images, train_annotations=file).to_dict()
-    }
+    stored = begun(shapes_root, output="gone", lr=3e-4, train_images=images, train_annotations=file)
+    state = replace(state_of(begun(shapes_root)), options=stored)
     kept = stored_defaults(state, place, data_asked=False)
     assert (kept.lr, kept.output, kept.train_images) == (3e-4, str(tmp_path / "moved"), images)
     assert {getattr(stored_defaults(state, place, True), name) for name in ON_RESUMING[SAME_CONTENT][1:]} == {None}
@@ -304,27 +313,70 @@ def test_the_advice_for_a_new_run_makes_one(shapes_root: Path, tmp_path: Path) -
         assert main(replace(new, weights=words[1].rstrip(".") if len(words) > 1 else None)) == 0
 
 
-def test_a_finished_run_makes_up_for_what_was_not_written(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_finished_run_makes_up_for_what_was_not_written(
+    shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(begun(shapes_root, output=str(tmp_path))) == 0
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
     resumed = replace(default_options(["--resume", str(tmp_path)]), resume="auto")
     evaluation, last = tmp_path / "evaluation.json", tmp_path / "checkpoints" / "last.pt"
-    step = load_checkpoint(last)["progress"]["step"]
+    step = read_container(last)["progress"]["step"]
     evaluation.unlink()
     assert main(resumed) == 0 and evaluation.exists()
+    assert len(read) == 1  # by the command for its options, and by its run
     evaluation.write_text("old")
     assert main(resumed) == 0 and evaluation.read_text() == "old"
     assert main(replace(resumed, image_size=48)) == 0 and evaluation.read_text() != "old"
-    assert load_checkpoint(last)["progress"]["step"] == step
+    assert read_container(last)["progress"]["step"] == step
 
 
-def test_a_checkpoint_of_another_version_is_named(shapes_root: Path, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "last.pt", {"optimizer": {}, "options": {}})
+@pytest.fixture
+def stored(shapes_root: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    optimizer = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}
+    replace(state_of(begun(shapes_root)), optimizer=optimizer, model={"a": torch.ones(2)}).save(path)
+    return path
+
+
+def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) -> None:
+    path, whole = tmp_path / "last.pt", read_container(stored)
+    write_container(path, {"optimizer": {}, "options": {}})
     with pytest.raises(UserError, match=r"another version.*lacks .*processes.*--weights"):
-        load_resumed(tmp_path / "last.pt")
+        load_resumed(path)
     for empty in ({}, 5, None):
-        save_checkpoint(tmp_path / "last.pt", dict.fromkeys(NEEDED, empty))
+        write_container(path, dict.fromkeys(whole, empty))
         with pytest.raises(UserError, match=r"another version.*lacks optimizer\.state.*--weights"):
-            load_resumed(tmp_path / "last.pt")
+            load_resumed(path)
+    write_container(path, whole | {"version": VERSION + 1})
+    with pytest.raises(UserError, match=rf"another version.*, {VERSION + 1} of checkpoints.*--weights"):
+        load_resumed(path)
+
+
+def test_what_is_saved_is_what_is_loaded(stored: Path, shapes_root: Path) -> None:
+    """Every field of the one schema; and files from before it had a version, or what was measured, go on."""
+    whole, loaded, expected = read_container(stored), load_resumed(stored), state_of(begun(shapes_root))
+    assert whole.keys() == {each.name for each in fields(TrainingState)}
+    assert loaded is not None and torch.equal(loaded.model["a"], torch.ones(2))
+    assert replace(loaded, model={}, optimizer={}) == expected
+    write_container(stored, {name: value for name, value in whole.items() if name not in ("version", "tuning")})
+    older = load_resumed(stored)
+    assert older is not None and replace(older, model={}, optimizer={}) == expected
+
+
+def test_a_command_reads_its_checkpoint_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its options and then for its run; what was written since is read again."""
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
+    resumed = resumed_options(stored, data_asked=False)
+    state = load_resumed(stored)
+    assert state is not None and state.options.lr == resumed.lr and len(read) == 1
+    load_resumed(stored)
+    assert len(read) == 2  # it was handed over, not kept
+    resumed_options(stored, data_asked=False)
+    replace(state, processes=7).save(stored)
+    again = load_resumed(stored)
+    assert again is not None and again.processes == 7 and len(read) == 4
 
 
 def test_a_run_goes_on_as_asked_from_another_folder(
@@ -336,7 +388,7 @@ def test_a_run_goes_on_as_asked_from_another_folder(
     run = tmp_path / "run"
     first = begun(Path("base"), output="run", log_every=3, schedule="step", eval_every=1)
     assert main(first) == 0
-    best = load_checkpoint(run / "checkpoints" / "best.pt")["step"]
+    best = read_container(run / "checkpoints" / "best.pt")["step"]
     (tmp_path / "base").rename(tmp_path / "copy")
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
@@ -349,8 +401,8 @@ def test_a_run_goes_on_as_asked_from_another_folder(
     assert rates[-2:] == [1e-6, 1e-6] and rates[0] > 1e-4
     stored = json.loads((run / "config.json").read_text())["options"]
     assert (stored["lr"], stored["data"]) == (1e-6, str(tmp_path / "else" / "../copy"))
-    assert load_checkpoint(run / "checkpoints" / "last.pt")["options"]["lr"] == 1e-6
-    assert load_checkpoint(run / "checkpoints" / "best.pt")["step"] == 12 > best
+    assert read_container(run / "checkpoints" / "last.pt")["options"]["lr"] == 1e-6
+    assert read_container(run / "checkpoints" / "best.pt")["step"] == 12 > best
     with pytest.raises(UserError, match=r"--epochs 1: .* has done 12 steps, .* have 6\. Give more --epochs"):
         main(replace(resumed, epochs=1))
     before = (run / "config.json").read_bytes()

@@ -1,4 +1,4 @@
-"""An output folder belongs to one run, and is checked before the first step (FAULTS rows 2 and 9)."""
+"""An output folder belongs to one run, and is checked before the first step (docs/faults.md, rows 2 and 9)."""
 
 import os
 import subprocess

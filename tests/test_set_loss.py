@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detr_kernels import SetLossTerms, match_cost, set_loss, set_loss_ref
-from detr_kernels.detection_loss import backward_op, forward_op
+from detr_kernels.loss.set_loss import backward_op, forward_op
 from detr_profiling.comparison.closeness import assert_same_function
 from detr_profiling.reference.detr import reference_criterion
 from scipy.optimize import linear_sum_assignment

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detr_fast.config import UserError
-from detr_fast.data.shapes import CLASSES, SMALLEST_PX, draw_image, ensure_shapes, overlap_share, parse_shapes
+from detr_fast.data.shapes import CLASSES, SMALLEST_PX, draw_image, ensure_shapes, overlap_fraction, parse_shapes
 
 
 def test_an_image_depends_on_its_seed_and_index_alone() -> None:
@@ -24,8 +24,10 @@ def test_it_stays_a_detection_problem(side: int) -> None:
     assert boxes.min() >= 0 and boxes.max() <= side
     spans = (boxes[:, 2:] - boxes[:, :2]).max(1)
     assert spans.min() >= SMALLEST_PX * 0.7 and spans.max() > 2 * spans.min()
-    shares = [overlap_share(a, b) for d in drawings for a in d.boxes_xyxy_px for b in d.boxes_xyxy_px if a is not b]
-    assert 0 < max(shares) < 0.25
+    fractions = [
+        overlap_fraction(a, b) for d in drawings for a in d.boxes_xyxy_px for b in d.boxes_xyxy_px if a is not b
+    ]
+    assert 0 < max(fractions) < 0.25
 
 
 @pytest.mark.parametrize("data", ["shapes:12", "shapes:big", "shapes:²", "shapes:-64", "shapes:4096"])

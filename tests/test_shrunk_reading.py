@@ -10,9 +10,9 @@ from PIL import Image
 
 from detr_fast.boxes import cxcywh_to_xyxy
 from detr_fast.config import UserError
+from detr_fast.data.batch import Sample
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.decode import decode_file
-from detr_fast.data.sample import Sample
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform, Transform
 
 HEIGHT, WIDTH = 1201, 1603
@@ -37,7 +37,7 @@ def dataset_of(folder: Path, suffix: str, transform: Transform, width: int = WID
 
 def distance_px(sample: Sample) -> float:
     """Between the box and the white pixels that it should enclose, in what a model sees."""
-    packed = PackedImages.of_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.mirrored])
+    packed = PackedImages.of_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.hflip])
     pixels = resize_normalize_pad(packed, *sample.size, (0, 0, 0), (1, 1, 1), backend="ref")[0, 0]
     rows, columns = torch.nonzero(pixels > 0.5, as_tuple=True)
     white = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)).float()
@@ -57,7 +57,7 @@ def test_a_jpeg_is_decoded_smaller_and_its_box_stays(size: int, shrunk: int, tmp
 def test_crops_of_it_too(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, ".jpg", TrainTransform((96, 128), 200, (400, 500), (300, 380)))
     samples = [dataset[epoch, 0] for epoch in range(30)]
-    assert {sample.mirrored for sample in samples} == {False, True}
+    assert {sample.hflip for sample in samples} == {False, True}
     assert all(distance_px(sample) <= 1.5 for sample in samples if len(sample.labels))
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
-from detr_fast.data.batching import Batch, collate
-from detr_fast.data.sample import Sample
+from detr_fast.data.batch import Batch, Sample, collate
+from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module
@@ -39,15 +39,15 @@ RAGGED = batch([(64, 64), (48, 56)], [2, 1])
 FULL = batch([(64, 64), (64, 64)], [2, 0])
 
 
-def make_step(config: ModelConfig = TINY, ema: float = 0.0, **runtime_options: Any) -> TrainStep:
+def make_step(config: ModelConfig = TINY, decay: float = 0.0, **runtime_options: Any) -> TrainStep:
     torch.manual_seed(0)
     runtime = choose_runtime(RuntimeOptions(**{"device": "cpu", "precision": "fp32", **runtime_options}))
-    model = runtime.place(DETR(config)).train()
-    averaged = runtime.place(DETR(config)) if ema else None
-    if averaged:
-        averaged.load_state_dict(model.state_dict())
+    model = place(DETR(config), runtime).train()
+    ema = place(DETR(config), runtime) if decay else None
+    if ema:
+        ema.load_state_dict(model.state_dict())
     optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
-    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=ema)
+    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, ema=ema, ema_decay=decay)
 
 
 def gradients(step: TrainStep) -> Tensor:
@@ -69,7 +69,7 @@ class CountHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("data", [RAGGED, FULL], ids=["ragged", "one size"])
 def test_a_step_asks_the_device_for_nothing(data: Batch, scaled: bool) -> None:
     """But for the assignment, which SciPy solves on the host: one copy there, which on a CPU is no read."""
-    step = make_step(ema=0.9)
+    step = make_step(decay=0.9)
     step.scaler = torch.amp.GradScaler("cpu", enabled=scaled)  # as fp16 has it
     step([data])
     with CountHostReads() as count:
@@ -81,7 +81,7 @@ def test_a_host_read_in_the_step_would_be_seen(monkeypatch: pytest.MonkeyPatch) 
     original = criterion_module.match
 
     def reading(*arguments: Any) -> Any:
-        arguments[0].sum().item()
+        arguments[0].logits.sum().item()
         return original(*arguments)
 
     monkeypatch.setattr(criterion_module, "match", reading)
@@ -122,14 +122,14 @@ def test_bf16_autocast_stays_near_fp32_and_keeps_the_losses_in_fp32() -> None:
 
 
 def test_the_average_follows_its_formula() -> None:
-    step = make_step(ema=0.75)
-    assert step.averaged is not None
-    before = step.averaged.query_embed.weight.clone()
+    step = make_step(decay=0.75)
+    assert step.ema is not None
+    before = step.ema.query_embed.weight.clone()
     step([FULL])
     expected = 0.75 * before + 0.25 * step.model.query_embed.weight
-    torch.testing.assert_close(step.averaged.query_embed.weight, expected)
+    torch.testing.assert_close(step.ema.query_embed.weight, expected)
     norm = step.model.backbone.bn1.running_mean  # type: ignore[union-attr]
-    assert torch.equal(step.averaged.backbone.bn1.running_mean, norm)  # type: ignore[union-attr]
+    assert torch.equal(step.ema.backbone.bn1.running_mean, norm)  # type: ignore[union-attr]
 
 
 def test_what_training_does_not_change_is_not_copied() -> None:
@@ -148,9 +148,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_fault_28_a_step_with_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
-    step = make_step(ema=0.5)
+    step = make_step(decay=0.5)
     step([FULL])
-    assert step.averaged is not None
+    assert step.ema is not None
     before = [each.detach().clone() for each in step.model.parameters()]
     moments = [each.clone() for state in step.optimizer.state.values() for each in state.values()]
     hook = step.model.query_embed.weight.register_hook(lambda gradient: gradient * value)
@@ -160,7 +160,7 @@ def test_fault_28_a_step_with_a_gradient_that_is_not_finite_changes_nothing(valu
     assert all(map(torch.equal, step.model.parameters(), before))
     after = [each for state in step.optimizer.state.values() for each in state.values()]
     assert all(map(torch.equal, after, moments))
-    assert all(each.isfinite().all() for each in step.averaged.parameters())
+    assert all(each.isfinite().all() for each in step.ema.parameters())
     assert step([FULL])["skipped"].item() == 0
     assert not all(map(torch.equal, step.model.parameters(), before))
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detr_fast.config import MODELS
 from detr_fast.model.backbone import TimmBackbone
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import frozen
+from detr_fast.model.optimized import optimized
 from detr_fast.runtime import multiplies_bf16
 
 timm = pytest.importorskip("timm", reason="timm is an extra")
@@ -79,7 +79,7 @@ def test_freezing_its_norms_changes_no_feature(name: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     assert not any(isinstance(module, _BatchNorm) for module in model.modules()), "statistics that training would move"
     before = outputs(model, torch.float64)
-    for key, value in outputs(frozen(model, torch.float64), torch.float64).items():
+    for key, value in outputs(optimized(model, torch.float64), torch.float64).items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6)  # outputs are float32
 
 
@@ -90,6 +90,6 @@ def test_a_model_for_inference_is_as_exact_as_eager_code(name: str, dtype: torch
         pytest.skip("this processor has no bf16 products")
     _, model = make_pair(name)
     oracle = outputs(model, torch.float64)
-    eager, found = outputs(model.float(), dtype), outputs(frozen(model, dtype), dtype)
+    eager, found = outputs(model.float(), dtype), outputs(optimized(model, dtype), dtype)
     for key, value in oracle.items():
         assert_close(found[key], value, eager[key], 1e-5 * value.abs().max().item(), key)

@@ -80,7 +80,6 @@ def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
     slow = figures(tampered(tiny, sleep), tmp_path)
     assert slow["step_ms"]["median"] > 300
     assert stage_ms(slow)["pixels"] > 300
-    assert max(slow["stages"], key=lambda row: row["share"])["name"] == "pixels"
 
 
 def test_a_leak_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path) -> None:
@@ -209,7 +208,6 @@ def test_a_gpus_trace_without_events_of_the_gpu_is_no_whole_trace(
         ({"steps": 1}, "2 to 10"),
         ({"warmup": 0}, "at least 1"),
         ({"data": "shapes:64", "mode": "inference"}, "--data"),
-        ({"sizes": "mixed"}, "--sizes mixed"),
     ],
 )
 def test_options_that_cannot_be(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:

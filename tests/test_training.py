@@ -21,11 +21,12 @@ from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
 from detr_fast.train import default_options, last_line, main
 from detr_fast.training.assembly import make_data
-from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
-from detr_fast.training.loop import Progress, TrainingLoop
+from detr_fast.training.loop import TrainingLoop
+from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.run_folder import RunFolder
-from detr_fast.training.step import TrainStep
+from detr_fast.weights.container import read_container
 
 STEPS = 12
 """Two epochs of 48 images in batches of 8."""
@@ -45,7 +46,7 @@ def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def require_bit_equal(one: Path, other: Path) -> None:
-    a, b = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, other))
+    a, b = (read_container(folder / "checkpoints" / "last.pt") for folder in (one, other))
     assert a["progress"]["step"] == b["progress"]["step"]
     first, second = tensors(a), tensors(b)
     assert first.keys() == second.keys() and len(first) > 100
@@ -63,16 +64,16 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
     def plan(step: int, number: int) -> None:
         calls = 0
-        original = TrainStep.__call__
+        original = MicroBatches.__call__
 
-        def call(self: TrainStep, batches: list) -> dict:
+        def call(self: MicroBatches, batches: list) -> dict:
             nonlocal calls
             calls += 1
             if calls == step:
                 os.kill(os.getpid(), number)
             return original(self, batches)
 
-        monkeypatch.setattr(TrainStep, "__call__", call)
+        monkeypatch.setattr(MicroBatches, "__call__", call)
 
     return plan
 
@@ -87,8 +88,8 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
     values = [float(loss) for _, loss in losses(tmp_path)]
     assert sum(values[-6:]) < 0.98 * sum(values[:6])
     assert 0 <= json.loads((tmp_path / "evaluation.json").read_text())["AP50"] <= 1
-    model = load_model(tmp_path / "checkpoints" / "best.pt")
-    assert model.categories is not None and model.categories[0].name == "circle"
+    detector = load_model(tmp_path / "checkpoints" / "best.pt")
+    assert detector.categories is not None and detector.categories[0].name == "circle"
 
 
 @pytest.mark.parametrize(
@@ -108,21 +109,21 @@ def test_an_interrupted_run_continues_bit_equal(
     code: int,
     changes: dict[str, Any],
 ) -> None:
-    """FAULTS rows 4, 6 and 7."""
+    """docs/faults.md, rows 4, 6 and 7."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert main(options(shapes_root, whole, **changes)) == 0
     with monkeypatch.context():
         interrupt_at(4, number)
         assert main(options(shapes_root, parted, **changes)) == code
     monkeypatch.undo()
-    assert load_checkpoint(parted / "checkpoints" / "last.pt")["progress"]["step"] == 4
+    assert read_container(parted / "checkpoints" / "last.pt")["progress"]["step"] == 4
     assert main(options(shapes_root, parted, **{**changes, "resume": "auto", "workers": 0})) == 0
     require_bit_equal(whole, parted)
     assert losses(whole) == losses(parted)
 
 
 def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path) -> None:
-    """FAULTS rows 1 and 4, with real kills: SIGKILL as soon as some checkpoint is there, until the run is done."""
+    """docs/faults.md, rows 1 and 4: SIGKILL as soon as some checkpoint is there, again until the run is done."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(options(shapes_root, whole)) == 0
     command = [sys.executable, "-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny"]
@@ -147,7 +148,7 @@ def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path
 def test_a_finished_run_has_nothing_to_do(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """FAULTS row 10."""
+    """docs/faults.md, row 10."""
     assert main(options(shapes_root, tmp_path, epochs=1)) == 0
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     assert main(options(shapes_root, tmp_path, epochs=1, resume="auto")) == 0
@@ -163,12 +164,12 @@ def test_a_run_without_a_batch_size_is_resumed_with_its_own(
         assert main(options(shapes_root, tmp_path, epochs=epochs, batch_size=0, resume=resume)) == 0
         assert "16 x 1 accumulated x 1 processes = 16 images a step" in capsys.readouterr().out
     assert len(losses(tmp_path)) == 6
-    stored = load_checkpoint(tmp_path / "checkpoints" / "last.pt")["options"]
+    stored = read_container(tmp_path / "checkpoints" / "last.pt")["options"]
     assert (stored["batch_size"], stored["accumulate"], stored["effective_batch"]) == (16, 1, 16)
 
 
 def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path, tmp_path: Path) -> None:
-    """FAULTS row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
+    """docs/faults.md, row 27: the matcher gets a finite substitute, the run does not go on learning from it."""
     with pytest.raises(UserError, match=r"step \d+.*--lr"):
         main(options(shapes_root, tmp_path, lr=1e30, lr_backbone=1e30, warmup_steps=0))
 
@@ -176,7 +177,7 @@ def test_weights_that_are_not_finite_stop_the_run_with_advice(shapes_root: Path,
 def test_outputs_that_keep_being_non_finite_stop_the_run(
     shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAULTS row 27: a finite loss with replaced costs may pass, but not for ever."""
+    """docs/faults.md, row 27: a finite loss with replaced costs may pass, but not for ever."""
     monkeypatch.setattr("detr_fast.training.loop.MOST_NONFINITE_READINGS", 3)
     original = SetCriterion.forward
 
@@ -221,7 +222,7 @@ def test_resuming_in_another_memory_order_continues_the_same_run(shapes_root: Pa
         assert main(options(shapes_root, folder, epochs=1, precision="fp32", schedule="step", lr=1e-4)) == 0
         more = {"epochs": 2, "precision": "fp32", "schedule": "step", "lr": 1e-4, "resume": "auto"}
         assert main(options(shapes_root, folder, channels_last=channels_last, **more)) == 0
-        ends[channels_last] = load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
+        ends[channels_last] = read_container(folder / "checkpoints" / "last.pt")["model"]
     for name, value in ends[True].items():
         assert torch.allclose(value.float(), ends[False][name].float(), atol=2e-3), name
 
@@ -253,7 +254,7 @@ def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
 
 def test_a_frozen_backbone_is_not_trained(shapes_root: Path, tmp_path: Path) -> None:
     assert main(options(shapes_root, tmp_path, epochs=1, lr_backbone=0.0)) == 0
-    assert len(load_checkpoint(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
+    assert len(read_container(tmp_path / "checkpoints" / "last.pt")["optimizer"]["param_groups"]) == 1
 
 
 def test_two_processes_leave_one_run_that_one_continues(
@@ -304,13 +305,14 @@ def evaluated(step: int, ap: float) -> Any:
     ],
 )
 def test_the_best_weights_are_the_latest_where_nothing_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aps: list[float], best: int
+    tmp_path: Path, aps: list[float], best: int
 ) -> None:
     saved, progress = [], Progress()
-    monkeypatch.setattr("detr_fast.training.loop.save_checkpoint", lambda path, state: saved.append(progress.step))
+    facts = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
-    loop.progress, loop.metadata, loop.batches_per_epoch, loop._began = progress, {}, 1, 0.0
+    loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0
+    loop.step.world.size = 1
     loop.options = replace(TrainConfig(), accumulate=1)
     for progress.step, ap in enumerate(aps, 1):
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)

@@ -14,14 +14,14 @@ from detr_fast.data.draws import Draws
 from detr_fast.data.transforms import (
     CROP,
     CROP_SIZE,
-    MIRROR,
+    HFLIP,
     SIZE,
     EvaluationTransform,
-    Plan,
+    SampledAugmentation,
     TrainTransform,
     Transform,
     boxes_within,
-    random_regions,
+    random_crops,
     resized_sizes,
 )
 
@@ -44,7 +44,7 @@ def resized(image_size: tuple[int, int], size: int, max_size: int) -> tuple[int,
     return height, width
 
 
-def plans_of(transform: Transform, image_size: tuple[int, int], count: int) -> list[Plan]:
+def augmentations_of(transform: Transform, image_size: tuple[int, int], count: int) -> list[SampledAugmentation]:
     """Of as many images of one size."""
     return list(transform(np.array([image_size] * count), Draws(7, 0, range(count))))
 
@@ -57,22 +57,24 @@ def image_with_box(height: int, width: int, box: tuple[int, int, int, int]) -> T
     return image
 
 
-def seen(image: Tensor, plan: Plan, shrunk: int = 1) -> Tensor:
-    """What `plan` makes of `image` (3, h, w), which is `shrunk` already: levels (3, h', w')."""
-    top, left, bottom, right = plan.on_grid(shrunk)
+def seen(image: Tensor, augmentation: SampledAugmentation, shrunk: int = 1) -> Tensor:
+    """What `augmentation` makes of `image` (3, h, w), which is `shrunk` already: levels (3, h', w')."""
+    top, left, bottom, right = augmentation.on_grid(shrunk)
     region = image[:, top:bottom, left:right].permute(1, 2, 0)
-    packed = PackedImages.of_list([region], [plan.size], [plan.mirrored])
-    return resize_normalize_pad(packed, *plan.size, (0, 0, 0), (1 / 255,) * 3, backend="ref")[0].round()
+    packed = PackedImages.of_list([region], [augmentation.size], [augmentation.hflip])
+    return resize_normalize_pad(packed, *augmentation.size, (0, 0, 0), (1 / 255,) * 3, backend="ref")[0].round()
 
 
-def boxes_px(plan: Plan, *boxes: tuple[float, float, float, float], shrunk: int = 1) -> tuple[Tensor, list[int]]:
-    """The boxes xyxy in pixels of what `plan` makes of their image, and which of them are left."""
-    height, width = plan.size
+def boxes_px(
+    augmentation: SampledAugmentation, *boxes: tuple[float, float, float, float], shrunk: int = 1
+) -> tuple[Tensor, list[int]]:
+    """The boxes xyxy in pixels of what `augmentation` makes of their image, and which of them are left."""
+    height, width = augmentation.size
     kept, labels = boxes_within(
         torch.tensor(boxes, dtype=torch.float32) / shrunk,
         torch.arange(len(boxes)),
-        plan.on_grid(shrunk),
-        plan.mirrored,
+        augmentation.on_grid(shrunk),
+        augmentation.hflip,
     )
     return cxcywh_to_xyxy(kept) * torch.tensor([width, height, width, height]), labels.tolist()
 
@@ -112,19 +114,21 @@ def test_known_sizes(width: int, height: int, size: int, expected: tuple[int, in
 def test_fault_18_extreme_aspects_never_give_zero_size(size: tuple[int, int]) -> None:
     image = torch.full((3, *size), 9, dtype=torch.uint8)
     train = TrainTransform((48, 80), 133, (40, 60), (38, 60))
-    plans = plans_of(train, size, 12) + plans_of(EvaluationTransform(80, 133), size, 1)
-    for plan in plans:
-        assert min(plan.size) >= 1
+    augmentations = augmentations_of(train, size, 12) + augmentations_of(EvaluationTransform(80, 133), size, 1)
+    for augmentation in augmentations:
+        assert min(augmentation.size) >= 1
         assert (
-            max(plan.size) * (1 - 0.5 / min(plan.size)) <= 133
+            max(augmentation.size) * (1 - 0.5 / min(augmentation.size)) <= 133
         )  # the shorter side is rounded, by half a pixel at most
-        assert seen(image, plan).mean() == 9
+        assert seen(image, augmentation).mean() == 9
 
 
 def test_resize_is_pillows_within_a_level() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
     for size in ((75, 100), (200, 266), (33, 160)):
-        ours = seen(torch.from_numpy(pixels).permute(2, 0, 1), Plan((0, 0, 120, 160), size)).permute(1, 2, 0)
+        ours = seen(torch.from_numpy(pixels).permute(2, 0, 1), SampledAugmentation((0, 0, 120, 160), size)).permute(
+            1, 2, 0
+        )
         pillows = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
         difference = np.abs(ours.numpy().astype(int) - pillows)
         assert difference.mean() < 0.5 and difference.max() <= 2
@@ -132,30 +136,34 @@ def test_resize_is_pillows_within_a_level() -> None:
 
 def test_boxes_follow_the_pixels() -> None:
     image, box = image_with_box(60, 80, (8, 12, 40, 30)), (8, 12, 40, 30)
-    for plan, expected in (
-        (Plan((0, 0, 60, 80), (60, 80), mirrored=True), [40, 12, 72, 30]),
-        (Plan((0, 0, 60, 80), (120, 240)), [24, 24, 120, 60]),
-        (Plan((20, 10, 55, 30), (35, 20)), [0, 0, 20, 10]),
-        (Plan((20, 10, 55, 30), (70, 60), mirrored=True), [0, 0, 60, 20]),
-        (Plan((0, 20, 60, 80), (60, 60), mirrored=True), [40, 12, 60, 30]),
+    for augmentation, expected in (
+        (SampledAugmentation((0, 0, 60, 80), (60, 80), hflip=True), [40, 12, 72, 30]),
+        (SampledAugmentation((0, 0, 60, 80), (120, 240)), [24, 24, 120, 60]),
+        (SampledAugmentation((20, 10, 55, 30), (35, 20)), [0, 0, 20, 10]),
+        (SampledAugmentation((20, 10, 55, 30), (70, 60), hflip=True), [0, 0, 60, 20]),
+        (SampledAugmentation((0, 20, 60, 80), (60, 60), hflip=True), [40, 12, 60, 30]),
     ):
-        boxes, _ = boxes_px(plan, box)
-        assert white_box(seen(image, plan)) == boxes[0].round(decimals=4).tolist() == expected
+        boxes, _ = boxes_px(augmentation, box)
+        assert white_box(seen(image, augmentation)) == boxes[0].round(decimals=4).tolist() == expected
 
 
 def test_boxes_that_a_crop_leaves_empty_go_with_their_labels() -> None:
     boxes, labels = boxes_px(
-        Plan((10, 10, 40, 40), (30, 30)), (0, 0, 10, 10), (5, 5, 30, 30), (10, 0, 20, 10), (40, 40, 50, 50)
+        SampledAugmentation((10, 10, 40, 40), (30, 30)),
+        (0, 0, 10, 10),
+        (5, 5, 30, 30),
+        (10, 0, 20, 10),
+        (40, 40, 50, 50),
     )
-    assert labels == [1]  # the first and third only touch the region, the last lies outside
+    assert labels == [1]  # the first and third only touch the crop box, the last lies outside
     torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 20, 20]]))
 
 
 def test_the_whole_augmentation_keeps_boxes_on_their_pixels() -> None:
     image, box = image_with_box(480, 640, (200, 130, 420, 350)), (200, 130, 420, 350)
-    for plan in plans_of(DETR_TRAIN, (480, 640), 12):
-        found, told = white_box(seen(image, plan)), boxes_px(plan, box)[0][0].tolist()
-        assert max(abs(a - b) for a, b in zip(found, told, strict=True)) <= 1.5, plan
+    for augmentation in augmentations_of(DETR_TRAIN, (480, 640), 12):
+        found, told = white_box(seen(image, augmentation)), boxes_px(augmentation, box)[0][0].tolist()
+        assert max(abs(a - b) for a, b in zip(found, told, strict=True)) <= 1.5, augmentation
 
 
 def two_steps(image: Tensor, boxes: list[float], draws: Draws) -> tuple[Tensor, np.ndarray]:
@@ -167,13 +175,13 @@ def two_steps(image: Tensor, boxes: list[float], draws: Draws) -> tuple[Tensor, 
         box = box * np.array([size[1] / picture.width, size[0] / picture.height] * 2)
         picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
 
-    if draws.fraction(MIRROR) < 0.5:
+    if draws.fraction(HFLIP) < 0.5:
         box = np.array([picture.width - box[2], box[1], picture.width - box[0], box[3]])
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if draws.fraction(CROP) < 0.5:
         shorter = draws.choice(CROP_SIZE, DETR_TRAIN.crop_sizes).item()
         resize(resized((picture.height, picture.width), shorter, 16384))
-        corner, size = random_regions(np.array([[picture.height, picture.width]]), DETR_TRAIN.crop_range, draws)
+        corner, size = random_crops(np.array([[picture.height, picture.width]]), DETR_TRAIN.crop_range, draws)
         top, left, height, width = corner[0].tolist() + size[0].tolist()
         box = np.clip(box - np.array([left, top] * 2), 0, [width, height] * 2)
         picture = picture.crop((left, top, left + width, top + height))
@@ -186,22 +194,22 @@ def test_one_resize_shows_what_detrs_two_show() -> None:
     ramp = torch.linspace(0, 255, 640).expand(480, 640)
     image = torch.stack((ramp, torch.linspace(0, 255, 480)[:, None].expand(480, 640), ramp.flip(1))).to(torch.uint8)
     box = [120.0, 90, 600, 400]
-    for number, plan in enumerate(plans_of(DETR_TRAIN, (480, 640), 16)):
+    for number, augmentation in enumerate(augmentations_of(DETR_TRAIN, (480, 640), 16)):
         theirs, their_box = two_steps(image, box, Draws(7, 0, [number]))
-        assert plan.size == theirs.shape[1:]
-        assert (seen(image, plan) - theirs).abs().mean() < 1
-        np.testing.assert_allclose(boxes_px(plan, tuple(box))[0][0].numpy(), their_box, atol=1.5)
+        assert augmentation.size == theirs.shape[1:]
+        assert (seen(image, augmentation) - theirs).abs().mean() < 1
+        np.testing.assert_allclose(boxes_px(augmentation, tuple(box))[0][0].numpy(), their_box, atol=1.5)
 
 
 def test_a_jpeg_is_shrunk_where_twice_the_pixels_are_left() -> None:
     whole = (0, 0, 3000, 4000)
     sizes = {(3000, 4000): 1, (1501, 2001): 1, (750, 1000): 2, (749, 1000): 2, (375, 500): 4, (180, 240): 8, (9, 12): 8}
-    assert {size: Plan(whole, size).shrinkage() for size in sizes} == sizes
-    assert Plan((0, 0, 600, 800), (800, 1066)).shrinkage() == 1
-    assert Plan((1000, 1000, 1800, 2000), (400, 500)).shrinkage() == 1  # what counts is the region
-    plan = Plan((200, 400, 1400, 2000), (300, 400))
-    boxes, _ = boxes_px(plan, (400, 200, 1200, 800), shrunk=plan.shrinkage())
-    assert plan.on_grid(2) == (100, 200, 700, 1000) and boxes[0].tolist() == [0, 0, 200, 150]
+    assert {size: SampledAugmentation(whole, size).shrinkage() for size in sizes} == sizes
+    assert SampledAugmentation((0, 0, 600, 800), (800, 1066)).shrinkage() == 1
+    assert SampledAugmentation((1000, 1000, 1800, 2000), (400, 500)).shrinkage() == 1  # what counts is the crop box
+    augmentation = SampledAugmentation((200, 400, 1400, 2000), (300, 400))
+    boxes, _ = boxes_px(augmentation, (400, 200, 1200, 800), shrunk=augmentation.shrinkage())
+    assert augmentation.on_grid(2) == (100, 200, 700, 1000) and boxes[0].tolist() == [0, 0, 200, 150]
 
 
 @pytest.mark.parametrize("transform", [DETR_TRAIN, EvaluationTransform(800, 1333)])
@@ -214,24 +222,24 @@ def test_an_images_plan_does_not_depend_on_those_made_with_it(transform: Transfo
 
 def test_augmentation_draws_flips_crops_and_all_sizes() -> None:
     small = TrainTransform((48, 51, 54), 133, (40, 50, 60), (38, 60))
-    results = plans_of(small, (48, 64), 300)
+    results = augmentations_of(small, (48, 64), 300)
     assert {min(result.size) for result in results} == {48, 51, 54}
     aspects = [result.size[1] / result.size[0] for result in results]
     uncropped = np.mean([abs(aspect - 4 / 3) < 0.03 for aspect in aspects])
     assert 0.4 < uncropped < 0.65
     whole = [result for result, aspect in zip(results, aspects, strict=True) if abs(aspect - 4 / 3) < 0.03]
-    flipped = np.mean([result.mirrored for result in whole])
+    flipped = np.mean([result.hflip for result in whole])
     assert 0.4 < flipped < 0.6
 
 
 def test_no_crop_sizes_no_crops() -> None:
     transform = TrainTransform((96,), 133, (), (38, 60))
-    for plan in plans_of(transform, (48, 64), 20):
-        assert plan.size == (96, 128) and plan.region == (0, 0, 48, 64)
+    for augmentation in augmentations_of(transform, (48, 64), 20):
+        assert augmentation.size == (96, 128) and augmentation.crop_box == (0, 0, 48, 64)
 
 
-def test_regions_span_the_range_and_stay_inside() -> None:
-    corner, size = random_regions(np.array([(500, 30)] * 3000), (384, 600), Draws(0, 0, range(3000)))
+def test_crops_span_the_range_and_stay_inside() -> None:
+    corner, size = random_crops(np.array([(500, 30)] * 3000), (384, 600), Draws(0, 0, range(3000)))
     (top, left), (height, width) = corner.T, size.T
     assert (height.min(), height.max()) == (384, 500)
     assert set(width) == {30} and set(left) == {0}  # narrower than the range: the whole width
@@ -239,6 +247,6 @@ def test_regions_span_the_range_and_stay_inside() -> None:
 
 
 def test_no_targets_pass_through_everything() -> None:
-    for plan in plans_of(TrainTransform((48,), 133, (40,), (20, 30)), (50, 70), 8):
-        boxes, labels = boxes_within(*NO_BOXES, plan.on_grid(1), plan.mirrored)
+    for augmentation in augmentations_of(TrainTransform((48,), 133, (40,), (20, 30)), (50, 70), 8):
+        boxes, labels = boxes_within(*NO_BOXES, augmentation.on_grid(1), augmentation.hflip)
         assert boxes.shape == (0, 4) and labels.dtype == torch.int64

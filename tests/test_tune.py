@@ -22,7 +22,7 @@ from detr_fast.data.shapes import write_split
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size
-from detr_fast.tuning import Case, Choices, Tuning, find
+from detr_fast.tuning import Case, Tuning, checked_choices, find
 
 OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)
 KINDS = {2: "slow", 3: "wrong", 4: "crashing", 5: "raising", 6: "hanging", 7: "same", 8: "fast"}
@@ -70,7 +70,7 @@ def test_planted_candidates_are_refused_with_their_reason(oracle: Path) -> None:
     assert len(said) == len(KINDS) and all(trial.text() in line for trial, line in zip(tuner.trials, said, strict=True))
     first, found = turns.joined()
     assert found.median_ms < 0.75 * first.median_ms
-    assert tuner.choices(turns) == Choices(threads=8)
+    assert tuner.choices(turns) == {"threads": 8}
     assert tuner.best.process is None
 
 
@@ -118,14 +118,16 @@ def test_who_has_won(best: list[list[float]], candidate: list[list[float]], reas
 def test_only_what_is_left_open_is_tried() -> None:
     assert not switches(replace(OPTIONS, kernels="triton", precision="fp32", compile=True, channels_last=True))
     open_ = {switch.name for switch in switches(replace(OPTIONS, threads=None))}
-    assert {"precision", "frozen", "compile", "channels_last"} <= open_
+    assert {"precision", "optimize", "compile", "channels_last"} <= open_
     assert "threads" not in {switch.name for switch in switches(OPTIONS)}
     assert "precision" not in {switch.name for switch in switches(replace(OPTIONS, precision="fp32"))}
-    assert {"convolution", "folded"} <= {s.name for s in switches(TuneOptions(device="cpu", mode="training"))}
+    assert {"convolution", "frozen_batch_norm", "dropout"} <= {
+        s.name for s in switches(TuneOptions(device="cpu", mode="training"))
+    }
     for switch in switches(TuneOptions(device="cpu")):
         for value in switch.values:
             changed = with_value(first_guess(OPTIONS), switch.name, value)
-            assert value_of(changed, switch.name) == value and Choices.from_dict({switch.name: value})
+            assert value_of(changed, switch.name) == value and checked_choices({switch.name: value})
 
 
 def test_the_command_writes_what_auto_reads(
@@ -150,7 +152,7 @@ def test_what_is_compiled_or_not_optimised_is_not_captured(monkeypatch: pytest.M
     monkeypatch.setattr(TuneOptions, "resolved", lambda self: WorkloadOptions(mode=self.mode, **on_gpu))
     inference, training = (first_guess(TuneOptions(mode=mode)) for mode in ("inference", "training"))  # type: ignore[arg-type]
     assert inference.options.capture and not training.options.capture
-    for switch, value in (("compile", True), ("frozen", False)):
+    for switch, value in (("compile", True), ("optimize", False)):
         assert not with_value(inference, switch, value).options.capture
     assert with_value(with_value(training, "capture", True), "compile", True).options.capture
 
@@ -174,7 +176,7 @@ def test_a_best_that_dies_beside_a_candidate_begins_again(oracle: Path) -> None:
     turns = tuner.search([Switch("threads", (7, 8))])
     assert [trial.verdict for trial in tuner.trials] == ["failed", "won"]
     assert "does not run beside it: crashed: SIGKILL" in tuner.trials[0].reason
-    assert tuner.choices(turns) == Choices(threads=8)
+    assert tuner.choices(turns) == {"threads": 8}
 
 
 def test_a_batch_that_does_not_fit_is_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,17 +12,20 @@ import tyro
 from detr_profiling.tune import TuneOptions
 from rich.console import Console
 
-from detr_fast import machine, tuning
+from detr_fast import load_model, machine, tuning
 from detr_fast.command import spelled_out
 from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
 from detr_fast.data.coco import build_dataset
-from detr_fast.data.shapes import cache_folder, write_split
+from detr_fast.data.shapes import write_split
+from detr_fast.detector import Detector, place
 from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
+from detr_fast.model.optimized import OptimizedDETR
+from detr_fast.paths import cache_folder
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import first_minute
 from detr_fast.training.distributed import World
-from detr_fast.tuning import Case, Choices, Trial, Tuning, entry_path, find, keep
+from detr_fast.tuning import Case, Trial, Tuning, entry_path, find, keep
 
 CPU = torch.device("cpu")
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1)
@@ -45,7 +49,7 @@ TRIALS = (
 
 def make(case: Case = CASE, **choices: Any) -> Tuning:
     times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "spread_ms": 0.5, "date": "2026-11-28"}
-    return Tuning.of(CPU, case, Choices(**choices), TRIALS, **times)
+    return Tuning.of(CPU, case, choices, TRIALS, **times)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_entry_comes_back_as_it_was_kept() -> None:
     assert find(CPU, CASE) is None
-    entry = make(precision="fp32", folded=False)
+    entry = make(precision="fp32", layer_norm="triton")
     path = keep(CPU, entry)
     assert path == entry_path(CPU, CASE)
     assert find(CPU, CASE) == entry
@@ -154,18 +158,25 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch)
         keep(CPU, make())
 
 
-CHOSEN = {"precision": "fp32", "channels_last": False, "capture": True, "folded": False, "convolution": "ref"}
+CHOSEN = {
+    "precision": "fp32",
+    "channels_last": False,
+    "capture": True,
+    "frozen_batch_norm": "ref",
+    "convolution": "ref",
+}
 
 
 def test_auto_takes_what_was_measured_and_says_so() -> None:
     entry = make(**CHOSEN)
     runtime = choose_runtime(TrainConfig(device="cpu"), entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.float32, False, True)
-    model = runtime.place(DETR(CONFIG))
-    assert (model.implementation.folded, model.implementation.convolution) == (False, "ref")
+    model = place(DETR(CONFIG), runtime)
+    names = ("frozen_batch_norm", "convolution")
+    assert [model.selection.backend(name, training=True) for name in names] == ["ref", "ref"]
     assert runtime.reasons["precision"] == "fp32 (measured here: won, 8 against 10 ms)"
     assert "8 ms a step against 10" in runtime.reasons["measured"] and "best of 3" in runtime.reasons["measured"]
-    assert runtime.reasons["folded"].startswith("no (measured here")
+    assert runtime.reasons["frozen batch norm"].startswith("ref (measured here")
 
 
 def test_what_is_asked_for_by_name_runs() -> None:
@@ -173,7 +184,7 @@ def test_what_is_asked_for_by_name_runs() -> None:
     options = TrainConfig(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
     runtime = choose_runtime(options, entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.bfloat16, True, False)
-    assert runtime.place(DETR(CONFIG)).implementation.attention == "ref"
+    assert place(DETR(CONFIG), runtime).selection.backend("attention", training=True) == "ref"
 
 
 @pytest.mark.parametrize("options", [{"kernels": "ref"}, {"tune": False}])
@@ -185,24 +196,32 @@ def test_nothing_measured_is_used_where_it_is_not_wanted(options: dict[str, Any]
 
 def test_what_cannot_run_any_more_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detr_fast.runtime.missing_for_compile", lambda: "there is no compiler g++")
-    monkeypatch.setattr("detr_fast.runtime.why_not_triton", lambda device: "Triton needs a C compiler")
-    entry = make(attention="xformers", layer_norm="triton", compile=True, folded=False)
+    monkeypatch.setattr("detr_kernels.launch.why_not_triton", lambda device: "Triton needs a C compiler")
+    entry = make(attention="xformers", layer_norm="triton", compile=True, frozen_batch_norm="ref")
     with pytest.warns(UserWarning, match="measured to be fastest, but") as warned:
         runtime = choose_runtime(TrainConfig(device="cpu"), entry)
     assert {str(warning.message).split(" was ")[0] for warning in warned} == {
         *("attention xformers", "layer norm triton", "compile True")
     }
-    assert not runtime.compile and set(runtime.measured) == {"folded"}
-    runtime.place(DETR(CONFIG))
+    assert not runtime.compile and set(runtime.measured) == {"frozen_batch_norm"}
+    place(DETR(CONFIG), runtime)
 
 
 def test_inference_reads_its_own_entry() -> None:
-    model = DETR(CONFIG)
-    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", frozen=False))
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", optimize=False))
     options = RuntimeOptions(device="cpu")
-    assert runtime_for_inference(options, model, 1).dtype == torch.float32
-    assert not runtime_for_inference(options, model, 1).place_for_inference(model).frozen
-    assert "measured" not in runtime_for_inference(options, model, 2).reasons
+    runtime = runtime_for_inference(options, CONFIG, 1)
+    assert runtime.dtype == torch.float32
+    assert not isinstance(Detector(DETR(CONFIG)).optimize(runtime).network, OptimizedDETR)
+    assert "measured" not in runtime_for_inference(options, CONFIG, 2).reasons
+
+
+def test_a_model_loaded_to_be_fast_reads_it_as_the_commands_do(tmp_path: Path) -> None:
+    keep(CPU, make(Case.of_inference(CONFIG, 1, OPTIONS), precision="fp32", channels_last=False))
+    torch.save({"model": DETR(CONFIG).state_dict(), "model_config": CONFIG.to_dict()}, tmp_path / "model.pt")
+    runtime = load_model(tmp_path / "model.pt", optimize=True).runtime
+    assert (runtime.dtype, runtime.channels_last) == (torch.float32, False) and "measured" in runtime.reasons
+    assert "measured" not in load_model(tmp_path / "model.pt").runtime.reasons
 
 
 def test_switches_that_are_left_open_keep_their_flags() -> None:
@@ -259,7 +278,7 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
         return first_minute.tuning_of(state, options, None, CONFIG, CPU, World(), Console())  # type: ignore[arg-type]
 
     stored = began_with and json.loads(json.dumps(began_with.to_dict()))
-    state = {"tuning": stored, "options": TrainConfig().to_dict()}
+    state = SimpleNamespace(tuning=stored, options=TrainConfig())
     assert look(state) == began_with
     assert look(None) == look(state, tune=False) == look(state, kernels="ref") == "anew"
     if began_with:

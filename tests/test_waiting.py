@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from detr_kernels import PackedImages
-from detr_kernels.dispatch import launches_to
-from detr_kernels.pixels import Place
+from detr_kernels import PackedImages, Selection
+from detr_kernels.launch import launches_to
+from detr_kernels.preprocessing.resize import Place
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from detr_fast.config import MODELS, Attention, Kernels
-from detr_fast.data.batching import Batch
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime, select_implementation
+from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
@@ -123,10 +123,10 @@ def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attent
     runtime = Runtime(device, torch.float32, True, False, kernels, attention, {})
     with device:  # made there: a module of fake tensors cannot be moved
         model = DETR(CONFIG).train()
-        averaged = DETR(CONFIG).requires_grad_(False)
-    select_implementation(model, kernels, attention)
+        ema = DETR(CONFIG).requires_grad_(False)
+    select_backends(model, kernels, attention)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
+    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
 
 
 OURS = {
@@ -169,7 +169,7 @@ def check_that_a_whole_step_waits_for_nothing(
 
 def check_that_scipys_assignment_is_seen_to_wait(device: torch.device, reads: RefuseHostReads) -> None:
     step = make_step(device)
-    step.criterion.use(replace(step.model.implementation, assignment="scipy"))
+    step.criterion.use(Selection.named(assignment="scipy"))
     with pytest.raises(HostReadError):
         step([make_batch(device, True)])
     assert reads.operators == {"assignment_scipy"}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from detr_fast import DETR, build_model, export_state_dict, load_model, load_state_dict
+from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.weights import Naming, load_backbone_weights, load_for_fine_tuning
@@ -30,18 +30,20 @@ from tests.small_detr import OPTIMIZER, SMALL, Weights
 PETS = (Category(0, "dog"), Category(1, "parrot"), Category(2, "cat"))
 
 
+OWN = (Category(1, "dog"), Category(2, "spoon"))
+
+
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def assert_same_weights(model: DETR, other: DETR) -> None:
-    expected, found = model.state_dict(), other.state_dict()
+def assert_same_weights(model: DETR | Detector, other: DETR | Detector) -> None:
+    networks = (each.network if isinstance(each, Detector) else each for each in (model, other))
+    expected, found = (network.state_dict() for network in networks)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def own_model(**changes: Any) -> DETR:
-    own = build_model("detr_r50", num_classes=2, **SMALL | changes)
-    own.categories = (Category(1, "dog"), Category(2, "spoon"))
-    return own
+    return build_model("detr_r50", num_classes=2, **SMALL | changes)
 
 
 def before(prefix: str, weights: Weights) -> Weights:
@@ -158,7 +160,7 @@ def test_a_header_as_long_as_any_text_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_loaded(dtype: torch.dtype, weights: Weights, tmp_path: Path) -> None:
     torch.save({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "half.pth")
-    loaded = load_model(tmp_path / "half.pth").input_proj.weight
+    loaded = load_model(tmp_path / "half.pth").network.input_proj.weight
     assert loaded.dtype == torch.float32 and torch.equal(loaded, weights["input_proj.weight"].to(dtype).float())
 
 
@@ -288,7 +290,7 @@ def test_training_begins_without_a_head_and_says_so(lost: str, weights: Weights,
     torch.save({"model": change(weights), "model_config": None, "categories": list(map(vars, PETS))}, path)
     own = own_model()
     fresh = {key: value.clone() for key, value in own.state_dict().items()}
-    kept = load_for_fine_tuning(own, path)
+    kept = load_for_fine_tuning(own, path, OWN)
     assert said in kept.lines("headless.pth", 2)[0]
     for key, value in own.state_dict().items():
         head = key.partition(".")[0]

@@ -5,6 +5,7 @@ import enum
 import gzip
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from detr_fast import DETR, build_model, load_model, load_state_dict
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
-from detr_fast.weights import load_for_fine_tuning
+from detr_fast.weights import load_for_fine_tuning, read_state_dict
+from detr_fast.weights.container import write_container
 from detr_fast.weights.pickles import read_pickle
 from tests.small_detr import OPTIMIZER, SMALL
 
@@ -111,8 +113,8 @@ def test_a_class_head_whose_parts_differ_is_learned_anew(
     changed = weights | {"class_embed.bias": bias}
     torch.save({"model": changed, "model_config": model.config.to_dict(), "categories": PETS}, tmp_path / "cut.pth")
     own = build_model("detr_r50", num_classes=2, **SMALL)
-    own.categories = (Category(1, "cat"), Category(2, "spoon"))
-    assert load_for_fine_tuning(own, tmp_path / "cut.pth").new == ["class_embed"]
+    categories = (Category(1, "cat"), Category(2, "spoon"))
+    assert load_for_fine_tuning(own, tmp_path / "cut.pth", categories).new == ["class_embed"]
 
 
 def test_no_categories_are_none_at_all(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_numbers_of_another_kind_are_no_weights(
 def test_repeated_numbers_are_read_as_far_as_a_model_has_them(weights: dict[str, Tensor], tmp_path: Path) -> None:
     name, path = "transformer.decoder.norm.weight", tmp_path / "expanded.pth"
     torch.save(weights | {name: torch.full((1,), 0.5).expand(32)}, path)
-    assert torch.equal(load_model(path).transformer.decoder.norm.weight, torch.full((32,), 0.5))
+    assert torch.equal(load_model(path).network.transformer.decoder.norm.weight, torch.full((32,), 0.5))
     torch.save(weights | {name: torch.zeros(1).expand(10**12)}, path)
     refused(path, "is damaged: transformer.decoder.norm.weight has fewer numbers")
 
@@ -236,3 +238,88 @@ def test_what_is_no_weights_is_said_in_one_sentence(kind: str, ending: str, tmp_
         message = str(refused.value)
         assert message.startswith(str(path)) and message.endswith(".")
         assert "\n" not in message and "\x1b" not in message and len(message) < 500
+
+
+class CreatesFile:
+    """Unpickled without restraint, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["torch", "older torch", "pickle", "checkpoint"])
+def test_hostile_pickle_is_refused_and_not_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path, created = tmp_path / "hostile.pth", tmp_path / "created"
+    content = {"model": {"weight": torch.zeros(2)}, "args": CreatesFile(created)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    elif form == "checkpoint":
+        write_container(path, content)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    with pytest.raises(UserError, match=r"hostile\.pth cannot be read safely"):
+        read_state_dict(path)
+    assert not created.exists()
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    assert created.exists()  # so it was hostile
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.pth", b""),
+        ("html.pth", b"<html>404 Not Found</html>"),
+        ("cut.pth", b"PK\x03\x04 and no more"),
+        ("list.pth", pickle.dumps([1, 2], protocol=2)),
+        ("zeros.pt", bytes(500)),
+        ("empty.safetensors", b""),
+        ("long.safetensors", b"\xff" * 100),
+        ("notes.txt", b"weights?"),
+    ],
+)
+def test_unreadable_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, {"model": {"a": 1}}, {"model": [1]}, torch.zeros(2)])
+def test_no_state_dict(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth"):
+        read_state_dict(tmp_path / "other.pth")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_model(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_something_else_is_no_detr(tmp_path: Path) -> None:
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "classifier.pth")
+    with pytest.raises(UserError, match=r"classifier\.pth does not look like a DETR"):
+        load_model(tmp_path / "classifier.pth")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_dim": 2**20}, "contradicts itself"),  # found before anything of that size is allocated
+        ({"backbone": "resnet0"}, "no model that can be built"),
+        ({"num_heads": "many"}, "no model that can be built"),
+        ({"hidden_dimension": 256}, "hidden_dim"),
+        (7, "no model that can be built"),
+    ],
+)
+def test_hostile_model_config(config: Any, message: str, model: DETR, tmp_path: Path) -> None:
+    path = tmp_path / "strange.pth"
+    stated = {**model.config.to_dict(), **config} if isinstance(config, dict) else config
+    torch.save({"model": model.state_dict(), "model_config": stated}, path)
+    with pytest.raises(UserError, match=rf"strange\.pth.*{message}"):
+        load_model(path)

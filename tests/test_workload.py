@@ -1,19 +1,18 @@
 """What is measured is the same for all: weights, batch, and what is computed from them."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from detr_kernels import resize_normalize_pad
+from detr_profiling.baselines.build import BASELINES, build_baseline
+from detr_profiling.baselines.plain_loop import plain_feed
 from detr_profiling.comparison.closeness import assert_close, relative_floor
 from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.peers.build import PEERS, build_peer
-from detr_profiling.peers.plain_loop import plain_feed
 from detr_profiling.workload import (
     MOST_OBSERVED,
     WorkloadOptions,
@@ -26,11 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from detr_fast.config import UserError
-from detr_fast.data.batching import model_input
-from detr_fast.evaluation.inference import replayed
-from detr_fast.model.detr import DETR
-from detr_fast.recording import Recordings
-from detr_fast.training.step import TrainStep
+from detr_fast.detector import Detector
+from detr_fast.preprocessing import Preprocessing
 from tests.planted_clock import PlantedClock
 from tests.stand_in import StandIn
 
@@ -44,8 +40,8 @@ def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None
         workload.observe()  # type: ignore[misc]
         for workload in (
             build_workload(options),
-            build_peer("reference", options, torch.float64),
-            build_peer("reference", options),
+            build_baseline("reference", options, torch.float64),
+            build_baseline("reference", options),
         )
     )
     assert found.keys() == exact.keys()
@@ -69,19 +65,19 @@ def test_a_run_trains_and_an_observation_does_not() -> None:
     assert workload.model.training
 
 
-@pytest.mark.parametrize("name", [peer for peer in PEERS if peer != "hf-compiled"])
-def test_peers_train_and_infer(name: str) -> None:
+@pytest.mark.parametrize("name", [baseline for baseline in BASELINES if baseline != "hf-compiled"])
+def test_baselines_train_and_infer(name: str) -> None:
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-    trained = build_peer(name, OPTIONS)
+    trained = build_baseline(name, OPTIONS)
     before = [parameter.detach().clone() for parameter in trained.model.parameters() if parameter.requires_grad]
     assert trained.run().isfinite()
     after = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    inferred = build_peer(name, INFERENCE)
+    inferred = build_baseline(name, INFERENCE)
     inferred.run()
     if name.startswith("hf"):
-        found, exact = inferred.observe(), build_peer("reference", INFERENCE).observe()  # type: ignore[misc]
+        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()  # type: ignore[misc]
         assert (found["logits"] - exact["logits"]).abs().max() < 1e-4
 
 
@@ -108,7 +104,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
         options = replace(options, model="detr_r50")
-    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     seen: list[tuple[int, ...]] = []
 
     def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -163,7 +159,7 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
 @pytest.mark.parametrize("name", ["detr_fast", "reference"])
 def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     options = replace(INFERENCE, model="detr_tiny", sizes="mixed")
-    workload = build_workload(options) if name == "detr_fast" else build_peer(name, options)
+    workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     rooms: list[tuple[int, ...]] = []
     workload.model.register_forward_pre_hook(lambda _, given: rooms.append(tuple(given[0].shape[2:])))
     assert workload.step is not None
@@ -173,41 +169,38 @@ def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     assert rooms == [shape.room for shape in workload.shapes] * 2 + [(64, 96)]
 
 
-def test_peers_get_the_same_pixels_as_ours() -> None:
+def test_baselines_get_the_same_pixels_as_ours() -> None:
     config = OPTIONS.architecture()
     batches = make_batches(OPTIONS, config.num_classes)
     placed = next(plain_feed(batches, config, torch.device("cpu")))
-    expected, mask = model_input(batches[0], config.image_mean, config.image_std, channels_last=True)
+    expected, mask = Preprocessing(config.image_mean, config.image_std, channels_last=True)(batches[0])
     assert torch.equal(placed.images, expected) and mask is not None and torch.equal(placed.mask, mask)
     assert [len(each["labels"]) for each in placed.targets] == batches[0].targets.count.tolist()
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = StandIn()
+    capturer = StandIn()
     options = replace(OPTIONS, mode=mode, model="detr_tiny")
-    monkeypatch.setattr("detr_profiling.workload.forward_of", lambda model, _: recorded(model, recorder))
-    monkeypatch.setattr(TrainStep, "why_not_captured", lambda _: None)
-    monkeypatch.setattr("detr_fast.training.step.CudaRecorder", lambda *_, **__: recorder)
+    monkeypatch.setattr("detr_profiling.workload.why_not_graphed", lambda _: None)
+    monkeypatch.setattr("detr_fast.training.graphed_step.CudaCapturer", lambda *_, **__: capturer)
+    monkeypatch.setattr("detr_fast.detector.CudaCapturer", lambda *_, **__: capturer)
+    monkeypatch.setattr(Detector, "replays", property(lambda detector: detector.runtime.capture))
     plain, captured = build_workload(options), build_workload(replace(options, capture=True))
     assert plain.observe is not None and captured.observe is not None
     before = {name: value.clone() for name, value in captured.model.state_dict().items()}
     expected, found = plain.observe(), captured.observe()
-    assert recorder.replayed > 0 and found.keys() == expected.keys()
+    assert capturer.replayed > 0 and found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in captured.model.state_dict().items())
 
 
-def recorded(model: DETR, recorder: StandIn) -> Any:
-    model.recordings = Recordings(recorder, most=1)
-    return partial(replayed, model)
-
-
 def test_forms_of_single_operations() -> None:
-    workload = build_workload(OPTIONS, {"folded": False, "attention": "ref"})
-    implementation = workload.model.implementation
-    assert not implementation.folded and implementation.attention == "ref" and implementation.layer_norm == "auto"  # type: ignore[union-attr]
+    workload = build_workload(OPTIONS, {"frozen_batch_norm": "ref", "attention": "ref"})
+    selection = workload.model.selection
+    chosen = [selection.backend(name, training=True) for name in ("frozen_batch_norm", "attention", "dropout")]  # type: ignore[union-attr, operator]
+    assert chosen == ["ref", "ref", "pcg64"]
 
 
 @pytest.mark.parametrize("size", ["800", "0x64", "64x", "axb", "64 x 64"])
@@ -218,11 +211,11 @@ def test_a_size_that_is_none(size: str) -> None:
 
 def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
-        build_peer("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
+        build_baseline("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
     with pytest.raises(UserError, match="fasterrcnn resizes"):
-        build_peer("fasterrcnn", replace(OPTIONS, sizes="mixed"))
+        build_baseline("fasterrcnn", replace(OPTIONS, sizes="mixed"))
     with pytest.raises(UserError, match="Did you mean 'reference'"):
-        build_peer("referense", OPTIONS)
+        build_baseline("referense", OPTIONS)
 
 
 def test_auto_is_decided_once() -> None:

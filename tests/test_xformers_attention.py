@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from detr_kernels import attention, choose_attention, packed_attention, packed_attention_ref, xformers_attention
-from detr_kernels.attention import AttentionBackend
+from detr_kernels import OPERATIONS, Choice, Facts, packed_attention, packed_attention_ref
+from detr_kernels.attention import xformers as xformers_attention
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,8 +31,8 @@ UNDEFINED = float("nan")
 
 def places() -> tuple[Tensor, Tensor, int, int]:
     """Offsets of queries and keys, and bounds on the lengths, as `packed_attention` takes them."""
-    q_offsets, k_offsets = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in LENGTHS)
-    return q_offsets, k_offsets, max(LENGTHS[0]) + 1, max(LENGTHS[1]) + 1
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in LENGTHS)
+    return cu_seqlens_q, cu_seqlens_k, max(LENGTHS[0]) + 1, max(LENGTHS[1]) + 1
 
 
 def make_inputs() -> list[Tensor]:
@@ -42,40 +42,42 @@ def make_inputs() -> list[Tensor]:
     return [torch.randn(each, 48, generator=generator).half()[:, 16:32].unflatten(1, (2, 8)) for each in rows]
 
 
-def answered(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, p: float, seed: int) -> Iterator[Any]:
+def answered(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, p: float, seed: int) -> Iterator[Any]:
     """Of each image that has queries and keys: where they lie, the weights in float32, and dropout's factors."""
     generator = torch.Generator().manual_seed(seed)
-    for (q_start, k_start), (q_end, k_end) in pairwise(zip(q_offsets.tolist(), k_offsets.tolist(), strict=True)):
+    for (q_start, k_start), (q_end, k_end) in pairwise(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)):
         if q_end > q_start and k_end > k_start:
             queries, keys = slice(q_start, q_end), slice(k_start, k_end)
             weights = (torch.einsum("qhd,khd->hqk", q[queries].float(), k[keys].float()) / 8**0.5).softmax(-1)
             yield queries, keys, weights, (torch.rand(weights.shape, generator=generator) >= p) / (1 - p)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, p: float, seed: int) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, p: float, seed: int) -> Tensor:
     """What FlashAttention computes, in float32."""
     out = torch.full(q.shape, UNDEFINED)
-    for queries, keys, weights, factors in answered(q, k, q_offsets, k_offsets, p, seed):
+    for queries, keys, weights, factors in answered(q, k, cu_seqlens_q, cu_seqlens_k, p, seed):
         out[queries] = torch.einsum("hqk,khd->qhd", weights * factors, v[keys].float())
     return out
 
 
-def forward_on_the_cpu(q, k, v, q_offsets, k_offsets, used, longest_q, longest_k, p, scale, causal, *rest):
+def forward_on_the_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, used, max_seqlen_q, max_seqlen_k, p, scale, causal, *rest):
     assert (used, causal, *rest) == (None, False, -1, -1, False, None)  # no window, no table
     assert scale == pytest.approx(8**-0.5)
-    assert (longest_q, longest_k) == places()[2:]
+    assert (max_seqlen_q, max_seqlen_k) == places()[2:]
     state = torch.tensor([int(torch.randint(1000, ())), 5]).to(torch.uint64)
-    out = flash(q, k, v, q_offsets, k_offsets, p, int(state[0])).to(q.dtype)
+    out = flash(q, k, v, cu_seqlens_q, cu_seqlens_k, p, int(state[0])).to(q.dtype)
     return out, torch.full((2, len(q)), UNDEFINED), state
 
 
-def backward_on_the_cpu(shared, dout, q, k, v, out, lse, q_offsets, k_offsets, longest_q, longest_k, p, *rest):
+def backward_on_the_cpu(
+    shared, dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p, *rest
+):
     state = rest[-1]
     assert state is None if p == 0 else state.dtype == torch.uint64  # torch's kernel reads no other
     seed = int(state[0]) if p else 0
-    assert torch.equal(flash(q, k, v, q_offsets, k_offsets, p, seed).to(q.dtype).nan_to_num(0), out.nan_to_num(0))
+    assert torch.equal(flash(q, k, v, cu_seqlens_q, cu_seqlens_k, p, seed).to(q.dtype).nan_to_num(0), out.nan_to_num(0))
     dq, dk, dv = (torch.full_like(x, UNDEFINED) for x in (q, k, v))
-    for queries, keys, weights, factors in answered(q, k, q_offsets, k_offsets, p, seed):
+    for queries, keys, weights, factors in answered(q, k, cu_seqlens_q, cu_seqlens_k, p, seed):
         upstream = dout[queries].float()
         dweights = torch.einsum("qhd,khd->hqk", upstream, v[keys].float()) * factors
         dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) / 8**0.5
@@ -132,7 +134,7 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.usefixtures("flash_on_the_cpu")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_operators_are_registered_as_torch_asks(p: float) -> None:
-    from detr_kernels.xformers_attention import forward_op
+    from detr_kernels.attention.xformers import forward_op
 
     torch.library.opcheck(
         forward_op, (*make_inputs(), *places(), p), test_utils=["test_schema", "test_autograd_registration"]
@@ -145,8 +147,8 @@ def test_shapes_on_a_gpu_that_is_not_there(p: float) -> None:
     with FakeTensorMode():  # has no values to read
         projected = torch.zeros(1600, 768, dtype=torch.bfloat16, device="cuda")
         q, k, v = (each.unflatten(1, (8, 32)) for each in projected.chunk(3, 1))
-        offsets = torch.zeros(17, dtype=torch.int32, device="cuda")
-        arguments = (offsets, offsets, 100, 100, p)
+        cu_seqlens = torch.zeros(17, dtype=torch.int32, device="cuda")
+        arguments = (cu_seqlens, cu_seqlens, 100, 100, p)
         for halves in (
             (xformers_attention.forward_op, xformers_attention.backward_op),  # as a compiler sees them
             (xformers_attention._forward, xformers_attention._backward),  # as they are, through xformers
@@ -167,42 +169,40 @@ def test_shapes_on_a_gpu_that_is_not_there(p: float) -> None:
         assert out.shape == compiled(q).shape == q.shape
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if xformers had won on this GPU."""
-    monkeypatch.setattr(attention, "measurement", lambda kernel, device: ("xformers", f"{kernel}: 1.2 times as fast"))
+def chosen(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, asked: str = "auto") -> Choice:
+    return OPERATIONS["attention"].choose(Facts(device, dtype, training, head_dim=head_dim), asked)
 
 
 def test_a_gpu_runs_torchs_attention_unless_another_was_measured_to_win() -> None:
-    name, reason = choose_attention(GPU, torch.bfloat16, 32, True)
-    assert name == "sdpa" and "fewest calls" in reason and "measured" in reason
+    name, reason = chosen(GPU, torch.bfloat16, 32, True)
+    assert name == "sdpa" and "measured" in reason
 
 
-@pytest.mark.usefixtures("measured")
 def test_flash_attention_runs_in_16_bits_and_says_why_not_otherwise() -> None:
-    assert choose_attention(torch.device("cpu"), torch.bfloat16, 32, True) == ("sdpa", "the others need a GPU")
-    name, reason = choose_attention(GPU, torch.float32, 32, True)
-    assert name == "sdpa" and "not in float32" in reason
-    assert choose_attention(GPU, torch.float16, 36, True)[0] == "sdpa"
-    assert choose_attention(GPU, torch.float16, 256, True)[0] == "sdpa"
+    for dtype, head_dim, message in [
+        (torch.float32, 32, "not in float32"),
+        (torch.float16, 36, "not 36"),
+        (torch.float16, 256, "not 256"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            chosen(GPU, dtype, head_dim, True, "xformers")
     if PROBLEM is None and not torch.cuda.is_available():
-        name, reason = choose_attention(GPU, torch.bfloat16, 32, True)
-        assert name == "xformers" and "1.2 times" in reason
-        assert choose_attention(GPU, torch.float16, 256, False, "xformers") == ("xformers", "asked for")
+        assert chosen(GPU, torch.bfloat16, 32, True, "xformers") == ("xformers", "asked for")
+        assert chosen(GPU, torch.float16, 256, False, "xformers") == ("xformers", "asked for")
 
 
 @pytest.mark.parametrize("asked", ["sdpa", "ref"])
-def test_what_torch_does_is_always_there(asked: AttentionBackend) -> None:
-    assert choose_attention(torch.device("cpu"), torch.float64, 7, True, asked) == (asked, "asked for")
+def test_what_torch_does_is_always_there(asked: str) -> None:
+    assert chosen(torch.device("cpu"), torch.float64, 7, True, asked) == (asked, "asked for")
 
 
 def test_what_cannot_run_is_refused_where_it_is_asked_for() -> None:
-    with pytest.raises(RuntimeError, match=r"attention by xformers: xformers has no cpu path.*sdpa"):
-        choose_attention(torch.device("cpu"), torch.bfloat16, 32, True, "xformers")
+    with pytest.raises(RuntimeError, match=r"attention by xformers: xformers has no cpu path.* Or ask for ref"):
+        chosen(torch.device("cpu"), torch.bfloat16, 32, True, "xformers")
     with pytest.raises(RuntimeError, match=r"attention by triton: .* float64"):
-        choose_attention(torch.device("cpu"), torch.float64, 32, True, "triton")
+        chosen(torch.device("cpu"), torch.float64, 32, True, "triton")
     with pytest.raises(ValueError, match="not 'flash'"):
-        choose_attention(GPU, torch.bfloat16, 32, True, "flash")  # type: ignore[arg-type]
+        chosen(GPU, torch.bfloat16, 32, True, "flash")
 
 
 @needs_xformers
@@ -213,12 +213,13 @@ def test_its_own_extension_need_not_load() -> None:
         def load_library(path):
             raise OSError("libcudart.so.12: cannot open shared object file")
         torch.ops.load_library = load_library
-        print(*detr_kernels.choose_attention(torch.device("cuda"), torch.bfloat16, 32, True, "xformers"))
+        facts = detr_kernels.Facts(torch.device("cuda"), torch.bfloat16, True)
+        print(*detr_kernels.OPERATIONS["attention"].choose(facts, "xformers"))
         from torch._subclasses import FakeTensorMode
         with FakeTensorMode():
             q = torch.zeros(100, 8, 32, dtype=torch.bfloat16, device="cuda")
-            offsets = torch.zeros(3, dtype=torch.int32, device="cuda")
-            print(detr_kernels.xformers_attention._forward(q, q, q, offsets, offsets, 50, 50, 0.1)[0].shape)
+            cu_seqlens = torch.zeros(3, dtype=torch.int32, device="cuda")
+            print(detr_kernels.attention.xformers._forward(q, q, q, cu_seqlens, cu_seqlens, 50, 50, 0.1)[0].shape)
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "xformers asked for\ntorch.Size([100, 8, 32])\n" and "WARNING" not in result.stderr
@@ -229,7 +230,8 @@ def test_a_missing_xformers_is_a_reason_and_is_looked_for_only_when_needed() -> 
         import sys, torch, detr_kernels
         print("xformers" in sys.modules)
         sys.modules["xformers"] = None
-        print(*detr_kernels.choose_attention(torch.device("cuda"), torch.bfloat16, 32, False, "sdpa"))
+        facts = detr_kernels.Facts(torch.device("cuda"), torch.bfloat16)
+        print(*detr_kernels.OPERATIONS["attention"].choose(facts, "sdpa"))
         print(detr_kernels.why_not_xformers())
     """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

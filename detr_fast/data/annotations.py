@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from detr_fast.config import UserError, require
-from detr_fast.data.box_forms import ROUNDING_PX, likely_forms
+from detr_fast.data.box_formats import ROUNDING_PX, likely_formats
 from detr_fast.data.corrections import Corrections
 from detr_fast.data.rows import (
     LARGEST_NUMBER,
@@ -70,7 +70,7 @@ class Annotations:
     corrections: Corrections
 
     def document(self) -> dict[str, Any]:
-        """As a COCO dict for an evaluator: crowd annotations included, boxes not clamped, as COCO evaluates them."""
+        """Return a COCO dict for an evaluator: with crowds, and boxes not clamped, as COCO evaluates them."""
         columns = (self.ids, self.image_ids, self.category_ids, self.boxes_xywh_px, self.areas, self.crowd)
         names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
         rows = zip(*(column.tolist() for column in (*columns[:-1], columns[-1].astype(int))), strict=True)
@@ -103,9 +103,9 @@ def read_annotations(file: Path) -> Annotations:
     listed = np.asarray(sizes.all(axis=1))
     keep = listed & ~empty
     columns["areas"], wrong_area = correct_areas(columns["areas"], boxes, sizes)
-    forms = [(words, np.flatnonzero(listed)[which]) for words, which in likely_forms(boxes[listed], sizes[listed])]
+    formats = [(words, np.flatnonzero(listed)[which]) for words, which in likely_formats(boxes[listed], sizes[listed])]
     below_pixel = keep & (boxes[:, 2:] < 1).any(axis=1)
-    for _, places in forms:
+    for _, places in formats:
         below_pixel[places] = False
     corrections = Corrections(
         dropped_empty=ids_where(rows, listed & empty),
@@ -115,7 +115,7 @@ def read_annotations(file: Path) -> Annotations:
         defaulted_area=sum(row.get("area") is None for row in rows),
         renumbered=columns["ids"].tolist() != [row.get("id") for row in rows],
         corrected_area=ids_where(rows, keep & wrong_area),
-        likely_forms=tuple((words, names_of(rows, places)) for words, places in forms),
+        likely_formats=tuple((words, names_of(rows, places)) for words, places in formats),
         below_pixel=ids_where(rows, below_pixel),
         unnamed=sum(row.get("name") is None for row in document["categories"]),
     )
@@ -150,7 +150,7 @@ def load_json(file: Path) -> dict[str, Any]:
 
 
 def section(file: Path, document: dict[str, Any], key: str) -> list[Row]:
-    """The list of objects under `key`."""
+    """Return the list of objects under `key`. Raises UserError where it is none."""
     rows = document.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: {key!r} must be a list of objects, as in COCO json.")
@@ -166,7 +166,7 @@ def ids_where(rows: list[Row], mask: np.ndarray) -> tuple[Any, ...]:
 
 
 def distinct_ids(rows: list[Row]) -> np.ndarray:
-    """(rows,) int64: the annotations' ids, or 1, 2, ... where they are not distinct whole numbers from 1 on."""
+    """Return (rows,) int64: the annotations' ids, or 1, 2, ... where they are not distinct whole numbers from 1 on."""
     ids = [row.get("id") for row in rows]
     usable = all(type(id_) is int and 1 <= id_ < LARGEST_NUMBER for id_ in ids) and len(set(ids)) == len(ids)
     return np.array(ids if usable else range(1, len(rows) + 1), dtype=np.int64)
@@ -244,7 +244,7 @@ def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.nda
 
 
 def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Corners (N, 4) float32 inside images of `sizes_wh` (N, 2), which of them were cut, and which have no area."""
+    """Return corners (N, 4) float32 inside images of `sizes_wh` (N, 2), which were clamped, and which have no area."""
     low, extent = np.split(boxes_xywh_px.astype(np.float32), 2, axis=1)
     corners = np.concatenate((low, low + extent), axis=1)
     inside = np.clip(corners, 0, np.tile(sizes_wh, 2)).astype(np.float32)

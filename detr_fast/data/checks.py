@@ -7,7 +7,8 @@ import numpy as np
 
 from detr_fast.config import UserError, require
 from detr_fast.data.annotations import Annotations, Category
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, spelling
+from detr_fast.data.categories import spelling
+from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.corrections import shortened
 from detr_fast.data.decode import decode_file
 from detr_fast.data.headers import Header, read_header

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,22 @@ from torch.utils.data import Dataset
 
 from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations
-from detr_fast.data.corrections import shortened
+from detr_fast.data.batch import Sample
+from detr_fast.data.categories import choose_categories, label_map
 from detr_fast.data.decode import Decoded, decode_file
 from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
 from detr_fast.data.file_names import ImageFolder, OutsideError
 from detr_fast.data.headers import read_header
-from detr_fast.data.sample import Sample
 from detr_fast.data.splits import find_split, require_split
-from detr_fast.data.transforms import EvaluationTransform, Plan, Plans, TrainTransform, Transform, boxes_within
+from detr_fast.data.transforms import (
+    EvaluationTransform,
+    SampledAugmentation,
+    SampledAugmentations,
+    TrainTransform,
+    Transform,
+    boxes_within,
+)
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -48,15 +55,6 @@ class ImageRecord:
         return decode_file(self.path, shrunk)
 
 
-class UnknownCategories(UserError):
-    """Data with categories that the model does not know."""
-
-    def __init__(self, message: str, file: Path, unknown: Sequence[Category]) -> None:
-        super().__init__(message)
-        self.file = file
-        self.unknown = unknown
-
-
 class CocoDataset(Dataset[Sample]):
     """Samples by (epoch, index), in ascending order of image ids; images without targets are among them."""
 
@@ -73,7 +71,9 @@ class CocoDataset(Dataset[Sample]):
         on_bad_image: Literal["error", "skip"] = "error",
         follow_links: bool = False,
     ) -> None:
-        """Labels are places in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
+        """Read the annotations, and find the images.
+
+        Labels are indices in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
         `num_classes` is larger than all ids, the ids themselves.
 
         Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image outside the
@@ -101,42 +101,44 @@ class CocoDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """The augmentation is drawn from (seed, epoch, index) alone. Raises UserError for an image that is missing,
-        cannot be decoded, or has another size than the annotations say."""
-        return self.read(place[1], self.plan(*place))
+        """Read `place`, (epoch, index); the augmentation is drawn from these and the seed alone.
 
-    def read(self, index: int, plan: Plan) -> Sample:
-        """Read an image and make of it what `plan` says. Raises UserError as `[]`."""
+        Raises UserError for an image that is missing, cannot be decoded, or has another size than the annotations say.
+        """
+        return self.read(place[1], self.augmentation(*place))
+
+    def read(self, index: int, augmentation: SampledAugmentation) -> Sample:
+        """Read an image and make of it what `augmentation` says. Raises UserError as `[]`."""
         record = self.records[index]
-        decoded = record.decode(plan.shrinkage())
+        decoded = record.decode(augmentation.shrinkage())
         if decoded.size != (record.height, record.width):
             raise UserError(size_mismatch(record, decoded.size))
-        top, left, bottom, right = region = plan.on_grid(decoded.shrunk)
+        top, left, bottom, right = crop_box = augmentation.on_grid(decoded.shrunk)
         boxes, labels = boxes_within(
             torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
             torch.from_numpy(record.labels),
-            region,
-            plan.mirrored,
+            crop_box,
+            augmentation.hflip,
         )
         image = decoded.image[:, top:bottom, left:right]
-        return Sample(image, labels, boxes, record.id, decoded.size, plan.size, plan.mirrored)
+        return Sample(image, labels, boxes, record.id, decoded.size, augmentation.size, augmentation.hflip)
 
-    def plans(self, epoch: int, images: np.ndarray | Sequence[int]) -> Plans:
-        """Return what is made of images, (N,) indices, in an epoch; nothing is read for it."""
+    def augmentations(self, epoch: int, images: np.ndarray | Sequence[int]) -> SampledAugmentations:
+        """Sample the augmentations of images, (N,) indices, in an epoch; nothing is read for it."""
         return self.transform(self.sizes[images], Draws(self.seed, epoch, images))
 
-    def plan(self, epoch: int, index: int) -> Plan:
-        """Return the same of one image."""
-        (plan,) = self.plans(epoch, [index])
-        return plan
+    def augmentation(self, epoch: int, index: int) -> SampledAugmentation:
+        """Sample the augmentation of one image."""
+        (augmentation,) = self.augmentations(epoch, [index])
+        return augmentation
 
     def coco_document(self) -> dict[str, Any]:
-        """The cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""
+        """Return the cleaned annotations as a COCO dict, crowds included, with the file's own category ids."""
         return self.annotations.document()
 
     def silent_faults(self) -> Iterator[str]:
         """Yield a line for each kind of fault that neither reading nor training would notice."""
-        yield from self.annotations.corrections.doubtful_forms()
+        yield from self.annotations.corrections.doubtful_formats()
         yield from find_doubles(self.annotations).problems()
         ids, files = [record.id for record in self.records], [record.path for record in self.records]
         yield from files_listed_twice(ids, files)
@@ -153,7 +155,7 @@ class CocoDataset(Dataset[Sample]):
         return f"{self.annotation_file}: {len(absent)} of {len(self)} images have no file. The first:\n{first}"
 
     def warn_if_queries_are_few(self, num_queries: int) -> None:
-        """A query finds at most one object."""
+        """Warn of images with more targets than queries: each finds at most one object."""
         crowded = self.images_with_more_targets(num_queries)
         if crowded:
             most = max(len(record.labels) for record in crowded)
@@ -165,8 +167,6 @@ class CocoDataset(Dataset[Sample]):
 
 SKIPPING = "Or go on without it: --on-bad-image skip."
 """Advice that commands with the option add to the fault of an image."""
-UNUSED = "N/A"
-"""The name of a label that no category of the data has."""
 
 
 def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
@@ -181,74 +181,8 @@ def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
     )
 
 
-def choose_categories(
-    annotations: Annotations, categories: Sequence[Category] | None, raw_ids: bool, num_classes: int | None
-) -> tuple[Category, ...] | None:
-    """What each label stands for; None: labels are the ids, and their names are not known.
-
-    `num_classes` above all ids makes labels the ids, too, with names. Raises UserError for a number between that and
-    how many classes there are: some labels would stand for nothing.
-    """
-    if raw_ids:
-        return None
-    if categories is not None:
-        return tuple(categories)
-    own, largest = tuple(annotations.categories), annotations.categories[-1].id
-    if num_classes is None or num_classes == len(own):
-        return own
-    require(
-        num_classes > largest,
-        f"--num-classes {num_classes}: the data has {len(own)} classes, with ids up to {largest}. "
-        f"Leave the option out, or give at least {largest + 1} to use the ids as labels.",
-    )
-    name_of = {category.id: category.name for category in own}
-    return tuple(Category(label, name_of.get(label, UNUSED)) for label in range(num_classes))
-
-
-def label_map(annotations: Annotations, categories: Sequence[Category] | None) -> dict[int, int]:
-    """Category id to label: the place in `categories`, or the id itself.
-
-    Raises UserError for a category that annotations use and `categories` lack.
-    """
-    if categories is None:
-        return {category.id: category.id for category in annotations.categories}
-    used = set(annotations.category_ids.tolist())
-    known = set(categories)
-    unknown = [category for category in annotations.categories if category.id in used and category not in known]
-    if unknown:
-        hint = spelling_hint(unknown, by_spelling(categories))
-        raise UnknownCategories(
-            f"{annotations.file}: the model does not know these categories: {names(unknown)}. "
-            f"It knows {names(categories)}. Give data with the same ids and names.{hint}",
-            annotations.file,
-            unknown,
-        )
-    return {category.id: label for label, category in enumerate(categories)}
-
-
-def names(categories: Sequence[Category]) -> str:
-    return shortened(categories, 10)
-
-
-def by_spelling(categories: Sequence[Category]) -> dict[str, Category]:
-    return {spelling(category.name): category for category in categories}
-
-
-def spelling_hint(unknown: Sequence[Category], known: Mapping[str, Category]) -> str:
-    """Write a sentence on categories that differ from `known`, by spelling, in id, case or spaces alone; empty where
-    there are none."""
-    pairs = [(one, known[spelling(one.name)]) for one in unknown if spelling(one.name) in known]
-    alike = [f"{one} and {other}" for one, other in pairs]
-    return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""
-
-
-def spelling(name: str) -> str:
-    """Return the name without case, and with single spaces."""
-    return " ".join(name.split()).casefold()
-
-
 def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[int, int]) -> list[ImageRecord]:
-    """One for each image. Raises UserError for a file name that leads out of `folder`."""
+    """Make one for each image. Raises UserError for a file name that leads out of `folder`."""
     trained_on = np.flatnonzero(~annotations.crowd)
     rows = trained_on[np.argsort(annotations.image_ids[trained_on], kind="stable")]
     image_ids = [image.id for image in annotations.images]
@@ -278,7 +212,7 @@ def build_dataset(
     categories: Sequence[Category] | None = None,
     raw_ids: bool = False,
 ) -> CocoDataset:
-    """The split that `options` lead to: augmented for training where `options` are a TrainConfig and `split` is train.
+    """Build the split that `options` lead to, augmented where `options` are a TrainConfig and `split` is train.
 
     `model` says the image sizes where `options` do not; default: the model that a TrainConfig names, else DETR's.
     `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset. Raises UserError as that, for images

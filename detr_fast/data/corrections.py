@@ -23,10 +23,10 @@ class Corrections:
     """Annotation ids were missing, double or below 1, and are now 1, 2, ..."""
     corrected_area: tuple[Any, ...] = ()
     """An `area` of 0 or less, relative, or larger than the image: taken as width times height."""
-    likely_forms: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """Other forms that boxes seem to have instead of COCO's, and which boxes: nothing is mended."""
+    likely_formats: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """Other formats that boxes seem to have instead of COCO's, and which boxes: nothing is mended."""
     below_pixel: tuple[Any, ...] = ()
-    """Less than a pixel wide or high, and not for their form."""
+    """Less than a pixel wide or high, and not for their format."""
     unnamed: int = 0
     """Categories without a name, called by their ids."""
 
@@ -42,12 +42,12 @@ class Corrections:
         }
         return [f"{len(ids)} {text} (annotations {shortened(ids, ids_shown)})" for text, ids in kinds.items() if ids]
 
-    def doubtful_forms(self) -> list[str]:
+    def doubtful_formats(self) -> list[str]:
         """Say what boxes seem to be instead of COCO's, a line for each kind: nothing good can be learned from them."""
         return [
             f"{len(ids)} boxes look like {words}, but COCO's are x, y, width, height in pixels: check a few, and "
             f"rewrite the file (annotations {shortened(ids, 5)})"
-            for words, ids in self.likely_forms
+            for words, ids in self.likely_formats
         ]
 
     def defaults(self) -> list[str]:

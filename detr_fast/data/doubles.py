@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from detr_fast.data.annotations import Annotations
-from detr_fast.data.box_forms import ROUNDING_PX
+from detr_fast.data.box_formats import ROUNDING_PX
 from detr_fast.data.corrections import shortened
 
 NEARLY_EQUAL_IOU = 0.95

@@ -19,7 +19,7 @@ class Draws:
     """Gives numbers for each of N images; what an image gets depends on (seed, epoch, image, number) alone."""
 
     def __init__(self, seed: int, epoch: int, images: np.ndarray | Sequence[int]) -> None:
-        """`images` (N,): their indices in the data set."""
+        """Begin an epoch's stream for `images` (N,), indices in the data set."""
         start = np.random.SeedSequence((seed % 2**64, epoch, 1)).generate_state(1, np.uint64)
         places = np.asarray(images, dtype=np.uint64) * np.uint64(NUMBERS_AN_IMAGE) + np.uint64(1)
         self._states = start + places * np.uint64(GAMMA)

@@ -39,6 +39,20 @@ BATCHES_A_GROUP = 256
 enough that an image meets others every epoch."""
 
 
+def batches_per_epoch(length: int, batch_size: int, world: int) -> int:
+    """Return how many batches of `batch_size` each of `world` ranks gets of `length` images.
+
+    Raises UserError where they do not fill one batch of all ranks.
+    """
+    all_ranks = batch_size * world
+    require(
+        length >= all_ranks,
+        f"The training set has {length} images, fewer than one batch of {all_ranks} ({batch_size} on each of {world} "
+        "devices): lower --batch-size.",
+    )
+    return length // all_ranks
+
+
 class EpochSampler(Sampler[list[Position]]):
     """Batches of positions without end.
 
@@ -59,7 +73,11 @@ class EpochSampler(Sampler[list[Position]]):
         start_batch: int = 0,
         buckets: Buckets | None = None,
     ) -> None:
-        """`batch_size` is one rank's. Raises UserError where `length` images do not fill one batch of all ranks."""
+        """Begin at batch `start_batch` of epoch `start_epoch`; `batch_size` is one rank's.
+
+        Raises UserError as `batches_per_epoch`.
+        """
+        self.batches_per_epoch = batches_per_epoch(length, batch_size, world)
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
@@ -68,15 +86,6 @@ class EpochSampler(Sampler[list[Position]]):
         self.start_epoch = start_epoch
         self.start_batch = start_batch
         self.buckets = buckets
-        require(
-            length >= self.global_batch_size,
-            f"The training set has {length} images, fewer than one batch of {self.global_batch_size} "
-            f"({batch_size} on each of {world} devices): lower --batch-size.",
-        )
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.length // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[Position]]:
         for epoch, images, rooms in one_ahead(self.groups()):

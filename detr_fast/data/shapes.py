@@ -6,11 +6,8 @@ Six shapes are the classes; colour, texture, size, rotation, overlap and clutter
 cover less of the image.
 """
 
-import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,16 +17,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_fast.config import UserError, require
+from detr_fast.config import require
+from detr_fast.files import atomic_folder, explained, open_growing, write_json
+from detr_fast.paths import cache_folder
 
 VERSION = 1
 """Counts up whenever the generator draws something else, so that no stale cache is read."""
 SUPERSAMPLING = 3
 SMALLEST_PX = 16
-LARGEST_SHARE = 0.56
+LARGEST_FRACTION = 0.56
 MOST_OBJECTS = 5
 JPEG_QUALITY = 92
 SPLIT_SIZES = {"train": 8000, "val": 500}
+CACHE_ADVICE = "Free some space, or set DETR_FAST_CACHE to a folder that can be written."
 
 
 def regular(points: int, start: float = -math.pi / 2) -> list[tuple[float, float]]:
@@ -70,7 +70,7 @@ class Drawing:
 
 
 def shape_coverage(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
-    """How much of each pixel of a (side, side) canvas the shape covers, float32 in [0, 1]."""
+    """Draw a shape: how much of each pixel of a (side, side) canvas it covers, float32 in [0, 1]."""
     big = side * SUPERSAMPLING
     canvas = Image.new("L", (big, big))
     draw = ImageDraw.Draw(canvas)
@@ -86,7 +86,7 @@ def shape_coverage(rng: np.random.Generator, name: str, side: int) -> np.ndarray
 
 
 def background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Grey clutter (side, side, 3) float32: a soft gradient, thin strokes and noise."""
+    """Draw grey clutter (side, side, 3) float32: a soft gradient, thin strokes and noise."""
     coarse = Image.fromarray(rng.integers(60, 190, size=(4, 4), dtype=np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
@@ -101,7 +101,7 @@ def background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A saturated colour with stripes, checks or noise on it, (side, side, 3) float32."""
+    """Draw a saturated colour with stripes, checks or noise on it, (side, side, 3) float32."""
     hue = rng.uniform(0, 1) * 6 + np.array([0.0, 4.0, 2.0])
     colour = np.clip(np.abs(hue % 6 - 3) - 1, 0, 1) * rng.uniform(170, 255) + rng.uniform(0, 40)
     y, x = np.mgrid[:side, :side]
@@ -116,20 +116,20 @@ def paint(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def draw_image(seed: int, index: int, side: int) -> Drawing:
-    """One image, the same for the same (seed, index, side)."""
+    """Draw one image, the same for the same (seed, index, side)."""
     rng = np.random.default_rng((seed, index, side))
     image = background(rng, side)
     labels: list[int] = []
     boxes: list[tuple[float, float, float, float]] = []
     for _ in range(rng.integers(1, MOST_OBJECTS + 1)):
         label = int(rng.integers(len(CLASSES)))
-        span = int(rng.integers(SMALLEST_PX, int(side * LARGEST_SHARE) + 1))
+        span = int(rng.integers(SMALLEST_PX, int(side * LARGEST_FRACTION) + 1))
         coverage = shape_coverage(rng, CLASSES[label], span)
         rows, columns = np.flatnonzero(coverage.max(1) > 0.3), np.flatnonzero(coverage.max(0) > 0.3)
         for _ in range(12):
             left, top = (int(place) for place in rng.integers(0, side - span + 1, size=2))
             box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-            if all(overlap_share(box, other) < 0.25 for other in boxes):
+            if all(overlap_fraction(box, other) < 0.25 for other in boxes):
                 break
         else:
             continue
@@ -140,8 +140,8 @@ def draw_image(seed: int, index: int, side: int) -> Drawing:
     return Drawing(np.clip(image, 0, 255).astype(np.uint8), labels, boxes)
 
 
-def overlap_share(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Intersection of two boxes xyxy as a share of the smaller one."""
+def overlap_fraction(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Return the intersection of two boxes xyxy as a fraction of the smaller one."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -153,13 +153,14 @@ def write_images(folder: Path, seed: int, side: int, indices: range) -> list[Dra
     drawings = []
     for index in indices:
         drawing = draw_image(seed, index, side)
-        Image.fromarray(drawing.image).save(folder / f"{index:06d}.jpg", quality=JPEG_QUALITY)
+        with open_growing(folder / f"{index:06d}.jpg", advice=CACHE_ADVICE) as file:
+            Image.fromarray(drawing.image).save(file, "JPEG", quality=JPEG_QUALITY)
         drawings.append(drawing)
     return drawings
 
 
 def write_split(root: Path, split: str, seed: int, side: int, count: int) -> None:
-    """`root/split/*.jpg` and `root/annotations/split.json`."""
+    """Draw `count` images into `root/split/*.jpg`, and their COCO annotations into `root/annotations/split.json`."""
     folder = root / split
     folder.mkdir(parents=True)
     parts = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
@@ -177,37 +178,16 @@ def write_split(root: Path, split: str, seed: int, side: int, count: int) -> Non
     images = [{"id": i, "file_name": f"{i:06d}.jpg", "width": side, "height": side} for i in range(count)]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     document = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"{split}.json").write_text(json.dumps(document))
-
-
-def cache_error(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"The embedded data set cannot be written to {folder}: {error.strerror}. "
-        "Free some space, or set DETR_FAST_CACHE to a folder that can be written."
-    )
-
-
-def cache_folder() -> Path:
-    """Find where generated data is kept: DETR_FAST_CACHE, else the user's cache folder, else, of a user without a home,
-    one among temporary files."""
-    if named := os.environ.get("DETR_FAST_CACHE"):
-        return Path(named)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "detr_fast"
-    try:
-        return Path.home() / ".cache" / "detr_fast"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "detr_fast"
+    write_json(root / "annotations" / f"{split}.json", document, indent=None)
 
 
 def is_shapes(data: str) -> bool:
-    """Whether --data names the embedded data set and no folder."""
+    """Tell whether --data names the embedded data set and no folder."""
     return data.split(":")[0] == "shapes"
 
 
 def parse_shapes(data: str) -> int:
-    """The image side in pixels that `shapes` or `shapes:SIDE` asks for. Raises UserError for anything else."""
+    """Return the image side in pixels that `shapes` or `shapes:SIDE` asks for. Raises UserError for anything else."""
     _, _, side = data.partition(":")
     require(
         data == "shapes" or (side.isdecimal() and 48 <= int(side) <= 1024),
@@ -217,25 +197,17 @@ def parse_shapes(data: str) -> int:
 
 
 def ensure_shapes(side: int, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """The data set's root, drawn first if it is not in the cache. A half-written one is never seen: it is moved in
-    whole."""
+    """Return the data set's root, drawn first if it is not in the cache. A half-written one is never seen.
+
+    Raises UserError where the cache cannot be written.
+    """
     sizes = sizes or SPLIT_SIZES
     counts = "-".join(str(count) for count in sizes.values())
     root = cache_folder() / f"shapes-v{VERSION}-{side}px-seed{seed}-{counts}"
-    try:
+    with explained(root, CACHE_ADVICE):
         if root.is_dir():
             return root
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".shapes-", dir=root.parent))
-    except OSError as error:
-        raise cache_error(root.parent, error) from error
-    try:
+    with atomic_folder(root, CACHE_ADVICE) as partial:
         for number, (split, count) in enumerate(sizes.items()):
             write_split(partial, split, seed * len(sizes) + number, side, count)
-        partial.rename(root)
-    except OSError as error:
-        if not root.is_dir():  # not merely another process that was faster
-            raise cache_error(root.parent, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root

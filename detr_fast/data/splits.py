@@ -15,7 +15,7 @@ Location = tuple[Path, Path]
 
 
 def find_split(options: DataLocation, split: str) -> Location | None:
-    """Where `split` lies, or None where the data set has no such split. Without val, test stands in, with a warning.
+    """Find where `split` lies; None where the data set has no such split. Without val, test stands in, with a warning.
 
     Raises UserError where a root, or one half of a split, is missing.
     """

@@ -1,8 +1,8 @@
-"""Augmentation and the evaluation resize, as DETR's (REFERENCE: Recipe): which part of an image is seen, and how large.
+"""Augmentation and the evaluation resize, as DETR's (Carion et al. 2020, section 4): crop box, size and flip.
 
-A plan is numbers alone, known before the image is read: the sampler forms batches of like shape from it, the decoder
-reads no more pixels than it needs, and the device resamples what is left in one pass. Plans are made of many images at
-once, in some passes over arrays: training on many devices arranges hundreds of thousands.
+What is sampled is numbers alone, known before the image is read: the sampler forms batches of like shape from them, the
+decoder reads no more pixels than are needed, and the device resamples what is left in one pass. They are those of many
+images at once, in some passes over arrays: training on many devices arranges hundreds of thousands.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,28 +20,29 @@ LONGEST_SIDE_BEFORE_CROP_PX = 16384
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What of an image is seen, and how large; drawn at once, mirrored last."""
+class SampledAugmentation:
+    """What becomes of one image: cropped, resized, then flipped. Of an evaluation nothing is random."""
 
-    region: tuple[float, float, float, float]
+    crop_box: tuple[float, float, float, float]
     """Top, left, bottom, right in pixels of the image."""
     size: tuple[int, int]
-    """(h, w) that the region gets."""
-    mirrored: bool = False
+    """(h, w) that the crop is resized to."""
+    hflip: bool = False
+    """Flipped horizontally."""
 
     def on_grid(self, shrunk: int) -> tuple[int, int, int, int]:
-        """The region in whole pixels of the image at one `shrunk`-th of its size; at least one each way.
+        """Return the crop box in whole pixels of the image at one `shrunk`-th of its size; at least one each way.
 
-        DETR crops a resized copy, whose pixels lie between the image's own: the region moves by half a pixel at most,
+        DETR crops a resized copy, whose pixels lie between the image's own: the box moves by half a pixel at most,
         and boxes are taken from where it really is.
         """
-        top, left, bottom, right = (round(edge / shrunk) for edge in self.region)
+        top, left, bottom, right = (round(edge / shrunk) for edge in self.crop_box)
         return top, left, max(bottom, top + 1), max(right, left + 1)
 
     def shrinkage(self) -> int:
-        """The largest of 1, 2, 4, 8 by which a JPEG can be shrunk in decoding and still has `SPARE` times the pixels
-        wanted, each way."""
-        top, left, bottom, right = self.region
+        """Return the largest of 1, 2, 4, 8 as which a JPEG can be decoded that much smaller and still has `SPARE` times
+        the pixels wanted, each way."""
+        top, left, bottom, right = self.crop_box
         spare = min((bottom - top) / self.size[0], (right - left) / self.size[1]) / SPARE
         return next(shrunk for shrunk in (8, 4, 2, 1) if shrunk <= max(spare, 1))
 
@@ -51,44 +52,44 @@ SPARE = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Plans:
-    """The plans of N images, as arrays."""
+class SampledAugmentations:
+    """The same of N images, as arrays."""
 
-    regions: np.ndarray
+    crop_boxes: np.ndarray
     """(N, 4) float64"""
     sizes: np.ndarray
     """(N, 2) int64"""
-    mirrored: np.ndarray
+    hflip: np.ndarray
     """(N,) bool"""
 
-    def __iter__(self) -> Iterator[Plan]:
-        for region, size, mirrored in zip(*(part.tolist() for part in vars(self).values()), strict=True):
-            yield Plan(tuple(region), tuple(size), mirrored)
+    def __iter__(self) -> Iterator[SampledAugmentation]:
+        for crop_box, size, hflip in zip(*(part.tolist() for part in vars(self).values()), strict=True):
+            yield SampledAugmentation(tuple(crop_box), tuple(size), hflip)
 
 
-Transform = Callable[[np.ndarray, Draws], Plans]
+Transform = Callable[[np.ndarray, Draws], SampledAugmentations]
 """The (h, w) of N images, (N, 2) int64, to what is made of each; what is random is drawn from the second argument."""
 
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """Shorter side to `size`, longer side at most `max_size`, in pixels."""
+    """Resizes the shorter side to `size`, the longer to at most `max_size`, in pixels."""
 
     size: int
     max_size: int
 
-    def __call__(self, image_sizes: np.ndarray, draws: Draws | None = None) -> Plans:
+    def __call__(self, image_sizes: np.ndarray, draws: Draws | None = None) -> SampledAugmentations:
         sizes = resized_sizes(image_sizes, self.size, self.max_size)
-        return Plans(whole(image_sizes), sizes, np.zeros(len(sizes), dtype=bool))
+        return SampledAugmentations(whole(image_sizes), sizes, np.zeros(len(sizes), dtype=bool))
 
 
-MIRROR, CROP, CROP_SIZE, CROP_WIDTH, CROP_HEIGHT, CROP_LEFT, CROP_TOP, SIZE = range(NUMBERS_AN_IMAGE)
+HFLIP, CROP, CROP_SIZE, CROP_WIDTH, CROP_HEIGHT, CROP_LEFT, CROP_TOP, SIZE = range(NUMBERS_AN_IMAGE)
 """Which of an image's random numbers decides what."""
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Flip in half of the images; then resize, in half of them after a random crop. All sizes in pixels."""
+    """Flips half of the images; then resizes, half of them after a random crop. All sizes are in pixels."""
 
     sizes: Sequence[int]
     max_size: int
@@ -97,28 +98,29 @@ class TrainTransform:
     crop_range: tuple[int, int]
     """Smallest and largest side of the crop."""
 
-    def __call__(self, image_sizes: np.ndarray, draws: Draws) -> Plans:
-        mirrored = draws.fraction(MIRROR) < 0.5
-        regions, seen = whole(image_sizes), image_sizes.copy()
+    def __call__(self, image_sizes: np.ndarray, draws: Draws) -> SampledAugmentations:
+        hflip = draws.fraction(HFLIP) < 0.5
+        crop_boxes, seen = whole(image_sizes), image_sizes.copy()
         if self.crop_sizes:
             some = np.flatnonzero(draws.fraction(CROP) < 0.5)
-            regions[some], seen[some] = self._cropped(image_sizes[some], draws[some], mirrored[some])
-        return Plans(regions, resized_sizes(seen, draws.choice(SIZE, self.sizes), self.max_size), mirrored)
+            crop_boxes[some], seen[some] = self._cropped(image_sizes[some], draws[some], hflip[some])
+        sizes = resized_sizes(seen, draws.choice(SIZE, self.sizes), self.max_size)
+        return SampledAugmentations(crop_boxes, sizes, hflip)
 
-    def _cropped(self, image_sizes: np.ndarray, draws: Draws, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Regions (N, 4) in pixels of the images, and their sizes (N, 2) in those of the resized copies they are cut
-        from."""
+    def _cropped(self, image_sizes: np.ndarray, draws: Draws, hflip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in those of the resized copies that
+        they are cut from."""
         shorter = draws.choice(CROP_SIZE, self.crop_sizes)
         resized = resized_sizes(image_sizes, shorter, LONGEST_SIDE_BEFORE_CROP_PX)
-        corner, size = random_regions(resized, self.crop_range, draws)
-        # DETR crops what is mirrored already
-        corner[:, 1] = np.where(mirrored, resized[:, 1] - corner[:, 1] - size[:, 1], corner[:, 1])
+        corner, size = random_crops(resized, self.crop_range, draws)
+        # DETR crops what is flipped already
+        corner[:, 1] = np.where(hflip, resized[:, 1] - corner[:, 1] - size[:, 1], corner[:, 1])
         scale = image_sizes / resized
         return np.hstack((corner * scale, (corner + size) * scale)), size
 
 
 def whole(image_sizes: np.ndarray) -> np.ndarray:
-    """Return the regions (N, 4) that show all of images of (h, w), (N, 2)."""
+    """Return the crop boxes (N, 4) that show all of images of (h, w), (N, 2)."""
     return np.hstack((np.zeros(image_sizes.shape), image_sizes))
 
 
@@ -137,8 +139,8 @@ def resized_sizes(image_sizes: np.ndarray, size: np.ndarray | int, max_size: int
     return np.stack(sides, axis=1).astype(np.int64)
 
 
-def random_regions(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    """Return corners (top, left) and sizes (h, w), (N, 2) int64 each, of a region of each image (N, 2), with sides in
+def random_crops(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+    """Return corners (top, left) and sizes (h, w), (N, 2) int64 each, of a crop of each image (N, 2), with sides in
     `side_range`, or the image's where that is smaller."""
     least, most = (np.minimum(side, image_sizes) for side in side_range)
     spare = most - least + 1
@@ -149,19 +151,19 @@ def random_regions(image_sizes: np.ndarray, side_range: tuple[int, int], draws: 
 
 
 def boxes_within(
-    boxes_xyxy_px: Tensor, labels: Tensor, region: tuple[float, float, float, float], mirrored: bool
+    boxes_xyxy_px: Tensor, labels: Tensor, crop_box: tuple[float, float, float, float], hflip: bool
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (T, 4) and labels (T,) of what `region` shows, as cxcywh relative to it, mirrored where it is.
+    """Return boxes (T, 4) and labels (T,) of what `crop_box` shows, as cxcywh relative to it, flipped with it.
 
-    Boxes are cut to the region, and those that have nothing left go with their labels.
+    Boxes are clipped to it, and those that have nothing left go with their labels.
     """
-    top, left, bottom, right = region
+    top, left, bottom, right = crop_box
     size = torch.tensor([right - left, bottom - top], dtype=torch.float32)
     corners = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
     corners = torch.minimum(corners, size).clamp(min=0)
     keep = (corners[:, 1] > corners[:, 0]).all(dim=1)
     relative = (corners[keep] / size).reshape(-1, 4)
-    if mirrored:
+    if hflip:
         x0, y0, x1, y1 = relative.unbind(-1)
         relative = torch.stack((1 - x1, y0, 1 - x0, y1), dim=-1)
     return xyxy_to_cxcywh(relative), labels[keep]

@@ -1,32 +1,25 @@
 """COCO's twelve numbers and precision-recall curves of a set of detections.
 
-hotcoco computes them; pycocotools, the referee, is a hundred times slower and gives the same bits (tests/
-test_coco_metrics.py). Both are given the same cleaned-up ground truth, so that neither's pitfalls are met.
+hotcoco computes them; pycocotools, the referee in tests/test_coco_metrics.py, is a hundred times slower and gives the
+same bits. Both are given the same cleaned-up ground truth, so that neither's pitfalls are met.
 """
 
-import io
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import hotcoco
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detr_fast.config import require
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
 from detr_fast.data.checks import COCO_DETECTIONS
 from detr_fast.data.coco import CocoDataset
+from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections
-from detr_fast.evaluation.precision_recall import OperatingPoint, PrecisionRecall
-from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime
 
-Evaluator = Literal["hotcoco", "pycocotools"]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """In the evaluators' order: average precision over IoU 0.50:0.95, at 0.50, at 0.75; of small (below 32² px), medium and
 large (above 96² px) objects; average recall with 1, 10 and 100 detections an image; again by size."""
@@ -36,6 +29,58 @@ NOTHING_MEASURED = "no AP: the data has no object to find"
 UNLIMITED = ("AP_all_detections", "AP50_all_detections", "AR_all_detections")
 """AP, AP50 and average recall without COCO's limit of 100 detections of a class on an image."""
 ALL_AREAS, MOST_DETECTIONS = 0, -1
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""The twelve numbers, which are COCO's where `most` is COCO_DETECTIONS; precision and scores (IoU thresholds, recall
+steps, categories, areas, detection limits), with categories by ascending id; recall, without the steps; these."""
+Evaluator = Callable[[dict[str, Any], np.ndarray, int], Arrays]
+"""A cleaned document, rows (N, 7), and the most detections of a class on an image that count, to `Arrays`."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What keeping the detections with at least `threshold` as score gives, as a mean over the classes."""
+
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionRecall:
+    """One curve a class, at the recall steps (R,) = 0, 0.01, ..., 1 that COCO's evaluation samples.
+
+    `precision` (K, R) is interpolated as in COCO's: the best at this recall or beyond; 0 where it is never reached.
+    `scores` (K, R) are those of the detections that reach the recall.
+    """
+
+    names: tuple[str, ...]
+    recall: np.ndarray
+    precision: np.ndarray
+    scores: np.ndarray
+
+    def best_f1(self) -> OperatingPoint:
+        """Find the threshold with the largest mean F1 over the classes, and that mean's precision and recall."""
+        thresholds = np.unique(self.scores[self.scores > 0])
+        if not len(thresholds):
+            return OperatingPoint(threshold=0.0, precision=0.0, recall=0.0, f1=0.0)
+        points = np.array([self._at(k, thresholds) for k in range(len(self.names))])  # (K, 3, thresholds)
+        precision, recall, f1 = points.mean(axis=0)
+        best = int(f1.argmax())
+        return OperatingPoint(float(thresholds[best]), float(precision[best]), float(recall[best]), float(f1[best]))
+
+    def _at(self, k: int, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return class `k`'s precision, recall and F1 at each of `thresholds`."""
+        reached = np.searchsorted(-self.scores[k], -thresholds, side="right")  # scores fall as recall rises
+        last = np.maximum(reached - 1, 0)
+        precision = np.where(reached > 0, self.precision[k, last], 0.0)
+        recall = np.where(reached > 0, self.recall[last], 0.0)
+        sum_of_both = precision + recall
+        f1 = np.divide(2 * precision * recall, sum_of_both, out=np.zeros_like(sum_of_both), where=sum_of_both > 0)
+        return precision, recall, f1
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +105,7 @@ class Evaluation:
 
     @property
     def operating_point(self) -> OperatingPoint:
-        """Precision and recall at the score threshold that serves the classes best."""
+        """Return precision and recall at the score threshold that serves the classes best."""
         return self.curves.best_f1()
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,20 +130,14 @@ def without_absent(value: Any) -> Any:
     return None if value == ABSENT else value
 
 
-def evaluate_model(
-    model: DETR,
-    dataset: CocoDataset,
-    batches: Iterable[Batch],
-    runtime: Runtime,
-    evaluator: Evaluator = "hotcoco",
-) -> Evaluation:
-    """The model's detections on `batches` (an evaluation loader over `dataset`), held against the data's annotations.
+def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterable[Batch]) -> Evaluation:
+    """Hold the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
 
     Images that no batch brought, because they could not be read, are left out with a warning. With several processes
-    each runs its own share, and all return the same. The model's mode is restored.
+    each runs its own part, and all return the same. The network's mode is restored.
     Raises UserError for outputs that are not finite and for classes that the data does not have.
     """
-    detections = collect_detections(model, batches, runtime, dataset.categories)
+    detections = collect_detections(detector, batches, dataset.categories)
     evaluated = set(detections[:, IMAGE_ID].tolist())
     require(len(evaluated) > 0, f"{dataset.annotation_file}: none of its images could be read.")
     left_out = [record.path.name for record in dataset.records if record.id not in evaluated]
@@ -106,21 +145,23 @@ def evaluate_model(
         shown = ", ".join(left_out[:NAMED_AT_MOST]) + (", ..." if len(left_out) > NAMED_AT_MOST else "")
         warnings.warn(f"The evaluation is without {len(left_out)} images that could not be read: {shown}")
     document = only_images(dataset.coco_document(), evaluated)
-    return evaluate_detections(document, detections, evaluator)
+    return evaluate_detections(document, detections)
 
 
 def evaluate_detections(
-    document: dict[str, Any], detections: np.ndarray, evaluator: Evaluator = "hotcoco"
+    document: dict[str, Any], detections: np.ndarray, evaluator: Evaluator | None = None
 ) -> Evaluation:
-    """Rows (N, 7) float64 (see inference.py) against a COCO document. No detections at all give 0.0.
+    """Hold rows (N, 7) float64 (see inference.py) against a COCO document, with hotcoco unless `evaluator` is given. No
+    detections at all give 0.0.
 
     Detections of categories that the document does not list are left out, as COCO's tool does; objects of a crowd count
     neither as found nor as missed.
     """
+    evaluator = evaluator or run_hotcoco
     truth = clean_document(document)
     names = category_names(document["categories"])
     known = detections[np.isin(detections[:, CATEGORY_ID], list(names))]
-    stats, precision, scores, _, recall_steps = EVALUATORS[evaluator](truth, known, COCO_DETECTIONS)
+    stats, precision, scores, _, recall_steps = evaluator(truth, known, COCO_DETECTIONS)
     category_ids = sorted(names)
     found = precision[:, :, :, ALL_AREAS, MOST_DETECTIONS]  # (IoU thresholds, recall steps, categories)
     per_class = {
@@ -142,7 +183,7 @@ def evaluate_detections(
 def without_limit(truth: dict[str, Any], detections: np.ndarray, evaluator: Evaluator) -> dict[str, float]:
     """Return the UNLIMITED numbers: AP, AP50 and recall where all detections count."""
     _, counts = np.unique(detections[:, IMAGE_ID], return_counts=True)
-    _, precision, _, recall, _ = EVALUATORS[evaluator](truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
+    _, precision, _, recall, _ = evaluator(truth, detections, int(counts.max(initial=COCO_DETECTIONS)))
     found = precision[..., ALL_AREAS, MOST_DETECTIONS]
     values = (found, found[0], recall[..., ALL_AREAS, MOST_DETECTIONS])
     return dict(zip(UNLIMITED, map(mean_present, values), strict=True))
@@ -180,14 +221,9 @@ def category_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
 
 
 def mean_present(values: np.ndarray) -> float:
-    """The mean without ABSENT entries; ABSENT where there is nothing else."""
+    """Return the mean without ABSENT entries; ABSENT where there is nothing else."""
     present = values[values > ABSENT]
     return float(present.mean()) if present.size else ABSENT
-
-
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""The twelve numbers, which are COCO's where `most` is COCO_DETECTIONS; precision and scores (IoU thresholds, recall
-steps, categories, areas, detection limits), with categories by ascending id; recall, without the steps; these."""
 
 
 def run_hotcoco(truth: dict[str, Any], detections: np.ndarray, most: int) -> Arrays:
@@ -204,30 +240,6 @@ def run_hotcoco(truth: dict[str, Any], detections: np.ndarray, most: int) -> Arr
     return np.array(evaluator.stats), *found_and_scored, np.array(evaluator.params.rec_thrs)
 
 
-def run_pycocotools(truth: dict[str, Any], detections: np.ndarray, most: int) -> Arrays:
-    with redirect_stdout(io.StringIO()):
-        ground = pycocotools_index(truth)
-        found = ground.loadRes(detections) if len(detections) else pycocotools_index(without_annotations(truth))
-        evaluator = COCOeval(ground, found, "bbox")
-        evaluator.params.maxDets = [1, 10, most]
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    result = evaluator.eval
-    found_and_scored = (result["precision"], result["scores"], result["recall"])
-    return np.array(evaluator.stats), *found_and_scored, np.array(evaluator.params.recThrs)
-
-
-def pycocotools_index(document: dict[str, Any]) -> COCO:
-    index = COCO()
-    index.dataset = document
-    index.createIndex()
-    return index
-
-
 def without_annotations(document: dict[str, Any]) -> dict[str, Any]:
-    """The detections of a model that finds nothing: both tools refuse or fail on an empty list of results."""
+    """Return the detections of a model that finds nothing: both tools refuse or fail on an empty list of results."""
     return {**document, "annotations": []}
-
-
-EVALUATORS = {"hotcoco": run_hotcoco, "pycocotools": run_pycocotools}

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.evaluation.lettering import LETTERING, one_line
+from detr_fast.files import atomic_write
 
 DOTS_PER_INCH = 120
 LOSSES = {"loss": "loss, weighted sum", "loss_ce": "class", "loss_bbox": "box, L1", "loss_giou": "box, GIoU"}
@@ -27,7 +28,7 @@ SMOOTH_COLOUR = "#2171b5"
 
 
 def draw_loss_curves(metrics_csv: Path, path: Path) -> None:
-    """Losses over optimizer steps, one panel a term: each logged value, their running mean, and the validation's."""
+    """Draw losses over optimizer steps, one panel a term: logged values, their running mean, and the validation's."""
     rows = read_metrics(metrics_csv)
     figure = new_figure(width=10, height=6.4)
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, LOSSES.items(), strict=True):
@@ -43,7 +44,7 @@ def draw_loss_curves(metrics_csv: Path, path: Path) -> None:
 
 
 def draw_ap_curves(metrics_csv: Path, path: Path) -> None:
-    """Average precision on the validation images over epochs."""
+    """Draw average precision on the validation images over epochs."""
     rows = read_metrics(metrics_csv)
     figure = new_figure(width=10, height=3.8)
     for axes, (title, names) in zip(figure.subplots(1, 2), PRECISIONS.items(), strict=True):
@@ -58,7 +59,7 @@ def draw_ap_curves(metrics_csv: Path, path: Path) -> None:
 
 
 def draw_precision_recall(evaluation: Evaluation, path: Path, shown: Mapping[str, str] | None = None) -> None:
-    """Precision over recall at IoU 0.50, one curve a class and their mean; `shown`: what to call the classes."""
+    """Draw precision over recall at IoU 0.50, one curve a class and their mean; `shown`: what to call the classes."""
     shown = shown or {}
     curves = evaluation.curves
     figure = new_figure(width=7.5, height=5.2)
@@ -86,7 +87,7 @@ def draw_precision_recall(evaluation: Evaluation, path: Path, shown: Mapping[str
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv. Raises UserError if it cannot be read."""
+    """Read the rows of a run's metrics.csv. Raises UserError if it cannot be read."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
@@ -95,14 +96,14 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def column(rows: Sequence[dict[str, str]], kind: str, over: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """`over` and `name` (N,) of the rows of `kind` that have both."""
+    """Return `over` and `name` (N,) of the rows of `kind` that have both."""
     pairs = [(row[over], row[name]) for row in rows if row.get("kind") == kind and row.get(over) and row.get(name)]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Each value's mean with its neighbours, over about a twentieth of all (N,)."""
+    """Return each value's mean with its neighbours, over about a twentieth of all (N,)."""
     width = max(1, len(values) // 40)
     counted = np.convolve(np.ones(len(values)), np.ones(2 * width + 1), mode="same")
     return np.convolve(values, np.ones(2 * width + 1), mode="same") / counted
@@ -118,7 +119,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def finish_axes(axes: Axes, title: str, xlabel: str, legend_title: str | None = None) -> None:
-    """Title, grid and, where something is drawn, a legend; every text literally, for names may hold `$`."""
+    """Add title, grid and, where something is drawn, a legend; every text literally, for names may hold `$`."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel)
     if xlabel == "epoch":
@@ -136,10 +137,7 @@ def finish_axes(axes: Axes, title: str, xlabel: str, legend_title: str | None = 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Raises UserError where the folder cannot be written to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        LETTERING.prepare(figure)
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}.") from error
+    """Write a PNG. Raises UserError where it cannot be written."""
+    LETTERING.prepare(figure)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from detr_fast.config import UserError
+from detr_fast.files import explained, open_growing, write_json
 
 CLOSING = b"\n]\n"
 
@@ -39,13 +39,10 @@ class PredictionsFile:
         """Write entries of at least one image over the closing bracket, and that again, at once: a kill loses none."""
         texts = [textwrap.indent(json.dumps(one, indent=2), "  ") for one in entries]
         text = (",\n" if self.entries else "[\n") + ",\n".join(texts)
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("wb", buffering=0)
+        if self._file is None:
+            self._file = open_growing(self.path)
+        with explained(self.path):
             self._write(self._file, text.encode("ascii"))
-        except OSError as error:
-            raise cannot_be_written(self.path, error) from error
         self.entries += entries
 
     def _write(self, file: FileIO, text: bytes) -> None:
@@ -63,15 +60,4 @@ class PredictionsFile:
     def finish(self) -> None:
         """Put the file in the order of file names, in one step."""
         self.entries.sort(key=lambda one: one["file_name"])
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="ascii")
-            os.replace(partial, self.path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise cannot_be_written(self.path, error) from error
-
-
-def cannot_be_written(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror}. Free some space or give another folder.")
+        write_json(self.path, self.entries)

@@ -1,6 +1,5 @@
 """What an evaluation leaves in an output folder: its numbers as json, its curves and its first images as pictures."""
 
-import json
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from detr_fast.evaluation.inference import CATEGORY_ID, HEIGHT, IMAGE_ID, SCORE,
 from detr_fast.evaluation.lettering import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.plots import draw_precision_recall
+from detr_fast.files import write_json
 
 PICTURES = 12
 PICTURE_THRESHOLD = 0.5
@@ -21,16 +21,11 @@ PICTURE_THRESHOLD = 0.5
 
 
 def write_evaluation(evaluation: Evaluation, dataset: CocoDataset, output: Path) -> None:
-    """`output`/evaluation.json, plots/precision_recall.png, and plots/detections.png with the data's first images.
+    """Write evaluation.json, plots/precision_recall.png, and plots/detections.png with the data's first images.
 
     Raises UserError where one of them cannot be written.
     """
-    file = output / "evaluation.json"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error}.") from error
+    write_json(output / "evaluation.json", evaluation.to_dict())
     names = category_names(dataset.coco_document()["categories"])
     shown = class_names(names)
     by_name = {name: shown[category] for category, name in names.items()}
@@ -55,7 +50,7 @@ def pictures(evaluation: Evaluation, dataset: CocoDataset, names: dict[int, str]
 
 
 def picture(dataset: CocoDataset, record: ImageRecord, rows: np.ndarray, names: dict[int, str]) -> Picture:
-    """One image with its annotations and its detections `rows` (N, 7)."""
+    """Make the picture of one image with its annotations and its detections `rows` (N, 7)."""
     category_of = {label: category for category, label in dataset.label_of.items()}
     low, size = np.split(rows[:, X : HEIGHT + 1], 2, axis=1)
     return Picture(

@@ -1,22 +1,21 @@
 """Multi-head attention: the one place where queries meet keys, with `nn.MultiheadAttention`'s parameters."""
 
-import math
 from typing import NamedTuple
 
 import torch
-from detr_kernels import AttentionBackend, Blank, Packing, attention_with_dropout, packed_attention
+from detr_kernels import ROW_BACKENDS, Blank, Packing, packed_attention, padded_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.model.implementation import Implementation
+from detr_fast.model.backends import Selectable
 
 
 class Packed(NamedTuple):
     """Where image b's queries and keys begin, counted over both dimensions, and which rows get zeros."""
 
-    q_offsets: Tensor
+    cu_seqlens_q: Tensor
     """(B + 1,) int32"""
-    k_offsets: Tensor
+    cu_seqlens_k: Tensor
     blank: Blank
 
 
@@ -34,42 +33,27 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, queries: Packing, keys: Packing) -> "Layout":
-        return cls(None, Packed(queries.offsets, keys.offsets, queries.blank(keys)))
+        return cls(None, Packed(queries.cu_seqlens, keys.cu_seqlens, queries.blank(keys)))
 
 
 UNPADDED = Layout()
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, dropout: float) -> Tensor:
-    """Plain attention (B, H, Nq, d), (B, H, Nk, d) -> (B, H, Nq, d); `attended` (B, 1, 1, Nk) bool, as SDPA's mask.
+class MultiheadAttention(Selectable):
+    """Computes softmax(q k^T / sqrt(d)) v over `num_heads` heads (Vaswani et al. 2017, section 3.2), batch first."""
 
-    The weights are materialised, in the order of operations of `nn.MultiheadAttention`. No key attended to: zeros.
-    """
-    scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
-    if attended is None:
-        return F.dropout(scores.softmax(-1), dropout) @ v
-    some = attended.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(attended | ~some), float("-inf"))
-    return torch.where(some, F.dropout(scores.softmax(-1), dropout) @ v, 0)
-
-
-class MultiheadAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over `num_heads` heads (Vaswani et al. 2017, section 3.2), batch first."""
+    operations = ("attention",)
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.form: AttentionBackend = "sdpa"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-
-    def use(self, implementation: Implementation) -> None:
-        self.form = implementation.attention
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
         """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D); `layout` says where the tokens lie.
@@ -84,45 +68,20 @@ class MultiheadAttention(nn.Module):
             (wq, wkv), (bq, bkv) = self._split(1)
             (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
-        return self._mix(q, k, F.linear(value, wv, bv), layout)
-
-    def project_queries(self, query: Tensor) -> Tensor:
-        """(..., D) -> (..., D), what `attend` takes."""
-        (wq, _), (bq, _) = self._split(1)
-        return F.linear(query, wq, bq)
-
-    def attend(self, q: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
-        """As `forward`, of queries (B, Nq, D) that are projected already."""
-        (_, wkv), (_, bkv) = self._split(1)
-        (wk, wv), (bk, bv) = wkv.chunk(2), bkv.chunk(2)
-        return self._mix(q, F.linear(key, wk, bk), F.linear(value, wv, bv), layout)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """What follows the projections of the input."""
+        v = F.linear(value, wv, bv)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
-        if self.form in ("sdpa", "ref"):
-            mixed = self._attend_in_rows(q, k, v, layout.padding)
+        backend = self.backend("attention")
+        if backend in ("auto", *ROW_BACKENDS):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            attended = None if layout.padding is None else ~layout.padding[:, None, None, :]
+            mixed = padded_attention(q, k, v, attended, self.dropout, self.training, backend).transpose(1, 2)
         else:
-            mixed = self._attend_packed(q, k, v, layout)
+            mixed = self._attend_packed(q, k, v, layout, backend)
         return self.out_proj(mixed.flatten(2))
 
-    def _attend_in_rows(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-        """(B, Nq, H, d), (B, Nk, H, d) -> (B, Nq, H, d), each image in its own row."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        attended = None if padding is None else ~padding[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        if self.form == "ref":
-            mixed = attention_ref(q, k, v, attended, dropout)
-        elif dropout and q.device.type == "cpu":
-            mixed = attention_with_dropout(q, k, v, attended, dropout)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attended, dropout)
-        return mixed.transpose(1, 2)
-
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """The same of packed tokens."""
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str) -> Tensor:
         if layout.padding is not None:
-            raise ValueError(f"attention by {self.form} takes packed or unpadded tokens: see detr_kernels.Packing")
+            raise ValueError(f"attention by {backend} takes packed or unpadded tokens: see detr_kernels.Packing")
         if layout.packed is None:
             layout = Layout.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
         assert layout.packed is not None
@@ -130,13 +89,13 @@ class MultiheadAttention(nn.Module):
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
-            layout.packed.q_offsets,
-            layout.packed.k_offsets,
-            longest_q=q.shape[1],
-            longest_k=k.shape[1],
+            layout.packed.cu_seqlens_q,
+            layout.packed.cu_seqlens_k,
+            max_seqlen_q=q.shape[1],
+            max_seqlen_k=k.shape[1],
             dropout=self.dropout,
             training=self.training,
-            backend=self.form,
+            backend=backend,
             blank=layout.packed.blank,
         )
         return mixed.view(q.shape)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from detr_kernels import residual_stage
-from detr_kernels.resnet_stage import blocks_of
+from detr_kernels.convolution.stage import blocks_of
 from torch import Tensor, nn
 
 from detr_fast.config import require
+from detr_fast.model.backends import Selectable
 from detr_fast.model.normalization import Fold, FrozenBatchNorm2d, computed_in, conv_norm_act, folded_together
 
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -55,20 +56,23 @@ class Bottleneck(nn.Module):
         return conv_norm_act(x, self.conv3, self.bn3, identity, fold=folds[2])
 
 
-class Stage(nn.Sequential):
+class Stage(nn.Sequential, Selectable):
     """Bottleneck blocks, the first of which changes the shape."""
+
+    operations = ("residual_stage",)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks: list[Bottleneck] = list(self)  # type: ignore[arg-type]
         first = blocks[0]
-        if not (isinstance(first.bn1, FrozenBatchNorm2d) and first.bn1.folded):
+        if not (isinstance(first.bn1, FrozenBatchNorm2d) and first.bn1.folds):
             return super().forward(x)
         dtype = computed_in(x, first.conv1.weight)
         folds = folded_together([pair for block in blocks for pair in block.convolutions()], dtype)  # type: ignore[misc]
-        if first.bn1.joins_blocks(x.device, dtype):
+        backend = self.backend("residual_stage", x.device, dtype)
+        if backend != "ref":
             weights, biases = zip(*folds, strict=True)
             dilations = [block.conv2.dilation[0] for block in blocks]
-            return residual_stage(x.to(dtype), weights, biases, first.conv2.stride[0], dilations)
+            return residual_stage(x.to(dtype), weights, biases, first.conv2.stride[0], dilations, backend)
         for block, its_folds in zip(blocks, blocks_of(folds), strict=True):
             x = block(x, its_folds)
         return x

@@ -1,33 +1,27 @@
-"""Convolution with batch norm: the one place where the backbone normalises, so that a faster form can replace it."""
+"""Convolution with batch norm: the one place where the backbone normalises."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detr_kernels import (
-    ConvolutionBackend,
-    OneDNNConvolution,
-    choose_convolution,
-    conv_bias_act,
-    fold_frozen_bn,
-    why_not_onednn,
-)
-from detr_kernels.batch_norm import frozen_bn_scale_and_shift, scale_weight, scale_weights
-from detr_kernels.kept import Kept
+from detr_kernels import OneDNNConvolution, Selection, conv_bias_act, fold_frozen_bn
+from detr_kernels.cached import Cached
+from detr_kernels.convolution.batch_norm import frozen_bn_scale_and_shift, scale_weight, scale_weights
 from torch import Tensor, nn
 
-from detr_fast.model.implementation import Implementation
+from detr_fast.model.backends import Selectable
 
 
-class FrozenBatchNorm2d(nn.Module):
+class FrozenBatchNorm2d(Selectable):
     """Batch norm with constant statistics and affine terms: y = x * scale + shift, eps 1e-5.
 
-    `folded` chooses how `conv_norm_act` computes it: within the convolution, or as operations of its own.
+    `conv_norm_act` computes it within the convolution before it, unless its backend is ref.
 
     All four tensors are buffers, under the names that torchvision's BatchNorm2d uses, so its weights load as they are.
     """
 
+    operations = ("frozen_batch_norm", "convolution", "packed_convolution")
     weight: Tensor
     bias: Tensor
     running_mean: Tensor
@@ -36,10 +30,8 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.folded = True
-        self.kept: dict[tuple[str, torch.dtype], Kept] = defaultdict(Kept)
+        self.cached: dict[tuple[str, torch.dtype], Cached] = defaultdict(Cached)
         """Keep what follows from the four tensors, and of a convolution's weight that does not learn, in each dtype."""
-        self.convolution_form: ConvolutionBackend = "auto"
         self.register_load_state_dict_post_hook(_refresh)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
@@ -50,19 +42,19 @@ class FrozenBatchNorm2d(nn.Module):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def use(self, implementation: Implementation) -> None:
-        self.folded, self.convolution_form = implementation.folded, implementation.convolution
-        self.kept.clear()
+    def use(self, selection: Selection) -> None:
+        super().use(selection)
+        self.cached.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FrozenBatchNorm2d":
         """Do what `to` and its like ask: tensors come to lie elsewhere, in another dtype or order."""
-        self.kept.clear()
+        self.cached.clear()
         return super()._apply(*args, **kwargs)
 
-    def joins_blocks(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a whole stage is computed by oneDNN (`detr_kernels.residual_stage`)."""
-        form = self.folded and choose_convolution(1, device, self.convolution_form)[0]
-        return form == "onednn" and why_not_onednn(dtype) is None
+    @property
+    def folds(self) -> bool:
+        """Whether it is part of the convolution before it."""
+        return self.backend("frozen_batch_norm") != "ref"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.weight, self.bias, self.running_mean, self.running_var
@@ -70,25 +62,25 @@ class FrozenBatchNorm2d(nn.Module):
     def scale_and_shift(self, dtype: torch.dtype) -> Sequence[Tensor]:
         """Give scale and shift (C,) in `dtype`, so that norm(x) = x * scale + shift."""
         given = self.tensors()
-        return self.kept["norm", dtype](given, lambda: frozen_bn_scale_and_shift(*given, self.eps, dtype))
+        return self.cached["norm", dtype](given, lambda: frozen_bn_scale_and_shift(*given, self.eps, dtype))
 
     def shift(self, dtype: torch.dtype, rounded_to: torch.dtype) -> Tensor:
         """Give the shift (C,) computed in `dtype` and rounded."""
         shift = self.scale_and_shift(dtype)[1]
-        return self.kept["shift", rounded_to](self.tensors(), lambda: [shift.to(rounded_to)])[0]
+        return self.cached["shift", rounded_to](self.tensors(), lambda: [shift.to(rounded_to)])[0]
 
     def scale_like(self, weight: Tensor) -> Tensor:
         """Give the scale in the shape, dtype and memory order of a convolution's weight (C, ., ., .)."""
         scale = self.scale_and_shift(weight.dtype)[0]
         expanded = lambda: [torch.empty_like(weight).copy_(scale[:, None, None, None])]  # noqa: E731
-        return self.kept["scale", weight.dtype](self.tensors(), expanded)[0]
+        return self.cached["scale", weight.dtype](self.tensors(), expanded)[0]
 
     def scaled(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Give the weight of a convolution before the norm times the scale, rounded to `dtype`."""
         scale = self.scale_and_shift(torch.promote_types(weight.dtype, torch.float32))[0]
         if weight.requires_grad:
-            return scale_weight(weight, scale, dtype)
-        return self.kept["weight", dtype]((*self.tensors(), weight), lambda: [scale_weight(weight, scale, dtype)])[0]
+            return scale_weight(weight, scale, dtype, self.backend("frozen_batch_norm"))
+        return self.cached["weight", dtype]((*self.tensors(), weight), lambda: [scale_weight(weight, scale, dtype)])[0]
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift(self.weight.dtype)
@@ -97,8 +89,8 @@ class FrozenBatchNorm2d(nn.Module):
 
 def _refresh(norm: FrozenBatchNorm2d, _: Any) -> None:
     """Write what is kept anew at once: the replay of a captured graph asks nobody."""
-    for kept in norm.kept.values():
-        kept.refresh()
+    for cached in norm.cached.values():
+        cached.refresh()
 
 
 Fold = tuple[Tensor, Tensor]
@@ -124,26 +116,26 @@ def wide(weight: Tensor) -> torch.dtype:
 
 def bias_dtype(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> torch.dtype:
     """Give the dtype in which the bias is added: float32 in our kernels, that of their inputs in libraries."""
-    learns = conv.weight.requires_grad and torch.is_grad_enabled()
-    asked: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
-    form, _ = choose_convolution(conv.kernel_size[0], conv.weight.device, asked, learns)
-    return wide(conv.weight) if form == "triton" else dtype
+    ours = isinstance(norm, Selectable) and norm.backend("convolution", conv.weight.device, dtype) == "triton"
+    return wide(conv.weight) if ours else dtype
 
 
 def folded_together(pairs: Sequence[tuple[nn.Conv2d, FrozenBatchNorm2d]], dtype: torch.dtype) -> list[Fold]:
-    """Fold several norms into the convolutions before them; on a GPU the weights that learn in a few launches."""
+    """Fold several norms into the convolutions before them: by `foreach`, where all weights learn, in few launches."""
     weights = [conv.weight for conv, _ in pairs]
     learn = all(weight.requires_grad and weight.dtype == wide(weight) for weight in weights)
-    if not learn or weights[0].device.type != "cuda" or torch.compiler.is_compiling():
+    backend = pairs[0][1].backend("frozen_batch_norm", weights[0].device, dtype)
+    if backend != "foreach" or not learn or torch.compiler.is_compiling():
         return [folded(*pair, dtype) for pair in pairs]
     scales = [norm.scale_like(conv.weight) for conv, norm in pairs]
     biases = [norm.shift(wide(conv.weight), bias_dtype(conv, norm, dtype)) for conv, norm in pairs]
     return list(zip(scale_weights(weights, scales, dtype), biases, strict=True))
 
 
-class FoldedConvolution(nn.Module):
+class FoldedConvolution(Selectable):
     """A convolution with its batch norm folded into it for good: for inference alone."""
 
+    operations = ("convolution", "packed_convolution")
     weight: Tensor
     bias: Tensor
 
@@ -151,20 +143,20 @@ class FoldedConvolution(nn.Module):
         super().__init__()
         weight, bias = folded(conv, norm, dtype)
         self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
-        self.form: ConvolutionBackend = getattr(norm, "convolution_form", "auto")
+        self.use(getattr(norm, "selection", Selection()))
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
         self.register_buffer("bias", bias.detach())
         self.packed: OneDNNConvolution | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-        """As `conv_norm_act`, but that the residual's memory may hold the result."""
+        """Compute relu(conv(x) + residual) as `conv_norm_act` does; may overwrite `residual`."""
         x = x.to(self.weight.dtype)
-        if x.device.type == "cpu" and self.form == "auto" and not torch.compiler.is_compiling():
-            if self.packed is None and why_not_onednn(x.dtype) is None:
-                self.packed = OneDNNConvolution(self.weight, self.bias, *self.geometry)
-            if self.packed is not None:
-                return self.packed(x.contiguous(memory_format=torch.channels_last), residual, relu)
-        return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu, self.form)
+        packs = self.backend("packed_convolution", x.device, x.dtype) == "onednn"
+        if not packs or torch.compiler.is_compiling():
+            return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu, self.backend("convolution"))
+        if self.packed is None:
+            self.packed = OneDNNConvolution(self.weight, self.bias, *self.geometry)
+        return self.packed(x.contiguous(memory_format=torch.channels_last), residual, relu)
 
 
 def computed_in(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -191,10 +183,10 @@ def conv_norm_act(
     """
     if isinstance(conv, FoldedConvolution):
         return conv(x, residual, relu)
-    if isinstance(norm, FrozenBatchNorm2d) and norm.folded:
+    if isinstance(norm, FrozenBatchNorm2d) and norm.folds:
         weight, bias = fold or folded(conv, norm, computed_in(x, conv.weight))
         stride, padding, dilation = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
-        return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.convolution_form)
+        return conv_bias_act(x, weight, bias, residual, stride, padding, dilation, relu, norm.backend("convolution"))
     y = norm(conv(x))
     y = y if residual is None else y.add_(residual)
     return y.relu_() if relu else y

@@ -2,18 +2,15 @@
 A.4)."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 TEMPERATURE = 10000.0
-KEPT_SHAPES = 32
-"""Shapes whose positions are kept, those seen last: half a MiB each in bf16, 2 MiB of DC5."""
 
 
 def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
-    """Positions (B, h, w, dim) float32 for a mask (B, h, w) that is True where padded.
+    """Encode the positions of a mask (B, h, w), True where padded, as (B, h, w, dim) float32.
 
     The first half of the channels encodes y, the second x; in each half sine and cosine alternate.
     """
@@ -28,15 +25,3 @@ def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
         angle = (place / extent * (2 * math.pi))[..., None] / period  # (B, h, w, half)
         encoded.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(3))
     return torch.cat(encoded, dim=3)
-
-
-def unpadded_position_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Positions (1, height * width, dim) in `dtype`, those of every image without padding."""
-    mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
-    return sine_position_encoding(mask, dim).flatten(1, 2).to(dtype)
-
-
-@lru_cache(KEPT_SHAPES)
-def kept_position_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same, computed once for each shape; not to be written to."""
-    return unpadded_position_encoding(height, width, dim, dtype, device)

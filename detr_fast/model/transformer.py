@@ -1,19 +1,19 @@
 """DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
 
-import copy
-
 import torch
-from detr_kernels import Backend, Packing, fused_add_layer_norm, relu_dropout
+from detr_kernels import ROW_BACKENDS, Packing, fused_add_layer_norm, relu_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.model.attention import Layout, MultiheadAttention
-from detr_fast.model.implementation import Implementation
+from detr_fast.model.backends import Selectable
 from detr_fast.stages import stage
 
 
-class PostNormLayer(nn.Module):
-    """What encoder and decoder layers share: self-attention, feed-forward, a residual and a norm around each."""
+class PostNormLayer(Selectable):
+    """Shares between encoder and decoder layers: self-attention, feed-forward, a residual and a norm around each."""
+
+    operations = ("layer_norm", "dropout")
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -23,19 +23,17 @@ class PostNormLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.norm_form: Backend = "auto"
-
-    def use(self, implementation: Implementation) -> None:
-        self.norm_form = implementation.layer_norm
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """norm(residual + dropout(x))"""
+        """Compute norm(residual + dropout(x))."""
+        backends = (self.backend(name) for name in self.operations)
         return fused_add_layer_norm(
-            x, residual, norm.weight, norm.bias, norm.eps, self.dropout.p, self.training, self.norm_form
+            x, residual, norm.weight, norm.bias, norm.eps, self.dropout.p, self.training, *backends
         )
 
     def feedforward(self, x: Tensor) -> Tensor:
-        return self.linear2(relu_dropout(self.linear1(x), self.dropout.p, self.training))
+        backend = self.backend("dropout")
+        return self.linear2(relu_dropout(self.linear1(x), self.dropout.p, self.training, backend))
 
 
 class EncoderLayer(PostNormLayer):
@@ -71,48 +69,9 @@ class DecoderLayer(PostNormLayer):
         """
         placed = state + query_position
         state = self.add_norm(self.self_attn(placed, placed, state, among), state, self.norm1)
-        return self.finish(state, self.multihead_attn(state + query_position, placed_memory, memory, across))
-
-    def finish(self, state: Tensor, attended: Tensor) -> Tensor:
-        """What follows both attentions: the state (B, Q, D) before the second one, and what that one gave."""
+        attended = self.multihead_attn(state + query_position, placed_memory, memory, across)
         state = self.add_norm(attended, state, self.norm2)
         return self.add_norm(self.feedforward(state), state, self.norm3)
-
-
-class FirstDecoderLayer(nn.Module):
-    """The first decoder layer, for inference alone: until its queries meet the memory, all is the same for every image.
-
-    Its state is zeros, so every value of its self-attention is the bias, and so is every mean of them, whatever the
-    weights: one state (D,) for all queries.
-    """
-
-    state: Tensor
-    q: Tensor
-
-    def __init__(self, layer: DecoderLayer, query_position: Tensor, dtype: torch.dtype) -> None:
-        """Of `layer`, which it takes over, and query positions (Q, D); rounded to `dtype` once."""
-        super().__init__()
-        exact = copy.deepcopy(layer).double()
-        value = exact.self_attn.in_proj_bias.chunk(3)[2]
-        state = exact.norm1(exact.self_attn.out_proj(value))
-        q = exact.multihead_attn.project_queries(state + query_position.double())
-        self.register_buffer("state", state.to(dtype))  # (D,)
-        self.register_buffer("q", q.to(dtype))  # (Q, D)
-        del layer.self_attn, layer.norm1
-        self.rest = layer
-
-    def forward(
-        self,
-        state: Tensor,
-        query_position: Tensor,
-        memory: Tensor,
-        placed_memory: Tensor,
-        among: Layout,
-        across: Layout,
-    ) -> Tensor:
-        """As `DecoderLayer`, of a state (B, Q, D) of zeros."""
-        attended = self.rest.multihead_attn.attend(self.q.expand_as(state), placed_memory, memory, across)
-        return self.rest.finish(self.state.expand_as(state), attended)
 
 
 class Encoder(nn.Module):
@@ -128,8 +87,10 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
 
-class Transformer(nn.Module):
+class Transformer(Selectable):
     """Encoder over the image's tokens and decoder over the queries, which start from zeros."""
+
+    operations = ("attention",)
 
     def __init__(
         self, dim: int, num_heads: int, encoder_layers: int, decoder_layers: int, feedforward_dim: int, dropout: float
@@ -139,13 +100,14 @@ class Transformer(nn.Module):
         self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(encoder_layers)])
         self.decoder = Decoder([DecoderLayer(*sizes) for _ in range(decoder_layers)], dim)
         self.checkpoint_activations = False
-        self.packed = False
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def use(self, implementation: Implementation) -> None:
-        self.packed = implementation.packed
+    @property
+    def packed(self) -> bool:
+        """Whether attention takes all images' tokens one after another, without padding."""
+        return self.backend("attention") not in ("auto", *ROW_BACKENDS)
 
     def forward(self, source: Tensor, padding: Tensor | None, query_position: Tensor, position: Tensor) -> Tensor:
         """Tokens (B, N, D), padding (B, N), query positions (Q, D), positions (B, N, D) -> normed states (L, B, Q, D).

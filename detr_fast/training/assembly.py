@@ -1,4 +1,4 @@
-"""A run's parts, made from its options, and from a checkpoint where it continues one."""
+"""Builds data, model, step and schedule from a run's options, and from a checkpoint where it continues one."""
 
 import copy
 from collections.abc import Iterator
@@ -8,27 +8,25 @@ import torch
 
 from detr_fast.config import ModelConfig, TrainConfig, model_config
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, collate, on_device, train_loader
+from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import CocoDataset, build_dataset
-from detr_fast.data.sample import Sample
+from detr_fast.data.loader import on_device, train_loader
 from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import Runtime
 from detr_fast.training.batch_size import lr_factor
+from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
 from detr_fast.training.optimizer import Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
 
-State = dict[str, Any] | None
-"""What last.pt holds; None for a new run."""
-
 
 def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
-    """Training and validation images with one map of classes, and the model's configuration that fits them."""
+    """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
     shared = ModelConfig.__dataclass_fields__.keys() & TrainConfig.__dataclass_fields__.keys() - {"num_classes"}
     changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
@@ -39,15 +37,16 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
     return train_set, val_set, config
 
 
-def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: State, out: Console) -> DETR:
-    """The checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
+def make_model(
+    config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: TrainingState | None, out: Console
+) -> DETR:
+    """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
-    model.categories = train_set.categories
     if state:
-        load_state_dict(model, state["model"])
+        load_state_dict(model, state.model)
     elif options.weights:
-        kept = load_for_fine_tuning(model, options.weights)
+        kept = load_for_fine_tuning(model, options.weights, train_set.categories)
         for line in kept.lines(options.weights, config.num_classes):
             out.print(line)
     else:
@@ -58,8 +57,10 @@ def make_model(config: ModelConfig, options: TrainConfig, train_set: CocoDataset
     return model
 
 
-def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: State) -> TrainStep:
-    """The step around a model that is in its place already."""
+def make_step(
+    model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: TrainingState | None
+) -> TrainStep:
+    """Make the step of a model that is on its device already."""
     criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
     factor = lr_factor(options, world.size)
     step = TrainStep(
@@ -69,21 +70,21 @@ def make_step(model: DETR, options: TrainConfig, runtime: Runtime, world: World,
         runtime=runtime,
         world=world,
         clip=options.clip,
-        averaged=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
         ema_decay=options.ema,
     )
     if state:
-        restore_moments(step.optimizer, state["optimizer"])
+        restore_moments(step.optimizer, state.optimizer)
         keep_layouts(step.optimizer)
-        if state["scaler"]:
-            step.scaler.load_state_dict(state["scaler"])
-        if step.averaged and state["ema"]:
-            load_state_dict(step.averaged, state["ema"])
+        if state.scaler:
+            step.scaler.load_state_dict(state.scaler)
+        if step.ema and state.ema:
+            load_state_dict(step.ema, state.ema)
     return step
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Takes the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
+    """Take the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
 
     The backbone's group is the second, and absent where it is not trained: moments that are not stored begin anew.
     """
@@ -96,8 +97,8 @@ def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) ->
 
 
 def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update walks
-    through memory without looking at strides."""
+    """Put each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update
+    walks through memory without looking at strides."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
@@ -123,7 +124,7 @@ class Extremes(NamedTuple):
 
 
 def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
-    """Looks at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
+    """Look at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
     rest of an epoch too, if it is so small."""
     records = train_set.records
     sizes = {(record.height, record.width) for record in records}
@@ -131,7 +132,7 @@ def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch:
     return Extremes(
         objects=max(len(record.labels) for record in records),
         mixed=not options.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
-        padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.plan(0, 0).size),
+        padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.augmentation(0, 0).size),
     )
 
 
@@ -140,7 +141,7 @@ LEAST_ARRANGED = 16
 
 
 def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
-    """Makes the largest batch that training can meet: gray images, with room for as many targets as any has."""
+    """Make the largest batch that training can meet: gray images, with room for as many targets as any has."""
     sides = max(options.train_sizes), options.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
     if extremes.mixed:
@@ -169,10 +170,10 @@ def shape_step_px(device: str, compiled: bool) -> int:
 def make_batches(
     options: TrainConfig, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
 ) -> Iterator[Batch]:
-    """This rank's batches without end, on its device, from (epoch, batch) `first` on."""
+    """Yield this rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
     step = shape_step_px(runtime.device.type, runtime.compile)
-    buckets = Buckets(lambda epoch, images: train_set.plans(epoch, images).sizes, step)
+    buckets = Buckets(lambda epoch, images: train_set.augmentations(epoch, images).sizes, step)
     batches = train_loader(
         train_set,
         options.batch_size,
@@ -186,12 +187,3 @@ def make_batches(
         buckets=buckets if options.buckets else None,
     )
     return on_device(batches, runtime.device)
-
-
-def stored_metadata(model: DETR) -> dict[str, Any]:
-    """What every checkpoint says of its model besides the weights."""
-    categories = model.categories
-    return {
-        "model_config": model.config.to_dict(),
-        "categories": None if categories is None else [vars(category) for category in categories],
-    }

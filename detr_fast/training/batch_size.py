@@ -13,7 +13,7 @@ does."""
 
 
 def with_batches(options: TrainConfig, config: ModelConfig, device: str, processes: int, images: int) -> TrainConfig:
-    """Returns the options with a `batch_size` and `accumulate` of at least 1, for `images` training images.
+    """Return the options with a `batch_size` and `accumulate` of at least 1, for `images` training images.
 
     With a batch size alone, these are what was asked for. Else batch_size x accumulate x `processes` is the effective
     batch, in batches as large as one device takes; what does not fit into a GPU's memory is computed in micro-batches,
@@ -34,7 +34,7 @@ def with_batches(options: TrainConfig, config: ModelConfig, device: str, process
 def shared_out(
     options: TrainConfig, effective: int, given: int, config: ModelConfig, device: str, processes: int, images: int
 ) -> TrainConfig:
-    """Returns the options with `effective` images an update, of which those asked for make `given`."""
+    """Return the options with `effective` images an update, of which those asked for make `given`."""
     own, rest = divmod(effective, given)
     asked = f"--batch-size {options.batch_size} --accumulate {options.accumulate} (0: free)"
     require(
@@ -53,7 +53,7 @@ def shared_out(
 
 
 def most_images(options: TrainConfig, config: ModelConfig, device: str) -> int:
-    """Returns how many images a batch on one device has at most where none are asked for."""
+    """Return how many images a batch on one device has at most where none are asked for."""
     image_px = max(options.train_sizes) * (options.max_size or config.max_size)
     return MOST_IMAGES if device == "cuda" else min(MOST_IMAGES, CPU_PX // image_px)
 
@@ -63,21 +63,21 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def lr_factor(options: TrainConfig, processes: int) -> float:
-    """Returns what the learning rates are multiplied by: 1, or with --scale-lr the effective batch over the recipe's
+    """Return what the learning rates are multiplied by: 1, or with --scale-lr the effective batch over the recipe's
     (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1)."""
     effective = options.batch_size * options.accumulate * processes
     return effective / RECIPE_BATCH if options.scale_lr else 1.0
 
 
-def batch_line(options: TrainConfig, processes: int, parts: int) -> str:
-    """Says what makes an update, and what that is beside the recipe."""
+def batch_line(options: TrainConfig, processes: int, micro_batches: int) -> str:
+    """Say what makes an update, and what that is beside the recipe."""
     effective = options.batch_size * options.accumulate * processes
     factor = lr_factor(options, processes)
     notes = [
         f"{options.batch_size} x {options.accumulate} accumulated x {processes} processes = {effective} images a step"
     ]
-    if parts > 1:
-        notes.append(f"each batch in {parts} micro-batches to fit into the memory")
+    if micro_batches > 1:
+        notes.append(f"each batch in {micro_batches} micro-batches to fit into the memory")
     if effective != RECIPE_BATCH:
         scaled = f"times {factor:g}" if options.scale_lr else "not scaled"
         notes.append(f"the recipe has {RECIPE_BATCH}: learning rates are {scaled}")

@@ -1,106 +1,148 @@
-"""Checkpoints: written whole or not at all, and read only if every byte is what was written.
+"""What a run's checkpoints hold: each key is a field of a class here, or of the model's description.
 
-A file is torch's own format; its sha256 stands in the archive's comment, so `torch.load` reads it too.
+last.pt holds a `TrainingState`, with which a run goes on as if it had not stopped; best.pt holds weights to use.
 """
 
-import hashlib
-import io
-import os
-import struct
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
+from torch import Tensor
 
-from detr_fast.config import UserError, require
-from detr_fast.paths import kind_of
-from detr_fast.weights.pickles import read_pickle
+from detr_fast.config import Checked, ModelConfig, TrainConfig, require
+from detr_fast.data.annotations import Category
+from detr_fast.weights.container import read_container, write_container
+from detr_fast.weights.files import ModelDescription
+from detr_fast.weights.pickles import listed
 
-MARK = b"detr_fast sha256:"
-PARTIAL_SUFFIX = ".partial"
-END_RECORD = b"PK\x05\x06"
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces `path` by `state` in one step: a kill at any moment leaves the old file or the new one, never a torn
-    one.
-
-    Raises UserError where it cannot be written; the old file is then still there and the partial one is gone.
-    """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    body = buffer.getbuffer()[:-2]  # the archive's last two bytes give the length of its comment: none yet
-    comment = MARK + hashlib.sha256(body).hexdigest().encode()
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        with partial.open("wb") as file:
-            file.write(body)
-            file.write(struct.pack("<H", len(comment)) + comment)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"Could not write {path}: {error.strerror}. Free some space or give another --output; "
-            "the previous checkpoint is kept and --resume auto continues from it."
-        ) from error
+VERSION = 1
+"""Of `TrainingState`; counts up whenever an older state cannot be gone on with."""
+ADVICE = (
+    "Free some space or give another --output; the previous checkpoint is kept and --resume auto continues from it."
+)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@dataclass
+class Progress:
+    """Where a run stands: with the seed, all that data order, augmentation, schedule and dropout depend on."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    evaluated_step: int = 0
+    """The step after which the model was evaluated last."""
+    best_ap: float = -math.inf
+    """Below 0 as long as none was measured: best.pt then has the latest weights."""
+    nonfinite_readings: int = 0
+    seconds: float = 0.0
+    """Time trained before this process."""
 
 
-def sweep_partial(folder: Path) -> None:
-    """Removes what an interrupted save left behind."""
-    for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):
-        leftover.unlink()
+@dataclass(frozen=True)
+class SplitDigest(Checked):
+    """The content of a split's annotations, whatever their file is called and wherever it lies."""
+
+    images: int
+    objects: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.images} images with {self.objects} objects"
 
 
-def stored_digest(data: memoryview | bytes) -> tuple[int, str] | None:
-    """Find where the archive's comment length stands, and the digest in the comment; None where there is no such
-    comment."""
-    tail = bytes(data[-(22 + len(MARK) + 64) :])
-    if not tail.startswith(END_RECORD) or MARK not in tail:
-        return None
-    return len(data) - len(MARK) - 64 - 2, tail[-64:].decode("ascii", "replace")
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is true of a run from its first step to its last."""
+
+    model_config: ModelConfig
+    categories: tuple[Category, ...] | None
+    """In label order."""
+    options: TrainConfig
+    tuning: dict[str, Any] | None = None
+    """A `Tuning`, as plain values: those of another version are void."""
+    data: dict[str, SplitDigest]
+    """Of the splits train and val."""
+    processes: int
+
+    def description(self) -> ModelDescription:
+        return ModelDescription.of(self.model_config, self.categories)
+
+    def about(self) -> dict[str, Any]:
+        """Return what config.json says of the run."""
+        return {"options": self.options.to_dict(), **vars(self.description())}
+
+    def save_model(self, path: Path, weights: dict[str, Tensor], step: int) -> None:
+        """Replace `path`, in one step, by what is needed to use the model that optimizer step `step` has led to.
+
+        Raises UserError where it cannot be written.
+        """
+        write_container(path, {**self.description().with_weights(weights), "step": step}, ADVICE)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote. Raises UserError where the file is missing, cut, changed, or no checkpoint
-    of ours."""
-    require(kind_of(path) != "special file", f"Cannot read checkpoint {path}: it is no regular file.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"Cannot read checkpoint {path}: {error.strerror}.{previous(path)}") from error
-    found = stored_digest(data)
-    if found is None:
-        raise UserError(
-            f"{path} is not a whole checkpoint of detr_fast: it is empty, cut off or of another kind.{previous(path)}"
+@dataclass(frozen=True, kw_only=True)
+class TrainingState(RunFacts):
+    """All that a run needs to go on."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    """Weights of the EMA model, where the run has one."""
+    optimizer: dict[str, Any]
+    """The optimizer's state_dict."""
+    scaler: dict[str, Any]
+    """The gradient scaler's state_dict, empty where it is off."""
+    progress: Progress
+    version: int = VERSION
+
+    def save(self, path: Path) -> None:
+        """Replace `path` in one step. Raises UserError where it cannot be written."""
+        content = {
+            **vars(self),
+            **self.about(),
+            "data": {split: digest.to_dict() for split, digest in self.data.items()},
+            "progress": vars(self.progress),
+        }
+        write_container(path, content, ADVICE)
+
+    @classmethod
+    def load(cls, path: Path, advice: str) -> Self:
+        """Read what `save` wrote. Raises UserError, for another version's with `advice`, where no run can go on from
+        it."""
+        content = read_container(path)
+        require("optimizer" in content, f"--resume {path} has the weights alone. Resume a last.pt. {advice}")
+        missing = list(lacking(content))
+        another = f"--resume {path} was written by another version of detr_fast"
+        require(not missing, f"{another}: it lacks {listed(missing, shown=9)}. Continue it with that version. {advice}")
+        version = content.get("version", VERSION)
+        require(version == VERSION, f"{another}, {version} of checkpoints. Continue it with that version. {advice}")
+        categories = content["categories"]
+        plain = [each.name for each in fields(cls) if each.name not in PARSED]
+        return cls(
+            **{name: content[name] for name in plain if name in content},
+            model_config=ModelConfig.from_dict(content["model_config"]),
+            categories=None if categories is None else tuple(Category(**each) for each in categories),
+            options=TrainConfig.from_dict(content["options"]),
+            data={split: SplitDigest.from_dict(digest) for split, digest in content["data"].items()},
+            progress=Progress(**content["progress"]),
         )
-    end, digest = found
-    if hashlib.sha256(memoryview(data)[:end]).hexdigest() != digest:
-        raise UserError(f"{path} is damaged: its content does not match its sha256.{previous(path)}")
-    return read_pickle(path, data)
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether the file ends as one that `save_checkpoint` wrote."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 256))
-        return stored_digest(file.read()) is not None
+PARSED = ("model_config", "categories", "options", "data", "progress")
+"""Fields that are classes of ours, and plain values in the file."""
+READ_OF = {
+    "optimizer": ("state", "param_groups"),
+    "data": ("train", "val"),
+    "options": tuple(each.name for each in fields(TrainConfig)),
+    "model_config": tuple(each.name for each in fields(ModelConfig)),
+}
+"""Keys that are read of the parts that are dictionaries."""
 
 
-def previous(path: Path) -> str:
-    """Hint at the other checkpoint beside `path`, where there is one."""
-    others = sorted(other for other in path.parent.glob("*.pt") if other != path)
-    start = "leave --resume out, and give --weights FILE and another --output"
-    return f" Beside it is {others[0]}, to start a new run from: {start}." if others else ""
+def lacking(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the keys of a `TrainingState` that `content` has not, or else those of its parts."""
+    needed = [each.name for each in fields(TrainingState) if each.default is MISSING]
+    absent = [name for name in needed if name not in content]
+    yield from absent
+    for part, keys in READ_OF.items() if not absent else ():
+        values = content[part]
+        yield from (f"{part}.{key}" for key in keys if not (isinstance(values, dict) and key in values))

@@ -1,15 +1,16 @@
 """DETR's set loss (Carion et al. 2020, section 3.1 and A.2): class, L1 and GIoU of every decoder layer at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detr_kernels import set_loss
-from torch import Tensor, nn
+from torch import Tensor
 
-from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
+from detr_fast.data.batch import Targets
+from detr_fast.model.backends import Selectable
+from detr_fast.model.detr import Predictions
 from detr_fast.stages import stage
 from detr_fast.training.matcher import MatchCosts, match
 
@@ -26,9 +27,9 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What the sums are divided by: device scalars that follow from the targets alone.
+    """Divisors of the losses' sums: device scalars that follow from the targets alone.
 
-    For several microbatches or ranks they are made of all their targets together, so that the sum of the parts' losses
+    For several micro-batches or ranks they are made of all their targets together, so that the sum of their losses
     is the loss of the joined batch.
     """
 
@@ -39,49 +40,42 @@ class Normalizers:
         return Normalizers(self.boxes + other.boxes, self.class_weight + other.class_weight)
 
 
-class SetCriterion(nn.Module):
-    """`criterion(outputs, targets)` -> every term under DETR's names, and `loss`, their weighted sum."""
+class SetCriterion(Selectable):
+    """Gives every term under DETR's names, and `loss`, their weighted sum: see `forward`."""
 
     def __init__(self, num_classes: int, weights: LossWeights, costs: MatchCosts) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.weights = weights
         self.costs = costs
-        self.implementation = Implementation()
-
-    def use(self, implementation: Implementation) -> None:
-        self.implementation = implementation
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
-        """Of one batch: its box count, and the class weights' sum, which follows from how many queries get a target."""
+        """Count one batch's boxes, and sum its class weights, which follow from how many queries get a target."""
         matched = targets.count.clamp(max=num_queries).sum().float()
         unmatched = targets.count.numel() * num_queries - matched
         return Normalizers(targets.count.sum().float(), matched + unmatched * self.weights.no_object)
 
     def forward(
         self,
-        outputs: dict[str, Any],
+        predictions: Predictions | Mapping[str, Any],
         targets: Targets | Sequence[dict[str, Tensor]],
         normalizers: Normalizers | None = None,
     ) -> dict[str, Tensor]:
-        """The model's outputs and the batch's targets; `normalizers`: of the whole optimizer step, default: of this
-        batch.
+        """Compute all terms of the network's predictions, or of the mapping that calling it gives, and the targets.
 
-        Terms: `loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of
-        the
-        earlier ones; `class_error` of the last; `loss`; `nonfinite_costs`, the count of pairs whose cost had to be
-        replaced.
+        `normalizers`: of the whole optimizer step; default: of this batch. Terms: `loss_ce`, `loss_bbox`, `loss_giou`,
+        `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of the earlier ones; `class_error` of the last;
+        `loss`; `nonfinite_costs`, the count of pairs whose cost had to be replaced.
         """
+        if not isinstance(predictions, Predictions):
+            predictions = Predictions.of(predictions)
         if not isinstance(targets, Targets):
             targets = Targets.from_list(targets)
-        layers = [*outputs["aux_outputs"], outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (L, B, Q, C+1)
-        boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).float()  # (L, B, Q, 4)
+        logits, boxes_cxcywh = predictions  # (L, B, Q, C+1), (L, B, Q, 4)
         normalizers = normalizers or self.normalizers(targets, logits.shape[2])
         with torch.autocast(logits.device.type, enabled=False):
             with stage("matching"):
-                matched = match(logits, boxes_cxcywh, targets, self.costs, self.implementation)
-            query_of_target, nonfinite_costs = matched
+                query_of_target, nonfinite_costs = match(predictions, targets, self.costs, self.selection)
             losses = set_loss(
                 logits,
                 boxes_cxcywh,
@@ -92,7 +86,7 @@ class SetCriterion(nn.Module):
                 normalizers.boxes,
                 normalizers.class_weight,
                 self.weights.no_object,
-                self.implementation.set_loss,
+                self.selection.backend("set_loss", training=True),
             )
         terms = {
             "loss_ce": losses.ce,
@@ -114,5 +108,5 @@ class SetCriterion(nn.Module):
 def build_criterion(
     num_classes: int = 91, weights: LossWeights | None = None, costs: MatchCosts | None = None
 ) -> SetCriterion:
-    """DETR's criterion with the official costs 1/5/2, coefficients 1/5/2 and no-object weight 0.1 unless given."""
+    """Build DETR's criterion: the official costs 1/5/2, coefficients 1/5/2 and no-object weight 0.1 unless given."""
     return SetCriterion(num_classes, weights or LossWeights(), costs or MatchCosts())

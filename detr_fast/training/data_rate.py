@@ -9,7 +9,8 @@ import torch
 
 from detr_fast.config import ModelConfig
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, model_input
+from detr_fast.data.batch import Batch
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import Runtime
 from detr_fast.training.metrics_log import read_rows
 
@@ -19,7 +20,7 @@ SECONDS = 10.0
 
 
 def training_rate(metrics: Path, processes: int) -> float | None:
-    """Returns the images a second that each device trains on by an earlier run's log, were there always data; None
+    """Return the images a second that each device trains on by an earlier run's log, were there always data; None
     where there is no such log."""
     rows = [row for row in read_rows(metrics) if row["kind"] == "train"]
     busy = [float(row["images_per_second"]) / max(1 - float(row["data_wait_share"]), 1e-3) for row in rows]
@@ -34,13 +35,15 @@ def measure_data(
     console: Console,
     wanted: float | None = None,
 ) -> None:
-    """Prints images a second as read, and as read and made a model's input on the device, and the padding; and whether
-    that is enough for training at `wanted` images a second, where that is known."""
+    """Print images a second as read, and as read and made a model's input on the device, with the padding overhead; and
+    whether that is enough for training at `wanted` images a second, where that is known."""
     readers = runtime.workers(workers)
     cores = f"{readers} workers" if readers else "this process alone"
 
+    preprocessing = Preprocessing(config.image_mean, config.image_std, runtime.channels_last, runtime.dtype)
+
     def prepare(batch: Batch) -> None:
-        model_input(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype)
+        preprocessing(batch)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -56,7 +59,7 @@ def measure_data(
         rate = images / elapsed
         console.print(
             f"{name:>18}  {rate:.0f} images/s ({cores}; {rate / max(readers, 1):.0f} a core), "
-            f"{sum(padding) / len(padding):.3f} pixels computed for each that is an image's"
+            f"padding overhead {sum(padding) / len(padding) - 1:.1%}"
         )
     if wanted is not None:
         found = f"{wanted:.0f} images/s on this device, by the output folder's log: {verdict(rate, wanted)}"

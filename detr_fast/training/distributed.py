@@ -1,16 +1,19 @@
-"""Several processes, as torchrun starts them: who we are, and sums over all."""
+"""Several processes, as torchrun starts them: who we are, sums over all, and gradients averaged by DDP."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detr_fast.config import UserError
+from detr_fast.training.forward_state import live_buffers
 
 Value = TypeVar("Value")
 
@@ -20,7 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `local_rank` counts on its own machine."""
+    """This process among `size`; `local_rank` counts on its own node."""
 
     rank: int = 0
     size: int = 1
@@ -31,10 +34,14 @@ class World:
         return self.rank == 0
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` added up over all processes, in place."""
+        """Add `value` up over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Tell whether it holds in any process; all ask, and the host waits for the answer."""
+        return bool(self.sum(torch.tensor(float(here), device=device)) > 0)
 
     def broadcast(self, value: Value) -> Value:
         """Return the main process's `value`, on all."""
@@ -47,8 +54,10 @@ class World:
 
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
-    """The process group torchrun describes in the environment, or a world of one. Raises UserError where it cannot
-    form."""
+    """Join the process group that torchrun describes in the environment, or a world of one.
+
+    Raises UserError where it cannot form.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
@@ -64,3 +73,26 @@ def joined_world(device: torch.device) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def data_parallel(network: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Wrap `network` so that its gradients are averaged over all processes while the backward pass runs; one process
+    gets it as it is."""
+    if world.size == 1:
+        return network
+    devices = [world.local_rank] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def all_reduce_later(network: nn.Module, later: bool) -> AbstractContextManager[None]:
+    """Leave the gradients of a backward pass to be averaged with those of a later one, where `later`."""
+    if later and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return nullcontext()
+
+
+def share_buffers(network: nn.Module, world: World) -> None:
+    """Give every rank the main one's batch norm statistics: each has gathered those of its own batches."""
+    if world.size > 1:
+        for buffer in live_buffers(network):
+            dist.broadcast(buffer, 0)

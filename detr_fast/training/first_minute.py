@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from detr_fast.config import ModelConfig, TrainConfig, UserError
 from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
+from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
-from detr_fast.tuning import NAMED, Case, Choices, Tuning, find, keep
+from detr_fast.tuning import NAMED, Case, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
 """Images whose mean size stands for the data set's."""
@@ -30,12 +30,12 @@ GRACE_S = 45
 def typical_size(train_set: CocoDataset) -> tuple[int, int]:
     """Return the mean (h, w) in pixels that training images get."""
     some = np.linspace(0, len(train_set) - 1, min(len(train_set), TYPICAL_IMAGES)).astype(int)
-    height, width = np.mean([train_set.plan(0, int(index)).size for index in some], axis=0).round().astype(int)
+    height, width = np.mean([train_set.augmentation(0, int(index)).size for index in some], axis=0).round().astype(int)
     return int(height), int(width)
 
 
 def tuning_of(
-    state: dict[str, Any] | None,
+    state: TrainingState | None,
     options: TrainConfig,
     train_set: CocoDataset,
     config: ModelConfig,
@@ -51,8 +51,8 @@ def tuning_of(
     """
     if not world.is_main:
         return world.broadcast(None)
-    stored = state.get("tuning") if state else None
-    as_before = state and all(state["options"][name] == getattr(options, name) for name in ("tune", "kernels"))
+    stored = state.tuning if state else None
+    as_before = state and all(getattr(state.options, name) == getattr(options, name) for name in ("tune", "kernels"))
     if as_before and (stored is None or stored["environment"] == environment(device)):
         return world.broadcast(Tuning.from_dict(stored) if stored else None)
     return world.broadcast(find_or_measure(options, train_set, config, device, say))
@@ -78,7 +78,7 @@ def find_or_measure(
 def remember_failure(device: torch.device, case: Case, say: Console) -> None:
     """Keep an entry without choices, so that the next run does not pay again; where that cannot be, it does."""
     try:
-        keep(device, Tuning.of(device, case, Choices(), [], date=datetime.date.today().isoformat()))
+        keep(device, Tuning.of(device, case, {}, [], date=datetime.date.today().isoformat()))
     except UserError as error:
         say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 

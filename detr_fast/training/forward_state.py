@@ -1,4 +1,4 @@
-"""What a forward pass in training changes besides gradients, so that one which failed can be as if it had not been."""
+"""A snapshot of what a forward pass in training changes besides gradients, to undo one that failed."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def live_buffers(model: nn.Module) -> list[Tensor]:
-    """Returns the buffers that training changes: live batch norm's statistics. Those of frozen norms are constants."""
+    """Return the buffers that training changes: live batch norm's statistics. Those of frozen norms are constants."""
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     return [buffer for norm in norms for buffer in norm.buffers()]
 
@@ -21,8 +21,10 @@ class ForwardState:
         self.device_numbers = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
+        """Put all of it back, and give memory that is free to other allocations."""
         for buffer, before in self.buffers:
             buffer.copy_(before)
         torch.set_rng_state(self.numbers)
         if self.device_numbers is not None:
             torch.cuda.set_rng_state(self.device_numbers, self.device)
+            torch.cuda.empty_cache()

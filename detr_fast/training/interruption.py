@@ -9,19 +9,19 @@ from types import FrameType
 
 @dataclass
 class Interruption:
-    """Which signal has come, if any."""
+    """Says which signal has come, if any."""
 
     signal_number: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as a shell reports it; 0 where none has come."""
+        """Return 128 + signal, as a shell reports it; 0 where none has come."""
         return 0 if self.signal_number is None else 128 + self.signal_number
 
 
 @contextmanager
 def deferred_interruption() -> Iterator[Interruption]:
-    """Inside, the first signal is only noted; the second acts as if it had not been caught."""
+    """Note the first signal that comes inside, and do nothing; let the second act as if it had not been caught."""
     interruption = Interruption()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -4,22 +4,23 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from detr_fast.config import TrainConfig, UserError
-from detr_fast.data.batching import Batch
+from detr_fast.config import UserError
+from detr_fast.data.batch import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
 from detr_fast.stages import stage
-from detr_fast.training.checkpoint import save_checkpoint
+from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
+from detr_fast.training.display import TrainingDisplay
+from detr_fast.training.distributed import share_buffers
 from detr_fast.training.interruption import Interruption
 from detr_fast.training.meter import Meter
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.optimizer import Schedule
-from detr_fast.training.progress import TrainingDisplay
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
@@ -28,26 +29,12 @@ MOST_NONFINITE_READINGS = 20
 
 
 @dataclass
-class Progress:
-    """Where a run stands: with the seed, all that data order, augmentation, schedule and dropout depend on."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    evaluated_step: int = 0
-    """The step after which the model was evaluated last."""
-    best_ap: float = -math.inf
-    """Below 0 as long as none was measured: best.pt then has the latest weights."""
-    nonfinite_readings: int = 0
-    seconds: float = 0.0
-    """Time trained before this process."""
-
-
-@dataclass
 class TrainingLoop:
-    """Runs `step` over `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
+    """Makes steps of `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
 
-    options: TrainConfig
     step: TrainStep
+    take_step: Callable[[list[Batch]], Any]
+    """`step`, or what wraps it: `MicroBatches`, `GraphedStep`."""
     schedule: Schedule
     batches: Iterator[Batch]
     batches_per_epoch: int
@@ -56,13 +43,13 @@ class TrainingLoop:
     """None on ranks that write nothing."""
     log: MetricsLog | None
     display: TrainingDisplay
+    facts: RunFacts
     progress: Progress = field(default_factory=Progress)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """What a checkpoint says of its model besides the weights."""
     evaluation: Evaluation | None = None
     """The latest."""
 
     def __post_init__(self) -> None:
+        self.options = self.facts.options
         self.total_steps = self.schedule.total_steps
         self.meter = Meter(self.step.runtime.device, self.step.world, self.step.sums)
         self._began = time.perf_counter() - self.progress.seconds
@@ -109,10 +96,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
-        parts = self.step.parts
-        self.step(window)
-        if self.step.parts > parts:
-            self.display.say(f"The memory ran out: from now on each batch is computed in {self.step.parts} parts.")
+        self.take_step(window)
         self.progress.step += 1
         padding = sum(batch.padding for batch in window) / len(window)
         self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)
@@ -174,7 +158,7 @@ class TrainingLoop:
             raise UserError(f"Predictions or gradients were not finite at {times} log lines. {advice}")
 
     def _evaluate(self) -> None:
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         self.evaluation = self.evaluate()
         self.progress.evaluated_step = self.progress.step
         metrics = self.evaluation.measured
@@ -184,29 +168,23 @@ class TrainingLoop:
             self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
             self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
-                save_checkpoint(self.folder.best, self._model_state())
+                model = self.step.ema or self.step.model
+                self.facts.save_model(self.folder.best, model.state_dict(), self.progress.step)
         self.progress.best_ap = max(self.progress.best_ap, ap)
         self.meter.restart()
 
-    def _model_state(self) -> dict[str, Any]:
-        """What is needed to use the model."""
-        model = self.step.averaged or self.step.model
-        return {**self.metadata, "model": model.state_dict(), "step": self.progress.step}
-
     def _save(self) -> None:
         """What is needed to continue the run as if it had not stopped."""
-        self.step.share_buffers()
+        share_buffers(self.step.model, self.step.world)
         if not self.folder:
             return
-        averaged = self.step.averaged
-        progress = vars(self.progress) | {"seconds": self._seconds()}
-        state = {
-            **self.metadata,
-            "model": self.step.model.state_dict(),
-            "ema": averaged.state_dict() if averaged else None,
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-            "options": self.options.to_dict(),
-            "progress": progress,
-        }
-        save_checkpoint(self.folder.last, state)
+        ema = self.step.ema
+        state = TrainingState(
+            **vars(self.facts),
+            model=self.step.model.state_dict(),
+            ema=ema.state_dict() if ema else None,
+            optimizer=self.step.optimizer.state_dict(),
+            scaler=self.step.scaler.state_dict(),
+            progress=replace(self.progress, seconds=self._seconds()),
+        )
+        state.save(self.folder.last)

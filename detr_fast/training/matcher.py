@@ -4,11 +4,11 @@ once."""
 from dataclasses import dataclass
 
 import torch
-from detr_kernels import batched_assignment, match_cost
+from detr_kernels import Selection, batched_assignment, match_cost
 from torch import Tensor
 
-from detr_fast.data.targets import Targets
-from detr_fast.model.implementation import Implementation
+from detr_fast.data.batch import Targets
+from detr_fast.model.detr import Predictions
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,17 @@ class MatchCosts:
 
 @torch.no_grad()
 def match(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, weights: MatchCosts, implementation: Implementation
+    predictions: Predictions, targets: Targets, weights: MatchCosts, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """Each layer of (L, B, Q, C+1) and (L, B, Q, 4) matched anew: query_of_target (L, B, T) int64, -1 for none, and the
-    count of non-finite costs, a scalar.
+    """Match each layer anew; return query_of_target (L, B, T) int64, -1 for none, and the count of non-finite costs, a
+    scalar.
 
     Pairs whose cost is not finite are matched last and counted on the device; the caller decides when to stop.
     """
-    layers = logits.shape[0]
+    layers = len(predictions.logits)
     wanted = (targets.labels, targets.boxes_cxcywh)
-    cost = match_cost(
-        logits, boxes_cxcywh, *wanted, weights.class_, weights.l1, weights.giou, implementation.match_cost
-    )
-    nonfinite = torch.zeros(1, dtype=torch.int64, device=logits.device)
-    query_of_target = batched_assignment(cost, targets.count.repeat(layers), implementation.assignment, nonfinite)
+    backend, solver = (selection.backend(name, training=True) for name in ("match_cost", "assignment"))
+    cost = match_cost(*predictions, *wanted, weights.class_, weights.l1, weights.giou, backend)
+    nonfinite = torch.zeros(1, dtype=torch.int64, device=cost.device)
+    query_of_target = batched_assignment(cost, targets.count.repeat(layers), solver, nonfinite)
     return query_of_target.unflatten(0, (layers, -1)), nonfinite[0]

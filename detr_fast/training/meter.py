@@ -12,7 +12,7 @@ from detr_fast.training.distributed import World
 
 @dataclass
 class TermSums:
-    """A step's terms added up, always in the same memory, so that a recorded step adds them too."""
+    """A step's terms added up, always in the same memory, so that a captured step adds them too."""
 
     sums: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
     """Of the terms that come together, (N,) float32."""
@@ -25,7 +25,7 @@ class TermSums:
             self.sums[names] = values
 
     def read(self) -> tuple[list[str], Tensor]:
-        """The terms' names, and a copy of their sums (N,)."""
+        """Return the terms' names, and a copy of their sums (N,)."""
         return [name for names in self.sums for name in names], torch.cat(list(self.sums.values()))
 
     def clear(self) -> None:
@@ -48,14 +48,17 @@ class Meter:
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, images: int, wait_seconds: float, padding: float = 1.0) -> None:
-        """One step. `padding`: pixels computed over pixels that are an image's."""
+        """Count one step. `padding`: pixels computed over pixels that are an image's."""
         self.steps += 1
         self.images += images
         self.wait_seconds += wait_seconds
         self.padding += padding
 
     def read(self) -> dict[str, float]:
-        """Means over steps and ranks, rates over the time since the last reading; starts anew. Waits for the device."""
+        """Return means over steps and ranks, and rates over the time since the last reading, and start anew.
+
+        Waits for the device.
+        """
         names, sums = self.terms.read()
         means = self.world.sum(sums) / (self.steps * self.world.size)
         values = dict(zip(names, means.tolist(), strict=True))
@@ -70,14 +73,14 @@ class Meter:
         return values
 
     def restart(self) -> None:
-        """Forgets what was added, and the time gone by."""
+        """Forget what was added, and the time gone by."""
         self.terms.clear()
         self.steps, self.images, self.wait_seconds, self.padding = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most that the GPU's allocator, or on a CPU the process, has held."""
+    """Return the most that the GPU's allocator, or on a CPU the process, has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

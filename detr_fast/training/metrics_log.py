@@ -1,13 +1,14 @@
 """A run's numbers as CSV and TensorBoard: one row a log line or evaluation."""
 
 import csv
+import io
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from detr_fast.config import UserError, require
+from detr_fast.files import explained, open_growing, write_text
 from detr_fast.paths import kind_of
-from detr_fast.training.run_folder import writing
 
 TRAIN_COLUMNS = (
     *("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm", "lr"),
@@ -24,19 +25,20 @@ class MetricsLog:
         self.columns = (*PLACE_COLUMNS, *TRAIN_COLUMNS, *val_columns)
         kept = [row for row in read_rows(csv_file) if int(row["step"]) <= resumed_step] if resumed_step else []
         self._path = csv_file
-        with writing(csv_file):
-            self._file = csv_file.open("w", newline="")
-            self._writer = csv.DictWriter(self._file, self.columns, restval="", extrasaction="ignore")
-            self._writer.writeheader()
-            self._writer.writerows(kept)
-            self._file.flush()
+        begun = io.StringIO()
+        writer = csv.DictWriter(begun, self.columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(csv_file, begun.getvalue())
+        self._file = io.TextIOWrapper(io.BufferedWriter(open_growing(csv_file, append=True)), "utf-8", newline="")
+        self._writer = csv.DictWriter(self._file, self.columns, restval="", extrasaction="ignore")
         self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1 if resumed_step else None)
 
     def write(self, kind: str, epoch: float, step: int, seconds: float, values: dict[str, float]) -> None:
-        """One row; `kind` is train or val, `seconds` since the run began."""
+        """Append one row; `kind` is train or val, `seconds` since the run began."""
         numbers = {name: f"{value:.6g}" for name, value in values.items()}
         place = {"kind": kind, "epoch": f"{epoch:.4g}", "step": step, "seconds": f"{seconds:.1f}"}
-        with writing(self._path):
+        with explained(self._path):
             self._writer.writerow(place | numbers)
             self._file.flush()
         for name, value in values.items():
@@ -48,7 +50,7 @@ class MetricsLog:
 
 
 def read_rows(csv_file: Path) -> list[dict[str, str]]:
-    """The rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out.
+    """Return the rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out.
 
     Raises UserError for a file that was changed since, so that no row is lost.
     """

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 
 def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """The backbone, by its name, gets its own learning rate; decay is on all. One fused launch a group where
-    possible."""
+    """Build AdamW: the backbone, by its name, gets its own learning rate; decay is on all, and launches are fused."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for name, parameter in trained if "backbone" not in name], "lr": lr},

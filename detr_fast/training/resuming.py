@@ -3,18 +3,19 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detr_fast.config import Checked, ModelConfig, TrainConfig, UserError, require
+from detr_fast.config import ModelConfig, TrainConfig, UserError, require
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import CocoDataset, names
+from detr_fast.data.categories import names
+from detr_fast.data.coco import CocoDataset
 from detr_fast.data.shapes import is_shapes
 from detr_fast.paths import kind_of
-from detr_fast.training.checkpoint import load_checkpoint
+from detr_fast.training.checkpoint import SplitDigest, TrainingState
 from detr_fast.training.run_folder import RunFolder
 
 TAKES_EFFECT = "take effect at once"
@@ -26,7 +27,17 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
     TAKES_EFFECT: (
         *("epochs", "lr", "lr_backbone", "weight_decay", "clip", "schedule", "lr_drop", "warmup_steps", "scale_lr"),
         *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range", "image_size", "max_size"),
-        *("device", "precision", "compile", "channels_last", "kernels", "attention", "tune", "capture"),
+        *(
+            "device",
+            "precision",
+            "compile",
+            "channels_last",
+            "kernels",
+            "attention",
+            "tune",
+            "capture",
+            "host_allocator",
+        ),
         *("checkpoint_activations", "workers", "on_bad_image", "follow_links", "data_only"),
         *("eval_every", "log_every", "save_every", "output", "resume"),
     ),
@@ -81,44 +92,48 @@ def from_weights(path: Path) -> str:
     return f"{NEW_RUN} It may start from these weights: --weights {path}."
 
 
-NEEDED = ("optimizer", "scaler", "model", "ema", "options", "progress", "data", "processes", "categories")
-PARTS = {
-    "optimizer": ("state", "param_groups"),
-    "data": ("train", "val"),
-    "options": tuple(each.name for each in fields(TrainConfig)),
-    "model_config": tuple(each.name for each in fields(ModelConfig)),
-}
-"""Keys that are read of the parts that are dictionaries."""
+def load_resumed(path: Path | None) -> TrainingState | None:
+    """Return what `path` holds, if there is one: what `resumed_options` has read of it already, else read now.
 
-
-def load_resumed(path: Path | None) -> dict[str, Any] | None:
-    """Read what `path` holds, if there is one. Raises UserError where a run cannot be continued from it."""
+    Raises UserError where a run cannot be continued from it.
+    """
     if path is None:
         return None
-    state = load_checkpoint(path)
-    require("optimizer" in state, f"--resume {path} has the weights alone. Resume a last.pt. {from_weights(path)}")
-    lacking = [name for name in NEEDED if name not in state] or [
-        f"{part}.{key}"
-        for part, keys in PARTS.items()
-        for key in keys
-        if not (isinstance(state.get(part), dict) and key in state[part])
-    ]
-    named = ", ".join(lacking[: len(NEEDED)])
-    require(
-        not lacking,
-        f"--resume {path} was written by another version of detr_fast: it lacks {named}. Continue it with "
-        f"that version. {from_weights(path)}",
-    )
-    return state
+    handed_over = _HANDED_OVER.pop(_file(path), None)
+    return handed_over or TrainingState.load(path, from_weights(path))
 
 
-def stored_defaults(state: dict[str, Any], path: Path, data_asked: bool) -> TrainConfig:
+def resumed_options(path: Path, data_asked: bool) -> TrainConfig:
+    """Return the `stored_defaults` of `path`, and hand the rest over to `load_resumed`: a process reads it once.
+
+    Raises UserError as `load_resumed` does.
+    """
+    state = TrainingState.load(path, from_weights(path))
+    _HANDED_OVER.clear()
+    _HANDED_OVER[_file(path)] = state
+    return stored_defaults(state, path, data_asked)
+
+
+_HANDED_OVER: dict[object, TrainingState] = {}
+"""At most one, between a command's options and its run, by `_file`."""
+
+
+def _file(path: Path) -> object:
+    """Return what is another value once another file lies at `path`."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def stored_defaults(state: TrainingState, path: Path, data_asked: bool) -> TrainConfig:
     """Make what holds where an option is not given on resuming from `path`: the run's own options.
 
     Its output folder is the one that `path` lies in, wherever that is now. `data_asked`: another --data replaces the
     stored run's folders and files, too.
     """
-    options = TrainConfig.from_dict(state["options"])
+    options = state.options
     folder = path.absolute().parent.parent
     if path.absolute() == RunFolder(folder).last:
         options = replace(options, output=str(folder) if path.is_absolute() else os.path.relpath(folder))
@@ -137,53 +152,41 @@ def located(options: TrainConfig) -> TrainConfig:
     return replace(options, **absolute)
 
 
-@dataclass(frozen=True)
-class Content(Checked):
-    """The content of a split's annotations, whatever their file is called and wherever it lies."""
-
-    images: int
-    objects: int
-    digest: str
-
-    @classmethod
-    def of(cls, dataset: CocoDataset) -> "Content":
-        """Digest ids and sizes of images, boxes, areas, crowds and classes; not names of files."""
-        found = dataset.annotations
-        sizes = np.array([(image.id, image.width, image.height) for image in found.images], dtype=np.int64)
-        columns = (found.crowd, found.areas, *found.boxes_xywh_px.T, found.category_ids, found.image_ids)
-        order = np.lexsort(columns)  # of the annotations in the file does not matter
-        digest = hashlib.sha256(sizes.tobytes())
-        for column in columns:
-            digest.update(column[order].tobytes())
-        return cls(len(found.images), len(found.ids), digest.hexdigest())
-
-    def __str__(self) -> str:
-        return f"{self.images} images with {self.objects} objects"
+def digest(dataset: CocoDataset) -> SplitDigest:
+    """Digest ids and sizes of images, boxes, areas, crowds and classes; not names of files."""
+    found = dataset.annotations
+    sizes = np.array([(image.id, image.width, image.height) for image in found.images], dtype=np.int64)
+    columns = (found.crowd, found.areas, *found.boxes_xywh_px.T, found.category_ids, found.image_ids)
+    order = np.lexsort(columns)  # of the annotations in the file does not matter
+    digested = hashlib.sha256(sizes.tobytes())
+    for column in columns:
+        digested.update(column[order].tobytes())
+    return SplitDigest(len(found.images), len(found.ids), digested.hexdigest())
 
 
-def contents(train_set: CocoDataset, val_set: CocoDataset) -> dict[str, dict[str, Any]]:
-    """Describe both splits for the checkpoint."""
-    return {name: Content.of(each).to_dict() for name, each in (("train", train_set), ("val", val_set))}
+def digests(train_set: CocoDataset, val_set: CocoDataset) -> dict[str, SplitDigest]:
+    """Digest both splits for the checkpoint."""
+    return {name: digest(each) for name, each in (("train", train_set), ("val", val_set))}
 
 
-def continued(options: TrainConfig, state: dict[str, Any], processes: int) -> TrainConfig:
+def continued(options: TrainConfig, state: TrainingState, processes: int) -> TrainConfig:
     """Return the options with batches that make the stored run's updates, shared by `processes`.
 
     The run's own where nothing else is asked for; on other processes the same images a batch of all, where they can be
     shared. Raises UserError where the images an update would not stay.
     """
-    before = state["options"]
-    batch = before["batch_size"] * state["processes"]
-    update = batch * before["accumulate"]
+    before = state.options
+    batch = before.batch_size * state.processes
+    update = batch * before.accumulate
     require(
-        options.effective_batch in (0, before["effective_batch"], update),
+        options.effective_batch in (0, before.effective_batch, update),
         f"The run to resume has {update} images an update, asked for is --effective-batch {options.effective_batch}. "
         f"Give --effective-batch {update}. {NEW_RUN}",
     )
     asked: dict[str, Any] = {name: value for name in ("batch_size", "accumulate") if (value := getattr(options, name))}
     if not asked and batch % processes == 0:
-        own = {name: before[name] for name in ("accumulate", "effective_batch")}
-        return replace(options, batch_size=batch // processes, **own)
+        each = batch // processes
+        return replace(options, batch_size=each, accumulate=before.accumulate, effective_batch=before.effective_batch)
     each, rest = divmod(update, processes * asked.get("batch_size", 1) * asked.get("accumulate", 1))
     words = " ".join(spelt(*one) for one in asked.items())
     require(
@@ -195,7 +198,7 @@ def continued(options: TrainConfig, state: dict[str, Any], processes: int) -> Tr
 
 
 def check_resumed(
-    state: dict[str, Any], options: TrainConfig, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
+    state: TrainingState, options: TrainConfig, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
 ) -> None:
     """Raises UserError where the options would not continue the checkpoint's run but start another one."""
     for before, now in differing(state, options, config):
@@ -204,21 +207,21 @@ def check_resumed(
         f"Give the run's data, wherever it lies now. {NEW_RUN} It may start from this one's weights, and keeps what "
         f"the classes share: --weights {resumed_path(options.resume, options.output)}."
     )
-    check_classes(state["categories"], train_set, anew)
+    check_classes(state.categories, train_set, anew)
     for split, dataset in (("train", train_set), ("val", val_set)):
-        content, found = Content.from_dict(state["data"][split]), Content.of(dataset)
-        other = "others than the run's" if str(content) == str(found) else f"the run's has {content}"
+        stored, found = state.data[split], digest(dataset)
+        other = "others than the run's" if str(stored) == str(found) else f"the run's has {stored}"
         require(
-            content == found,
+            stored == found,
             f"{dataset.annotation_file}: the {split} split is not that of the run to resume: it has {found}, {other}. "
             f"{anew}",
         )
 
 
-def differing(state: dict[str, Any], options: TrainConfig, config: ModelConfig) -> Iterator[tuple[str, str]]:
+def differing(state: TrainingState, options: TrainConfig, config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Yield options, as stored and as asked for, that are fixed and would change: as the model has them, where it has
     them."""
-    stored, stored_model = state["options"], state["model_config"]
+    stored, stored_model = state.options.to_dict(), state.model_config.to_dict()
     for name in ON_RESUMING[FIXED]:
         before, now = stored[name], getattr(options, name)
         if name in ("weights", "backbone_weights") and before and now:  # not read any more: may lie elsewhere
@@ -232,9 +235,9 @@ def differing(state: dict[str, Any], options: TrainConfig, config: ModelConfig) 
             yield f"{name} {stored_model[name]}", f"--model {options.model} with {name} {getattr(config, name)}"
 
 
-def check_classes(before: Sequence[dict[str, Any]] | None, train_set: CocoDataset, advice: str) -> None:
+def check_classes(before: Sequence[Category] | None, train_set: CocoDataset, advice: str) -> None:
     """Raises UserError, with their names, where the data's classes are not the run's, each with its id."""
-    stored = tuple(Category(**each) for each in before or ())
+    stored = tuple(before or ())
     found = train_set.categories or ()
     gone, come = [each for each in stored if each not in found], [each for each in found if each not in stored]
     require(
@@ -244,15 +247,15 @@ def check_classes(before: Sequence[dict[str, Any]] | None, train_set: CocoDatase
     )
 
 
-def changes(state: dict[str, Any], options: TrainConfig) -> str:
+def changes(state: TrainingState, options: TrainConfig) -> str:
     """Say what is another than it was in the stored run, and takes effect."""
-    before, now = state["options"], options.to_dict()
+    before, now = state.options.to_dict(), options.to_dict()
     told = (*ON_RESUMING[TAKES_EFFECT], "batch_size", "accumulate")
     other = [name for name in told if name not in ("output", "resume") and now[name] != before[name]]
     listed = ", ".join(f"{spelt(name, now[name])} (was {spelt(name, before[name])})" for name in other)
-    return f"resumed after step {state['progress']['step']}, {listed or 'as it was'}"
+    return f"resumed after step {state.progress.step}, {listed or 'as it was'}"
 
 
-def evaluates_otherwise(state: dict[str, Any], config: ModelConfig) -> bool:
+def evaluates_otherwise(state: TrainingState, config: ModelConfig) -> bool:
     """Tell whether images are evaluated in another size than before: the best AP so far is then no measure."""
-    return any(state["model_config"][name] != getattr(config, name) for name in ("image_size", "max_size"))
+    return any(getattr(state.model_config, name) != getattr(config, name) for name in ("image_size", "max_size"))

@@ -1,7 +1,6 @@
 """A run's output folder: its layout, held by one run at a time, checked before the first step."""
 
 import fcntl
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detr_fast.config import UserError, require
+from detr_fast.files import open_growing, require_writable, sweep_partial
 from detr_fast.paths import kind_of
-from detr_fast.training.checkpoint import sweep_partial
 
 BYTES = re.compile("[\ud800-\udfff]")
 """Characters that Python puts for bytes that are no UTF-8."""
@@ -19,7 +18,7 @@ BYTES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where each thing a run leaves behind lies."""
+    """Names the place of each thing that a run leaves behind."""
 
     root: Path
 
@@ -54,20 +53,16 @@ class RunFolder:
 
 @contextmanager
 def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterator[RunFolder]:
-    """The folder, locked for this process until it ends, however it ends.
+    """Make the folder, and lock it for this process until it ends, however it ends.
 
     Raises UserError where it cannot be written, has no room for the checkpoints, is held by another run, or holds an
     earlier run that is not being resumed.
     """
     folder = RunFolder(root)
     require(not BYTES.search(str(root)), f"--output {root}: the name is not UTF-8, as TensorBoard needs. Give another.")
-    try:
-        for made in (folder.last.parent, folder.plots, folder.tensorboard):
-            made.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--output {root} cannot be written: {error.strerror}. Give another folder.") from error
-    with lock:
+    for made in (root, folder.last.parent, folder.plots, folder.tensorboard):
+        require_writable("--output", made)
+    with open_growing(root / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -81,27 +76,8 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
         yield folder
 
 
-def require_writable(option: str, folder: Path) -> None:
-    """Make `folder`, before the work whose results go there. Raises UserError where nothing can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {folder} cannot be written: {error.strerror}. Give another folder.") from error
-    require(os.access(folder, os.W_OK), f"{option} {folder} is read-only. Give another folder.")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write `path` into a UserError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"Could not write {path}: {error.strerror}. Free some space or give another folder.") from error
-
-
 def check_room(root: Path, checkpoint_bytes: int) -> None:
-    """last.pt, its successor while it is written, and best.pt have to fit. Raises UserError where they do not."""
-    require_writable("--output", root)
+    """Raise UserError where last.pt, its successor while it is written, and best.pt do not fit on the disk."""
     free, needed = shutil.disk_usage(root).free, 3 * checkpoint_bytes
     require(
         free >= needed,

@@ -1,4 +1,4 @@
-"""A micro-batch as a training step takes it: tensors on the device, whose shapes a captured step keeps few."""
+"""A micro-batch as a training step takes it: tensors on the device, whose shapes a graphed step keeps few."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -6,9 +6,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from detr_fast.data.batching import Batch, model_input
-from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.stages import stage
 
 
@@ -26,31 +25,30 @@ class StepInput(NamedTuple):
     objects: Tensor
     """(B,) int64, how many of the T are an image's"""
 
+    @property
+    def targets(self) -> Targets:
+        return Targets(self.labels, self.boxes_cxcywh, self.objects)
+
 
 @dataclass(frozen=True)
 class OneShape:
-    """What all micro-batches of one size in pixels have alike, so that they are replays of one CUDA graph."""
+    """Gives all micro-batches of one size in pixels the same shapes, so that they are replays of one CUDA graph."""
 
     targets: int = 16
-    """Targets an image that there is room for at least."""
+    """Rows of targets an image, at least."""
     masked: bool = False
     """They have a mask, which hides nothing where nothing is padded."""
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Makes it of a batch that has as many targets as any, and padding if any has."""
+        """Make it of a batch that has as many targets as any, and padding if any has."""
         return cls(batch.targets.with_room().labels.shape[1], batch.padded)
 
 
-def step_input(batch: Batch, model: DETR, runtime: Runtime, shape: OneShape | None) -> StepInput:
-    """Copies a batch to the device and makes its pixels there; of `shape` where there is one."""
-    config, pixels = model.config, model.implementation.pixels
-    with stage("copy"):
-        batch = batch.to(runtime.device)
+def step_input(batch: Batch, preprocessing: Preprocessing, shape: OneShape | None = None) -> StepInput:
+    """Make a step's input of a batch on the device; of `shape` where there is one."""
     with stage("pixels"):
-        images, mask = model_input(
-            batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels
-        )
+        images, mask = preprocessing(batch)
     targets = batch.targets
     if shape is not None:
         targets = targets.with_room(shape.targets)

@@ -8,7 +8,7 @@ from torch import Tensor
 from detr_fast.config import UserError, require
 from detr_fast.data import annotations
 from detr_fast.data.annotations import Category
-from detr_fast.data.coco import UNUSED, spelling
+from detr_fast.data.categories import UNUSED, spelling
 from detr_fast.model.detr import DETR
 from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import NamedWeights, counterparts

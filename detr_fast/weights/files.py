@@ -5,7 +5,8 @@ import json
 import struct
 import zipfile
 from codecs import BOM_UTF8
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from detr_fast.config import UserError, require
+from detr_fast.config import ModelConfig, UserError, require
+from detr_fast.data.annotations import Category
 from detr_fast.paths import kind_of
+from detr_fast.weights.container import is_container, read_container
 from detr_fast.weights.naming import NamedWeights
 from detr_fast.weights.pickles import RESAVE, brief, listed, read_pickle
 from detr_fast.weights.wrappings import find_weights
@@ -28,15 +31,36 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
+class ModelDescription:
+    """What every file of ours says of a model besides its weights, as plain values; a field is a key."""
+
+    model_config: dict[str, Any]
+    """Fields of ModelConfig."""
+    categories: list[dict[str, Any]] | None
+    """`{"id", "name"}` in label order."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, categories: Sequence[Category] | None) -> "ModelDescription":
+        return cls(config.to_dict(), None if categories is None else [vars(category) for category in categories])
+
+    def with_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what a file holds that is there to use the model."""
+        return {**vars(self), "model": state_dict}
+
+
+DESCRIPTION = tuple(each.name for each in fields(ModelDescription))
+
+
+@dataclass(frozen=True)
 class WeightsFile:
     """What a file, or a Hugging Face folder, holds: tensors under its own names, and what else it says about them."""
 
     path: Path
     state_dict: dict[str, Tensor]
     model_config: dict[str, Any] | None = None
-    """Fields of ModelConfig, where we wrote the file."""
+    """As `ModelDescription` has it, where we wrote the file."""
     categories: list[dict[str, Any]] | None = None
-    """`{"id", "name"}` in label order, where we wrote the file."""
+    """As `ModelDescription` has them, where we wrote the file."""
     args: dict[str, Any] = field(default_factory=dict)
     """facebookresearch's training options, where the file has them."""
     huggingface_config: dict[str, Any] = field(default_factory=dict)
@@ -117,18 +141,16 @@ def _is_safetensors(start: bytes, size: int) -> bool:
 def _read_torch(path: Path) -> WeightsFile:
     """Read one of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a state dict,
     plain or wherever it lies in the file."""
-    from detr_fast.training.checkpoint import is_checkpoint, load_checkpoint
-
     if zipfile.is_zipfile(path) and not _of_torch(path):
         raise UserError(f"{path} is a zip archive that torch.save did not write: unpack it, and give the file in it.")
-    content = load_checkpoint(path) if is_checkpoint(path) else read_pickle(path)
+    content = read_container(path) if is_container(path) else read_pickle(path)
     try:
         found = find_weights(content)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     options = content.get("args", content.get("hyper_parameters"))
     options = vars(options) if isinstance(options, argparse.Namespace) else options
-    ours = "model_config" in content
+    ours = _described(path, content) if "model_config" in content else {}
     config, preprocessor = _beside(path, found.tensors)
     place, *others = (".".join(map(brief, each)) or "no key" for each in (found.place, *found.passed_over))
     notes = [f"{path}: the averaged weights are read, under {place}"] if found.averaged and not ours else []
@@ -137,13 +159,17 @@ def _read_torch(path: Path) -> WeightsFile:
     return WeightsFile(
         path,
         _require_tensors(path, found.tensors),
-        _plain(path, "model_config", content.get("model_config")),
-        _plain(path, "categories", content.get("categories")) if ours else None,
-        options if isinstance(options, dict) else {},
-        config,
-        preprocessor,
+        args=options if isinstance(options, dict) else {},
+        huggingface_config=config,
+        preprocessor=preprocessor,
         notes=tuple(notes),
+        **ours,
     )
+
+
+def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `content` has of a `ModelDescription`, by its keys."""
+    return {name: _plain(path, name, content[name]) for name in DESCRIPTION if name in content}
 
 
 def _plain(path: Path, name: str, stated: Any) -> Any:
@@ -169,8 +195,7 @@ def _of_torch(path: Path) -> bool:
 def _read_safetensors(path: Path) -> WeightsFile:
     """Read tensors, what our export wrote about them into the file's metadata, and Hugging Face's files beside it."""
     tensors, metadata = _open_safetensors(path)
-    names = [name for name in ("model_config", "categories") if name in metadata]
-    ours = {name: _plain(path, name, _parse_json(path, metadata[name])) for name in names}
+    ours = _described(path, {name: _parse_json(path, metadata[name]) for name in DESCRIPTION if name in metadata})
     config, preprocessor = _beside(path, tensors)
     return WeightsFile(
         path, _require_tensors(path, tensors), **ours, huggingface_config=config, preprocessor=preprocessor

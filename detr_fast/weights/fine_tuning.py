@@ -1,11 +1,13 @@
 """A detector's weights as the start of another's training: what fits is kept, heads that do not fit are new."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from detr_fast.config import UserError, require
+from detr_fast.data.annotations import Category
 from detr_fast.model.detr import DETR
 from detr_fast.weights.architecture import from_args, from_huggingface, require_detr, visible_architecture
 from detr_fast.weights.class_head import class_names, fit_class_head, has_class_head
@@ -39,9 +41,11 @@ class Kept:
         return [first, *self.notes]
 
 
-def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
-    """Fills `model` from `path`: backbone and transformer must fit, the class head is kept as far as the classes agree,
-    queries as many as both have, and heads that are missing or of another kind are the model's own.
+def load_for_fine_tuning(model: DETR, path: str | Path, categories: Sequence[Category] | None = None) -> Kept:
+    """Fill `model`, whose labels stand for `categories`, from `path`.
+
+    Backbone and transformer must fit; the class head is kept as far as the classes agree, queries as many as both have,
+    and heads that are missing or of another kind are the model's own.
 
     Raises UserError as `load_model` and `load_state_dict` do.
     """
@@ -51,7 +55,7 @@ def load_for_fine_tuning(model: DETR, path: str | Path) -> Kept:
     otherwise = other_computation(model, file)
     rows = visible_architecture(weights).get("num_classes")
     source, assumed = class_names(file, rows) if rows else (None, None)
-    fitted, classes = fit_class_head(model, weights.tensors, source, model.categories)
+    fitted, classes = fit_class_head(model, weights.tensors, source, categories)
     named = NamedWeights(fitted, weights.naming)
     own = model.state_dict()
     fits = has_class_head(weights, {key: value for key, value in own.items() if key.startswith("class_embed.")})

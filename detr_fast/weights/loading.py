@@ -1,16 +1,19 @@
-"""Models made and loaded, and their weights in and out, whoever named them."""
+"""Networks made, detectors loaded, and weights in and out, whoever named them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from detr_fast.config import UserError, model_config, require
+from detr_fast.config import HostAllocator, RuntimeOptions, UserError, model_config, require
+from detr_fast.detector import Detector
+from detr_fast.host_memory import choose_host_allocator, use_host_allocator
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import frozen
-from detr_fast.runtime import choose_precision, select_implementation
+from detr_fast.model.optimized import OptimizedDETR
+from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights.architecture import agreeing_options, infer_config, no_detr, visible_architecture
 from detr_fast.weights.backbone_weights import load_backbone_weights
 from detr_fast.weights.class_head import Given, class_names
@@ -39,41 +42,52 @@ def load_model(
     dilation: bool | None = None,
     optimize: bool = False,
     categories: Given = None,
-) -> DETR:
-    """Load the model that `path` holds, in evaluation mode on `device`: one of our checkpoints (its averaged weights,
-    where it has them) or exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save
-    them, under another key or from within a wrapper.
+    host_allocator: HostAllocator = "auto",
+) -> Detector:
+    """Load the detector that `path` holds, in evaluation mode on `device`: see `read_detector`.
+
+    `optimize`: for inference alone, as fast as the device can, as the predict command runs it: with what was measured
+    here (`python -m detr_profiling tune`), else in bf16 where the hardware multiplies in it, batch norm folded, weights
+    in the order that convolutions take; on a GPU `predict` replays it as a CUDA graph for each shape of its input that
+    comes back. Such a network cannot be trained, and its weights cannot be exported.
+
+    `host_allocator`: as the commands' --host-allocator; `auto` keeps freed memory on a CPU. It is the whole process's,
+    and cannot be taken back. Raises UserError as `read_detector` does, and where what is asked for cannot be had.
+    """
+    detector, device = read_detector(path, dilation, categories), torch.device(device)
+    options = RuntimeOptions(device=device.type, host_allocator=host_allocator)  # type: ignore[arg-type]
+    if optimize:
+        runtime = runtime_for_inference(options, detector.config, batch_size=1)
+        return detector.optimize(replace(runtime, device=device))
+    use_host_allocator(choose_host_allocator(host_allocator, device)[0])
+    return detector.to(device)
+
+
+def read_detector(path: str | Path, dilation: bool | None = None, categories: Given = None) -> Detector:
+    """Read a detector, in evaluation mode on the CPU: one of our checkpoints (its EMA weights, where it has them) or
+    exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save them, under another key
+    or from within a wrapper.
 
     Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
     91 classes that does not name them gets COCO's names; `categories`, a COCO json or a sequence of Category, names
-    them otherwise, by label. `model.notes` says what was assumed. Raises UserError where the file is unreadable,
-    unsafe, or no DETR.
-
-    `optimize`: for inference alone, as fast as the device can: in bf16 where the hardware multiplies in it, batch norm
-    folded, weights in the order that convolutions take; on a GPU `predict` replays it as a CUDA graph for each shape of
-    its input that comes back. Such a model cannot be trained or saved.
+    them otherwise, by label. The detector's `notes` say what was assumed. Raises UserError where the file is
+    unreadable, unsafe, or no DETR.
     """
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)
-    model = DETR(infer_config(file, weights, dilation))
+    network = DETR(infer_config(file, weights, dilation))
     try:
-        fill(model, weights)
+        fill(network, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    model.categories, assumed = class_names(file, model.config.num_classes, categories)
+    found, assumed = class_names(file, network.config.num_classes, categories)
     outside = f"{path}: left out, since they are not the detector's: {listed(weights.left_out)}"
-    model.notes = (*file.notes, *([outside] if weights.left_out else []), *([assumed] if assumed else []))
-    model.to(device).eval()
-    if not optimize:
-        return model
-    dtype, _ = choose_precision("auto", next(model.parameters()).device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    select_implementation(model, dtype=dtype)
-    return frozen(model, dtype)
+    notes = (*file.notes, *([outside] if weights.left_out else []), *([assumed] if assumed else []))
+    return Detector(network.eval(), found, notes)
 
 
-def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
-    """Copies `state_dict`, in any of the namings, into `model`: every entry, or none.
+def load_state_dict(model: DETR | Detector, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy `state_dict`, in any of the namings, into `model`: every entry, or none.
 
     What wrappers add to names is taken off, and the weights are found in a checkpoint that holds more. Raises UserError
     that lists what is missing, unexpected or of another shape, and the option that would agree.
@@ -82,25 +96,34 @@ def load_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
         tensors = find_weights(state_dict).tensors
     except UserError as error:
         raise UserError(f"The state dict {error}") from error
-    fill(model, NamedWeights.recognise(tensors))
+    fill(network_of(model), NamedWeights.recognise(tensors))
 
 
-def export_state_dict(model: DETR, naming: Naming = "detr_fast") -> dict[str, Tensor]:
+def export_state_dict(model: DETR | Detector, naming: Naming = "detr_fast") -> dict[str, Tensor]:
     """Return the model's weights under the names of `naming`, bit-equal; most share memory with the model.
 
     Raises UserError where the other implementation has no such model.
     """
-    require(not model.frozen, "This model was made for inference alone: load it without optimize=True to export it.")
-    if naming != "detr_fast" and (model.config.source_position or model.config.backbone == "tiny"):
+    network = network_of(model)
+    config = network.config
+    if naming != "detr_fast" and (config.source_position or config.backbone == "tiny"):
         raise UserError(
-            f"A model with backbone={model.config.backbone}, source_position={model.config.source_position} has no "
+            f"A model with backbone={config.backbone}, source_position={config.source_position} has no "
             f"counterpart in {naming}'s DETR. Export it with --naming detr_fast."
         )
-    return to_naming(model.state_dict(), naming)
+    return to_naming(network.state_dict(), naming)
+
+
+def network_of(model: DETR | Detector) -> DETR:
+    """Return the network itself. Raises UserError for one whose weights are no longer those that others read."""
+    network = model.network if isinstance(model, Detector) else model
+    optimized = isinstance(network, OptimizedDETR)
+    require(not optimized, "This model was optimised for inference alone: load it without optimize=True.")
+    return network
 
 
 def fill(model: DETR, weights: NamedWeights) -> None:
-    """Copies the weights into the model. Raises UserError before anything is copied."""
+    """Copy the weights into the model. Raises UserError before anything is copied."""
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
     unexpected = weights.unexpected(own)

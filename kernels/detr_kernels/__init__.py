@@ -1,41 +1,42 @@
-"""Fused kernels for detection transformers: plain-torch references, Triton kernels, and functions that choose."""
+"""Fused kernels for detection transformers: plain-torch references, Triton kernels, and a registry that chooses."""
 
 import detr_kernels.account  # noqa: F401 -- for what it does: first, since the others import torch
-from detr_kernels.assignment import AssignmentBackend, batched_assignment, batched_assignment_ref, choose_assignment
-from detr_kernels.attention import AttentionBackend, choose_attention, packed_attention, packed_attention_ref
-from detr_kernels.batch_norm import fold_frozen_bn
-from detr_kernels.convolution import conv1x1_bias_act, conv1x1_bias_act_ref
-from detr_kernels.convolution_library import OneDNNConvolution, why_not_onednn
-from detr_kernels.convolution_tail import ConvolutionBackend, choose_convolution, conv_bias_act, conv_bias_act_ref
-from detr_kernels.cpu_dropout import apply_dropout, relu_dropout
-from detr_kernels.detection_loss import SetLossTerms, set_loss, set_loss_ref
-from detr_kernels.dispatch import Backend, choose_backend
-from detr_kernels.dropout_attention import attention_with_dropout
-from detr_kernels.layer_norm import fused_add_layer_norm, fused_add_layer_norm_ref
-from detr_kernels.matching_cost import match_cost, match_cost_ref
-from detr_kernels.packing import Blank, Packing
-from detr_kernels.pixels import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
-from detr_kernels.resnet_stage import residual_stage, residual_stage_ref
-from detr_kernels.xformers_attention import why_not_xformers
+from detr_kernels.attention.backends import ROWS as ROW_BACKENDS
+from detr_kernels.attention.packed import packed_attention, packed_attention_ref
+from detr_kernels.attention.packing import Blank, Packing
+from detr_kernels.attention.padded import attention_ref, padded_attention
+from detr_kernels.attention.xformers import why_not_xformers
+from detr_kernels.convolution.batch_norm import fold_frozen_bn
+from detr_kernels.convolution.conv_bias_act import conv_bias_act, conv_bias_act_ref
+from detr_kernels.convolution.library import OneDNNConvolution, why_not_onednn
+from detr_kernels.convolution.pointwise import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution.stage import residual_stage, residual_stage_ref
+from detr_kernels.dropout.pcg64 import apply_dropout, relu_dropout
+from detr_kernels.loss.set_loss import SetLossTerms, set_loss, set_loss_ref
+from detr_kernels.matching.assignment import batched_assignment, batched_assignment_ref
+from detr_kernels.matching.cost import match_cost, match_cost_ref
+from detr_kernels.normalization.layer_norm import fused_add_layer_norm, fused_add_layer_norm_ref
+from detr_kernels.operations import OPERATIONS
+from detr_kernels.preprocessing.resize import PackedImages, resize_normalize_pad, resize_normalize_pad_ref
+from detr_kernels.registry import Backend, Choice, Facts, Operation, Selection
 
 __all__ = [
-    "AssignmentBackend",
-    "AttentionBackend",
+    "OPERATIONS",
+    "ROW_BACKENDS",
     "Backend",
     "Blank",
-    "ConvolutionBackend",
+    "Choice",
+    "Facts",
     "OneDNNConvolution",
+    "Operation",
     "PackedImages",
     "Packing",
+    "Selection",
     "SetLossTerms",
     "apply_dropout",
-    "attention_with_dropout",
+    "attention_ref",
     "batched_assignment",
     "batched_assignment_ref",
-    "choose_assignment",
-    "choose_attention",
-    "choose_backend",
-    "choose_convolution",
     "conv1x1_bias_act",
     "conv1x1_bias_act_ref",
     "conv_bias_act",
@@ -47,6 +48,7 @@ __all__ = [
     "match_cost_ref",
     "packed_attention",
     "packed_attention_ref",
+    "padded_attention",
     "relu_dropout",
     "residual_stage",
     "residual_stage_ref",

@@ -22,7 +22,7 @@ USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
   trace    one step in a profiler: stages, kernels, waits, memory, roofline
   parity   how far every block, loss, gradient, training curve and AP is from the plain reference
   ladder   from the plain reference to everything on, one technique a row
-  race     ours beside what people would otherwise take, in turns
+  race     ours compared with baselines, in turns
   tune     which backends and switches are fastest here, for every auto to read
   launches what a GPU would be told to do in a step, counted without one
   report   one HTML page and its Markdown twin from what the others left"""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-from detr_kernels import dispatch
+from detr_kernels import launch as launcher
 from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -43,7 +43,7 @@ def _no_launch(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def absent_gpu(launch: dispatch.Launch = _no_launch) -> Iterator[torch.device]:
+def absent_gpu(launch: launcher.Launch = _no_launch) -> Iterator[torch.device]:
     """Yields `cuda:0`, on which fake tensors can be made, trained with and compiled for; nothing runs.
 
     `launch` is called with each launch of Triton. Raises RuntimeError where there is a GPU, or another torch.
@@ -75,9 +75,9 @@ def absent_gpu(launch: dispatch.Launch = _no_launch) -> Iterator[torch.device]:
         stack.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         # several tensors in one launch: torch looks for the type Tensor itself, which a fake one does not have
         stack.enter_context(patch.object(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True))
-        stack.enter_context(patch.object(dispatch, "INTERPRETED", False))
+        stack.enter_context(patch.object(launcher, "INTERPRETED", False))
         stack.enter_context(_without_context())
-        stack.enter_context(dispatch.launches_to(launch))
+        stack.enter_context(launcher.launches_to(launch))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield DEVICE
 

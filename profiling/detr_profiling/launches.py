@@ -7,13 +7,13 @@ some are more in truth (a sum in two stages, FlashAttention's gradient), so what
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from detr_kernels import PackedImages
-from detr_kernels.dispatch import launches_to
-from detr_kernels.pixels import Place
+from detr_kernels.launch import launches_to
+from detr_kernels.preprocessing.resize import Place
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from detr_fast.config import Attention, Kernels, ModelConfig, model_config, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch, model_input
-from detr_fast.data.targets import Targets
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import Runtime, select_implementation
+from detr_fast.runtime import Runtime
 from detr_fast.stages import STAGES, current_stage
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
@@ -170,11 +170,11 @@ def make_step(
 ) -> TrainStep:
     """Make a step of a model of random weights in bf16, with the EMA model, all on the device."""
     runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
-    model, averaged = (made_on(device, lambda: DETR(config)) for _ in range(2))
-    averaged.requires_grad_(False)
-    select_implementation(model, kernels, attention, runtime.dtype)
+    model, ema = (made_on(device, lambda: DETR(config)) for _ in range(2))
+    ema.requires_grad_(False)
+    select_backends(model, kernels, attention, runtime.dtype)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, averaged=averaged, ema_decay=0.9)
+    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
 
 
 def count_step(step: TrainStep, batch: Batch) -> Launches:
@@ -188,8 +188,7 @@ def count_step(step: TrainStep, batch: Batch) -> Launches:
 
 def inputs_of(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | None, Targets]:
     """Images, mask and targets, as `loss_of` takes them."""
-    config = step.model.config
-    images, mask = model_input(batch, config.image_mean, config.image_std, True, step.runtime.dtype)
+    images, mask = replace(step.preprocessing, backend="ref")(batch)
     return images, mask, batch.targets
 
 
@@ -198,8 +197,8 @@ def loss_of(step: TrainStep) -> Callable[..., Tensor]:
 
     def loss(images: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
         with step.runtime.autocast():
-            outputs = step.model(images, mask)
-        return step.criterion(outputs, targets)["loss"]
+            predictions = step.model.predict_layers(images, mask)
+        return step.criterion(predictions, targets)["loss"]
 
     return loss
 
@@ -245,9 +244,7 @@ def main(options: LaunchesOptions) -> int:
     config = model_config(options.model)
     with absent_gpu() as device:
         step = make_step(config, device, options.kernels, options.attention)
-        for name, reason in select_implementation(
-            step.model, options.kernels, options.attention, torch.bfloat16
-        ).items():
+        for name, reason in reasons(step.model, step.model.selection, training=True).items():
             console.print(f"{name}: {reason}")
         for padded in (True, False):
             launches = count_step(step, make_batch(device, images, options.size, padded))

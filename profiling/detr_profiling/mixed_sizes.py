@@ -1,4 +1,4 @@
-"""Images of many sizes, as training on COCO meets them, and the few batches that stand for an order's."""
+"""Images of many sizes, as in training on COCO: four batches that represent an epoch's distribution of sizes."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ class BatchShape(NamedTuple):
         return cls([(height, width) for height, width in sizes], (max(heights), max(widths)))
 
     def in_steps(self, step: int) -> "BatchShape":
-        """With a room whose sides are multiples of `step` pixels."""
+        """Round the padded size up to multiples of `step` pixels."""
         height, width = (-(-side // step) * step for side in self.room)
         return self._replace(room=(height, width))
 
@@ -63,13 +63,13 @@ class BatchShape(NamedTuple):
 
 
 def padding(shapes: Iterable[BatchShape]) -> float:
-    """Pixels computed for each that is an image's."""
+    """Divide the pixels that are computed by those that are images'."""
     computed_px, image_px = zip(*((shape.computed_px, shape.image_px) for shape in shapes), strict=True)
     return sum(computed_px) / sum(image_px)
 
 
 def order_of(batch_size: int, seed: int, buckets: bool, largest_px: int = LARGEST_PX) -> list[BatchShape]:
-    """A whole group of the sampler's batches, the same images with and without buckets."""
+    """List a whole group of the sampler's batches, the same images with and without buckets."""
     sizes_of = partial(coco_sizes, seed, largest_px=largest_px)
     arranged = Buckets(sizes_of) if buckets else None
     sampler = EpochSampler(BATCHES_A_GROUP * batch_size, batch_size, seed, buckets=arranged)
@@ -78,15 +78,15 @@ def order_of(batch_size: int, seed: int, buckets: bool, largest_px: int = LARGES
 
 @cache
 def typical_shapes(batch_size: int, seed: int, buckets: bool, largest_px: int) -> list[BatchShape]:
-    """Of each quarter of an order's batches, by the pixels that they compute, the one nearest to its means.
+    """Choose from each quarter of an order's batches, by the pixels that they compute, the one nearest to its means.
 
     So a few batches compute as much for an image as the whole order, and their images are as large: times an image
     compare between orders, although no image may be in both choices. (One set of so few images, once in buckets and
     once shuffled, would not do: it has few extreme shapes, and padding at random comes of those.)
     """
     order = sorted(order_of(batch_size, seed, buckets, largest_px), key=lambda shape: shape.computed_px)
-    share = len(order) // TYPICAL_BATCHES
-    return [most_typical(order[start : start + share]) for start in range(0, len(order), share)]
+    quarter = len(order) // TYPICAL_BATCHES
+    return [most_typical(order[start : start + quarter]) for start in range(0, len(order), quarter)]
 
 
 def most_typical(shapes: Sequence[BatchShape]) -> BatchShape:

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.data.batching import Batch, model_input
-from detr_fast.evaluation.inference import evaluation_mode
-from detr_fast.model.detr import DETR
-from detr_fast.recording import Recorder
+from detr_fast.cuda_graphs import Capturer
+from detr_fast.data.batch import Batch
+from detr_fast.detector import evaluation_mode
+from detr_fast.model.detr import DETR, Predictions
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import SetCriterion
+from detr_fast.training.graphed_step import GraphedStep
 from detr_fast.training.matcher import match
+from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_profiling.measuring.timing import STEADY_AFTER
@@ -24,34 +27,34 @@ each trained parameter under our name. Of an inference, L is 1."""
 
 
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
-    """What `forward`, which is `model` or its compiled form, computes from a batch on its device, without dropout."""
-    config, pixels = model.config, model.implementation.pixels
-    images, mask = model_input(batch, config.image_mean, config.image_std, runtime.channels_last, runtime.dtype, pixels)
+    """Observe what `forward` computes from a batch on its device, without dropout: a training step's `forward`, or
+    where gradients are disabled what a detector calls."""
+    images, mask = Preprocessing.of(model, runtime)(batch)
     with evaluation_mode(model):
         with runtime.autocast():
             outputs = forward(images, mask)
         if not torch.is_grad_enabled():
             return on_host(stacked_layers([outputs]))
-        terms = criterion(outputs, batch.targets)
-        found = stacked_layers([*outputs["aux_outputs"], outputs])
-        logits, boxes = found["logits"].float(), found["boxes"].float()
-        matches, _ = match(logits, boxes, batch.targets, criterion.costs, criterion.implementation)
+        predictions: Predictions = outputs
+        terms = criterion(predictions, batch.targets)
+        found = {"logits": predictions.logits, "boxes": predictions.boxes_cxcywh}
+        matches, _ = match(predictions, batch.targets, criterion.costs, criterion.selection)
         return on_host(found | losses(terms) | {"matches": matches} | named_gradients(model, terms["loss"]))
 
 
 def observe_captured_step(
-    model: DETR, criterion: SetCriterion, batch: Batch, runtime: Runtime, recorder: Recorder | None = None
+    model: DETR, criterion: SetCriterion, batch: Batch, runtime: Runtime, capturer: Capturer | None = None
 ) -> Observation:
-    """Observes losses and gradients as the replay of a captured training step leaves them, without dropout.
+    """Observe losses and gradients as the replay of a captured training step leaves them, without dropout.
 
-    Neither weights nor what lies in `.grad` change: the learning rate is 0. `recorder`: default, CUDA graphs.
+    Neither weights nor what lies in `.grad` change: the learning rate is 0. `capturer`: default, CUDA graphs.
     """
     before = {parameter: parameter.grad for parameter in model.parameters()}
     step = TrainStep(model, criterion, build_optimizer(model, 0.0, 0.0, weight_decay=0.0), runtime, clip=0.0)
-    step.capture(recorder)
+    graphed = GraphedStep(MicroBatches(step), capturer)
     with evaluation_mode(model), torch.enable_grad():
         for _ in range(STEADY_AFTER["cuda"]):
-            terms = step([batch])
+            terms = graphed([batch])
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = on_host(losses(terms) | {f"gradient {name}": each for name, each in named.items() if each is not None})
     for parameter, gradient in before.items():
@@ -64,7 +67,7 @@ def on_host(found: Observation) -> Observation:
 
 
 def stacked_layers(layers: Sequence[dict[str, Any]]) -> Observation:
-    """The outputs of several decoder layers, first to last, one above another."""
+    """Stack the outputs of several decoder layers, first to last."""
     names = {"logits": "pred_logits", "boxes": "pred_boxes"}
     return {name: torch.stack([layer[key] for layer in layers]) for name, key in names.items()}
 
@@ -74,7 +77,7 @@ def losses(terms: dict[str, Tensor]) -> Observation:
 
 
 def named_gradients(model: nn.Module, loss: Tensor) -> Observation:
-    """`gradient NAME` of each trained parameter; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
+    """Name each trained parameter's `gradient NAME`; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
     names = (name.replace("backbone.0.body.", "backbone.") for name in trained)

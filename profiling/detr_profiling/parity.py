@@ -4,12 +4,14 @@ import gc
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+import tyro
 
 from detr_fast.config import Idle, Precision, UserError, require
 from detr_fast.console import Console
+from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
 from detr_profiling.comparison.curve import TrainingCurve, make_task
@@ -23,7 +25,6 @@ from detr_profiling.observation import Observation
 from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
 
 
@@ -33,15 +34,18 @@ class ParityOptions(WorkloadOptions):
     reference with the same weights; in inference also Hugging Face's DETR."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
-        *WorkloadOptions.idle,
-        Idle("sizes", lambda o: o.sizes == "mixed", "in parity, which compares images of one size: give --sizes same"),
-        Idle("dropout", lambda o: True, "in parity, which compares without it: run trace or ladder"),
+        *(one for one in WorkloadOptions.idle if one.option not in ("buckets", "dropout")),
         Idle(
             "batch_size",
             lambda o: o.batch_size > MOST_OBSERVED,
             f"above {MOST_OBSERVED}, the images that are compared: give a smaller one",
         ),
     )
+    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    """Padding itself changes a little of what DETR computes."""
+    buckets: tyro.conf.Suppress[Literal[True]] = True
+    dropout: tyro.conf.Suppress[None] = None
+    """All that is compared is without it."""
     out: str = "runs/profile"
     """Folder for parity.json."""
     data: str = "shapes:64"
@@ -58,14 +62,10 @@ class ParityOptions(WorkloadOptions):
         super().__post_init__()
         require(self.steps >= 2, f"--steps {self.steps}: at least 2, the second shows what the first did.")
 
-    @property
-    def mixes_sizes(self) -> bool:
-        return False
-
 
 def observe_all(workload: Workload, gradients: Observation | None = None) -> Observation:
-    """Blocks and what `observe` gives; of a training step also what a step does, by the oracle's `gradients`, default:
-    the workload's own."""
+    """Observe blocks and what `observe` gives; of a training step also what a step does, by the exact `gradients`,
+    default: the workload's own."""
     found = observe_with_blocks(workload)
     if workload.options.mode == "training":
         found |= observe_step(workload, gradients or found)
@@ -73,7 +73,7 @@ def observe_all(workload: Workload, gradients: Observation | None = None) -> Obs
 
 
 def last_layer(found: Observation) -> Observation:
-    """As an inference gives it."""
+    """Keep the last layer's outputs, which are an inference's."""
     return {name: found[name][-1:] for name in ("logits", "boxes")}
 
 
@@ -82,20 +82,20 @@ class OutputParity:
 
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
-        self.oracle = observe_all(build_peer("reference", self.plain, torch.float64)) | targets_of(self.plain)
+        self.oracle = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
         self.eager: dict[Precision, Observation] = {}
 
     def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
-            peer = build_peer("reference", replace(self.plain, precision=precision))
-            self.eager[precision] = observe_all(peer, self.oracle)
+            baseline = build_baseline("reference", replace(self.plain, precision=precision))
+            self.eager[precision] = observe_all(baseline, self.oracle)
         return self.eager[precision]
 
     def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
-        """What it computes, and the verdicts. Raises UserError where it cannot run."""
+        """Return what it computes, and the verdicts. Raises UserError where it cannot run."""
         options, oracle, eager = variant.options, self.oracle, self.eager_in(variant.options.precision)
-        if variant.peer:
-            observe = build_peer(variant.peer, options).observe
+        if variant.baseline:
+            observe = build_baseline(variant.baseline, options).observe
             assert observe is not None
             found = observe()
             return found, judge(found, last_layer(oracle), last_layer(eager))
@@ -134,7 +134,8 @@ class Parity:
         return AveragePrecision(self.curve.trained, images, self.device)
 
     def compare_outputs(self, variant: Variant) -> None:
-        """Raises UserError where a variant that was asked for by name cannot run; others are left out."""
+        """Compare blocks, outputs and gradients. A variant that cannot run is left out; one that was asked for by name
+        raises UserError."""
         try:
             found, rows = self.outputs.compare(variant)
         except UserError as error:
@@ -146,7 +147,7 @@ class Parity:
         self.finish_part()
 
     def compare_training(self, variant: Variant) -> None:
-        """The curve and AP."""
+        """Compare the curve and AP."""
         self.curve.add(variant.name, variant.options)
         self.record.curve = self.curve.to_dict()
         self.average_precision.add(variant.name, variant.options)
@@ -154,7 +155,7 @@ class Parity:
         self.finish_part()
 
     def finish_part(self) -> None:
-        """Writes what there is, and lets go of the variant's memory and compiled forms, of which torch keeps few."""
+        """Write what there is, and let go of the variant's memory and compiled code, of which torch keeps little."""
         self.record.write()
         torch.compiler.reset()
         gc.collect()

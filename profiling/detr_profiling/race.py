@@ -1,86 +1,78 @@
-"""`python -m detr_profiling race`: ours beside what people would otherwise take, in turns.
+"""`python -m detr_profiling race`: ours compared with baselines, in turns.
 
-The plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same photographs, which
-all resize on the device within the step (why, `detr_profiling.peers.plain_loop` says). Each measurement is a process of
-its own, and all take turns, round after round, as the ladder's rows do.
+The baselines are the plain reference and Hugging Face's DETR, eager and compiled, on the same weights and the same
+photographs, which all resize on the device within the step (`detr_profiling.baselines.plain_loop` says why). They are
+measured as the ladder's rows are: each time in a fresh process, round after round.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from detr_fast.config import Idle, require
+from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
-from detr_fast.training.run_folder import writing
-from detr_profiling.ladder import REFERENCE, LadderOptions, Rung, measure_rungs, rows_of
-from detr_profiling.ladder import write_rows as write_rungs
+from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
+from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.ladder import baseline_sections
-from detr_profiling.pages.results import RACE_FILE, load_results
+from detr_profiling.pages.results import RACE_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.report import write_report
+from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
 from detr_profiling.workload import WorkloadOptions, build_workload
 
-EAGER_PEERS = (REFERENCE, "hf-eager", "hf-sdpa")
+EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
 """In float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaceOptions(LadderOptions):
-    """Measure ours in the form that these options ask for, and its peers beside it."""
+class RaceOptions(RoundOptions):
+    """Compare ours, as these options ask for it, with the baselines."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *WorkloadOptions.idle,
         Idle("same_settings", lambda o: o.resolved().device == "cuda", "on a GPU: give --device cpu"),
         Idle(
-            "peers_compiled",
-            lambda o: o.peers_compiled and missing_for_compile() is not None,
-            "without a compiler, which doctor tells how to get: give --no-peers-compiled",
+            "compiled_baseline",
+            lambda o: o.compiled_baseline and missing_for_compile() is not None,
+            "without a compiler, which doctor tells how to get: give --no-compiled-baseline",
         ),
     )
-    compile: bool = False
-    """Ours compiled with torch.compile."""
-    leave_one_out: bool = False
-    peers_compiled: bool = True
+    compiled_baseline: bool = True
     """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
     same_settings: bool = True
-    """On a CPU let the peers keep freed memory too, as ours does by itself; without, they run as they come."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(not self.leave_one_out, "--leave-one-out belongs to the ladder.")
+    """On a CPU let the baselines keep freed memory too, as ours does by itself; without, they run as they come."""
 
 
-def entrants(options: RaceOptions) -> list[Rung]:
-    """The eager peers, the compiled one, the reference in our precision, and ours."""
+def build_entries(options: RaceOptions) -> list[Entry]:
+    """List the eager baselines, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
     plain = replace(start(ours), keeps_memory=options.same_settings)
-    rungs = [Rung(name, replace(plain, implementation=name)) for name in EAGER_PEERS]
-    if options.peers_compiled and missing_for_compile() is None:
-        rungs.append(Rung("hf-compiled", replace(plain, implementation="hf-compiled")))
+    entries = [Entry(name, replace(plain, implementation=name)) for name in EAGER_BASELINES]
+    if options.compiled_baseline and missing_for_compile() is None:
+        entries.append(Entry("hf-compiled", replace(plain, implementation="hf-compiled")))
     dtype, _ = choose_precision(ours.precision, choose_device(ours.device)[0])
     if dtype == torch.bfloat16:
-        rungs.append(
-            Rung("reference bf16", replace(plain, options=replace(plain.options, precision="bf16"), tf32=True))
-        )
-    return [*rungs, Rung("detr_fast", Configuration(ours))]
+        in_bf16 = replace(plain, options=replace(plain.options, precision="bf16"), tf32=True)
+        entries.append(Entry("reference bf16", in_bf16))
+    return [*entries, Entry("detr_fast", Configuration(ours))]
 
 
-def fastest_eager_ms(rungs: list[Rung]) -> float | None:
-    """None where no eager peer was measured."""
-    times = [rung.measured.timing.median_ms for rung in rungs if rung.technique in EAGER_PEERS and rung.measured]
+def fastest_eager_ms(rows: Sequence[LadderRow]) -> float | None:
+    """Return the median of the fastest eager baseline, None where none was measured."""
+    times = [row.median_ms for row in rows if row.technique in EAGER_BASELINES and row.median_ms is not None]
     return min(times, default=None)
 
 
-def peak_share(options: WorkloadOptions, median_ms: float) -> float:
-    """The products that a step needs, over those that the device could make in that time: measured here and now."""
+def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
+    """Return the fraction of the device's matrix peak, measured here and now, that a step of that time reaches."""
     workload = build_workload(replace(options.resolved(), compile=False))
     flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
     dtype, _ = choose_precision(options.precision, workload.device)
@@ -88,16 +80,12 @@ def peak_share(options: WorkloadOptions, median_ms: float) -> float:
 
 
 def main(options: RaceOptions) -> int:
-    console, out, rungs = Console(), Path(options.out), entrants(options)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for _ in measure_rungs(rungs, options, console):
-        write_rungs(rows_of(rungs, options), out / RACE_FILE)
-    write_report(out)
-    show(baseline_sections([row for row in load_results(out).race if row.mode == options.mode]), console)
-    eager, ours = fastest_eager_ms(rungs), rungs[-1].measured
-    if eager and ours:
-        share = peak_share(options, ours.timing.median_ms)
-        console.print(f"{number(eager / ours.timing.median_ms)} times the fastest eager form of the others; ")
-        console.print(f"{share:.0%} of this device's measured matrix peak. {out / RACE_FILE}")
-    return 0 if all(rung.measured and rung.measured.close is not False for rung in rungs) else 1
+    console = Console()
+    rows = measure_into(RACE_FILE, Rounds(build_entries(options), options, console))
+    show(baseline_sections(rows), console)
+    eager_ms, ours_ms = fastest_eager_ms(rows), rows[-1].median_ms
+    if eager_ms and ours_ms:
+        console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
+        fraction = peak_fraction(options, ours_ms)
+        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
+    return exit_code(rows)

@@ -7,7 +7,8 @@ from typing import Any
 
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
-from detr_fast.training.run_folder import writing
+from detr_fast.files import write_text
+from detr_profiling.measuring.row import LadderRow
 from detr_profiling.pages.blocks import Block, Paragraph, Report, Section, Table, capital
 from detr_profiling.pages.html import render_html
 from detr_profiling.pages.ladder import README_COLUMNS, baseline_sections, conditions_of, ladder_sections, readme_cells
@@ -22,7 +23,7 @@ from detr_profiling.pages.overview import (
     reading_blocks,
 )
 from detr_profiling.pages.parity import parity_sections
-from detr_profiling.pages.results import RACE_FILE, TUNE_FILE, LadderRow, Results, complete, load_results
+from detr_profiling.pages.results import RACE_FILE, TUNE_FILE, Results, complete, load_results
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.pages.tuning import tuning_sections
 
@@ -98,8 +99,7 @@ def put_into_readme(table: str, path: Path) -> None:
         0 <= begin < end and text.count(BEGIN) == text.count(END) == 1,
         f"{path} needs one line {BEGIN} and, below it, one line {END}: the table goes between them.",
     )
-    with writing(path):
-        path.write_text(f"{text[: begin + len(BEGIN)]}\n{table}{text[end:]}", encoding="utf-8")
+    write_text(path, f"{text[: begin + len(BEGIN)]}\n{table}{text[end:]}")
 
 
 def write_report(folder: Path) -> None:
@@ -108,9 +108,7 @@ def write_report(folder: Path) -> None:
     files = {HTML_FILE: render_html(report), MARKDOWN_FILE: render_markdown(report)}
     files |= {f"{CHARTS_FOLDER}/{chart.name}.svg": chart.svg for chart in report.charts()}
     for name, text in files.items():
-        with writing(folder / name):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        write_text(folder / name, text, errors="replace")
 
 
 def main(options: ReportOptions) -> None:

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 
 from detr_fast.config import Idle, TrainConfig, require
 from detr_fast.console import Console
-from detr_fast.data.batching import Batch
+from detr_fast.data.batch import Batch
+from detr_fast.detector import place
+from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
-from detr_fast.training.run_folder import writing
+from detr_fast.training.recipes import recipe_of
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections, workload_text
 from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
@@ -39,6 +42,8 @@ class TraceOptions(WorkloadOptions):
     """Steps to record, 2 to 10: from the second on it shows whether memory grows."""
     warmup: int = 2
     """Steps before, with the profiler and without it."""
+    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    """One step again and again; images of several sizes are a data set's."""
     data: str | None = None
     """Train on this data, a folder in COCO layout or shapes:SIDE, so that waiting for data shows; default: one batch
     again and again."""
@@ -53,10 +58,6 @@ class TraceOptions(WorkloadOptions):
             "events, which viewers hold all at once.",
         )
         require(self.warmup >= 1, f"--warmup {self.warmup}: at least 1, the first step is not like others.")
-        require(
-            self.sizes == "same",
-            "A trace is of one step again and again: leave out --sizes mixed. Those of a data set: --data ROOT.",
-        )
         require(
             self.data is None or self.mode == "training",
             "--data feeds training. Leave out --mode inference, or --data.",
@@ -84,10 +85,8 @@ class Feed:
 
 
 def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
-    """The recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
-    from detr_fast.train import default_options
-
-    recipe = default_options(["--data", data, "--model", options.model])
+    """Take the recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
+    recipe = recipe_of(options.model, data)
     shared = {each.name for each in fields(TrainConfig)} & {each.name for each in fields(WorkloadOptions)}
     changes: dict[str, Any] = {name: getattr(options.resolved(), name) for name in shared}
     if options.size != "auto":
@@ -97,7 +96,7 @@ def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
 
 
 def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Callable[[], None]]:
-    """A training step on the batches of `data`, and what fetches the next batch for it.
+    """Build a training step on the batches of `data`, and what fetches the next batch for it.
 
     Raises UserError for data that cannot be read.
     """
@@ -105,7 +104,7 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
     runtime, world = choose_runtime(config), World()
     train_set, _, architecture = make_data(config)
-    model = runtime.place(make_model(architecture, config, train_set, None, Console()))
+    model = place(make_model(architecture, config, train_set, None, Console()), runtime)
     step = make_step(model.train(), config, runtime, world, None)
     feed = Feed(make_batches(config, train_set, runtime, world, (0, 0)))
     # with the data's name, and no size where nobody asked for one: images are as the recipe makes them
@@ -119,14 +118,13 @@ def main(options: TraceOptions) -> int:
         "--memory-snapshot is of CUDA's allocator. Leave it out on a CPU: trace.json has the memory curve.",
     )
     out, console = Path(options.out), Console()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on figures that cannot be kept
+    require_writable("--out", out)  # before minutes are spent on figures that cannot be kept
     fetch: Callable[[], None] = nothing_to_fetch
     if options.data is None:
         workload = build_workload(options)
     else:
         workload, fetch = build_fed_workload(options, options.data)
-    with writing(out):
+    with explained(out):
         result = profile_workload(workload, out, options.steps, options.warmup, fetch)
         if options.memory_snapshot:
             write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)
@@ -138,7 +136,7 @@ def main(options: TraceOptions) -> int:
 
 
 def write_memory_snapshot(workload: Workload, fetch: Callable[[], None], path: Path) -> None:
-    """Every allocation of one step, as https://pytorch.org/memory_viz reads it."""
+    """Write every allocation of one step, as https://pytorch.org/memory_viz reads it."""
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     fetch()
     workload.run()

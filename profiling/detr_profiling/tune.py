@@ -7,7 +7,6 @@ does not win these, the first guess stays. `auto` reads the entry that this writ
 """
 
 import datetime
-import json
 import math
 import os
 import signal
@@ -24,13 +23,13 @@ import torch
 
 from detr_fast.config import Idle, UserError, require
 from detr_fast.console import Console
+from detr_fast.files import require_writable, write_json
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size
-from detr_fast.training.run_folder import require_writable, writing
-from detr_fast.tuning import Case, Choices, Trial, Tuning, keep, require_keeping
+from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
 from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
@@ -172,11 +171,11 @@ class Tuner:
     def _has_won(self, switch: str) -> bool:
         return any(trial.switch == switch and trial.verdict == "won" for trial in self.trials)
 
-    def choices(self, turns: Turns) -> Choices:
+    def choices(self, turns: Turns) -> dict[str, Any]:
         """Return what won, where it has won the last turns too; else nothing."""
         won = {trial.switch for trial in self.trials if trial.verdict == "won"}
         kept = won if turns.why_no_gain() is None else set()
-        return Choices(**{name: value_of(self.best.configuration, name) for name in kept})
+        return {name: value_of(self.best.configuration, name) for name in kept}
 
     def _tried(self, switch: str, value: Any) -> Trial:
         trial = partial(Trial, switch=switch, value=value)
@@ -213,7 +212,7 @@ class Tuner:
         options = self.best.configuration.options
         config, device = options.architecture(), torch.device(options.device)
         dtype, _ = choose_precision(options.precision, device)
-        problem = why_not_measured(switch, value, device, dtype, config.hidden_dim // config.num_heads)
+        problem = why_not_measured(switch, value, device, dtype, config.hidden_dim // config.num_heads, options.mode)
         short = self.ends - time.perf_counter() < needs_s + self.longest_s
         return problem or ("no time left" if short else None)
 
@@ -283,7 +282,7 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
         choices,
         tuner.trials,
         first_guess_ms=first.median_ms,
-        chosen_ms=found.median_ms if choices.made() else first.median_ms,
+        chosen_ms=found.median_ms if choices else first.median_ms,
         spread_ms=turns.spread_ms,
         date=datetime.date.today().isoformat(),
         commit=commit(),
@@ -294,9 +293,7 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
     """Into tune.json, where another mode's entry stays, and the report. Raises UserError where that cannot be."""
     path = folder / TUNE_FILE
     entries = (read_object(path, "tune") or {}) | {mode: entry.to_dict()}
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    write_json(path, entries)
     write_report(folder)
 
 
@@ -320,5 +317,5 @@ def main(options: TuneOptions) -> int:
         console.print(f"{number(gain)} times the speed of the first guess: {entry.summary()}")
     else:
         console.print("The first guess stays.")
-    console.print(f"Kept in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")
+    console.print(f"Cached in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")
     return 0

@@ -12,15 +12,18 @@ from detr_kernels import PackedImages
 from torch import nn
 
 from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_config, require
-from detr_fast.data.batching import Batch, on_device
-from detr_fast.data.targets import Targets
-from detr_fast.evaluation.inference import detect_batch, forward_of
+from detr_fast.data.batch import Batch, Targets
+from detr_fast.data.loader import on_device
+from detr_fast.detector import Detector, place
+from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
-from detr_fast.model.freezing import for_inference
+from detr_fast.model.optimized import optimized
 from detr_fast.runtime import Runtime, choose_device, choose_runtime
 from detr_fast.stages import stage
 from detr_fast.training.assembly import shape_step_px
 from detr_fast.training.criterion import SetCriterion, build_criterion
+from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
+from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import export_state_dict, load_state_dict
@@ -86,7 +89,9 @@ class WorkloadOptions(RuntimeOptions):
     tune: tyro.conf.Suppress[bool] = False
     """False: what is measured runs as the options say."""
     capture: bool = False
-    """Replay the training step, or a frozen model's inference, as a CUDA graph."""
+    """Replay the training step, or an optimised model's inference, as a CUDA graph."""
+    optimize: bool | None = None
+    """Fold and round weights once for inference, as evaluate and predict do; default: unless --kernels ref."""
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
     seed: int = 42
@@ -263,22 +268,19 @@ def initial_model(options: WorkloadOptions) -> DETR:
     return model
 
 
-def build_workload(options: WorkloadOptions, forms: Mapping[str, Any] | None = None) -> Workload:
-    """Builds ours; `forms`: fields of Implementation that are to be other than the options make them.
+def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None = None) -> Workload:
+    """Build ours; `backends`: of single operations, where they are to be other than the options make them.
 
     Raises UserError where something asked for by name is not there.
     """
     options = options.resolved()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     runtime = choose_runtime(options)
-    model = runtime.place(initial_model(options))
-    if forms:
-        replace(model.implementation, **forms).apply_to(model)
-    if options.mode == "inference":
-        model = for_inference(model, runtime.dtype)
-    model.train(options.mode == "training")
+    model = place(initial_model(options).train(options.mode == "training"), runtime, backends)
+    if options.mode == "inference" and runtime.optimizes:
+        model = optimized(model, runtime.dtype)
     criterion = build_criterion(model.config.num_classes)
-    model.implementation.apply_to(criterion)
+    hand_out(model.selection, criterion)
     if options.mode == "training":
         step, forward = training_step(model, criterion, options, runtime)
     else:
@@ -305,24 +307,18 @@ def training_step(
     cannot be captured."""
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     step = TrainStep(model, criterion, optimizer, runtime)
-    if options.capture:
-        problem = step.why_not_captured()
-        require(problem is None, f"--capture cannot be done: {problem}.")
-        step.capture()
-    return lambda batch: step([batch]), step.forward
+    if not options.capture:
+        return lambda batch: step([batch]), step.forward
+    problem = why_not_graphed(step)
+    require(problem is None, f"--capture cannot be done: {problem}.")
+    graphed = GraphedStep(MicroBatches(step))
+    return lambda batch: graphed([batch]), step.forward
 
 
 def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> tuple[Callable[[Batch], Any], Any]:
     """Does the same for an inference."""
-    # without --capture eager, which evaluation on a GPU is not by default: hooks and the names of stages stay
-    forward = forward_of(model, runtime) if options.capture or runtime.compile else model
-    if options.capture:
-        require(model.recordings is not None, "--capture takes a frozen model on a GPU, without --compile.")
-
-    @torch.no_grad()
-    def step(batch: Batch) -> Any:
-        with stage("copy"):
-            placed = batch.to(runtime.device)
-        return detect_batch(forward, placed, model, runtime)
-
-    return step, forward
+    # without --capture no replay, which evaluation on a GPU is by default: hooks and the names of stages stay
+    detector = Detector(model, runtime=replace(runtime, capture=options.capture))
+    replays = detector.replays or not options.capture
+    require(replays, "--capture takes an optimised model on a GPU, without --compile.")
+    return detector.detect, detector.forward

@@ -10,8 +10,8 @@ from detr_kernels import Packing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.data.batching import model_input
 from detr_fast.model.detr import DETR
+from detr_fast.preprocessing import Preprocessing
 from detr_profiling.observation import Observation
 from detr_profiling.workload import Workload, observed_batch
 
@@ -22,7 +22,7 @@ FIRST_STAGE = r"backbone\.(layer1|layers)"
 
 
 def observe_with_blocks(workload: Workload) -> Observation:
-    """`workload.observe()`, and under `block NAME` the outputs of blocks (B, N, D) in float32, of a float64 model in
+    """Observe the workload, and under `block NAME` the outputs of blocks (B, N, D) in float32, of a float64 model in
     float64: features with their positions in rows, tokens of images in rows of their own.
 
     Padded tokens, which nothing reads, are 0 in the encoder. A compiled forward has no blocks, and a model with other
@@ -39,7 +39,7 @@ def observe_with_blocks(workload: Workload) -> Observation:
 
 @contextmanager
 def recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Name -> what the block of `model` returned last, as it returned it, on the CPU."""
+    """Yield a dict of what each block of `model` returned last, as it returned it, on the CPU."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -62,17 +62,17 @@ def recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def on_cpu(x: Tensor) -> Tensor:
-    """A copy always: a later block may write over an output that it has read."""
+    """Copy always: a later block may write over an output that it has read."""
     return x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
-    """`block NAME` (B, N, D) of what `recorded_outputs` kept of the workload's observed batch."""
+    """Make `block NAME` (B, N, D) of what `recorded_outputs` kept of the workload's observed batch."""
     if "input_proj" not in outputs:
         return {}
     padding = observed_padding(workload, outputs["input_proj"].shape[-2:])  # (B, N)
     ours = isinstance(workload.model, DETR)
-    packed = isinstance(workload.model, DETR) and workload.model.implementation.packed
+    packed = isinstance(workload.model, DETR) and workload.model.transformer.packed
     blocks = {}
     for name, output in outputs.items():
         if output.dim() == 4:  # features (B, D, h, w)
@@ -88,10 +88,10 @@ def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
 
 
 def observed_padding(workload: Workload, size: torch.Size) -> Tensor:
-    """(B, N) bool, True where a token of features of `size` is padding of the observed batch."""
+    """Mark the tokens of features of `size` that are padding of the observed batch: (B, N) bool."""
     config = workload.options.architecture()
     batch = observed_batch(workload.options, config.num_classes)
-    images, mask = model_input(batch, config.image_mean, config.image_std, channels_last=False)
+    images, mask = Preprocessing(config.image_mean, config.image_std)(batch)
     if mask is None:
         return torch.zeros(len(images), size.numel(), dtype=torch.bool)
     return F.interpolate(mask[None].float(), size=size)[0].bool().flatten(1)

@@ -1,8 +1,9 @@
-"""Whether what an implementation computed is what the plain reference computes, quantity by quantity.
+"""Verdicts on whether what an implementation computed is what the plain reference computes, quantity by quantity.
 
 Every verdict is `closeness`'s: an error against the reference in float64, at most twice the error of the reference in
-the same precision, plus a floor of FLOORS. One number's error is luck, and so is the largest of a million: errors are
-distances of vectors (a token, a query, a parameter's gradient), relative to their size, and the largest counts.
+the same precision, plus one of three absolute tolerances. One number's error is luck, and so is the largest of a
+million: errors are distances of vectors (a token, a query, a parameter's gradient), relative to their size, and the
+largest counts.
 """
 
 import math
@@ -18,21 +19,18 @@ from detr_profiling.comparison.closeness import Closeness, closeness, relative_f
 from detr_profiling.comparison.own_outputs import TARGET_KEYS, cost_of_matches, losses_from_outputs, targets_of
 from detr_profiling.observation import Observation
 
-__all__ = ["FLOORS", "Row", "judge", "targets_of", "worst"]
+__all__ = ["Row", "judge", "targets_of", "worst"]
 
 Kind = Literal["block", "output", "loss", "gradient", "match", "update"]
 
-FLOORS = {
-    "block": 1e-5,  # a hundred roundings: convolutions sum up to 4,608 products, in any order, fifty times in a row
-    "output": 1e-5,
-    "loss": 1e-5,  # of a term, from the same outputs
-    "losses": 2e-5,  # end to end: those of the outputs added
-    "gradient": 2e-2,  # of a gradient: a ReLU at its kink passes it or not, one of the thousands that carry it
-    "scale": 3e-3,  # along the oracle; one number a quantity: bf16 moves it by 1e-3, one ReLU a gradient's by 6e-4
-    "match": 1e-6,  # eight roundings of each cost
-    "update": 3e-3,  # of a decrease to first order, and of losses afterwards: a match or a ReLU tips over
-}
-"""What two orders of summation in float32 may differ by, relative, where the eager form happens to be exact."""
+FORWARD = 2e-5
+"""Relative, of all that a forward pass gives: blocks, outputs, losses, costs of matches. Two hundred roundings of
+float32: convolutions sum up to 4,608 products, in any order, fifty times in a row, and losses add their outputs'."""
+STEP = 3e-3
+"""Of what has one number a quantity: a scale along the exact value, what an optimizer step does. bf16 moves a scale by
+1e-3, one ReLU that tips over a gradient's by 6e-4."""
+GRADIENT = 2e-2
+"""Of a gradient's distance: a ReLU at its kink passes it or not, one of the thousands that carry it."""
 SMALL_GRADIENT = 1e-3
 """Of its group's norm: a smaller gradient is measured by this. Some are zero but for rounding, since the decoder starts
 from zeros, and their relative error says nothing."""
@@ -64,34 +62,34 @@ class Row:
 
     @classmethod
     def of_errors(cls, quantity: str, kind: Kind, errors: Tensor, eager_errors: Tensor, floor: float) -> Self:
-        """From errors as such, which the oracle has none of."""
+        """Make a row of errors that are computed already."""
         return cls.of(quantity, kind, closeness(errors, torch.zeros_like(errors), eager_errors, floor, quantity))
 
     @classmethod
     def missing(cls, quantity: str, kind: Kind) -> Self:
-        """Of what one side lacks."""
+        """Make the row of a quantity that one side lacks."""
         return cls(quantity, kind, math.nan, math.nan, math.nan, False)
 
     @property
-    def share(self) -> float:
-        """Of what is allowed; infinite where no number says by how much it is too far."""
+    def fraction_used(self) -> float:
+        """Return the fraction of what is allowed; infinite where no number says by how much it is too far."""
         if self.close and self.error == 0:
             return 0.0
         return self.error / self.allowed if math.isfinite(self.error) and self.allowed > 0 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """NaN and infinity, which JSON does not have, become None."""
+        """Make a dict in which NaN and infinity, which JSON does not have, are None."""
         numbers = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
         return asdict(self) | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def worst(rows: Iterable[Row]) -> Row:
-    """The row that is nearest to what is allowed, or furthest past it."""
-    return max(rows, key=lambda row: (not row.close, row.share))
+    """Find the row that is nearest to what is allowed, or furthest past it."""
+    return max(rows, key=lambda row: (not row.close, row.fraction_used))
 
 
 def judge(found: Observation, oracle: Observation, eager: Observation) -> list[Row]:
-    """`found` held against the reference in float64, `oracle`, and in found's own precision, `eager`.
+    """Judge `found` by the reference in float64, `oracle`, and in found's own precision, `eager`.
 
     All three hold the same quantities: one that is missing on a side is not close. Matches, and losses by themselves,
     are judged where the oracle also holds the targets (`oracle | targets_of(options)`).
@@ -114,7 +112,7 @@ def judge(found: Observation, oracle: Observation, eager: Observation) -> list[R
 
 
 def kind_of(name: str) -> Kind:
-    """Of a quantity of an observation."""
+    """Tell the kind of an observation's quantity."""
     if name in ("logits", "boxes"):
         return "output"
     prefixes: dict[str, Kind] = {"matches": "match", "loss": "loss", "gradient ": "gradient", "update ": "update"}
@@ -122,23 +120,23 @@ def kind_of(name: str) -> Kind:
 
 
 def judge_vectors(name: str, found: Observation, oracle: Observation, eager: Observation) -> Row:
-    """The distance of each vector (..., D), such as a token, relative to the vectors' root mean square length."""
+    """Judge the distance of each vector (..., D), such as a token, relative to the vectors' root mean square length."""
     exact = oracle[name].double()
     length = exact.norm(dim=-1).square().mean().sqrt().clamp(min=1e-30)
     ours, plain = ((side[name].double() - exact).norm(dim=-1) / length for side in (found, eager))
     kind = kind_of(name)
-    return Row.of_errors(name.removeprefix("block "), kind, ours, plain, FLOORS[kind])
+    return Row.of_errors(name.removeprefix("block "), kind, ours, plain, FORWARD)
 
 
 def judge_scales(names: Sequence[str], found: Observation, oracle: Observation, eager: Observation) -> Row:
-    """How much longer or shorter each quantity is along the oracle's direction. Rounding, which has no direction, hides
+    """Judge how much longer or shorter each quantity is along the exact one. Rounding, which has no direction, hides
     little of it: in bf16 too it shows what is off by 1 %."""
     ours, plain = (torch.stack([off_scale(side[name], oracle[name]) for name in names]) for side in (found, eager))
-    return Row.of_errors("scale of blocks and outputs", "output", ours, plain, FLOORS["scale"])
+    return Row.of_errors("scale of blocks and outputs", "output", ours, plain, STEP)
 
 
 def off_scale(x: Tensor, oracle: Tensor) -> Tensor:
-    """|<x, oracle> / <oracle, oracle> - 1|"""
+    """Compute |<x, oracle> / <oracle, oracle> - 1|."""
     exact = oracle.double().flatten()
     return (x.double().flatten() @ exact / (exact @ exact).clamp(min=1e-30) - 1).abs()
 
@@ -146,35 +144,35 @@ def off_scale(x: Tensor, oracle: Tensor) -> Tensor:
 def judge_losses(
     quantity: str, kind: Kind, names: Sequence[str], found: Observation, oracle: Observation, eager: Observation
 ) -> Row:
-    """All terms end to end, each relative to itself."""
+    """Judge all terms end to end, each relative to itself."""
     exact = torch.stack([oracle[name].double() for name in names])
     ours, plain = (
         (torch.stack([side[name].double() for name in names]) - exact).abs() / exact.abs().clamp(min=1e-9)
         for side in (found, eager)
     )
-    return Row.of_errors(quantity, kind, ours, plain, FLOORS["losses" if kind == "loss" else "update"])
+    return Row.of_errors(quantity, kind, ours, plain, FORWARD if kind == "loss" else STEP)
 
 
 def judge_own_losses(
     names: Iterable[str], found: Observation, oracle: Observation, eager: Observation
 ) -> Iterator[Row]:
-    """Each term against what the reference makes of the same outputs and matches."""
+    """Judge each term by what the reference makes of the same outputs and matches."""
     exact, of_eager = losses_from_outputs(found, oracle), losses_from_outputs(eager, oracle)
     for name in names:
         rough = exact[name] + (eager[name].double() - of_eager[name])
-        judged = closeness(found[name], exact[name], rough, relative_floor(exact[name], FLOORS["loss"]), name)
+        judged = closeness(found[name], exact[name], rough, relative_floor(exact[name], FORWARD), name)
         yield Row.of(f"{name}, from its outputs", "loss", judged)
 
 
 def judge_matches(found: Observation, oracle: Observation, eager: Observation) -> Row:
-    """By how much the matches cost more than the cheapest ones, by the outputs that they were made from."""
+    """Judge by how much the matches cost more than the cheapest ones, by the outputs that they were made from."""
     (ours, largest), (plain, _) = cost_of_matches(found, oracle), cost_of_matches(eager, oracle)
-    return Row.of_errors("matches, cost above the least", "match", ours, plain, FLOORS["match"] * largest)
+    return Row.of_errors("matches, cost above the least", "match", ours, plain, FORWARD * largest)
 
 
 def judge_gradients(names: Iterable[str], found: Observation, oracle: Observation, eager: Observation) -> Iterator[Row]:
-    """A row a group, the root mean square of its parameters' relative errors, and one of all joined. And how much
-    longer or shorter any parameter's gradient is along the oracle's: a single one that is missing or wrong shows there.
+    """Judge the root mean square of the parameters' relative errors, by group and of all; and how much longer or
+    shorter any parameter's gradient is along the exact one, where a single one that is missing or wrong shows.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -187,19 +185,19 @@ def judge_gradients(names: Iterable[str], found: Observation, oracle: Observatio
         own, ours, plain, along = (torch.tensor(values, dtype=torch.float64) for values in sides)  # (P,)
         size = own.clamp(min=max(SMALL_GRADIENT * own.norm().item(), 1e-30))
         error, rough = (side.div(size).square().mean().sqrt() for side in (ours, plain))
-        yield Row.of_errors(f"gradients of {group}", "gradient", error, rough, FLOORS["gradient"])
+        yield Row.of_errors(f"gradients of {group}", "gradient", error, rough, GRADIENT)
         squares += torch.stack((own, ours, plain)).square().sum(1)
         scales.append(torch.stack((along / size**2, plain / size)))
     own, ours, plain = squares.sqrt()
-    yield Row.of_errors("gradients of all", "gradient", ours / own, plain / own, FLOORS["gradient"])
+    yield Row.of_errors("gradients of all", "gradient", ours / own, plain / own, GRADIENT)
     ours, plain = torch.cat(scales, 1).abs()
     # how much of eager's rounding lies along the oracle is luck: all of it could
-    yield Row.of_errors("scale of gradients", "gradient", ours, plain, FLOORS["scale"])
+    yield Row.of_errors("scale of gradients", "gradient", ours, plain, STEP)
 
 
 def compare_gradients(name: str, found: Observation, oracle: Observation, eager: Observation) -> list[float]:
-    """The oracle's norm, the distances of `found` and of `eager` to it, and the first one's part along it times its
-    norm."""
+    """Return the exact gradient's norm, the distances of `found` and of `eager` to it, and the first one's part along
+    it times its norm."""
     exact = oracle[name].double().flatten()
     ours, plain = (side[name].double().flatten() - exact for side in (found, eager))
     return [value.item() for value in (exact.norm(), ours.norm(), plain.norm(), ours @ exact)]
@@ -213,11 +211,11 @@ def group_of(parameter: str) -> str:
 
 
 def judge_update(names: Sequence[str], found: Observation, oracle: Observation, eager: Observation) -> Iterator[Row]:
-    """After an optimizer step: the losses, and how far the update of each group goes down the oracle's gradient."""
+    """Judge an optimizer step: the losses after it, and how far each group's update goes down the exact gradient."""
     losses = [name for name in names if name.startswith("update loss")]
     if losses:
         yield judge_losses("losses after a step", "update", losses, found, oracle, eager)
     for name in names:
         if name not in losses:
             ours, plain = off_scale(found[name], oracle[name]), off_scale(eager[name], oracle[name])
-            yield Row.of_errors(name, "update", ours, plain, FLOORS["update"])
+            yield Row.of_errors(name, "update", ours, plain, STEP)

@@ -13,7 +13,7 @@ from detr_profiling.workload import Workload, observed_batch
 
 
 def observe_step(workload: Workload, gradients: Observation) -> Observation:
-    """Runs one step of a training workload, without dropout. `gradients`: what the oracle observed before it.
+    """Run one step of a training workload, without dropout. `gradients`: the exact ones before it.
 
     Returns `update loss...`, each loss term after the step, and for each group of parameters `update of GROUP`, the
     decrease of the loss by the step, to first order, float64. Raises ValueError for a workload that is not comparable.

@@ -21,26 +21,26 @@ TARGET_KEYS = ("target labels", "target boxes", "target counts")
 
 
 def targets_of(options: WorkloadOptions) -> Observation:
-    """The targets of a workload's observed batch."""
+    """Take the targets of a workload's observed batch."""
     targets = observed_batch(options, options.architecture().num_classes).targets
     return dict(zip(TARGET_KEYS, (targets.labels, targets.boxes_cxcywh, targets.count), strict=True))
 
 
 def plain_targets(targets: Observation) -> list[dict[str, Tensor]]:
-    """For each image labels (T,) and boxes (T, 4) float64."""
+    """List, for each image, labels (T,) and boxes (T, 4) float64."""
     labels, boxes, counts = (targets[key] for key in TARGET_KEYS)
     rows = zip(labels, boxes.double(), counts.tolist(), strict=True)
     return [{"labels": label[:count], "boxes": box[:count]} for label, box, count in rows]
 
 
 def layer_outputs(found: Observation) -> list[dict[str, Any]]:
-    """Each decoder layer's outputs in float64, first to last, as the reference returns them."""
+    """List each decoder layer's outputs in float64, first to last, as the reference returns them."""
     layers = zip(found["logits"].double(), found["boxes"].double(), strict=True)
     return [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in layers]
 
 
 def losses_from_outputs(found: Observation, targets: Observation) -> Observation:
-    """Every loss term of `found`'s outputs under `found`'s own matches, float64."""
+    """Compute every loss term of `found`'s outputs under `found`'s own matches, float64."""
     wanted, (*early, last) = plain_targets(targets), layer_outputs(found)
     layers = {f"_{index}": output for index, output in enumerate(early)} | {"": last}
     matches = dict(zip(layers, found["matches"], strict=True))
@@ -52,14 +52,14 @@ def losses_from_outputs(found: Observation, targets: Observation) -> Observation
 
 
 def matched_pairs(queries: Tensor) -> tuple[Tensor, Tensor]:
-    """From the query of each target (T,), -1 for none: queries and targets of the pairs."""
+    """Turn the query of each target (T,), -1 for none, into queries and targets of the pairs."""
     (chosen,) = (queries >= 0).nonzero(as_tuple=True)
     return queries[chosen], chosen
 
 
 def cost_of_matches(found: Observation, targets: Observation) -> tuple[Tensor, float]:
-    """(L, B) float64: by how much the matches cost more than the cheapest ones, NaN where they are no matches at all.
-    And the largest sum of the costs' magnitudes in an image, which rounding is a part of."""
+    """Compute by how much the matches cost more than the cheapest ones, (L, B) float64, NaN where they are no matches
+    at all; and the largest sum of the costs' magnitudes in an image, which rounding is relative to."""
     matches, layers, wanted = found["matches"], layer_outputs(found), plain_targets(targets)
     above, largest = torch.zeros(matches.shape[:2], dtype=torch.float64), 0.0
     for layer, image in itertools.product(*map(range, matches.shape[:2])):
@@ -75,7 +75,10 @@ def cost_of_matches(found: Observation, targets: Observation) -> tuple[Tensor, f
 
 
 def cost_above_least(cost: Tensor, queries: Tensor) -> float:
-    """Of `queries` (T,), -1 for none, by the cost (Q, T); NaN where two targets share a query or one lacks its own."""
+    """Compute the excess cost of `queries` (T,), -1 for none, over the cheapest matching, by the cost (Q, T).
+
+    NaN where two targets share a query or one lacks its own.
+    """
     matched, chosen = matched_pairs(queries)
     if not cost.isfinite().all() or len(matched) != min(cost.shape) or len(matched.unique()) != len(matched):
         return math.nan
@@ -83,5 +86,5 @@ def cost_above_least(cost: Tensor, queries: Tensor) -> float:
 
 
 def equal_matches(found: Observation, oracle: Observation) -> float:
-    """The share of targets that have the same query in both; NaN without targets."""
+    """Compute the fraction of targets that have the same query in both; NaN without targets."""
     return (found["matches"] == oracle["matches"])[oracle["matches"] >= 0].double().mean().item()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detr_fast.training.run_folder import writing
+from detr_fast.files import write_text
 from detr_profiling.comparison.judgement import Row
 from detr_profiling.comparison.own_outputs import equal_matches
 from detr_profiling.comparison.variants import Variant
@@ -51,22 +51,18 @@ class ParityRecord:
         return {name: value for name, value in vars(self).items() if name != "path"} | {"close": self.close}
 
     def write(self) -> None:
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.to_dict(), allow_nan=False))
-            temporary.replace(self.path)
+        write_text(self.path, json.dumps(self.to_dict(), allow_nan=False))
 
 
 def sampled(exact: torch.Tensor, found: torch.Tensor) -> list[list[float | None]]:
-    """At most 500 pairs of the oracle's value and the one found, None where it is not finite."""
+    """Sample at most 500 pairs of the exact value and the one found, None where it is not finite."""
     chosen = torch.randperm(exact.numel(), generator=torch.Generator().manual_seed(0))[:MOST_SAMPLES]
     pairs = torch.stack([side.double().flatten()[chosen] for side in (exact, found)], 1)
     return [[value if np.isfinite(value) else None for value in pair] for pair in pairs.tolist()]
 
 
 def error_histogram(exact: torch.Tensor, found: torch.Tensor) -> dict[str, list[float]]:
-    """How many values are off by how much; what is less than the first edge counts to the first bin."""
+    """Count how many values are off by how much; what is less than the first edge counts to the first bin."""
     errors = (found.double() - exact.double()).abs().flatten()
     logarithms = errors[errors.isfinite()].clamp(min=10.0 ** EDGES_LOG10[0]).log10().numpy()
     counts, _ = np.histogram(logarithms, EDGES_LOG10)

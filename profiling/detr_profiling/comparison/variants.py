@@ -1,4 +1,4 @@
-"""The forms of our model that parity compares: each precision by default, compiled, and as else was asked for."""
+"""The variants of our model that parity compares: each precision by default, compiled, and as else was asked for."""
 
 from dataclasses import dataclass, replace
 
@@ -15,22 +15,22 @@ REFERENCE_ORDER = "fp32 ref"
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of ours; or a peer's, which is compared in inference alone."""
+    """One variant of ours; or a baseline, which is compared in inference alone."""
 
     name: str
     options: WorkloadOptions
     asked: bool = True
     """Asked for by name, or there on any machine: an error where it cannot run. Others are left out then."""
-    peer: str | None = None
+    baseline: str | None = None
 
     @property
     def trains(self) -> bool:
-        """Whether a training curve and AP are to be had of it, and say something."""
-        return self.peer is None and self.name != REFERENCE_ORDER
+        """Tell whether a training curve and AP are to be had of it, and say something."""
+        return self.baseline is None and self.name != REFERENCE_ORDER
 
 
 def build_variants(options: WorkloadOptions) -> list[Variant]:
-    """Of `options.precision`, or where it is auto of both; those that compile, which takes minutes, come last.
+    """List those of `options.precision`, or of both where it is auto, last those that compile, which takes minutes.
 
     Raises UserError for fp16, of which the reference has no eager form.
     """
@@ -50,6 +50,6 @@ def build_variants(options: WorkloadOptions) -> list[Variant]:
                 variants.append(Variant(" ".join([*words, "compiled"]), replace(form, compile=True)))
     if options.architecture().backbone.startswith("resnet"):
         inference = replace(base, precision="fp32", mode="inference")
-        variants.append(Variant("hf", inference, asked=False, peer="hf-sdpa"))
+        variants.append(Variant("hf", inference, asked=False, baseline="hf-sdpa"))
     unique = {variant.name: variant for variant in variants}
     return sorted(unique.values(), key=lambda variant: variant.options.compile)

@@ -20,8 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from detr_profiling.comparison.judgement import judge, worst
-from detr_profiling.measuring.measurement import ORACLE, Configuration, eager_file, last_words
+from detr_profiling.measuring.measurement import Configuration, compare, last_words
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.stopping import SECONDS_TO_END, stop
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, measure
@@ -158,9 +157,7 @@ class Server:
 
     def judge(self, configuration: Configuration, oracle: Path) -> dict[str, Any]:
         workload = replace(configuration, options=compared(configuration.options)).build()
-        assert workload.observe is not None
-        found, exact = workload.observe(), torch.load(oracle / ORACLE)
-        row = asdict(worst(judge(found, exact, torch.load(oracle / eager_file(configuration)))))
+        row = asdict(compare(workload, configuration, oracle))
         return {name: row[name] for name in ("quantity", "error", "allowed", "close")}
 
 
@@ -169,9 +166,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is not an answer
     server = Server()
     for line in sys.stdin:
-        print(
-            json.dumps(server.obey(json.loads(line))), file=answers
-        )  # an error ends the process, and is its last word
+        print(json.dumps(server.obey(json.loads(line))), file=answers)  # an error ends it, and is its last word
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What a measurement was made on: without it no figure means anything."""
+"""What a measurement was made on: without it no figure means anything.
+
+torch.utils.collect_env knows less of it, as text, and asks pip, lscpu and nvidia-smi for seconds: this is read after
+every measurement.
+"""
 
 import datetime
 import os
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 
 from detr_fast.machine import cores, driver_version, installed_version, processor_name
+from detr_profiling.measuring.nvml import find_handle
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy")
 
@@ -45,7 +50,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """This machine, as torch will use it on `device`."""
+    """Describe this machine, as torch will use it on `device`."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     driver, power_limit_watts = gpu_facts(device)
@@ -68,21 +73,21 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def gpu_facts(device: torch.device) -> tuple[str | None, float | None]:
-    """Driver version and power limit in watts, as the driver tells them."""
+    """Ask the driver for its version and the power limit in watts."""
     driver = driver_version() if device.type == "cuda" else None
     if driver is None:
         return None, None
     import pynvml
 
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return driver, pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
+        return driver, pynvml.nvmlDeviceGetEnforcedPowerLimit(find_handle(pynvml, device)) / 1e3
     except pynvml.NVMLError:
         return driver, None
 
 
 def commit() -> str | None:
-    """Of the checkout that this file is in. DETR_FAST_COMMIT says it where a copy of the files came without git."""
+    """Name the commit of the checkout that this file is in. DETR_FAST_COMMIT names it where the files came without
+    git."""
     if named := os.environ.get("DETR_FAST_COMMIT"):
         return named
     here = Path(__file__).parent

@@ -13,22 +13,25 @@ from typing import Any, Self
 import torch
 
 from detr_fast.config import Precision, UserError
-from detr_fast.runtime import keep_freed_memory
-from detr_profiling.comparison.judgement import judge, targets_of, worst
+from detr_fast.files import atomic_write
+from detr_fast.host_memory import keep_freed_memory
+from detr_profiling.baselines.build import build_baseline
+from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.peers.build import build_peer
 from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 
+NO_TIME = "no time left"
+"""Begins the reason of what was not measured for want of time."""
 ORACLE = "fp64.pt"
 """The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What to build: ours or a peer, with options, and single operations in another form."""
+    """What to build: ours or a baseline, with options, and single operations by another backend."""
 
     options: WorkloadOptions
     implementation: str = "detr_fast"
@@ -36,16 +39,16 @@ class Configuration:
     tf32: bool = True
     """On a GPU."""
     keeps_memory: bool = True
-    """On a CPU (`detr_fast.runtime.keep_freed_memory`); ours always does."""
+    """Of a peer on a CPU (`detr_fast.host_memory`); ours does as its --host-allocator says."""
 
     def build(self) -> Workload:
-        """Raises UserError where something asked for by name is not there."""
+        """Build its workload. Raises UserError where something asked for by name is not there."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if self.implementation == "detr_fast":
             return build_workload(self.options, self.forms)
         if self.keeps_memory and self.options.device == "cpu":
             keep_freed_memory()
-        return build_peer(self.implementation, self.options)
+        return build_baseline(self.implementation, self.options)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"options": self.options.to_dict()}
@@ -78,7 +81,7 @@ class Measurement:
     """Issued back to back between two waits for the device; of a round's first process."""
 
     def joined(self, other: Self) -> "Measurement":
-        """With a second process's runs. The larger peak and the first process's error stay."""
+        """Join a second process's runs: times are pooled; the larger peak and the first process's error stay."""
         return replace(
             self,
             timing=self.timing + other.timing,
@@ -88,7 +91,7 @@ class Measurement:
 
 
 def measure_workload(configuration: Configuration, runs: int, oracle: Path | None) -> Measurement:
-    """Measures in this process: first the times of `runs` runs, once nothing is compiled or captured any more, then the
+    """Measure in this process: first the times of `runs` runs, once nothing is compiled or captured any more, then the
     error against what `oracle` holds."""
     workload = configuration.build()
     first_ms = measure(workload.run, workload.synchronize, rounds=1, warmup=0).median_ms
@@ -96,13 +99,21 @@ def measure_workload(configuration: Configuration, runs: int, oracle: Path | Non
     if oracle is None or workload.observe is None:
         return measurement
     workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
-    found, exact = workload.observe(), torch.load(oracle / ORACLE)
-    row = worst(judge(found, exact, torch.load(oracle / eager_file(configuration))))
+    row = compare(workload, configuration, oracle)
     return replace(measurement, error=row.error, allowed=row.allowed, quantity=row.quantity, close=row.close)
 
 
+def compare(workload: Workload, configuration: Configuration, oracle: Path) -> Row:
+    """Compare what a workload computes with the reference in `oracle`; return what is nearest to its limit, or past it.
+    Raises ValueError for a workload that is not comparable."""
+    if workload.observe is None:
+        raise ValueError(f"{workload.name} is not comparable")
+    exact, eager = torch.load(oracle / ORACLE), torch.load(oracle / eager_file(configuration))
+    return worst(judge(workload.observe(), exact, eager))
+
+
 def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measurement:
-    """Measures `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
+    """Measure `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
     kind, shapes = workload.device.type, workload.shapes
     warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 2)
     calls = calls_a_run(kind, warm.median_ms)
@@ -125,7 +136,7 @@ def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measureme
 
 
 def write_oracle(options: WorkloadOptions, folder: Path) -> None:
-    """The plain reference's observations: in float64, and what its eager forms make of the same in each precision."""
+    """Write the plain reference's observations in float64, and eager in each precision."""
     forms: tuple[tuple[str, Precision, torch.dtype], ...] = (
         (ORACLE, "fp32", torch.float64),
         ("fp32.pt", "fp32", torch.float32),
@@ -137,9 +148,10 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
         plain = replace(options.observed(), precision=precision, compile=False, kernels="auto", attention="auto")
-        observe = build_peer("reference", plain, dtype).observe
+        observe = build_baseline("reference", plain, dtype).observe
         assert observe is not None
-        torch.save(observe() | targets_of(options), folder / name)
+        with atomic_write(folder / name) as file:
+            torch.save(observe() | targets_of(options), file)
 
 
 def eager_file(configuration: Configuration) -> str:
@@ -153,25 +165,25 @@ def eager_file(configuration: Configuration) -> str:
 def measure_in_process(
     configuration: Configuration, runs: int, oracle: Path | None = None, limit_s: float | None = None
 ) -> Measurement:
-    """`measure_workload` in a fresh process. Raises UserError with its last words where it fails, and where it takes
-    more than `limit_s`."""
+    """Call `measure_workload` in a fresh process. Raises UserError with its last words where it fails, and where it
+    takes more than `limit_s`."""
     order = {"configuration": configuration.to_dict(), "runs": runs, "oracle": str(oracle) if oracle else None}
     answer = json.loads(run_fresh(order, limit_s))
     return Measurement(**(answer | {"timing": Timing(tuple(answer["timing"]["runs_ms"]))}))
 
 
 def write_oracle_in_process(options: WorkloadOptions, folder: Path) -> None:
-    """`write_oracle` in a fresh process."""
+    """Call `write_oracle` in a fresh process."""
     run_fresh({"configuration": Configuration(options).to_dict(), "write_oracle": str(folder)})
 
 
 def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
-    """The last line that this file prints, run with `order` on its standard input."""
+    """Run this file with `order` on its standard input; return the last line that it prints."""
     command = [sys.executable, "-m", "detr_profiling.measuring.measurement"]
     try:
         done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"no time left: not done in {limit_s:.0f} s") from error
+        raise UserError(f"{NO_TIME}: not done in {limit_s:.0f} s") from error
     if done.returncode != 0:
         reason = last_words(done.stderr) or f"exit code {done.returncode}, killed for memory?"
         raise UserError(f"{order['configuration']['implementation']} could not be measured: {reason}")
@@ -179,7 +191,7 @@ def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
 
 
 def last_words(errors: str) -> str:
-    """Of what a process wrote before it failed: the line that names the exception, after which torch still gives
+    """Find the line that names the exception in what a process wrote before it failed, after which torch still gives
     advice; without one the last line."""
     lines = errors.strip().splitlines()
     named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ", line)]

@@ -16,7 +16,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """The peak within it: bytes that the CUDA allocator has handed out, or the resident set of the whole process."""
+    """Measure the peak within it: what the CUDA allocator has handed out, or the resident set of the whole process."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -31,7 +31,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def restart_resident_peak() -> None:
-    """Makes Linux count the process's peak anew; where that is refused, it goes on from the start."""
+    """Make Linux count the process's peak anew; where that is refused, it goes on from the start."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -39,7 +39,7 @@ def restart_resident_peak() -> None:
 
 
 def resident_peak_mib() -> float:
-    """Largest resident set since the last restart, NaN where /proc does not say."""
+    """Read the largest resident set since the last restart, NaN where /proc does not say."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

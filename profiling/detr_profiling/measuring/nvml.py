@@ -1,6 +1,11 @@
-"""What a GPU does while something is measured: NVML's readings (nvidia-ml-py), taken in a thread beside it.
+"""What a GPU does while something is measured: readings taken in a thread beside it.
 
-NVML averages by itself, utilisation over up to a second and power on most GPUs over one. Of a shorter stretch these say
+Utilisation, memory, power, clock and temperature are torch.cuda's own functions, which ask NVML through nvidia-ml-py
+and find the GPU by CUDA_VISIBLE_DEVICES, numbered as CUDA_DEVICE_ORDER=PCI_BUS_ID does; a part of a GPU (MIG) that is
+named there by its UUID they do not find. Energy and why the clock was lowered, which torch does not tell, are read from
+NVML here.
+
+NVML averages by itself, utilisation over up to a second and power on most GPUs over one. Of a shorter time these say
 little; the driver's energy counter is right, but for the tenth of a second in which it may stand still.
 """
 
@@ -14,6 +19,14 @@ from typing import Any, Self
 
 import torch
 
+READERS: dict[str, tuple[Callable[[torch.device], int], float]] = {
+    "utilisation_percent": (lambda device: torch.cuda.utilization(device), 1),
+    "memory_mib": (lambda device: torch.cuda.device_memory_used(device), 2**20),
+    "power_watts": (lambda device: torch.cuda.power_draw(device), 1e3),
+    "sm_clock_mhz": (lambda device: torch.cuda.clock_rate(device), 1),
+    "temperature_celsius": (lambda device: torch.cuda.temperature(device), 1),
+}
+"""What is read, by which function, and how many of its units make one of ours."""
 THROTTLING = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -38,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class GpuSummary:
-    """Of the stretch of time in which the sampler was open; None: the GPU does not tell."""
+    """Readings of the time in which the sampler was open; None: the GPU does not tell."""
 
     utilisation_percent: Reading | None
     memory_mib: Reading | None
@@ -70,9 +83,10 @@ class Sampler:
         self.device = device
         self.every_ms = every_ms
         self.problem: str | None = None
+        self._readers = dict(READERS)
         self._samples: list[dict[str, float]] = []
         self._reasons = 0
-        self._energy_mj: list[int] = []
+        self._energies_mj: list[int] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -88,7 +102,7 @@ class Sampler:
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._gpu = _Gpu(pynvml, find_handle(pynvml, self.device))
+            self._handle = find_handle(pynvml, self.device)
             self._note_energy()
         except pynvml.NVMLError as error:
             self.problem = f"NVML: {error}"
@@ -102,26 +116,21 @@ class Sampler:
             return
         self._stop.set()
         self._thread.join()
-        try:
-            if self.problem is None:
+        if self.problem is None:
+            try:
                 self._note_energy()
-            self._nvml.nvmlShutdown()
-        except self._nvml.NVMLError as failure:
-            self.problem = self.problem or f"NVML: {failure}"
+            except self._nvml.NVMLError as failure:
+                self.problem = f"NVML: {failure}"
         if self.problem is not None:
             warnings.warn(f"The GPU's readings end after {len(self._samples)} samples. {self.problem}")
 
     def summary(self) -> GpuSummary | None:
-        """Once the context is closed; None where nothing was read."""
+        """Sum up, once the context is closed; None where nothing was read."""
         if not self._samples:
             return None
         energy_joules, energy_source = self._energy()
         return GpuSummary(
-            utilisation_percent=self._reading("utilisation_percent"),
-            memory_mib=self._reading("memory_mib"),
-            power_watts=self._reading("power_watts"),
-            sm_clock_mhz=self._reading("sm_clock_mhz"),
-            temperature_celsius=self._reading("temperature_celsius"),
+            **{name: self._reading(name) for name in READERS},
             energy_joules=energy_joules,
             energy_source=energy_source,
             throttled=throttling(self._reasons),
@@ -135,91 +144,62 @@ class Sampler:
             while not self._stop.wait(self.every_ms / 1e3):
                 self._sample()
             self._sample()
-        except self._nvml.NVMLError as error:
+        except (self._nvml.NVMLError, RuntimeError) as error:  # the latter is torch's, where it finds no such GPU
             self.problem = f"NVML: {error}"
 
     def _sample(self) -> None:
-        values = self._gpu.read()
-        self._reasons |= int(values.pop("reasons", 0))
+        """Read what there is; what the GPU does not support is not asked for again."""
+        values: dict[str, float] = {}
+        for name, (read, units) in list(self._readers.items()):
+            try:
+                values[name] = read(self.device) / units
+            except self._nvml.NVMLError_NotSupported:
+                del self._readers[name]
+        self._reasons |= clock_reasons(self._nvml, self._handle)
         self._samples.append(values | {"time_s": time.perf_counter()})
 
     def _note_energy(self) -> None:
-        energy_mj = self._gpu.energy_mj()
-        if energy_mj is not None:
-            self._energy_mj.append(energy_mj)
+        """Read the millijoules since the driver was loaded, where there is a counter."""
+        try:
+            self._energies_mj.append(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except (self._nvml.NVMLError_NotSupported, self._nvml.NVMLError_FunctionNotFound):
+            return
 
     def _reading(self, name: str) -> Reading | None:
         values = [sample[name] for sample in self._samples if name in sample]
         return Reading(sum(values) / len(values), max(values)) if values else None
 
     def _energy(self) -> tuple[float | None, str | None]:
-        """Joules of the whole stretch, and by what; None where the readings end early."""
+        """Return joules of the whole time, and by what they are known; None where the readings end early."""
         if self.problem is not None:
             return None, None
-        if len(self._energy_mj) == 2:
-            return (self._energy_mj[1] - self._energy_mj[0]) / 1e3, "counter"
+        if len(self._energies_mj) == 2:
+            return (self._energies_mj[1] - self._energies_mj[0]) / 1e3, "counter"
         points = [(each["time_s"], each["power_watts"]) for each in self._samples if "power_watts" in each]
         if len(points) < 2:
             return None, None
         return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(points)), "power"
 
 
-class _Gpu:
-    """One GPU as NVML knows it. What it does not support is left out, and not asked for again."""
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._unsupported = (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound)
-        self._energy_mj: Callable[[], int] = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        self._readers: dict[str, Callable[[], float]] = {
-            "utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-            "memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**20,
-            "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "reasons": lambda: _clock_reasons(nvml, handle),
-        }
-
-    def read(self) -> dict[str, float]:
-        """Raises NVMLError where the GPU does not answer."""
-        values = {}
-        for name, read in list(self._readers.items()):
-            try:
-                values[name] = float(read())
-            except self._unsupported:
-                del self._readers[name]
-        return values
-
-    def energy_mj(self) -> int | None:
-        """Millijoules since the driver was loaded; None without a counter. Raises NVMLError as above."""
-        try:
-            return self._energy_mj()
-        except self._unsupported:
-            return None
+def find_handle(nvml: Any, device: torch.device) -> Any:
+    """Find NVML's handle of torch's `device` by its place on the PCI bus. Raises NVMLError."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    domain, bus, place = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+    return nvml.nvmlDeviceGetHandleByPciBusId(f"{domain:08x}:{bus:02x}:{place:02x}.0")
 
 
-def _clock_reasons(nvml: Any, handle: Any) -> int:
+def clock_reasons(nvml: Any, handle: Any) -> int:
+    """Read the bits of why the clock is as it is, 0 where the GPU does not tell. Raises NVMLError."""
     try:
         return nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
     except nvml.NVMLError_FunctionNotFound:  # the same by its name before driver 535
         return nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-
-
-def find_handle(nvml: Any, device: torch.device) -> Any:
-    """NVML's handle of torch's `device`. Raises NVMLError.
-
-    torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves it, in another order than NVML numbers all: what both know
-    is the UUID. Of a part of a GPU (MIG) it is the part's, and then the place on the PCI bus finds the whole.
-    """
-    properties: Any = torch.cuda.get_device_properties(device)
-    try:
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-    except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-        domain, bus, place = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
-        return nvml.nvmlDeviceGetHandleByPciBusId(f"{domain:08x}:{bus:02x}:{place:02x}.0")
+    except nvml.NVMLError_NotSupported:
+        return 0
 
 
 def throttling(reasons: int) -> tuple[str, ...]:
-    """The bits of `reasons` in words, but for those that are no throttling."""
+    """Say the bits of `reasons` in words, but for those that are no throttling."""
     bits = (1 << place for place in range(reasons.bit_length()))
     found = (bit for bit in bits if reasons & bit & ~NOT_THROTTLING)
     return tuple(THROTTLING.get(bit, f"unknown reason {bit:#x}") for bit in found)

@@ -4,11 +4,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from detr_kernels import OPERATIONS, Facts, Operation
 
 from detr_fast.model.backbone import DEPTHS
+from detr_fast.model.backends import backends_asked
 from detr_fast.runtime import choose_precision
 from detr_fast.tuning import RUNTIME_SWITCHES
 from detr_profiling.measuring.measurement import Configuration
+from detr_profiling.measuring.techniques import OF_OUR_BACKBONES
 from detr_profiling.workload import WorkloadOptions
 
 
@@ -19,50 +22,56 @@ class Switch(NamedTuple):
     values: tuple[Any, ...]
 
 
-ON_GPU = (
-    Switch("capture", (True, False)),
-    Switch("convolution", ("cudnn",)),
-    Switch("attention", ("xformers",)),
-    Switch("pixels", ("triton",)),
-    Switch("compile", (True, False)),
-    Switch("layer_norm", ("triton",)),
-    Switch("match_cost", ("triton",)),
-    Switch("set_loss", ("triton",)),
-    Switch("attention", ("triton",)),
-    Switch("convolution", ("triton",)),
-    Switch("folded", (False,)),
-    Switch("frozen", (False,)),
-    Switch("channels_last", (True, False)),
-)
-"""Those that promise most first: not all fit into the minute before a training run."""
-ON_CPU = (
-    Switch("precision", ("fp32",)),
-    Switch("convolution", ("ref",)),
-    Switch("attention", ("ref",)),
-    Switch("folded", (False,)),
-    Switch("frozen", (False,)),
-    Switch("channels_last", (True, False)),
-    Switch("compile", (True, False)),
-)
-TRAINING_ONLY, INFERENCE_ONLY = ("match_cost", "set_loss", "folded"), ("frozen",)
+PROMISING = ("threads", "precision", "capture", "convolution", "attention", "preprocessing", "compile", "layer_norm")
+"""Those that promise most, first: not all fit into the minute before a training run. The others follow."""
 
 
 def switches(options: WorkloadOptions) -> list[Switch]:
     """List those of the device and mode of `options` that it does not decide by name and that its model has."""
-    threads = torch.get_num_threads()
-    own_convolutions = options.architecture().backbone in DEPTHS
-    named_kernels = options.kernels != "auto"
-    without = {
-        **dict.fromkeys(("pixels", "layer_norm", "match_cost", "set_loss", "frozen"), named_kernels),
-        **dict.fromkeys(("convolution", "folded"), named_kernels or not own_convolutions),
-        **dict.fromkeys(INFERENCE_ONLY if options.mode == "training" else TRAINING_ONLY, True),
-        "attention": named_kernels or options.attention != "auto",
-        "precision": options.precision != "auto",
-        **{name: getattr(options, name) is not None for name in ("threads", "compile", "channels_last", "capture")},
+    resolved, threads = options.resolved(), torch.get_num_threads()
+    on_gpu = resolved.device == "cuda"
+    fewer = tuple(sorted({count for count in (threads // 2, 1) if 0 < count < threads}))
+    found: dict[str, tuple[Any, ...]] = {
+        "threads": () if on_gpu else fewer,
+        "precision": () if on_gpu else ("fp32",),
+        "capture": (True, False) if on_gpu else (),
+        "compile": (True, False),
+        "channels_last": (True, False),
+        "optimize": (False,) if options.mode == "inference" else (),
     }
-    fewer = Switch("threads", tuple(sorted({count for count in (threads // 2, 1) if 0 < count < threads})))
-    there = ON_GPU if options.resolved().device == "cuda" else (fewer, *ON_CPU)
-    return [switch for switch in there if not without.get(switch.name, False)]
+    found = {name: values if getattr(options, name) in (None, "auto") else () for name, values in found.items()}
+    asked = backends_asked(options.kernels, options.attention)
+    if options.kernels == "auto":
+        found |= {name: other_backends(operation, resolved) for name, operation in OPERATIONS.items()}
+        found |= dict.fromkeys(found.keys() & asked.keys(), ())
+    elif found["optimize"]:
+        found["optimize"] = ()
+    order = {name: index for index, name in enumerate(PROMISING)}
+    names = sorted((name for name, values in found.items() if values), key=lambda name: order.get(name, len(order)))
+    return [Switch(name, found[name]) for name in names]
+
+
+def other_backends(operation: Operation, options: WorkloadOptions) -> tuple[str, ...]:
+    """List the backends of an operation that run on the options' device and that `auto` does not take first."""
+    config, device = options.architecture(), torch.device(options.device)
+    elsewhere = operation.mode not in (None, options.mode) or (operation.name == "dropout" and not config.dropout)
+    if elsewhere or (operation.name in OF_OUR_BACKBONES and config.backbone not in DEPTHS):
+        return ()
+    facts = Facts(
+        device,
+        choose_precision(options.precision, device)[0],
+        training=options.mode == "training",
+        dropout=config.dropout if options.mode == "training" else 0.0,
+        head_dim=config.hidden_dim // config.num_heads,
+    )
+    first = operation.choose(facts).backend
+    return tuple(
+        backend.name
+        for backend in operation.backends
+        if backend.name not in (first, "scipy")  # which would wait for a GPU
+        and not (backend.name == "triton" and device.type == "cpu")  # the interpreter
+        and backend.why_not(facts) is None
+    )
 
 
 def first_guess(options: WorkloadOptions) -> Configuration:
@@ -83,7 +92,7 @@ def first_guess(options: WorkloadOptions) -> Configuration:
 
 def with_value(configuration: Configuration, switch: str, value: Any) -> Configuration:
     options = configuration.options
-    if options.mode == "inference" and (switch, value) in (("compile", True), ("frozen", False)):
+    if options.mode == "inference" and (switch, value) in (("compile", True), ("optimize", False)):
         configuration = replace(configuration, options=replace(options, capture=False))  # such a model is not captured
     if switch in RUNTIME_SWITCHES:
         return replace(configuration, options=replace(configuration.options, **{switch: value}))

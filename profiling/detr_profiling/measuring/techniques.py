@@ -5,45 +5,38 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from detr_kernels import choose_convolution, why_not_xformers
-from detr_kernels.dispatch import why_not_triton
+from detr_kernels import OPERATIONS, Facts
 
+from detr_fast.model.backbone import DEPTHS
+from detr_fast.model.backends import backends_asked
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.workload import WorkloadOptions
 
-PLAIN_FORMS = {
-    "attention": "ref",
-    "convolution": "ref",
-    "folded": False,
-    "frozen": False,
-    "layer_norm": "ref",
-    "pixels": "ref",
-    "match_cost": "ref",
-    "assignment": "scipy",
-    "set_loss": "ref",
-}
+REFERENCES = {name: operation.reference for name, operation in OPERATIONS.items()}
 """Every operation as the reference does it."""
-KERNELS = {"layer_norm": "layer norm", "pixels": "pixels"}
-"""Fields of Implementation whose kernel is ours, and their names, in training and in inference."""
-LOSS_KERNELS = {"match_cost": "match cost", "set_loss": "set loss", "assignment": "assignment"}
-"""The same of training alone."""
+OF_OUR_BACKBONES = ("frozen_batch_norm", "convolution", "residual_stage", "packed_convolution")
+"""Operations that a timm backbone and live batch norm do not have."""
 
 
 @dataclass(frozen=True)
 class Technique:
-    """What it changes of a configuration."""
+    """One change of a configuration."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     forms: Mapping[str, Any] = field(default_factory=dict)
+    """Operation -> backend."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of it."""
+    superseded: bool = False
+    """A later technique takes its place: there is nothing to leave out."""
 
     @property
     def can_be_left_out(self) -> bool:
         """Whether the techniques after it mean the same without it."""
-        return not self.settings and not {"precision", "channels_last", "buckets"} & self.options.keys()
+        replaced = {"precision", "channels_last", "buckets"} & self.options.keys()
+        return not self.superseded and not self.settings and not replaced
 
     def applied(self, to: Configuration) -> Configuration:
         return replace(
@@ -52,19 +45,27 @@ class Technique:
 
 
 def start(options: WorkloadOptions) -> Configuration:
-    """The reference as it comes: eager, float32 in full, NCHW, images batched at random."""
-    forms: dict[str, Any] = {"channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
+    """Return the reference as it comes: eager, float32 in full, NCHW, images batched at random."""
+    plain: dict[str, Any] = {"channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
     return Configuration(
-        replace(options, precision="fp32", buckets=False, **forms), "reference", tf32=False, keeps_memory=False
+        replace(options, precision="fp32", buckets=False, optimize=False, **plain),
+        "reference",
+        tf32=False,
+        keeps_memory=False,
     )
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
-    """Those that `top` asks for, the configuration that the ladder ends at, and that run on its device.
+    """List those that `top` asks for, the configuration that the ladder ends at, and that run on its device.
 
     There `auto` means all that there is. Raises UserError where something asked for by name is not there.
     """
-    return list(_techniques(top))
+    found = list(_techniques(top))
+    later = [set().union(*(each.forms for each in found[index + 1 :])) for index in range(len(found))]
+    return [
+        replace(each, superseded=len(each.forms) == 1 and each.forms.keys() <= after)
+        for each, after in zip(found, later, strict=True)
+    ]
 
 
 def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
@@ -77,24 +78,16 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
         yield Technique("TF32", settings={"tf32": True})
     else:
         yield Technique("freed memory kept", settings={"keeps_memory": True})
-    yield Technique("losses at once", forms=PLAIN_FORMS, settings={"implementation": "detr_fast"})
+    if top.mode == "training":
+        yield Technique("joint loss, fused AdamW", forms=REFERENCES, settings={"implementation": "detr_fast"})
+    else:
+        yield Technique("detr_fast's plain operations", forms=REFERENCES, settings={"implementation": "detr_fast"})
     if dtype.itemsize == 2:
         precision = "bf16" if top.precision == "auto" else top.precision
         yield Technique(precision, options={"precision": precision})
     if top.channels_last:
         yield Technique("channels-last", options={"channels_last": True})
-    if top.attention != "ref":
-        # on a CPU the same choice is our own attention, which draws dropout's mask itself
-        dropped = not on_gpu and top.mode == "training" and top.architecture().dropout > 0
-        yield Technique("attention with dropout" if dropped else "SDPA", forms={"attention": "sdpa"})
-    if top.kernels != "ref":
-        yield Technique("folded batch norm", forms={"folded": True})
-        if not on_gpu and choose_convolution(3, device)[0] == "onednn":
-            yield Technique("convolutions by oneDNN", forms={"convolution": "auto"})  # whole stages of them, too
-        if top.mode == "inference":
-            yield Technique("frozen weights", forms={"frozen": True})
-    if on_gpu:
-        yield from _gpu_techniques(top, device, dtype.itemsize == 2)
+    yield from _operations(top, device, dtype)
     if top.compile and missing_for_compile() is None:
         yield Technique("compile", options={"compile": True})
     if on_gpu and top.kernels != "ref":
@@ -104,20 +97,33 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
             yield Technique("captured inference", options={"capture": True})
 
 
-def _gpu_techniques(top: WorkloadOptions, device: torch.device, half_precision: bool) -> Iterator[Technique]:
-    """A row for each kernel, so that none hides behind another. Of two that do the same work the later one stays on:
-    the one that is expected to win."""
-    has_triton = why_not_triton(device) is None
-    if top.attention == "triton" or (top.attention == "auto" and top.kernels != "ref" and has_triton):
-        yield Technique("packed attention by triton", forms={"attention": "triton"})
-    wanted = top.attention == "xformers" or (top.attention == "auto" and top.kernels != "triton")
-    if wanted and half_precision and why_not_xformers() is None:
-        yield Technique("packed attention by xformers", forms={"attention": "xformers"})
-    if top.kernels == "ref":
-        return
-    if has_triton:
-        for name, title in (KERNELS | (LOSS_KERNELS if top.mode == "training" else {})).items():
-            yield Technique(f"{title} by triton", forms={name: "triton"})
-        yield Technique("convolutions by triton", forms={"convolution": "triton"})
-    if top.kernels == "auto":
-        yield Technique("convolutions by cuDNN", forms={"convolution": "cudnn"})
+def _operations(top: WorkloadOptions, device: torch.device, dtype: torch.dtype) -> Iterator[Technique]:
+    """Yield a row for each backend of each operation, so that none hides behind another.
+
+    Of several that do the same work the last one stays on: the one that is asked for, or expected to win.
+    """
+    config = top.architecture()
+    facts = Facts(
+        device,
+        dtype,
+        training=top.mode == "training",
+        dropout=config.dropout if top.mode == "training" else 0.0,
+        head_dim=config.hidden_dim // config.num_heads,
+        compiled=bool(top.compile),
+    )
+    asked = backends_asked(top.kernels, top.attention)
+    for name, operation in OPERATIONS.items():
+        if name == "packed_convolution" and top.mode == "inference" and top.kernels != "ref":
+            yield Technique("weights folded and rounded once", options={"optimize": True})
+        elsewhere = operation.mode not in (None, top.mode) or (name == "dropout" and not config.dropout)
+        if elsewhere or (name in OF_OUR_BACKBONES and config.backbone not in DEPTHS):
+            continue
+        for backend in reversed(operation.backends[:-1]):
+            if asked.get(name) == operation.reference:
+                break
+            if backend.name == "triton" and device.type == "cpu":  # the interpreter
+                continue
+            if backend.why_not(facts) is None and backend.name != REFERENCES[name]:
+                yield Technique(f"{operation.title}: {backend.name}", forms={name: backend.name})
+            if backend.name == asked.get(name):
+                break

@@ -1,4 +1,4 @@
-"""Times of something that is run many times, with their spread.
+"""Times of something that is run many times, with their interquartile range (IQR).
 
 On a GPU a run is several calls issued back to back, as training issues its steps: the host waits for the device at the
 run's two ends alone, so neither its way to the first kernel nor the copy of a batch counts where they hide behind the
@@ -25,8 +25,8 @@ ENOUGH_MS = 500
 
 @dataclass(frozen=True)
 class Timing:
-    """Each run's time, or a call's where a run is of several; reported are the median, the quartiles' distance and the
-    number of runs."""
+    """Each run's time, or a call's where a run is of several; reported are the median, the interquartile range (IQR)
+    and the number of runs."""
 
     runs_ms: tuple[float, ...]
 
@@ -46,29 +46,29 @@ class Timing:
     def q3_ms(self) -> float:
         return self._quantile(0.75)
 
-    def _quantile(self, share: float) -> float:
-        return float(np.quantile(self.runs_ms, share))
+    def _quantile(self, fraction: float) -> float:
+        return float(np.quantile(self.runs_ms, fraction))
 
     def text(self) -> str:
-        """As in `302 (11, 5 runs)`: milliseconds, the quartiles' distance, the runs."""
+        """Format as `302 (11, 5 runs)`: milliseconds, the interquartile range (IQR), the runs."""
         return formats.timing(self.median_ms, self.q1_ms, self.q3_ms, self.runs)
 
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median_ms, "q1": self.q1_ms, "q3": self.q3_ms, "runs": self.runs}
 
     def __truediv__(self, steps: int) -> "Timing":
-        """Of one step, where each run was of `steps`."""
+        """Give the times of one step, where each run was of `steps`."""
         return Timing(tuple(run_ms / steps for run_ms in self.runs_ms))
 
     def __add__(self, other: Self) -> "Timing":
-        """Both, as one series."""
+        """Pool both."""
         return Timing(self.runs_ms + other.runs_ms)
 
 
 def measure(
     run: Callable[[], Any], synchronize: Callable[[], None], rounds: int, warmup: int = 1, calls: int = 1
 ) -> Timing:
-    """Times `rounds` runs of `calls` calls, issued back to back, each from an idle device to the end of its work, after
+    """Time `rounds` runs of `calls` calls, issued back to back, each from an idle device to the end of its work, after
     `warmup` runs that are not counted. The times are of one call."""
     times_ms = []
     for index in range(warmup + rounds):
@@ -83,7 +83,7 @@ def measure(
 
 
 def calls_a_run(device_type: str, call_ms: float) -> int:
-    """Chooses how many calls to issue back to back: one on a CPU, where each waits for the one before anyway."""
+    """Choose how many calls to issue back to back: one on a CPU, where each waits for the one before anyway."""
     if device_type != "cuda":
         return 1
     return min(MOST_CALLS, max(LEAST_CALLS, math.ceil(ENOUGH_MS / call_ms)))

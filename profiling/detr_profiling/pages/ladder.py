@@ -6,6 +6,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
+from detr_profiling.measuring.row import CONDITIONS, LadderRow
 from detr_profiling.pages import charts, formats
 from detr_profiling.pages.blocks import (
     NOTABLE,
@@ -23,7 +24,6 @@ from detr_profiling.pages.blocks import (
     without_unknown,
     words,
 )
-from detr_profiling.pages.results import CONDITIONS, LadderRow
 
 README_COLUMNS = [
     *words("step", ""),

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from detr_profiling.command_line import arguments
 from detr_profiling.pages import formats
 from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
@@ -119,7 +120,7 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
     if not found:
         return {}
     if isinstance(found, Mapping):
-        return {key: value for key, value in (found.get("workload") or {}).items() if key != "out"}
+        return {key: value for key, value in (found.get("workload") or {}).items() if key not in ("out", "name")}
     first = next(row for row in found if mode in (row.mode, None))
     conditions = dict(first.conditions)
     return {
@@ -194,17 +195,5 @@ def command(results: Results, name: str, mode: str | None = None) -> str:
     """Return the command line of a part that is there, or of one that would go with the others."""
     own, shared = options_of(results, name, mode), WorkloadOptions().to_dict()
     options = own or {key: value for key, value in workload_options(results).items() if key in shared}
-    return " ".join(["python -m detr_profiling", name, "--out", folder(results), *arguments(options)])
-
-
-def arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the options that are not a workload's defaults, as a command line has them."""
-    defaults = WorkloadOptions().to_dict()
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if name == "name" or value is None or str(value) == str(defaults.get(name, False)):
-            continue
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield f"--{flag} {shlex.quote(str(value))}"
+    words = ["python -m detr_profiling", name, "--out", folder(results), shlex.join(arguments(options))]
+    return " ".join(words).strip()

@@ -2,68 +2,17 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detr_fast.config import UserError, require
+from detr_profiling.measuring.row import LadderRow, read_rows
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
 TUNE_FILE = "tune.json"
-CONDITIONS = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
-"""The columns of a row that tell under which conditions it was measured."""
-
-
-@dataclass(frozen=True)
-class LadderRow:
-    """Holds one row of ladder.csv or race.csv; None: not measured, or not known."""
-
-    mode: str
-    technique: str
-    note: str = ""
-    quantity: str = ""
-    """What the error is of."""
-    median_ms: float | None = None
-    q1_ms: float | None = None
-    q3_ms: float | None = None
-    runs: float | None = None
-    images_per_second: float | None = None
-    speedup: float | None = None
-    padding: float | None = None
-    """Pixels computed for each pixel of an image."""
-    peak_mib: float | None = None
-    cpu_seconds_per_image: float | None = None
-    energy_j_per_image: float | None = None
-    first_run_s: float | None = None
-    error: float | None = None
-    allowed: float | None = None
-    close: bool | None = None
-    without_median_ms: float | None = None
-    without_q1_ms: float | None = None
-    without_q3_ms: float | None = None
-    without_runs: float | None = None
-    rounds_ms: tuple[float, ...] = ()
-    """The median of each round."""
-    conditions: tuple[tuple[str, str], ...] = ()
-    """Names of CONDITIONS and their values."""
-
-    @classmethod
-    def from_text(cls, row: dict[str, str]) -> "LadderRow":
-        """Parse a row of the file. Raises ValueError for what is no number, KeyError without mode or technique."""
-        numbers = {each.name: decimal(row.get(each.name)) for each in fields(cls) if each.type == float | None}
-        return cls(
-            mode=row["mode"],
-            technique=row["technique"],
-            note=row.get("note") or "",
-            quantity=row.get("quantity") or "",
-            close={"True": True, "False": False}.get(row.get("close") or ""),
-            rounds_ms=tuple(float(part) for part in (row.get("round_medians_ms") or "").split()),
-            conditions=tuple((name, row[name]) for name in CONDITIONS if row.get(name)),
-            **numbers,
-        )
 
 
 @dataclass(frozen=True)
@@ -128,11 +77,5 @@ def read_object(path: Path, command: str) -> dict[str, Any] | None:
 def read_ladder(path: Path, command: str) -> tuple[LadderRow, ...]:
     if not path.exists():
         return ()
-    with reading(path, command), complete(path, command), path.open(newline="", encoding="utf-8") as file:
-        return tuple(LadderRow.from_text(row) for row in csv.DictReader(file, restval=""))
-
-
-def decimal(text: str | None) -> float | None:
-    """Parse a number; None for an empty field, and for NaN and infinity, which are no measurements."""
-    value = float(text) if text else None
-    return value if value is not None and math.isfinite(value) else None
+    with reading(path, command), complete(path, command):
+        return tuple(read_rows(path))

@@ -22,7 +22,7 @@ NO_OBJECT_WEIGHT = 0.1
 
 
 def positions(padded: Tensor, dim: int) -> Tensor:
-    """Sine positions (B, dim, h, w) float32 of a mask (B, h, w), True where padded: y's half, then x's (A.4)."""
+    """Compute sine positions (B, dim, h, w) float32 of a mask (B, h, w), True where padded: y's, then x's (A.4)."""
     inside = (~padded).to(torch.float32)
     index = torch.arange(dim // 2, dtype=torch.float32, device=padded.device)
     wavelength = 10000 ** (2 * (index // 2) / (dim // 2))
@@ -157,7 +157,7 @@ def corners(boxes_cxcywh: Tensor) -> Tensor:
 
 
 def pairwise_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """(A, 4) and (B, 4) -> (A, B) generalized IoU (Rezatofighi et al. 2019)."""
+    """Compute the generalized IoU (A, B) of boxes (A, 4) and (B, 4) (Rezatofighi et al. 2019)."""
     a, b = a_xyxy[:, None], b_xyxy[None]
     overlap = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     hull = (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])).prod(-1)
@@ -166,7 +166,7 @@ def pairwise_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def image_cost(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) -> Tensor:
-    """Logits (Q, C+1) and boxes (Q, 4) of one image -> the cost (Q, T) of each pair."""
+    """Compute the cost (Q, T) of each pair from one image's logits (Q, C+1) and boxes (Q, 4)."""
     class_cost = -logits.softmax(-1)[:, target["labels"]]
     l1_cost = torch.cdist(boxes_cxcywh, target["boxes"].to(boxes_cxcywh.dtype), p=1)
     giou_cost = -pairwise_giou(corners(boxes_cxcywh), corners(target["boxes"]))
@@ -175,7 +175,7 @@ def image_cost(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) 
 
 @torch.no_grad()
 def match_image(logits: Tensor, boxes_cxcywh: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (Q, C+1) and boxes (Q, 4) of one image -> matched queries and targets, (min(Q, T),) each."""
+    """Match one image's logits (Q, C+1) and boxes (Q, 4): queries and targets, (min(Q, T),) each."""
     queries, targets = linear_sum_assignment(image_cost(logits, boxes_cxcywh, target).cpu())
     return torch.as_tensor(queries, dtype=torch.int64), torch.as_tensor(targets, dtype=torch.int64)
 
@@ -185,7 +185,7 @@ Matches = Sequence[tuple[Tensor, Tensor]]
 
 
 def layer_losses(output: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The three losses of one decoder layer, not yet weighted, each layer matched anew."""
+    """Compute the three losses of one decoder layer, not yet weighted, each layer matched anew."""
     images = zip(output["pred_logits"], output["pred_boxes"], targets, strict=True)
     return matched_losses(output, targets, [match_image(logits, boxes, target) for logits, boxes, target in images])
 
@@ -208,13 +208,13 @@ def matched_losses(output: dict[str, Any], targets: Sequence[dict[str, Tensor]],
 
 
 def weighted_terms(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`terms` and `loss`, their sum, weighted 1/5/2."""
+    """Weight `terms` 1/5/2, and add `loss`, their sum."""
     loss = sum(value * TERM_WEIGHTS[name.rstrip("_0123456789")] for name, value in terms.items())
     return {**terms, "loss": torch.as_tensor(loss)}
 
 
 def reference_criterion(outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Every loss under DETR's names, `_0`, `_1`, ... for the earlier layers, and `loss`, their weighted sum."""
+    """Compute every loss under DETR's names, `_0`, `_1`, ... for the earlier layers, and `loss`, their weighted sum."""
     terms = layer_losses(outputs, targets)
     for index, output in enumerate(outputs["aux_outputs"]):
         terms |= {f"{name}_{index}": value for name, value in layer_losses(output, targets).items()}

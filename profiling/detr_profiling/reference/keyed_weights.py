@@ -27,7 +27,7 @@ GAINS = (
 
 
 def keyed_tensor(key: str, shape: torch.Size, salt: int = 0) -> Tensor:
-    """The float32 value of a parameter or of a batch norm's buffer."""
+    """Make the float32 value of a parameter or of a batch norm's buffer."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()) + salt))
     if key.endswith("running_var"):
         return noise.abs() * 0.2 + 0.8
@@ -49,7 +49,7 @@ def keyed_tensor(key: str, shape: torch.Size, salt: int = 0) -> Tensor:
 
 
 def keyed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """The keys and shapes of `reference`, filled by `keyed_tensor`; integer buffers are kept."""
+    """Fill the keys and shapes of `reference` by `keyed_tensor`; integer buffers are kept."""
     return {
         key: keyed_tensor(key, value.shape, salt) if value.is_floating_point() else value.clone()
         for key, value in reference.items()
@@ -57,7 +57,8 @@ def keyed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str
 
 
 def mild_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """`reference` with keyed vectors: norms and biases that are not 1 and 0, without what sharpens the attention.
+    """Replace the vectors of `reference` by keyed ones: norms and biases that are not 1 and 0, without what sharpens
+    the attention.
 
     Keyed matrices amplify the rounding of the backbone a hundredfold; with these, closeness can be judged tightly.
     """
@@ -66,7 +67,7 @@ def mild_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str,
 
 
 def keyed_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor]:
-    """Normalised images (3, H, W), one per (height, width), smooth enough to give the backbone real structure."""
+    """Make normalised images (3, H, W), one per (height, width), smooth enough to give the backbone real structure."""
     images = []
     for index, (height, width) in enumerate(sizes):
         generator = torch.Generator().manual_seed(1000 + index + salt)
@@ -76,8 +77,8 @@ def keyed_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor
 
 
 def keyed_batch(sizes: Sequence[tuple[int, int]], salt: int = 0) -> tuple[Tensor, Tensor]:
-    """`keyed_images` padded with zeros on the right and below (B, 3, H, W), and their mask (B, H, W), True where
-    padded."""
+    """Pad `keyed_images` with zeros on the right and below (B, 3, H, W); return them and their mask (B, H, W), True
+    where padded."""
     height, width = (max(side) for side in zip(*sizes, strict=True))
     images = torch.zeros(len(sizes), 3, height, width)
     mask = torch.ones(len(sizes), height, width, dtype=torch.bool)
@@ -88,7 +89,7 @@ def keyed_batch(sizes: Sequence[tuple[int, int]], salt: int = 0) -> tuple[Tensor
 
 
 def keyed_targets(counts: Sequence[int], num_classes: int = 91, salt: int = 0) -> list[dict[str, Tensor]]:
-    """For each image `labels` (T,) int64 and `boxes` (T, 4) float32 cxcywh in [0, 1]."""
+    """Draw for each image `labels` (T,) int64 and `boxes` (T, 4) float32 cxcywh in [0, 1]."""
     targets = []
     for index, count in enumerate(counts):
         generator = torch.Generator().manual_seed(2000 + index + salt)

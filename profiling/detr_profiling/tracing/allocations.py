@@ -16,7 +16,7 @@ from detr_profiling.tracing.timeline import Event, Timeline, nanoseconds
 
 MOST_POINTS = 2000
 LEAST_LEAK_MIB = 1 / 64
-LEAST_LEAK_SHARE = 1e-3
+LEAST_LEAK_FRACTION = 1e-3
 """Of the peak. What grows by more than this, and by more than 16 KiB, in every step is a leak."""
 ALLOCATORS = frozenset(
     {
@@ -35,7 +35,7 @@ class MemoryUse:
     peak_operator: str | None
     """Around the allocation that reached the peak; None where it was in none."""
     curve: list[tuple[float, float]]
-    """(ms since the first step began, MiB), at most 2000 points, with the highest and the lowest of each stretch."""
+    """(ms since the first step began, MiB), at most 2000 points, with the highest and the lowest of each interval."""
     growth_mib_per_step: float | None
     """Median difference between the ends of one step and the next; None for a single step."""
     leaking: bool
@@ -46,7 +46,7 @@ class MemoryUse:
 
 
 def living_tensors_mib() -> float:
-    """What the CPU tensors of this process hold that Python knows, each storage once."""
+    """Add what the CPU tensors of this process hold that Python knows, each storage once."""
     storages: dict[int, int] = {}
     for each in gc.get_objects():
         if type(each) in (Tensor, nn.Parameter) and each.is_mkldnn:  # in oneDNN's own order
@@ -58,7 +58,8 @@ def living_tensors_mib() -> float:
 
 
 def memory_use(timeline: Timeline, before_mib: float = 0.0) -> MemoryUse | None:
-    """Of the GPU, if the trace has one's allocations, else of the CPU on top of `before_mib`; None without events."""
+    """Find the memory's curve and peak: of the GPU, if the trace has one's allocations, else of the CPU on top of
+    `before_mib`; None without events."""
     on_device = [event for event in timeline.memory if event["args"]["Device Type"] == 1]
     events = on_device or timeline.memory
     if not events:
@@ -71,7 +72,7 @@ def memory_use(timeline: Timeline, before_mib: float = 0.0) -> MemoryUse | None:
     highest = int(totals.argmax())
     growths = np.diff([total_at(times_ns, totals, step.end_ns) for step in timeline.steps])
     stage, operator = where(timeline, events[highest])
-    least_leak_mib = max(LEAST_LEAK_MIB, LEAST_LEAK_SHARE * totals.max())
+    least_leak_mib = max(LEAST_LEAK_MIB, LEAST_LEAK_FRACTION * totals.max())
     return MemoryUse(
         peak_mib=float(totals[highest]),
         peak_stage=stage,
@@ -83,24 +84,24 @@ def memory_use(timeline: Timeline, before_mib: float = 0.0) -> MemoryUse | None:
 
 
 def total_at(times_ns: np.ndarray, totals_mib: np.ndarray, time_ns: int) -> float:
-    """After the last event before `time_ns`; before the first event, as after it."""
+    """Return the total after the last event before `time_ns`; before the first event, as after it."""
     return float(totals_mib[max(0, int(times_ns.searchsorted(time_ns, side="right")) - 1)])
 
 
 def where(timeline: Timeline, event: Event) -> tuple[str, str | None]:
-    """Stage and operator in which memory was asked for."""
-    lane, time_ns = (event["pid"], event["tid"]), nanoseconds(event["ts"])
-    innermost = timeline.operators.innermost(lane, time_ns)
+    """Name the stage and the operator in which memory was asked for."""
+    track, time_ns = (event["pid"], event["tid"]), nanoseconds(event["ts"])
+    innermost = timeline.operators.innermost(track, time_ns)
     around = [] if innermost is None else [span.name for span in innermost.outward()]
     operator = next((name for name in around if name not in ALLOCATORS), around[-1] if around else None)
-    return timeline.stage_at(lane, time_ns) or OTHER, operator
+    return timeline.stage_at(track, time_ns) or OTHER, operator
 
 
 def thinned(times_ms: np.ndarray, totals_mib: np.ndarray) -> list[tuple[float, float]]:
-    """All points, or of each of equally many neighbours the highest and the lowest."""
+    """Keep all points, or of each of equally many neighbours the highest and the lowest."""
     chosen = np.arange(len(totals_mib))
     if len(chosen) > MOST_POINTS:
-        stretches = np.array_split(chosen, MOST_POINTS // 2)
-        extremes = {int(part[pick(totals_mib[part])]) for part in stretches for pick in (np.argmax, np.argmin)}
+        intervals = np.array_split(chosen, MOST_POINTS // 2)
+        extremes = {int(part[pick(totals_mib[part])]) for part in intervals for pick in (np.argmax, np.argmin)}
         chosen = np.array(sorted(extremes))
     return [(round(float(times_ms[i]), 4), round(float(totals_mib[i]), 4)) for i in chosen]

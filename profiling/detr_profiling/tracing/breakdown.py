@@ -1,12 +1,18 @@
-"""What a step is made of: time by stage on the host and on the device, idleness, launches, the dearest operators."""
+"""What a step is made of: time by stage on the host and on the device, idleness, launches, the dearest operators.
+
+Operators and kernels are torch's own sums (`key_averages`). Stages are not among them: their time is without that of
+stages within them, and what a GPU did belongs to the stage that launched it.
+"""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.tracing.timeline import RANGES, Span, Timeline
@@ -15,6 +21,8 @@ OTHER = "other"
 """What no stage covers."""
 MOST_ROWS = 25
 LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch)")
+CALL = re.compile(r"cu(da)?[A-Z]")
+"""To the device's runtime or driver, which is no operator."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,12 @@ class StageTime:
 
 
 def stage_times(timeline: Timeline) -> list[StageTime]:
-    """Of every stage that occurs, in the order of a step, and of what is between them."""
+    """Split the steps into the stages that occur, in the order of a step, and what is between them."""
     steps = len(timeline.steps)
     own_ns: dict[str, list[int]] = defaultdict(lambda: [0] * steps)
     for span in timeline.stages.spans:
         step = timeline.step_at(span.start_ns)
-        if step is not None and span.lane == timeline.steps[0].lane:
+        if step is not None and span.track == timeline.steps[0].track:
             own_ns[span.name][step] += span.own_ns
     lengths = [step.duration_ns for step in timeline.steps]
     covered = [sum(column) for column in zip(*own_ns.values(), strict=True)] or [0] * steps
@@ -67,19 +75,20 @@ def stage_times(timeline: Timeline) -> list[StageTime]:
 
 
 def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
-    """Milliseconds in each step of what each stage launched, streams added; None where nothing ran on a device."""
+    """Add, for each step, the milliseconds of what each stage launched, streams added; None where nothing ran on a
+    device."""
     if not timeline.device:
         return None
     times: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(timeline.steps))
     for step, call, work in timeline.launched():
-        times[timeline.stage_at(call.lane, call.start_ns) or OTHER][step] += work.duration_ns / 1e6
+        times[timeline.stage_at(call.track, call.start_ns) or OTHER][step] += work.duration_ns / 1e6
     return times
 
 
 def idle_share(timeline: Timeline) -> float | None:
-    """Median share of a step in which nothing runs on the device, neither kernel nor copy; None without one.
+    """Take the median fraction of a step in which neither kernel nor copy runs on the device; None without one.
 
-    Each step begins with an idle device where the recorder waits at its end, so the way to the first kernel counts.
+    Each step begins with an idle device, since profiling waits at its end: the way to the first kernel counts.
     """
     if not timeline.device:
         return None
@@ -92,7 +101,7 @@ def idle_share(timeline: Timeline) -> float | None:
 
 
 def merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The union of intervals, as intervals that do not touch, ascending."""
+    """Join intervals into ones that do not touch, ascending."""
     union: list[tuple[int, int]] = []
     for start, end in sorted(intervals):
         if union and start <= union[-1][1]:
@@ -103,8 +112,8 @@ def merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def launches_per_step(timeline: Timeline) -> tuple[float, str]:
-    """How many, the mean over the steps, and of what: kernels on a GPU, where a whole graph is one launch; else torch's
-    operators, those within others too. Loops that torch.compile wrote are no operators."""
+    """Count the launches, the mean over the steps, and say of what: on a GPU kernels, where a whole graph is one; else
+    torch's operators, those within others too. Loops that torch.compile wrote are no operators."""
     if timeline.device:
         calls = [span for span in timeline.calls if LAUNCH.match(span.name)]
         found = {span.correlation for span in calls if timeline.step_at(span.start_ns) is not None}
@@ -114,7 +123,7 @@ def launches_per_step(timeline: Timeline) -> tuple[float, str]:
 
 
 def is_operator(span: Span) -> bool:
-    """Not a node of autograd's graph, a compiled region or the like, which are recorded as operators too."""
+    """Tell it from a node of autograd's graph, a compiled region or the like, which are recorded as operators too."""
     return "::" in span.name and not span.name.startswith("autograd::")
 
 
@@ -135,51 +144,49 @@ class Usage:
         return asdict(self)
 
 
-def operator_usage(timeline: Timeline) -> list[Usage]:
-    """The dearest operators: by their device time where there is a GPU, else by their own time on the host."""
-    calls, cpu_ns, device_ns = Counter[str](), Counter[str](), Counter[str]()
-    for span in timeline.operators.spans:
-        if timeline.step_at(span.start_ns) is not None:
-            calls[span.name] += 1
-            cpu_ns[span.name] += span.own_ns
-    for _, call, work in timeline.launched():
-        operator = timeline.operators.innermost(call.lane, call.start_ns)
-        if operator is not None:
-            device_ns[operator.name] += work.duration_ns
-    if not timeline.device:
-        return usages(len(timeline.steps), calls, cpu_ns, None, sum(step.duration_ns for step in timeline.steps))
-    return usages(
-        len(timeline.steps), calls, cpu_ns, device_ns, sum(work.duration_ns for *_, work in timeline.launched())
-    )
-
-
-def kernel_usage(timeline: Timeline) -> list[Usage]:
-    """The dearest kernels and copies on the device."""
-    calls, device_ns = Counter[str](), Counter[str]()
-    for _, _, work in timeline.launched():
-        calls[work.name] += 1
-        device_ns[work.name] += work.duration_ns
-    return usages(len(timeline.steps), calls, None, device_ns, device_ns.total())
-
-
-def usages(
-    steps: int, calls: Counter[str], cpu_ns: Counter[str] | None, device_ns: Counter[str] | None, total_ns: int
-) -> list[Usage]:
-    """One row a name, those with the largest part of `total_ns` first: of the device's time if given, else the
-    host's."""
-
-    def per_step_ms(times_ns: Counter[str] | None, name: str) -> float | None:
-        return None if times_ns is None else times_ns[name] / 1e6 / steps
-
-    parts = (device_ns if device_ns is not None else cpu_ns) or Counter[str]()
+def operator_usage(averages: Sequence[FunctionEventAvg], timeline: Timeline) -> list[Usage]:
+    """List the dearest operators of `key_averages()`: by their device time where there is a GPU, else by their own time
+    on the host."""
+    steps, on_device = len(timeline.steps), device_total_us(averages)
+    step_us = sum(step.duration_ns for step in timeline.steps) / 1e3
     rows = [
         Usage(
-            name,
-            calls[name] / steps,
-            per_step_ms(cpu_ns, name),
-            per_step_ms(device_ns, name),
-            parts[name] / total_ns if total_ns else 0.0,
+            str(row.key),
+            row.count / steps,
+            row.self_cpu_time_total / 1e3 / steps,
+            row.self_device_time_total / 1e3 / steps if on_device else None,
+            row.self_device_time_total / on_device if on_device else row.self_cpu_time_total / step_us,
         )
-        for name in calls
+        for row in averages
+        if row.device_type == DeviceType.CPU and not (row.is_user_annotation or CALL.match(str(row.key)))
     ]
+    return dearest(rows)
+
+
+def kernel_usage(averages: Sequence[FunctionEventAvg], steps: int) -> list[Usage]:
+    """List the dearest kernels and copies on the device, of `key_averages()` over so many steps."""
+    total_us = device_total_us(averages)
+    rows = [
+        Usage(
+            str(row.key),
+            row.count / steps,
+            None,
+            row.self_device_time_total / 1e3 / steps,
+            row.self_device_time_total / total_us if total_us else 0.0,
+        )
+        for row in device_rows(averages)
+    ]
+    return dearest(rows)
+
+
+def device_rows(averages: Iterable[FunctionEventAvg]) -> list[FunctionEventAvg]:
+    """List the kernels, copies and fills; a range that the host opened is shown on the device too, but is none."""
+    return [row for row in averages if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+
+
+def device_total_us(averages: Iterable[FunctionEventAvg]) -> float:
+    return sum(row.self_device_time_total for row in device_rows(averages))
+
+
+def dearest(rows: list[Usage]) -> list[Usage]:
     return sorted(rows, key=lambda row: (-row.share, -(row.cpu_ms or 0.0)))[:MOST_ROWS]

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from detr_fast.files import write_text
 from detr_fast.runtime import choose_precision
 from detr_fast.stages import stage
 from detr_profiling.limits.peaks import measure_peaks
@@ -30,7 +32,7 @@ from detr_profiling.tracing.breakdown import (
     operator_usage,
     stage_times,
 )
-from detr_profiling.tracing.host_waits import host_waits
+from detr_profiling.tracing.synchronizations import synchronizations
 from detr_profiling.tracing.timeline import CLOSING, Timeline, read_timeline
 from detr_profiling.workload import Workload
 
@@ -45,16 +47,28 @@ NO_DEVICE_EVENTS = (
 
 
 def nothing_to_fetch() -> None:
-    """The batch is always the same."""
+    """Do nothing: the batch is always the same."""
+
+
+class Profiled(NamedTuple):
+    """A few steps as torch's profiler has them."""
+
+    timeline: Timeline
+    """The Chrome trace, read back."""
+    averages: EventList
+    """`key_averages()`"""
+    before_mib: float
+    """What a CPU's tensors held when it began."""
 
 
 def record(
     workload: Workload, path: Path, steps: int = 3, warmup: int = 2, fetch: Callable[[], None] = nothing_to_fetch
-) -> tuple[Timeline, float]:
-    """Writes the Chrome trace of `steps` steps to `path`, .json or .json.gz, after `warmup` others; at least one each.
+) -> Profiled:
+    """Profile `steps` steps after `warmup` others, at least one each; the Chrome trace goes to `path`, .json or
+    .json.gz.
 
-    Returns the trace read back, and the MiB of tensors that a CPU held when it began. `fetch` brings the batch that
-    `workload.run` then takes. Gradients are dropped before the first recorded step, so that all steps begin alike.
+    `fetch` brings the batch that `workload.run` then takes. Gradients are dropped before the first recorded step, so
+    that all steps begin alike.
     """
     on_gpu = workload.device.type == "cuda"
     if not on_gpu:
@@ -77,7 +91,7 @@ def record(
             profiler.step()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
-    return read_timeline(path), before_mib
+    return Profiled(read_timeline(path), profiler.key_averages(), before_mib)
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,12 @@ class Plain:
 
 
 def missing_events(device: torch.device, timeline: Timeline) -> str | None:
-    """Says what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
+    """Say what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
     return NO_DEVICE_EVENTS if device.type == "cuda" and not timeline.device else None
 
 
 def measure_plain(workload: Workload, runs: int, warmup: int, fetch: Callable[[], None]) -> Plain:
-    """Measures `runs` runs, on a GPU of several steps each, after at least `warmup` others, in which things compile."""
+    """Measure `runs` runs, on a GPU of several steps each, after at least `warmup` others, in which things compile."""
 
     def step() -> None:
         with stage("data wait"):
@@ -124,7 +138,7 @@ def profile_workload(
     fetch: Callable[[], None] = nothing_to_fetch,
     with_roofline: bool = True,
 ) -> dict[str, Any]:
-    """Writes OUT/trace.pt.json.gz and OUT/trace.json, and returns what the latter holds.
+    """Write OUT/trace.pt.json.gz and OUT/trace.json, and return what the latter holds.
 
     `step_ms` and `process` are of steps without the profiler, which costs time in every operator; on a GPU these are
     issued back to back. What is split by stage or operator is of the `steps` profiled ones, each of which waits for the
@@ -133,7 +147,7 @@ def profile_workload(
     """
     plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup, fetch)
     trace = out / TRACE_FILE
-    timeline, before_mib = record(workload, trace, steps, warmup, fetch)
+    timeline, averages, before_mib = record(workload, trace, steps, warmup, fetch)
     stages = stage_times(timeline)
     memory = memory_use(timeline, before_mib)
     problem = missing_events(workload.device, timeline)
@@ -147,8 +161,8 @@ def profile_workload(
         "stages": [row.to_dict() for row in stages],
         "idle_share": idle_share(timeline),
         **count_figures(timeline),
-        "operators": [row.to_dict() for row in operator_usage(timeline)],
-        "kernels": [row.to_dict() for row in kernel_usage(timeline)],
+        "operators": [row.to_dict() for row in operator_usage(averages, timeline)],
+        "kernels": [row.to_dict() for row in kernel_usage(averages, steps)],
         "memory": memory.to_dict() if memory else None,
         "gpu": plain.gpu,
         "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
@@ -160,12 +174,12 @@ def profile_workload(
         "trace_unpacked_mib": unpacked_bytes(trace) / 2**20,
     }
     result = without_nan(result)
-    (out / RESULT_FILE).write_text(json.dumps(result, indent=1, allow_nan=False))
+    write_text(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False))
     return result
 
 
 def count_figures(timeline: Timeline) -> dict[str, Any]:
-    waits = host_waits(timeline)
+    waits = synchronizations(timeline)
     launches, launch_kind = launches_per_step(timeline)
     return {
         "host_waits_per_step": sum(row.per_step for row in waits),
@@ -176,10 +190,11 @@ def count_figures(timeline: Timeline) -> dict[str, Any]:
 
 
 def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[StageTime], step: Timing) -> dict[str, Any]:
-    """With each stage's time on the device, or its share of a step that nobody watches."""
+    """Compute the roofline from each stage's time on the device, or from its fraction of the host's, scaled to the
+    unprofiled step."""
     dtype, _ = choose_precision(workload.options.precision, workload.device)
     if workload.name != "detr_fast" and workload.options.precision != "bf16":
-        dtype = torch.float32  # a peer's own
+        dtype = torch.float32  # a baseline's own
     stage_ms = {row.name: row.share * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
 
     def once() -> None:
@@ -191,12 +206,12 @@ def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[Stag
 
 
 def unpacked_bytes(path: Path) -> int:
-    """What a gzip file of less than 4 GiB says at its end."""
+    """Read the unpacked size that a gzip file of less than 4 GiB has at its end."""
     return int.from_bytes(path.read_bytes()[-4:], "little")
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for them."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,8 @@
 """A profiler's trace, read back: ranges that nest, operators, calls to the device's driver and what ran on the device.
 
+torch's `key_averages()` sums up operators and kernels; what needs to know when something happened, and within what, is
+read here: stages, synchronisations, and memory, whose totals stand in the trace alone.
+
 A stage's time is the host's, from the beginning of its range to the end, without its inner ranges. What a GPU did
 belongs to the stage that was open on the host when it was launched.
 """
@@ -17,7 +20,7 @@ from typing import Any
 from detr_fast.config import require
 from detr_fast.stages import STAGES
 
-Lane = tuple[Any, Any]
+Track = tuple[Any, Any]
 """Process and thread, or device and stream."""
 Event = dict[str, Any]
 
@@ -35,7 +38,7 @@ class Span:
     name: str
     kind: str
     """The trace's category, as in cpu_op or kernel."""
-    lane: Lane
+    track: Track
     start_ns: int
     end_ns: int
     correlation: int | None = None
@@ -54,7 +57,7 @@ class Span:
         return self.duration_ns - self.inner_ns
 
     def outward(self) -> "Iterator[Span]":
-        """Itself, then what encloses it, innermost first."""
+        """Yield it, then what encloses it, innermost first."""
         span: Span | None = self
         while span is not None:
             yield span
@@ -62,28 +65,28 @@ class Span:
 
 
 class Nesting:
-    """Spans of one kind, each with the one around it on its lane."""
+    """Spans of one kind, each with the one around it on its thread."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-        self._lanes: dict[Lane, list[Span]] = defaultdict(list)
+        self._tracks: dict[Track, list[Span]] = defaultdict(list)
         for span in self.spans:
-            lane = self._lanes[span.lane]
-            around = lane[-1] if lane else None
+            track = self._tracks[span.track]
+            around = track[-1] if track else None
             while around is not None and around.end_ns < span.end_ns:
                 around = around.parent
             if around is not None:
                 span.parent = around
                 around.inner_ns += span.duration_ns
-            lane.append(span)
-        self._starts = {lane: [span.start_ns for span in spans] for lane, spans in self._lanes.items()}
+            track.append(span)
+        self._starts = {track: [span.start_ns for span in spans] for track, spans in self._tracks.items()}
 
-    def innermost(self, lane: Lane, time_ns: int) -> Span | None:
-        """The one that is open on `lane` at that time."""
-        if lane not in self._lanes:
+    def innermost(self, track: Track, time_ns: int) -> Span | None:
+        """Find the one that is open on `track` at that time."""
+        if track not in self._tracks:
             return None
-        index = bisect_right(self._starts[lane], time_ns) - 1
-        found = self._lanes[lane][index] if index >= 0 else None
+        index = bisect_right(self._starts[track], time_ns) - 1
+        found = self._tracks[track][index] if index >= 0 else None
         while found is not None and found.end_ns <= time_ns:
             found = found.parent
         return found
@@ -112,21 +115,21 @@ class Timeline:
         return {call.correlation: call for call in self.calls if call.correlation is not None}
 
     def step_at(self, time_ns: int) -> int | None:
-        """The index of the step that is under way."""
+        """Return the index of the step that is under way."""
         index = bisect_right(self._step_starts, time_ns) - 1
         return index if index >= 0 and time_ns < self.steps[index].end_ns else None
 
-    def stage_at(self, lane: Lane, time_ns: int) -> str | None:
-        """The innermost stage open there, else on the step's own thread: autograd works on another one for it."""
-        own = self.stages.innermost(lane, time_ns) or self.stages.innermost(self.steps[0].lane, time_ns)
+    def stage_at(self, track: Track, time_ns: int) -> str | None:
+        """Name the innermost stage open there, else on the step's own thread: autograd works on another one for it."""
+        own = self.stages.innermost(track, time_ns) or self.stages.innermost(self.steps[0].track, time_ns)
         return own.name if own else None
 
     def launch(self, work: Span) -> Span | None:
-        """The call that started `work` on the device."""
+        """Find the call that started `work` on the device."""
         return None if work.correlation is None else self._call_of.get(work.correlation)
 
     def launched(self) -> Iterator[tuple[int, Span, Span]]:
-        """What ran on the device for a step: the step's index, the call, the work."""
+        """Yield what ran on the device for a step: the step's index, the call, the work."""
         for work in self.device:
             call = self.launch(work)
             step = None if call is None else self.step_at(call.start_ns)
@@ -135,14 +138,14 @@ class Timeline:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """The Chrome trace at `path`, .json or .json.gz. Raises UserError for one without steps."""
+    """Read the Chrome trace at `path`, .json or .json.gz. Raises UserError for one without steps."""
     content = path.read_bytes()
     events = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"]
     return make_timeline(events, str(path))
 
 
 def make_timeline(events: Sequence[Event], source: str = "The trace") -> Timeline:
-    """From events in any order: torch writes them by kind, not by time."""
+    """Make it from events in any order: torch writes them by kind, not by time."""
     spans: dict[str, list[Span]] = defaultdict(list)
     for event in events:
         if event.get("ph") == "X" and "cat" in event:
@@ -164,8 +167,8 @@ def make_timeline(events: Sequence[Event], source: str = "The trace") -> Timelin
 def make_span(event: Event) -> Span:
     start_ns = nanoseconds(event["ts"])
     correlation = event.get("args", {}).get("correlation")
-    lane = (event["pid"], event["tid"])
-    return Span(event["name"], event["cat"], lane, start_ns, start_ns + nanoseconds(event["dur"]), correlation)
+    track = (event["pid"], event["tid"])
+    return Span(event["name"], event["cat"], track, start_ns, start_ns + nanoseconds(event["dur"]), correlation)
 
 
 def nanoseconds(microseconds: float) -> int:

@@ -1,0 +1,111 @@
+"""Attention with dropout on its weights, a few heads at a time: what training on a CPU runs.
+
+    out = dropout(softmax(q k^T / sqrt(d))) v                 over the keys that are attended to
+
+torch's `scaled_dot_product_attention` has one form with dropout on a CPU, the plain one, which computes in float32 and
+keeps five tensors of B H Nq Nk numbers for the backward pass. Here so many heads are computed at a time that their
+weights stay in the cache, in the inputs' own precision, and two such tensors are kept: the weights before and after
+dropout. (Vaswani et al. 2017, section 3.2.)
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_kernels.dropout.pcg64 import Dropper
+
+CACHED_BYTES = 2**23
+"""Weights of the heads that are computed together: a matrix or two of them stays in the caches."""
+
+
+def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], Tensor]:
+    """Which heads of q (G, Nq, d) with keys (G, Nk, d) are computed together, and room for such a group's weights."""
+    together = max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
+    room = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
+    return [slice(start, start + together) for start in range(0, len(q), together)], room
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q (G, Nq, d), k and v (G, Nk, d), hidden (G, 1, Nk), 0, or -inf where a key is not attended to -> out (G, Nq, d),
+    and the weights (G, Nq, Nk) before and after dropout."""
+    q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
+    out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
+    groups, room = _groups(q, k)
+    dropper = Dropper(p)
+    for some in groups:
+        scores = room[: len(q[some])]
+        if hidden is None:
+            torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
+        else:
+            torch.baddbmm(hidden[some], q[some], k[some].transpose(1, 2), out=scores)
+        torch.softmax(scores, -1, out=weights[some])
+        dropper.drop(weights[some], out=dropped[some])
+        torch.bmm(dropped[some], v[some], out=out[some])
+    return out.mul_(1 / (1 - p)), weights, dropped
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, dropped: Tensor, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v: with g = dout v^T, of the scores they are dropped g - weights sum(dropped g)."""
+    scale = math.sqrt(1 / q.shape[-1])
+    dout, q = dout * (1 / (1 - p)), q.contiguous() * scale
+    k, v = k.contiguous(), v.contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    groups, room = _groups(q, k)
+    for some in groups:
+        dscores = room[: len(q[some])]
+        torch.bmm(dropped[some].transpose(1, 2), dout[some], out=dv[some])
+        torch.bmm(dout[some], v[some].transpose(1, 2), out=dscores).mul_(dropped[some])
+        dscores.addcmul_(weights[some], dscores.sum(-1, keepdim=True), value=-1)
+        torch.bmm(dscores, k[some], out=dq[some])
+        torch.bmm(dscores.transpose(1, 2), q[some], out=dk[some])
+    return dq.mul_(scale), dk, dv
+
+
+forward_op = torch.library.custom_op("detr_kernels::dropout_attention", _forward, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::dropout_attention_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, v, hidden, p):
+    out, (weights, dropped) = q.new_empty(q.shape), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
+    return out, weights, dropped
+
+
+@backward_op.register_fake
+def _(dout, q, k, v, weights, dropped, p):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, _, ctx.p = inputs
+    ctx.save_for_backward(q, k, v, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward_op(dout, *ctx.saved_tensors, ctx.p), None, None
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, p: float) -> Tensor:
+    """`F.scaled_dot_product_attention(q, k, v, attended, p)` of q (B, H, Nq, d), k, v (B, H, Nk, d) -> (B, H, Nq, d).
+
+    `attended` (B, 1, 1, Nk) bool or None: all are. An image that attends to nothing gets zeros. Dropout, with
+    probability `p` of more than 0, draws from torch's generator, but other numbers than torch's own form.
+    """
+    images, heads, queries, width = q.shape
+    hidden = some = None
+    if attended is not None:
+        some = attended.any(-1, keepdim=True)
+        hidden = q.new_zeros(()).masked_fill(~attended & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
+    flat = (x.reshape(images * heads, -1, width) for x in (q, k, v))
+    out, *_ = forward_op(*flat, hidden, p)
+    out = out.view(images, heads, queries, width)
+    return out if some is None else torch.where(some, out, 0)

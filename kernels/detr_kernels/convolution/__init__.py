@@ -1,0 +1,1 @@
+"""Convolution with frozen batch norm, bias, residual and ReLU, one at a time or a whole ResNet stage."""

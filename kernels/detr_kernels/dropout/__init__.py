@@ -1,0 +1,1 @@
+"""Random numbers of dropout: Philox inside Triton kernels, PCG64 on a CPU."""

@@ -1,0 +1,359 @@
+"""DETR's set loss of every decoder layer at once: class, L1 and GIoU, forward and backward.
+
+    ce   = sum over queries of w[label] * -log softmax(logits)[label] / class_weight_sum,    w = no_object_weight or 1
+    bbox = sum over matched pairs of |box - target|_1 / max(num_boxes, 1)
+    giou = sum over matched pairs of (1 - GIoU(box, target)) / max(num_boxes, 1)
+
+(Carion et al. 2020, section 3.1 and A.2.) A query looks its target up by comparing the targets' queries with its own
+number: nothing is scattered, so sums come in one order and sizes follow from shapes alone. The backward pass finds the
+softmax again and writes each gradient once.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
+from detr_kernels.loss.boxes import (
+    at_least_float32,
+    generalized_iou,
+    generalized_iou_gradient,
+    generalized_iou_ref,
+    l1_distance,
+    load_box,
+)
+from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.specimens import IMAGES, LAYERS, meta, predictions_and_targets
+from detr_kernels.triton_compat import PARTS, tl, triton
+
+FORWARD_TILE = 8192
+"""Logits that a program holds at a time: 32 a thread with 8 warps. One program a problem, so that the sums over its
+queries are whole: 2 rounds for 100 queries, 96 programs for 16 images and 6 layers."""
+BACKWARD_TILE = 4096
+"""32 a thread with 4 warps. Queries need nothing of each other here: 4 programs a problem, 384 in all."""
+QUERIES = 64
+"""At most, of few classes."""
+TARGETS = 32
+"""Targets compared at a time. Every thread comes to hold all of them; 64 would cost the backward pass 40 registers."""
+
+
+class SetLossTerms(NamedTuple):
+    """Each (L,) float32; the errors are for logging and have no gradient."""
+
+    ce: Tensor
+    bbox: Tensor
+    giou: Tensor
+    class_error: Tensor
+    """Percent of matched queries whose likeliest class is not their target's."""
+    cardinality_error: Tensor
+    """How far the count of queries that see an object is from the count of targets: mean over images."""
+
+
+def set_loss_ref(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    num_targets: Tensor,
+    query_of_target: Tensor,
+    num_boxes: Tensor,
+    class_weight_sum: Tensor,
+    no_object_weight: float = 0.1,
+) -> SetLossTerms:
+    """The same in plain torch."""
+    logits, boxes_cxcywh = at_least_float32(logits), at_least_float32(boxes_cxcywh)
+    num_queries, no_object = logits.shape[2], logits.shape[3] - 1
+    matched, query = query_of_target >= 0, query_of_target.clamp(min=0)  # (L, B, T)
+    # unmatched targets write into one column more, which is then cut off
+    wanted = torch.full((*logits.shape[:2], num_queries + 1), no_object, device=logits.device)
+    wanted.scatter_(2, torch.where(matched, query, num_queries), labels.expand_as(query))
+    wanted = wanted[..., :num_queries]  # (L, B, Q)
+    log_probability = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+    weighted = torch.where(wanted == no_object, no_object_weight, 1.0) * log_probability
+
+    predicted = boxes_cxcywh.gather(2, query[..., None].expand(-1, -1, -1, 4))  # (L, B, T, 4)
+    # an unmatched row compares a target with itself: its loss and gradient are masked
+    predicted = torch.where(matched[..., None], predicted, target_boxes_cxcywh.to(predicted.dtype))
+    l1 = (predicted - target_boxes_cxcywh).abs().sum(-1)
+    giou = generalized_iou_ref(predicted, target_boxes_cxcywh)
+    boxes = num_boxes.clamp(min=1)
+
+    with torch.no_grad():
+        chosen = logits.argmax(-1)  # (L, B, Q)
+        right = ((chosen.gather(2, query) == labels) & matched).sum((1, 2))
+        detected = (chosen != no_object).sum(2)  # (L, B)
+        cardinality_error = (detected - num_targets).abs().to(logits.dtype).mean(1)
+        class_error = _class_error(right.to(logits.dtype), matched.sum((1, 2)))
+    return SetLossTerms(
+        -weighted.sum((1, 2)) / class_weight_sum,
+        torch.where(matched, l1, 0).sum((1, 2)) / boxes,
+        torch.where(matched, 1 - giou, 0).sum((1, 2)) / boxes,
+        class_error,
+        cardinality_error,
+    )
+
+
+def _class_error(right: Tensor, matched: Tensor) -> Tensor:
+    """Percent (L,), from how many pairs were classified rightly and how many there are; 100 without any, as in DETR."""
+    return 100 - 100 * right / matched.clamp(min=1)
+
+
+@triton.jit
+def _assigned(query_of_target, query, problem, image, targets, TARGETS: tl.constexpr):
+    """Which queries have a target, and its row in (B, T); as `query` (QUERIES, 1) in shape."""
+    found = tl.full(query.shape, -1, tl.int32)
+    for first in range(0, targets, TARGETS):
+        target = first + tl.arange(0, TARGETS)[None, :]
+        of = tl.load(query_of_target + problem * targets + target, mask=target < targets, other=-1)
+        found = tl.maximum(found, tl.max(tl.where(of == query, target, -1), 1)[:, None])
+    return found >= 0, image.to(tl.int64) * targets + found
+
+
+@triton.jit
+def _load_logits(logits, row, COLUMNS: tl.constexpr, CLASSES: tl.constexpr):
+    """(QUERIES, CLASSES) float32; -inf past the last class."""
+    column = tl.arange(0, CLASSES)[None, :]
+    return tl.load(logits + row * COLUMNS + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _log_softmax(logit):
+    """Over the last dimension, as torch takes it; -inf is padding."""
+    shifted = logit - tl.max(logit, 1)[:, None]
+    return shifted - tl.log(tl.sum(tl.exp(shifted), 1)[:, None])
+
+
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
+def _forward_kernel(
+    logits,  # (L, B, Q, COLUMNS)
+    boxes,  # (L, B, Q, 4)
+    labels,  # (B, T) int64
+    target_boxes,  # (B, T, 4)
+    num_targets,  # (B,) int64
+    query_of_target,  # (L, B, T) int64
+    num_boxes,  # ()
+    class_weight_sum,  # ()
+    terms,  # (6, L, B) float32, to be summed over the images
+    queries,
+    targets,
+    no_object_weight,
+    COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    image, problems = tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
+    problem = (tl.program_id(1) * tl.num_programs(0) + image).to(tl.int64)
+    ce, bbox, giou, right, matches, detected = (tl.zeros((QUERIES, 1), tl.float32),) * 6
+    for first in range(0, queries, QUERIES):
+        query = first + tl.arange(0, QUERIES)[:, None]
+        inside = query < queries
+        row = problem * queries + tl.minimum(query, queries - 1)  # past the last query, that one again
+        matched, target = _assigned(query_of_target, query, problem, image, targets, TARGETS)
+        label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
+        logit = _load_logits(logits, row, COLUMNS, CLASSES)
+        of_label = tl.where(tl.arange(0, CLASSES)[None, :] == label, _log_softmax(logit), 0.0)
+        weight = tl.where(label == COLUMNS - 1, no_object_weight, 1.0)
+        ce -= tl.where(inside, weight * tl.sum(of_label, 1)[:, None], 0.0)
+        chosen = tl.argmax(logit, 1)[:, None]
+        detected += tl.where(inside & (chosen != COLUMNS - 1), 1.0, 0.0)
+        right += tl.where(matched & (chosen == label), 1.0, 0.0)
+        matches += tl.where(matched, 1.0, 0.0)
+        predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
+        bbox += tl.where(matched, l1_distance(predicted, wanted), 0.0)
+        giou += tl.where(matched, 1 - generalized_iou(predicted, wanted), 0.0)
+    count = tl.load(num_targets + image).to(tl.float32)
+    boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
+    class_norm = tl.load(class_weight_sum).to(tl.float32)
+    terms += problem
+    tl.store(terms, tl.sum(ce) / class_norm)
+    tl.store(terms + problems, tl.sum(bbox) / boxes_norm)
+    tl.store(terms + 2 * problems, tl.sum(giou) / boxes_norm)
+    tl.store(terms + 3 * problems, tl.sum(right))
+    tl.store(terms + 4 * problems, tl.sum(matches))
+    tl.store(terms + 5 * problems, tl.abs(tl.sum(detected) - count) / tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
+def _backward_kernel(
+    d_terms,  # (6, L) float32
+    logits,  # (L, B, Q, COLUMNS)
+    boxes,  # (L, B, Q, 4)
+    labels,  # (B, T) int64
+    target_boxes,  # (B, T, 4)
+    query_of_target,  # (L, B, T) int64
+    num_boxes,  # ()
+    class_weight_sum,  # ()
+    d_logits,  # (L, B, Q, COLUMNS)
+    d_boxes,  # (L, B, Q, 4)
+    queries,
+    targets,
+    no_object_weight,
+    COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    image, layer, layers = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    problem = (layer * tl.num_programs(1) + image).to(tl.int64)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)[:, None]
+    inside = query < queries
+    row = problem * queries + tl.minimum(query, queries - 1)  # past the last query, that one again
+    matched, target = _assigned(query_of_target, query, problem, image, targets, TARGETS)
+
+    label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
+    column = tl.arange(0, CLASSES)[None, :]
+    d_ce = tl.load(d_terms + layer) / tl.load(class_weight_sum).to(tl.float32)
+    scale = tl.where(label == COLUMNS - 1, no_object_weight, 1.0) * d_ce
+    probability = tl.exp(_log_softmax(_load_logits(logits, row, COLUMNS, CLASSES)))
+    d_logit = scale * (probability - tl.where(column == label, 1.0, 0.0))
+    at = row * COLUMNS + column
+    tl.store(d_logits + at, d_logit.to(d_logits.dtype.element_ty), mask=inside & (column < COLUMNS))
+
+    boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
+    d_bbox = tl.load(d_terms + layers + layer) / boxes_norm
+    d_giou = tl.load(d_terms + 2 * layers + layer) / boxes_norm
+    predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
+    giou_gradient = generalized_iou_gradient(predicted, wanted)
+    for side in tl.static_range(4):
+        difference = predicted[side] - wanted[side]
+        d_side = tl.where(difference > 0, d_bbox, tl.where(difference < 0, -d_bbox, 0.0))
+        d_side = tl.where(matched, d_side - d_giou * giou_gradient[side], 0.0)
+        tl.store(d_boxes + row * 4 + side, d_side.to(d_boxes.dtype.element_ty), mask=inside)
+
+
+def _blocks(columns: int, tile: int) -> dict[str, int]:
+    """What a program holds at a time: as many queries as the tile allows.
+
+    The class count is compiled in: 92 is no multiple of 16, and only as a constant is it known to allow wide loads.
+    """
+    classes = next_power_of_2(columns)
+    queries = max(1, min(QUERIES, tile // classes))
+    return {"COLUMNS": columns, "QUERIES": queries, "CLASSES": classes, "TARGETS": TARGETS}
+
+
+def _forward(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    num_targets: Tensor,
+    query_of_target: Tensor,
+    num_boxes: Tensor,
+    class_weight_sum: Tensor,
+    no_object_weight: float,
+) -> Tensor:
+    """(6, L) float32: ce, bbox, giou, right and matched pairs, cardinality error; gradients are of the first three."""
+    layers, images, queries, columns = logits.shape
+    terms = torch.empty(6, layers, images, dtype=torch.float32, device=logits.device)
+    given = (logits, boxes, labels, target_boxes, num_targets, query_of_target, num_boxes, class_weight_sum)
+    arguments = (*(each.contiguous() for each in given), terms, queries, labels.shape[1], no_object_weight)
+    blocks = _blocks(columns, FORWARD_TILE)
+    launch(_forward_kernel, (images, layers), *arguments, **blocks, num_warps=8)
+    return terms.sum(2)
+
+
+def _backward(
+    d_terms: Tensor,
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    query_of_target: Tensor,
+    num_boxes: Tensor,
+    class_weight_sum: Tensor,
+    no_object_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and boxes in their dtypes, from d_terms (6, L), of which the first three rows count."""
+    layers, images, queries, columns = logits.shape
+    d_logits, d_boxes = logits.new_empty(logits.shape), boxes.new_empty(boxes.shape)
+    given = (d_terms, logits, boxes, labels, target_boxes, query_of_target, num_boxes, class_weight_sum)
+    tensors = (*(each.contiguous() for each in given), d_logits, d_boxes)
+    blocks = _blocks(columns, BACKWARD_TILE)
+    grid = (cdiv(queries, blocks["QUERIES"]), images, layers)
+    launch(_backward_kernel, grid, *tensors, queries, labels.shape[1], no_object_weight, **blocks, num_warps=4)
+    return d_logits, d_boxes
+
+
+forward_op = torch.library.custom_op("detr_kernels::set_loss", _forward, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::set_loss_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(logits, *_):
+    return logits.new_empty((6, logits.shape[0]), dtype=torch.float32)
+
+
+@backward_op.register_fake
+def _(d_terms, logits, boxes, *_):
+    return logits.new_empty(logits.shape), boxes.new_empty(boxes.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, boxes, labels, target_boxes, _, *rest, ctx.no_object_weight = inputs
+    ctx.save_for_backward(logits, boxes, labels, target_boxes, *rest)
+
+
+def _autograd(ctx: Any, d_terms: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward_op(d_terms, *ctx.saved_tensors, ctx.no_object_weight), *[None] * 7
+
+
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _specimens() -> None:
+    for logits, boxes, labels, target_boxes in predictions_and_targets():
+        counts, query_of_target = (meta(*shape, dtype=torch.int64) for shape in ((IMAGES,), (LAYERS, *labels.shape)))
+        scalar = meta(dtype=torch.float32)
+        tensors = (logits, boxes, labels, target_boxes, counts, query_of_target, scalar, scalar)
+        d_terms = _forward(*tensors, 0.1)
+        _backward(d_terms, *tensors[:4], *tensors[5:], 0.1)
+
+
+OPERATION = Operation(
+    "set_loss",
+    (TRITON, REFERENCE),
+    mode="training",
+    flop=dict.fromkeys(("set_loss", "set_loss_backward"), no_products),
+    specimens=_specimens,
+)
+
+
+def set_loss(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    num_targets: Tensor,
+    query_of_target: Tensor,
+    num_boxes: Tensor,
+    class_weight_sum: Tensor,
+    no_object_weight: float = 0.1,
+    backend: str = "auto",
+) -> SetLossTerms:
+    """Compute the terms of every layer, (L,) each; gradients reach logits and boxes_cxcywh through `ce`, `bbox` and
+    `giou`.
+
+    logits (L, B, Q, C+1), the last class being "no object", and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken
+    as float32; labels (B, T) int64; target_boxes_cxcywh (B, T, 4) float32; num_targets (B,) int64; query_of_target
+    (L, B, T) int64: the query matched to each target, -1 for none, no query twice in an image; num_boxes and
+    class_weight_sum: scalars on the device, what the sums are divided by. Unmatched targets count for nothing, NaN or
+    not. Raises ValueError for shapes that do not fit and RuntimeError where Triton is asked for and cannot run.
+    """
+    given = (logits, boxes_cxcywh, labels, target_boxes_cxcywh, num_targets, query_of_target)
+    arguments = (*given, num_boxes, class_weight_sum, no_object_weight)
+    layers, images, queries = logits.shape[:3] if logits.ndim == 4 else (-1, -1, -1)
+    targets = labels.shape[-1]
+    shapes = [tuple(each.shape) for each in given]
+    per_image = [(images, targets), (images, targets, 4), (images,), (layers, images, targets)]
+    if shapes[1:] != [(layers, images, queries, 4), *per_image]:
+        raise ValueError(
+            "logits must be (L, B, Q, C+1), boxes (L, B, Q, 4), labels (B, T), target boxes (B, T, 4), num_targets "
+            f"(B,), query_of_target (L, B, T); got {shapes}"
+        )
+    if OPERATION.choose(Facts(logits.device), backend).backend == "ref":
+        return set_loss_ref(*arguments)
+    ce, bbox, giou, right, matched, cardinality_error = forward_op(*arguments).unbind()
+    class_error = _class_error(right.detach(), matched.detach())
+    return SetLossTerms(ce, bbox, giou, class_error, cardinality_error.detach())

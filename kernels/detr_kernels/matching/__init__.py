@@ -1,0 +1,1 @@
+"""Bipartite matching: the cost of every pair and the exact assignment."""

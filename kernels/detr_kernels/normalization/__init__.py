@@ -1,0 +1,1 @@
+"""Normalisation at the end of a transformer layer."""

@@ -1,0 +1,1 @@
+"""Images of different sizes to one normalised batch."""

@@ -1,0 +1,285 @@
+"""Images of different size to one batch: resized, mirrored, normalised, padded, in one pass over memory.
+
+    batch[b, c, y, x] = (level / 255 - mean[c]) / std[c]                     inside image b, 0 where it is padded
+    level             = round(sum over i, j of p[y, i] q[x, j] image_b[i, j, c])
+    p[y, i]           ~ max(0, 1 - |i + 1/2 - (y + 1/2) s| / max(s, 1))      s = rows of image_b / rows in the batch
+
+p's rows sum to 1, and q is the same across: bilinear with antialiasing, as Pillow's. An image that keeps its size keeps
+its numbers. Eager code writes the batch some seven times; here it is written once, and of an image only what is seen is
+read. All that follows the rounding is done as IEEE 754 asks, so that float32 is, to the last bit and on any device,
+what torch computes on the CPU, and the official DETR (Carion et al. 2020) with it. (On a GPU torch divides by a number
+by multiplying with its reciprocal: x / 255 then errs in the last bit for 126 of the 256 values.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from detr_kernels.launch import DTYPES, REFERENCE, TRITON, cdiv, launch
+from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.specimens import IMAGES, meta
+from detr_kernels.triton_compat import tl, triton
+
+ROWS, ENTRIES = 2, 512
+"""Rows of how many entries (3 a pixel) a program makes: 8 entries a thread, whose loads of a tap are under way at once;
+512 leave a ninth of the last block idle at 1066 pixels, 1024 would leave a quarter."""
+
+
+class Place(NamedTuple):
+    """Where an image lies in the buffer, and what it is to become."""
+
+    offset: int
+    """The byte at which it begins, row by row from there, three bytes a pixel."""
+    height: int
+    width: int
+    new_height: int
+    new_width: int
+    mirrored: int
+    """1: left to right, after resizing; 0: as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedImages:
+    """Images of different size in one buffer, each with the size that it is to have."""
+
+    buffer: Tensor
+    """uint8 (n,)"""
+    table: Tensor
+    """(B, 6) int64, the places, on the buffer's device"""
+    places: tuple[Place, ...]
+    """The same, known without asking the device."""
+
+    def __post_init__(self) -> None:
+        if self.buffer.dtype != torch.uint8 or self.buffer.ndim != 1 or not self.buffer.is_contiguous():
+            raise ValueError(f"buffer must be contiguous uint8 (n,), not {self.buffer.dtype} {self.buffer.shape}")
+        if self.table.shape != (len(self.places), 6) or self.table.dtype != torch.int64:
+            raise ValueError(f"table must be ({len(self.places)}, 6) int64, not {self.table.dtype} {self.table.shape}")
+
+    @classmethod
+    def of_list(
+        cls,
+        images: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        mirrored: Sequence[bool] | None = None,
+    ) -> Self:
+        """Of at least one uint8 (h, w, 3) on the CPU, contiguous or not, which are copied together.
+
+        `sizes`: (h, w) that each is to have; default: its own. Raises ValueError for anything else.
+        """
+        if not images:
+            raise ValueError("no images: a batch has at least one")
+        for image in images:
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.device.type != "cpu":
+                got = f"{image.dtype} {tuple(image.shape)} on {image.device}"
+                raise ValueError(f"images must be uint8 (h, w, 3) on the CPU; got {got}")
+            if 0 in image.shape:
+                raise ValueError(f"an image of {tuple(image.shape)} has no pixels")
+        own = [(image.shape[0], image.shape[1]) for image in images]
+        offsets = accumulate((image.numel() for image in images[:-1]), initial=0)
+        columns = zip(offsets, own, sizes or own, mirrored or [False] * len(images), strict=True)
+        places = tuple(Place(offset, *size, *new, int(flip)) for offset, size, new, flip in columns)
+        if wrong := [place for place in places if min(place.new_height, place.new_width) < 1]:
+            raise ValueError(f"sizes must be at least 1 x 1; got {wrong}")
+        return cls(torch.cat([image.reshape(-1) for image in images]), torch.tensor(places), places)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The images as they lie there: views (h, w, 3)."""
+        for place in self.places:
+            count = place.height * place.width * 3
+            yield self.buffer[place.offset : place.offset + count].view(place.height, place.width, 3)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, some: slice) -> Self:
+        """Those images; the buffer is shared."""
+        return replace(self, table=self.table[some], places=self.places[some])
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(h, w) that each is to have."""
+        return [(place.new_height, place.new_width) for place in self.places]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        buffer, table = (part.to(device, non_blocking=non_blocking) for part in (self.buffer, self.table))
+        return replace(self, buffer=buffer, table=table)
+
+    def pin_memory(self) -> Self:
+        return replace(self, buffer=self.buffer.pin_memory(), table=self.table.pin_memory())
+
+
+def resize_normalize_pad_ref(
+    images: PackedImages,
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same in plain torch, which on a CPU rounds after each axis, as Pillow does."""
+    device = images.buffer.device
+    batch = torch.zeros(len(images), height, width, 3, dtype=dtype, device=device)
+    whole, means, deviations = (constants(values, device) for values in ([255], mean, std))
+    for row, image, place in zip(batch, images, images.places, strict=True):
+        size = [place.new_height, place.new_width]
+        pixels = image.permute(2, 0, 1)
+        if size != [place.height, place.width]:
+            pixels = F.resize(pixels, size, F.InterpolationMode.BILINEAR, antialias=True)
+        pixels = (pixels.flip(-1) if place.mirrored else pixels).permute(1, 2, 0)  # (h, w, 3)
+        at_a_time = max(1, CACHED_ENTRIES // (3 * size[1])) if device.type == "cpu" else size[0]
+        for some in range(0, size[0], at_a_time):
+            levels = pixels[some : some + at_a_time].float().div_(whole)
+            levels.sub_(means).div_(deviations)
+            row[some : some + len(levels), : size[1]] = levels
+    return batch.permute(0, 3, 1, 2)
+
+
+CACHED_ENTRIES = 2**17
+"""Numbers that plain torch on a CPU normalises at a time: half a megabyte, which stays in the cache."""
+
+
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """(C,) float32, which the device writes itself: a copy from the host would wait, and could not be captured.
+
+    On a GPU torch divides exactly by a tensor alone.
+    """
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
+@triton.jit
+def _weight(seen, center, reach):
+    """How much a row or column `seen` counts for a pixel with its middle at `center`, before they are made to sum to
+    1."""
+    return tl.maximum(1.0 - tl.abs(seen.to(tl.float32) + 0.5 - center) / reach, 0.0)
+
+
+@triton.jit(do_not_specialize=["height", "width"])  # they differ from batch to batch, and nothing is gained by knowing
+def _resize_normalize_pad_kernel(
+    buffer,  # (n,) uint8
+    table,  # (B, 6) int64
+    batch,  # (B, height, width, 3)
+    height,
+    width,
+    mean_r,
+    mean_g,
+    mean_b,
+    std_r,
+    std_g,
+    std_b,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    image = tl.program_id(2)
+    table += image * 6
+    buffer += tl.load(table)
+    old_h, old_w = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
+    h, w = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)[None, :]
+    inside = (row < h) & (entry < w * 3)
+    channel = entry % 3
+    column = entry // 3
+    column = tl.where(tl.load(table + 5) == 1, w - 1 - column, column)
+
+    down, across = old_h.to(tl.float32) / h, old_w.to(tl.float32) / w
+    reach_y, reach_x = tl.maximum(down, 1.0), tl.maximum(across, 1.0)
+    middle_y, middle_x = (row + 0.5) * down, (column + 0.5) * across
+    first_y = tl.maximum((middle_y - reach_y + 0.5).to(tl.int32), 0)
+    first_x = tl.maximum((middle_x - reach_x + 0.5).to(tl.int32), 0)
+    total = tl.zeros((ROWS, ENTRIES), tl.float32)
+    weight_y, weight_x = tl.zeros((ROWS, 1), tl.float32), tl.zeros((1, ENTRIES), tl.float32)
+    for step_y in range(0, tl.ceil(reach_y).to(tl.int32) * 2 + 1):
+        y = first_y + step_y
+        p = tl.where(y < old_h, _weight(y, middle_y, reach_y), 0.0)
+        weight_y += p
+        along = tl.zeros((ROWS, ENTRIES), tl.float32)
+        weight_x = tl.zeros((1, ENTRIES), tl.float32)
+        for step_x in range(0, tl.ceil(reach_x).to(tl.int32) * 2 + 1):
+            x = first_x + step_x
+            q = tl.where(x < old_w, _weight(x, middle_x, reach_x), 0.0)
+            weight_x += q
+            seen = inside & (p > 0) & (q > 0)
+            along += q * tl.load(buffer + (y * old_w + x) * 3 + channel, mask=seen, other=0).to(tl.float32)
+        total += p * along
+    level = tl.floor(total / (weight_y * weight_x) + 0.5)
+
+    # x / 255, correctly rounded for all 256 levels, whether or not the compiler fuses: x * 257 / 65536 is exact, and
+    # the rest so small that its own error does not show; two instructions, where a division takes a dozen
+    value = level * (257 / 65536) + level * (1 / 255 - 257 / 65536)
+    value -= tl.where(channel == 0, mean_r, tl.where(channel == 1, mean_g, mean_b))
+    value = tl.div_rn(value, tl.where(channel == 0, std_r, tl.where(channel == 1, std_g, std_b)))
+    value = tl.where(inside, value, 0.0)
+    at = (image.to(tl.int64) * height + row) * (width * 3) + entry
+    tl.store(batch + at, value.to(batch.dtype.element_ty), mask=(row < height) & (entry < width * 3))
+
+
+def _forward(
+    buffer: Tensor,
+    table: Tensor,
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The tensors of `PackedImages` -> batch (B, 3, H, W) in channels-last memory."""
+    batch = _empty(table, height, width, dtype)
+    grid = (cdiv(width * 3, ENTRIES), cdiv(height, ROWS), len(table))
+    arguments = (buffer, table, batch, height, width, *mean, *std)
+    launch(_resize_normalize_pad_kernel, grid, *arguments, ROWS=ROWS, ENTRIES=ENTRIES, num_warps=4)
+    return batch
+
+
+def _empty(table: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Allocate the batch."""
+    shape = len(table), 3, height, width
+    return torch.empty(shape, dtype=dtype, device=table.device, memory_format=torch.channels_last)
+
+
+forward_op = torch.library.custom_op("detr_kernels::resize_normalize_pad", _forward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(buffer, table, height, width, mean, std, dtype):
+    return _empty(table, height, width, dtype)
+
+
+def _specimens() -> None:
+    buffer, table = meta(IMAGES * 480 * 640 * 3, dtype=torch.uint8), meta(IMAGES, 6, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        _forward(buffer, table, 800, 1066, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype)
+
+
+OPERATION = Operation(
+    "preprocessing", (TRITON, REFERENCE), flop={"resize_normalize_pad": no_products}, specimens=_specimens
+)
+
+
+def resize_normalize_pad(
+    images: PackedImages,
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Make of packed images one normalised batch (B, 3, height, width), each at its new size, padded right and below.
+
+    The batch is in channels-last memory, in `dtype` (normalised in float32, then rounded) and exactly 0 where padded.
+    Resized pixels are rounded to whole levels once; plain torch on a CPU rounds after each axis, and may differ by a
+    level. Stores are widest where `width` is a multiple of 16. No gradient; nothing waits for the device. Raises
+    ValueError for what does not fit and RuntimeError where Triton is asked for and cannot run.
+    """
+    if dtype not in DTYPES or len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"dtype must be of {DTYPES}, mean and std of 3 values; got {dtype}, {mean}, {std}")
+    if too_large := [size for size in images.sizes if size[0] > height or size[1] > width]:
+        raise ValueError(f"images larger than the batch's ({height}, {width}): {too_large}")
+    if OPERATION.choose(Facts(images.buffer.device), backend).backend == "ref":
+        return resize_normalize_pad_ref(images, height, width, mean, std, dtype)
+    return forward_op(images.buffer, images.table, height, width, list(mean), list(std), dtype)

@@ -1,0 +1,1 @@
+"""Workloads that ours is compared with."""

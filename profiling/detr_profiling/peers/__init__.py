@@ -1,1 +1,0 @@
-"""What ours is compared with, as workloads like ours."""

@@ -1,0 +1,188 @@
+"""Backends of a whole network: all are the same model, each choice has its reason, and what runs is what is printed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_fast.config import MODELS, Attention, Kernels, RuntimeOptions, UserError
+from detr_fast.data.batch import Targets
+from detr_fast.detector import place
+from detr_fast.model import backbone
+from detr_fast.model.backends import hand_out, reasons, select_backends
+from detr_fast.model.detr import DETR
+from detr_fast.runtime import choose_runtime
+from detr_fast.training.criterion import build_criterion
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = replace(MODELS["detr_r50"], encoder_layers=2, decoder_layers=2, num_queries=9, num_classes=5, dropout=0.0)
+ASKED: list[tuple[Kernels, Attention]] = [("auto", "auto"), ("triton", "auto"), ("triton", "sdpa"), ("ref", "triton")]
+
+
+@pytest.fixture(autouse=True)
+def narrow_backbone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """ResNet with one narrow block a stage, which the interpreter runs in seconds; TF32 would hide a mistake."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
+    monkeypatch.setattr(backbone, "STAGE_WIDTHS", (8, 16, 16, 32))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+
+
+def make_model(dilation: bool = False) -> DETR:
+    torch.manual_seed(0)
+    model = DETR(replace(CONFIG, dilation=dilation)).train()
+    for module in model.modules():  # as constants the norms would hide a mistake
+        if isinstance(module, backbone.FrozenBatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.to(DEVICE)
+
+
+def run(model: DETR, kernels: Kernels, attention: Attention, padded: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Outputs and terms, and gradients, of three images: a whole one, one padded right and below, one all padding."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 3, 64, 96, generator=generator).to(DEVICE)
+    mask = torch.zeros(3, 64, 96, dtype=torch.bool, device=DEVICE)
+    mask[1, 40:], mask[1, :, 50:], mask[2] = True, True, True
+    boxes = torch.rand(3, 4, 4, generator=generator) * 0.5 + 0.2
+    targets = Targets(torch.randint(0, 5, (3, 4), generator=generator), boxes, torch.tensor([4, 0, 2])).to(DEVICE)
+    select_backends(model, kernels, attention)
+    criterion = build_criterion(CONFIG.num_classes)
+    hand_out(model.selection, criterion)
+    model.zero_grad()
+    outputs = model(images, mask if padded else None)
+    terms = criterion(outputs, targets)
+    terms["loss"].backward()
+    grads = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return {name: outputs[name] for name in ("pred_logits", "pred_boxes")} | terms, grads
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["ragged", "one size"])
+@pytest.mark.parametrize(("kernels", "attention"), ASKED, ids=["-".join(asked) for asked in ASKED])
+def test_every_backend_is_the_same_model(kernels: Kernels, attention: Attention, padded: bool) -> None:
+    model = make_model()
+    (values, grads), (expected, expected_grads) = (
+        run(model, *forms, padded)
+        for forms in ((kernels, attention), ("ref", "ref"))  # type: ignore[arg-type]
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            values[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert grads.keys() == expected_grads.keys()
+    total = sum(grad.norm() ** 2 for grad in expected_grads.values()) ** 0.5
+    for name, grad in expected_grads.items():
+        assert (grads[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-5 * total, name
+
+
+def test_dc5_too() -> None:
+    model = make_model(dilation=True)
+    values, expected = (run(model, *forms, True)[0] for forms in (("triton", "auto"), ("ref", "ref")))  # type: ignore[arg-type]
+    torch.testing.assert_close(values["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_dtype_runs_as_it_is(dtype: torch.dtype) -> None:
+    images = torch.randn(1, 3, 64, 64, dtype=dtype, device=DEVICE)
+    outputs = make_model().eval().to(dtype)(images)
+    assert outputs["pred_logits"].isfinite().all()
+
+
+def printed(model: DETR, kernels: Kernels = "auto", attention: Attention = "auto", training: bool = True) -> dict:
+    return reasons(model, select_backends(model, kernels, attention), training)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's choices are in tests/test_cuda.py")
+def test_each_choice_has_its_reason() -> None:
+    found = printed(make_model())
+    assert found["attention"].startswith("sdpa (") and found["assignment"].startswith("scipy (")
+    assert found["frozen batch norm"].startswith("fused (folded into") and "oneDNN" in found["convolution"]
+    assert found["residual stage"].startswith("onednn (") and all("(" in reason for reason in found.values())
+    assert "dropout" not in found and "packed convolution" not in found  # there is none; it is for inference
+    assert printed(make_model(), training=False)["packed convolution"].startswith("onednn (")
+    plain = printed(make_model(), "ref")
+    assert plain.keys() == found.keys() and plain.pop("assignment") == "scipy (asked for)"
+    assert set(plain.values()) == {"ref (asked for)"}
+    live_norm = DETR(MODELS["detr_tiny"])
+    assert not {"convolution", "frozen batch norm", "residual stage"} & printed(live_norm).keys()
+
+
+OPERATORS = {
+    "detr_kernels::residual_stage": "residual_stage",
+    "detr_kernels::conv_bias_act_library": "convolution",
+    "detr_kernels::dropout_attention": "attention",
+    "detr_kernels::dropout": "dropout",
+    "detr_kernels::relu_dropout": "dropout",
+}
+"""Custom operator -> the operation whose fast backend on a CPU runs it."""
+FAST = {"residual_stage": "onednn", "convolution": "onednn", "attention": "blocked", "dropout": "pcg64"}
+
+
+class Operators(TorchDispatchMode):
+    """Remembers which custom operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize(
+    ("kernels", "attention", "fast"),
+    [
+        ("auto", "auto", set(FAST)),
+        ("auto", "sdpa", set(FAST) - {"attention"}),  # asked for by name, it is what runs
+        ("ref", "auto", set()),  # DETR's own sequence of operations, in training too
+        ("ref", "blocked", {"attention"}),
+    ],
+)
+def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fast: set[str]) -> None:
+    """Of each choice that torch would let pass unseen: dropout's numbers, attention with dropout, a whole stage."""
+    torch.manual_seed(0)
+    model = DETR(replace(CONFIG, dropout=0.1)).train()
+    selection = select_backends(model, kernels, attention)
+    with Operators() as operators:
+        model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
+    assert {OPERATORS[name] for name in operators.seen if name in OPERATORS} == fast
+    assert {name for name, backend in FAST.items() if selection.backend(name, training=True) == backend} == fast
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+def test_a_backend_of_one_mode_leaves_the_other_to_auto() -> None:
+    selection = select_backends(DETR(replace(CONFIG, dropout=0.1)), attention="blocked")
+    assert [selection.backend("attention", training) for training in (True, False)] == ["blocked", "sdpa"]
+    with pytest.raises(UserError, match="attention by blocked: it is for dropout in training"):
+        select_backends(DETR(CONFIG), attention="blocked")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it runs")
+@pytest.mark.parametrize("option", ["kernels", "attention"])
+def test_triton_on_a_cpu_without_its_interpreter_is_refused_at_once(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
+    with pytest.raises(UserError, match=rf"--{option} triton cannot run: Triton has no CPU backend.*--{option} auto"):
+        choose_runtime(RuntimeOptions(**{"device": "cpu", option: "triton"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it runs")
+def test_xformers_on_a_cpu_is_refused_with_its_reason() -> None:
+    runtime = choose_runtime(RuntimeOptions(device="cpu", attention="xformers"))
+    with pytest.raises(UserError, match=r"--attention xformers: .*xformers has no cpu path"):
+        place(make_model(), runtime)
+
+
+def test_the_command_says_so_with_exit_code_2() -> None:
+    command = [sys.executable, "-m", "detr_fast.train", "--device", "cpu", "--kernels", "tritn"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "triton" in result.stderr

@@ -1,0 +1,281 @@
+"""Every backend of every operation in the registry: the same values and gradients, one graph, sound operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detr_kernels import (
+    OPERATIONS,
+    Backend,
+    Facts,
+    OneDNNConvolution,
+    Operation,
+    PackedImages,
+    Packing,
+    Selection,
+    apply_dropout,
+    batched_assignment,
+    conv_bias_act,
+    fused_add_layer_norm,
+    match_cost,
+    packed_attention,
+    padded_attention,
+    relu_dropout,
+    residual_stage,
+    resize_normalize_pad,
+    set_loss,
+)
+from detr_kernels.attention.backends import ROWS
+from detr_kernels.convolution.batch_norm import scale_weight, scale_weights
+from detr_kernels.registry import select
+from detr_profiling.comparison.closeness import assert_close
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RARELY = 1e-6
+"""Probability of dropout that the backends which need some are given: with these seeds nothing is dropped."""
+Row = tuple[Callable[..., Any], list[Tensor]]
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) - 0.5
+
+
+def attention(backend: str) -> Row:
+    """Two images, of 9 queries and 12 keys; packed where the backend takes them so."""
+    q, k, v = uniform(2, 4, 9, 16), uniform(2, 4, 12, 16, seed=1), uniform(2, 4, 12, 16, seed=2)
+    if backend in ROWS:
+        return lambda q, k, v: padded_attention(q, k, v, None, RARELY, True, backend), [q, k, v]
+    queries, keys = (Packing.uniform(2, count, DEVICE) for count in (9, 12))
+
+    def packed(*tensors: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in tensors)
+        mixed = packed_attention(*rows, queries.cu_seqlens, keys.cu_seqlens, 9, 12, training=True, backend=backend)
+        return mixed.unflatten(0, (2, 9)).transpose(1, 2)
+
+    return packed, [q, k, v]
+
+
+def dropout(backend: str) -> Row:
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_dropout(x, RARELY, True, backend), relu_dropout(x, RARELY, True, backend)
+
+    return both, [uniform(5, 7)]
+
+
+def frozen_batch_norm(backend: str) -> Row:
+    """The part that differs: weights scaled, and rounded to bfloat16."""
+    scale = uniform(6, seed=1) + 1
+
+    def fold(weight: Tensor) -> Tensor:
+        if backend == "foreach":
+            return scale_weights([weight], [scale[:, None, None, None].expand_as(weight)], torch.bfloat16)[0].float()
+        return scale_weight(weight, scale, torch.bfloat16, "folded" if backend == "ref" else backend).float()
+
+    return fold, [uniform(6, 4, 3, 3)]
+
+
+def stage_weights() -> tuple[list[Tensor], list[Tensor]]:
+    """Of two blocks from 8 to 16 channels, 4 within."""
+    shapes = [(4, 8, 1), (4, 4, 3), (16, 4, 1), (16, 8, 1), (4, 16, 1), (4, 4, 3), (16, 4, 1)]
+    weights = [uniform(outputs, inputs, side, side, seed=inputs) for outputs, inputs, side in shapes]
+    return weights, [uniform(weight.shape[0], seed=9) for weight in weights]
+
+
+def stage(backend: str) -> Row:
+    weights, biases = stage_weights()
+    run = lambda x, *weights: residual_stage(x, weights, [each.to(x.dtype) for each in biases], 2, [1, 1], backend)  # noqa: E731
+    return run, [uniform(2, 8, 6, 5), *weights]
+
+
+def packed_convolution(backend: str) -> Row:
+    weight, bias = uniform(6, 4, 3, 3, seed=1), uniform(6, seed=2)
+    packed = OneDNNConvolution(weight, bias, 2, 1, 1)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        if backend == "onednn":
+            return packed(x.contiguous(memory_format=torch.channels_last), None, True)
+        return conv_bias_act(x, weight.to(x.dtype), bias.to(x.dtype), None, 2, 1, backend="ref")
+
+    return run, [uniform(2, 4, 9, 7)]
+
+
+def predictions() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Logits and boxes of two layers and images, labels and boxes of up to three targets."""
+    boxes, target_boxes = uniform(2, 2, 5, 4, seed=1) * 0.4 + 0.5, uniform(2, 3, 4, seed=2) * 0.4 + 0.5
+    return [uniform(2, 2, 5, 7) * 8, boxes], (torch.tensor([[1, 5, 0], [2, 2, 3]], device=DEVICE), target_boxes)
+
+
+def losses(backend: str) -> Row:
+    tensors, targets = predictions()
+    counts = torch.tensor([3, 1], device=DEVICE)
+    queries = torch.tensor([[[4, 0, 2], [1, -1, -1]], [[0, 1, 2], [3, -1, -1]]], device=DEVICE)
+    sums = [torch.tensor(value, device=DEVICE) for value in (4.0, 5.5)]
+    return lambda *given: torch.stack(set_loss(*given, *targets, counts, queries, *sums, 0.1, backend)[:3]), tensors
+
+
+def costs(backend: str) -> Row:
+    tensors, targets = predictions()
+    return lambda *given: match_cost(*given, *targets, backend=backend), tensors
+
+
+def images(backend: str) -> Row:
+    """One enlarged and mirrored, one as it is; the pixels are no input that learns."""
+    pixels = [(uniform(*size, 3, seed=seed) + 0.5).mul(255).byte() for seed, size in enumerate([(6, 8), (5, 4)])]
+    packed = PackedImages.of_list([each.cpu() for each in pixels], [(9, 12), (5, 4)], [True, False]).to(DEVICE)
+    return lambda: resize_normalize_pad(packed, 10, 12, (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), backend=backend), []
+
+
+def by_backend(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable[[str], Row]:
+    return lambda backend: (lambda *given: function(*given, backend=backend, **options), list(tensors))
+
+
+ROWS_OF: dict[str, Callable[[str], Row]] = {
+    "preprocessing": images,
+    "frozen_batch_norm": frozen_batch_norm,
+    "convolution": by_backend(conv_bias_act, uniform(2, 4, 9, 7), uniform(6, 4, 3, 3), uniform(6), padding=1),
+    "residual_stage": stage,
+    "packed_convolution": packed_convolution,
+    "attention": attention,
+    "dropout": dropout,
+    "layer_norm": by_backend(fused_add_layer_norm, uniform(3, 5, 16), uniform(3, 5, 16), uniform(16), uniform(16)),
+    "match_cost": costs,
+    "assignment": by_backend(batched_assignment, uniform(3, 6, 4), torch.tensor([4, 0, 2], device=DEVICE)),
+    "set_loss": losses,
+}
+"""Operation -> a backend's function of tensors, and these. A new operation has its row here."""
+TOLERANCES = {"preprocessing": 1 / 255 / 0.2, "frozen_batch_norm": 4e-3, "match_cost": 1e-6}
+"""Absolute, where it is not 3e-6: a level of 255, a rounding to bfloat16."""
+EVERY = [(name, backend.name) for name, operation in OPERATIONS.items() for backend in operation.backends]
+
+
+def row(name: str, backend: str) -> Row:
+    """Skips, with the reason, where the backend cannot run."""
+    facts = Facts(DEVICE, training=OPERATIONS[name].mode != "inference", dropout=RARELY, head_dim=16)
+    if problem := OPERATIONS[name].why_not(backend, facts):
+        pytest.skip(problem)
+    return ROWS_OF[name](backend)
+
+
+def leaves(tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [each.to(dtype).requires_grad_() if each.is_floating_point() else each for each in tensors]
+
+
+def values(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Results and, where they have any, the gradients of every input that learns."""
+    torch.manual_seed(3)
+    results = function(*tensors)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    learning = [each for each in tensors if each.requires_grad]
+    if not results[0].requires_grad:
+        return results
+    weighted = sum(
+        (each * (1 + torch.arange(each.numel(), device=DEVICE).view(each.shape) % 3)).sum() for each in results
+    )
+    return [each.detach() for each in (*results, *torch.autograd.grad(weighted, learning))]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("name", "backend"), EVERY)
+def test_every_backend_computes_what_the_reference_does(name: str, backend: str) -> None:
+    operation, (function, tensors) = OPERATIONS[name], row(name, backend)
+    plain, _ = ROWS_OF[name](operation.reference)
+    in_float64 = name not in ("preprocessing", "assignment", "frozen_batch_norm")
+    exact = values(plain, leaves(tensors, torch.float64 if in_float64 else torch.float32))
+    for found, oracle, eager in zip(
+        values(function, leaves(tensors)), exact, values(plain, leaves(tensors)), strict=True
+    ):
+        if found.is_floating_point():
+            assert_close(found, oracle, eager, TOLERANCES.get(name, 3e-6) * max(1.0, oracle.abs().max().item()))
+        else:
+            assert torch.equal(found, oracle)
+
+
+@pytest.mark.parametrize(("name", "backend"), EVERY)
+def test_every_backend_compiles_to_one_graph(name: str, backend: str) -> None:
+    if (name, backend) == ("packed_convolution", "onednn"):
+        pytest.skip("torch.compile packs weights by itself")
+    function, tensors = row(name, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(values(compiled, leaves(tensors)), values(function, leaves(tensors)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class OwnCalls(TorchDispatchMode):
+    """Remembers the calls of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "detr_kernels":
+            self.calls[func.name()] = func, args, kwargs or {}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "backend"), EVERY)
+def test_every_operator_is_registered_as_torch_asks_and_belongs_to_its_operation(name: str, backend: str) -> None:
+    function, tensors = row(name, backend)
+    with OwnCalls() as own:
+        values(function, leaves(tensors))
+    for operator, (called, args, kwargs) in own.calls.items():
+        assert operator.removeprefix("detr_kernels::") in OPERATIONS[name].flop
+        torch.library.opcheck(called, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_registry_is_whole() -> None:
+    assert OPERATIONS.keys() == ROWS_OF.keys()
+    for operation in OPERATIONS.values():
+        assert len(set(operation.names)) == len(operation.names) >= 2
+        assert operation.why_not(operation.reference, Facts(torch.device("meta"), torch.float64)) is None
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TWO = Operation(
+    "two_words",
+    (
+        Backend("fast", lambda facts: None if facts.training else "it is for training", reason="it is fast"),
+        Backend("odd", only_by_name=lambda facts: "nobody measured it"),
+        Backend("plain"),
+    ),
+)
+
+
+def test_auto_takes_the_first_that_can_and_says_why() -> None:
+    assert TWO.choose(Facts(CPU, training=True)) == ("fast", "it is fast")
+    assert TWO.choose(Facts(CPU)) == ("plain", "not odd: nobody measured it")
+    assert str(TWO.choose(Facts(CPU), "odd")) == "odd (asked for)"
+
+
+def test_what_is_asked_for_runs_or_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"two words by fast: it is for training\. Or ask for plain\."):
+        TWO.choose(Facts(CPU), "fast")
+    with pytest.raises(ValueError, match="two words: backend must be auto, fast, odd, plain, not 'fats'"):
+        TWO.choose(Facts(CPU), "fats")
+
+
+def test_a_selection_of_both_modes() -> None:
+    operations = {"two_words": TWO}
+    auto = select(operations, Facts(CPU))
+    assert [auto.backend("two_words", training) for training in (True, False)] == ["fast", "plain"]
+    named = select(operations, Facts(CPU), {"two_words": "fast"})  # runs in training alone
+    assert named.training["two_words"] == ("fast", "asked for") and named.backend("two_words") == "plain"
+    measured = select(operations, Facts(CPU), measured={"two_words": ("odd", "measured here: 2 ms")})
+    assert str(measured.training["two_words"]) == str(measured.inference["two_words"]) == "odd (measured here: 2 ms)"
+    asked = select(operations, Facts(CPU), {"two_words": "plain"}, {"two_words": ("odd", "measured here")})
+    assert asked.backend("two_words", training=True) == "plain"
+    assert Selection().backend("two_words") == "auto"
+
+
+def test_a_gpu_is_guessed_without_asking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was measured: torch's own, but for what would wait for the device or saves launches for certain."""
+    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
+    guess = {name: operation.choose(Facts(CUDA, torch.bfloat16, True, 0.1)) for name, operation in OPERATIONS.items()}
+    others = {"attention": "sdpa", "assignment": "triton", "frozen_batch_norm": "foreach"}
+    assert {name: choice.backend for name, choice in guess.items() if choice.backend != "ref"} == others
+    assert "nobody has measured it" in guess["set_loss"].reason and "would wait" in guess["assignment"].reason
