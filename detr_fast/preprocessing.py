@@ -40,7 +40,7 @@ class Preprocessing:
         The mask (B, H, W) is True where padded; None where no image is. Runs on the batch's device and reads nothing
         from it.
         """
-        height, width = batch.room
+        height, width = batch.padded_size
         images = resize_normalize_pad(batch.images, height, width, self.mean, self.std, self.dtype, self.backend)
         if not self.channels_last:
             images = images.contiguous()

@@ -56,7 +56,7 @@ class Targets:
             boxes[row, :count] = target["boxes"]
         return cls(labels, boxes, torch.tensor(counts, device=device))
 
-    def with_room(self, least: int = 16) -> Self:
+    def pad_rows(self, least: int = 16) -> Self:
         """Pad to 16, 32, 64, ... rows an image, so that batches have few shapes."""
         rows = least
         while rows < self.labels.shape[1]:
@@ -79,7 +79,7 @@ class Batch:
     """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
 
     images: PackedImages
-    room: tuple[int, int]
+    padded_size: tuple[int, int]
     """(H, W) that all are padded to, right and below"""
     targets: Targets
     image_ids: list[int]
@@ -111,7 +111,7 @@ class Batch:
         receiver has to connect to the worker."""
         pixels, *small = self.tensors()
         values = [tensor.numpy() for tensor in small]
-        return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
+        return received_batch, (pixels, values, self.images.places, self.padded_size, self.image_ids, self.skipped)
 
     def split(self, parts: int) -> list["Batch"]:
         """Split into up to `parts` micro-batches of like size, each padded as the whole."""
@@ -136,39 +136,41 @@ class Batch:
 
     @property
     def padded(self) -> bool:
-        """Tell whether any image is smaller than the room."""
-        return any(size != self.room for size in self.images.sizes)
+        """Tell whether any image is smaller than the batch's padded size."""
+        return any(size != self.padded_size for size in self.images.sizes)
 
     @property
     def padding(self) -> float:
         """Return the pixels that are computed, over those that are not padding: 1 is no overhead."""
-        return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
+        return len(self.images) * self.padded_size[0] * self.padded_size[1] / sum(h * w for h, w in self.images.sizes)
 
 
 def received_batch(
     pixels: Tensor,
     values: list[np.ndarray],
     places: tuple[Place, ...],
-    room: tuple[int, int],
+    padded_size: tuple[int, int],
     image_ids: list[int],
     skipped: tuple[str, ...],
 ) -> Batch:
     """Put a batch together again, of what `Batch.__reduce__` gives."""
     table, original_sizes, *targets = map(torch.tensor, values)
-    return Batch(PackedImages(pixels, table, places), room, Targets(*targets), image_ids, original_sizes, skipped)
+    return Batch(
+        PackedImages(pixels, table, places), padded_size, Targets(*targets), image_ids, original_sizes, skipped
+    )
 
 
-def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
-    """Make a batch of at least one sample, padded to the largest, and to `room` at least."""
+def collate(samples: Sequence[Sample], padded_size: tuple[int, int] = (1, 1)) -> Batch:
+    """Make a batch of at least one sample, padded to the largest, and to `padded_size` at least."""
     images = PackedImages.of_list(
         [sample.image.permute(1, 2, 0) for sample in samples],
         [sample.size for sample in samples],
         [sample.hflip for sample in samples],
     )
-    heights, widths = zip(room, *images.sizes, strict=True)
+    heights, widths = zip(padded_size, *images.sizes, strict=True)
     return Batch(
         images=images,
-        room=(max(heights), max(widths)),
+        padded_size=(max(heights), max(widths)),
         targets=Targets.from_list([{"labels": s.labels, "boxes": s.boxes_cxcywh} for s in samples]),
         image_ids=[sample.image_id for sample in samples],
         original_sizes=torch.tensor([sample.original_size for sample in samples]),

@@ -26,7 +26,7 @@ class Read:
     sample: Sample | None
     skipped: tuple[str, ...] = ()
     error: UserError | None = None
-    room: tuple[int, int] = (1, 1)
+    padded_size: tuple[int, int] = (1, 1)
     """(H, W) that the batch is to have at least."""
 
 
@@ -47,7 +47,7 @@ class TrainReader(Dataset[Read]):
             index = (position.image + offset) % len(self.dataset)
             try:
                 sample = self.dataset.read(index, augmentation) if offset == 0 else self.dataset[position.epoch, index]
-                return Read(sample, tuple(skipped), room=position.room)
+                return Read(sample, tuple(skipped), padded_size=position.padded_size)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
                     return Read(None, error=UserError(f"{error} {SKIPPING}"))
@@ -86,7 +86,7 @@ def collate_reads(reads: Sequence[Read]) -> Collated:
             return read.error
     skipped = tuple(path for read in reads for path in read.skipped)
     samples = [read.sample for read in reads if read.sample is not None]
-    return replace(collate(samples, reads[0].room), skipped=skipped) if samples else skipped
+    return replace(collate(samples, reads[0].padded_size), skipped=skipped) if samples else skipped
 
 
 def train_loader(

@@ -20,7 +20,7 @@ class Position(NamedTuple):
     epoch: int
     image: int
     """Its index."""
-    room: tuple[int, int] = (1, 1)
+    padded_size: tuple[int, int] = (1, 1)
     """(H, W) in pixels that its batch is padded to at least."""
 
 
@@ -30,7 +30,7 @@ class Group(NamedTuple):
     epoch: int
     images: np.ndarray
     """(N, batch size) indices"""
-    rooms: np.ndarray
+    padded_sizes: np.ndarray
     """(N, 2), the (H, W) in pixels to pad each batch to at least"""
 
 
@@ -88,8 +88,8 @@ class EpochSampler(Sampler[list[Position]]):
         self.buckets = buckets
 
     def __iter__(self) -> Iterator[list[Position]]:
-        for epoch, images, rooms in one_ahead(self.groups()):
-            for batch, (height, width) in zip(images, rooms.tolist(), strict=True):
+        for epoch, images, padded_sizes in one_ahead(self.groups()):
+            for batch, (height, width) in zip(images, padded_sizes.tolist(), strict=True):
                 yield [Position(epoch, image, (height, width)) for image in batch.tolist()]
 
     def groups(self) -> Iterator[Group]:
@@ -103,20 +103,20 @@ class EpochSampler(Sampler[list[Position]]):
             for start in range(first - first % BATCHES_A_GROUP, self.batches_per_epoch, BATCHES_A_GROUP):
                 end = start + BATCHES_A_GROUP
                 group = order[start * self.global_batch_size : end * self.global_batch_size]
-                images, rooms = self._arranged(epoch, group, turns[start:end])
+                images, padded_sizes = self._arranged(epoch, group, turns[start:end])
                 own = images[:, self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
                 skipped = max(first - start, 0)
-                yield Group(epoch, own[skipped:], rooms[skipped:])
+                yield Group(epoch, own[skipped:], padded_sizes[skipped:])
             first = 0
 
     def _arranged(self, epoch: int, group: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Arrange all ranks' batches: image indices (N, global batch size), and the room of each (N, 2)."""
+        """Arrange all ranks' batches: image indices (N, global batch size), and the padded size of each (N, 2)."""
         if self.buckets is None:
             batches = group.reshape(-1, self.global_batch_size)
             return batches, np.ones((len(batches), 2), dtype=np.int64)
-        batches, rooms = self.buckets.arrange(epoch, group, self.global_batch_size)
+        batches, padded_sizes = self.buckets.arrange(epoch, group, self.global_batch_size)
         mixed = np.argsort(turns)
-        return batches[mixed], rooms[mixed]
+        return batches[mixed], padded_sizes[mixed]
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -141,7 +141,7 @@ LEAST_ARRANGED = 16
 
 
 def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
-    """Make the largest batch that training can meet: gray images, with room for as many targets as any has."""
+    """Make the largest batch that training can meet: gray images, with as many rows of targets as any needs."""
     sides = max(options.train_sizes), options.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
     if extremes.mixed:
@@ -155,7 +155,7 @@ def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes)
         original_size=size,
         size=size,
     )
-    return collate([sample] * options.batch_size, room=(height, width))
+    return collate([sample] * options.batch_size, padded_size=(height, width))
 
 
 SHAPE_STEP_PX = 64

@@ -94,7 +94,7 @@ class MicroBatches:
 
     def halve(self, batches: Sequence[Batch]) -> None:
         """Double `count`. Raises UserError where each micro-batch of `batches` is a single image already."""
-        height, width = max((batch.room for batch in batches), key=math.prod)
+        height, width = max((batch.padded_size for batch in batches), key=math.prod)
         require(
             self.count < max(len(batch.images) for batch in batches),
             f"A single image of {width}x{height} pixels does not fit into the memory in training. "

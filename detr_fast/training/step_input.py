@@ -42,7 +42,7 @@ class OneShape:
     @classmethod
     def of(cls, batch: Batch) -> Self:
         """Make it of a batch that has as many targets as any, and padding if any has."""
-        return cls(batch.targets.with_room().labels.shape[1], batch.padded)
+        return cls(batch.targets.pad_rows().labels.shape[1], batch.padded)
 
 
 def step_input(batch: Batch, preprocessing: Preprocessing, shape: OneShape | None = None) -> StepInput:
@@ -51,7 +51,7 @@ def step_input(batch: Batch, preprocessing: Preprocessing, shape: OneShape | Non
         images, mask = preprocessing(batch)
     targets = batch.targets
     if shape is not None:
-        targets = targets.with_room(shape.targets)
+        targets = targets.pad_rows(shape.targets)
         if shape.masked and mask is None:
-            mask = images.new_zeros((len(images), *batch.room), dtype=torch.bool)
+            mask = images.new_zeros((len(images), *batch.padded_size), dtype=torch.bool)
     return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)

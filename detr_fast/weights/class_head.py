@@ -82,7 +82,7 @@ def class_names(
 
     The file's own names count, with the ids of `given` where that has the same names; else `given`, whose ids are the
     labels; else COCO's names for 91 classes. None: labels are ids without names. Raises UserError for names that the
-    head has no room for.
+    head has no rows for.
     """
     stated = stated_categories(file, num_classes)
     if given is not None:
@@ -144,7 +144,7 @@ def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tupl
 
 
 def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
-    """Return a name for each label, and what labels are: ids where the head has room for all, as facebookresearch's;
+    """Return a name for each label, and what labels are: ids where the head has rows for all, as facebookresearch's;
     else, where there are as many categories as labels, these in order. Raises UserError where it is neither."""
     largest = categories[-1].id
     if largest >= num_classes:

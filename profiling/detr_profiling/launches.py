@@ -141,15 +141,20 @@ def _launches(operator: Any) -> bool:
 
 
 def make_batch(
-    device: torch.device, images: int, room: tuple[int, int], padded: bool, targets: int = 16, mirrored: bool = True
+    device: torch.device,
+    images: int,
+    padded_size: tuple[int, int],
+    padded: bool,
+    targets: int = 16,
+    mirrored: bool = True,
 ) -> Batch:
-    """Random images of 3/5 the room's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
-    height, width = (3 * side // 5 for side in room)
+    """Random images of 3/5 the batch's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
+    height, width = (3 * side // 5 for side in padded_size)
     places = tuple(
         Place(
             index * height * width * 3,
             *(height, width),
-            *(room[0], room[1] - (room[1] // 16 if padded and index % 2 else 0)),
+            *(padded_size[0], padded_size[1] - (padded_size[1] // 16 if padded and index % 2 else 0)),
             int(mirrored),
         )
         for index in range(images)
@@ -162,7 +167,7 @@ def make_batch(
         torch.full((images,), targets // 2, device=device),
     )
     sizes = torch.full((images, 2), 480, device=device)
-    return Batch(packed, room, objects, list(range(images)), sizes)
+    return Batch(packed, padded_size, objects, list(range(images)), sizes)
 
 
 def make_step(

@@ -21,10 +21,10 @@ CACHED_BYTES = 2**23
 
 
 def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], Tensor]:
-    """Which heads of q (G, Nq, d) with keys (G, Nk, d) are computed together, and room for such a group's weights."""
+    """Group heads of q (G, Nq, d) and k (G, Nk, d) to compute together; allocate the weights of one group."""
     together = max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
-    room = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
-    return [slice(start, start + together) for start in range(0, len(q), together)], room
+    workspace = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
+    return [slice(start, start + together) for start in range(0, len(q), together)], workspace
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,10 +32,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -
     and the weights (G, Nq, Nk) before and after dropout."""
     q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
     out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
-    groups, room = _groups(q, k)
+    groups, workspace = _groups(q, k)
     dropper = Dropper(p)
     for some in groups:
-        scores = room[: len(q[some])]
+        scores = workspace[: len(q[some])]
         if hidden is None:
             torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
         else:
@@ -54,9 +54,9 @@ def _backward(
     dout, q = dout * (1 / (1 - p)), q.contiguous() * scale
     k, v = k.contiguous(), v.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    groups, room = _groups(q, k)
+    groups, workspace = _groups(q, k)
     for some in groups:
-        dscores = room[: len(q[some])]
+        dscores = workspace[: len(q[some])]
         torch.bmm(dropped[some].transpose(1, 2), dout[some], out=dv[some])
         torch.bmm(dout[some], v[some].transpose(1, 2), out=dscores).mul_(dropped[some])
         dscores.addcmul_(weights[some], dscores.sum(-1, keepdim=True), value=-1)
