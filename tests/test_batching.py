@@ -51,7 +51,7 @@ def same(a: Batch, b: Batch) -> bool:
         (x.images.buffer, x.images.table, x.targets.labels, x.targets.boxes_cxcywh, x.targets.count, x.original_sizes)
         for x in (a, b)
     ]
-    alike = (a.image_ids, a.padded_size, a.images.places) == (b.image_ids, b.padded_size, b.images.places)
+    alike = (a.image_ids, a.padded_size, a.images.slots) == (b.image_ids, b.padded_size, b.images.slots)
     return alike and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
 
 

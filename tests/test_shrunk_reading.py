@@ -37,7 +37,7 @@ def dataset_of(folder: Path, suffix: str, transform: Transform, width: int = WID
 
 def distance_px(sample: Sample) -> float:
     """Between the box and the white pixels that it should enclose, in what a model sees."""
-    packed = PackedImages.of_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.hflip])
+    packed = PackedImages.from_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.hflip])
     pixels = resize_normalize_pad(packed, *sample.size, (0, 0, 0), (1, 1, 1), backend="ref")[0, 0]
     rows, columns = torch.nonzero(pixels > 0.5, as_tuple=True)
     white = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)).float()

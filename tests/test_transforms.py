@@ -61,7 +61,7 @@ def seen(image: Tensor, augmentation: SampledAugmentation, shrunk: int = 1) -> T
     """What `augmentation` makes of `image` (3, h, w), which is `shrunk` already: levels (3, h', w')."""
     top, left, bottom, right = augmentation.on_grid(shrunk)
     region = image[:, top:bottom, left:right].permute(1, 2, 0)
-    packed = PackedImages.of_list([region], [augmentation.size], [augmentation.hflip])
+    packed = PackedImages.from_list([region], [augmentation.size], [augmentation.hflip])
     return resize_normalize_pad(packed, *augmentation.size, (0, 0, 0), (1 / 255,) * 3, backend="ref")[0].round()
 
 

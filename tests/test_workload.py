@@ -89,8 +89,8 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
     assert batch.padded and batch.padded_size == (64, 96) and batch.images.sizes == [(64, 96), (64, 84)]
     assert [image.shape[:2] for image in batch.images] == [(38, 58), (38, 50)], "0.6 of it: they have to be resized"
     assert batch.original_sizes.tolist() == [[38, 58], [38, 50]]
-    assert [place.mirrored for place in batch.images.places] == [0, 1]
-    assert not any(place.mirrored for place in make_batches(INFERENCE, 91)[0].images.places)
+    assert [place.hflip for place in batch.images.slots] == [0, 1]
+    assert not any(place.hflip for place in make_batches(INFERENCE, 91)[0].images.slots)
     embedded = make_batches(replace(OPTIONS, model="detr_tiny"), 91)[0]
     assert [image.shape[:2] for image in embedded.images] == embedded.images.sizes
     assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
@@ -139,17 +139,17 @@ def test_what_is_compared_has_one_size() -> None:
 
 def test_what_is_compared_is_resized_without_rounding() -> None:
     batch = observed_batch(replace(OPTIONS, size="14x20"), 91)
-    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.places[1].mirrored
+    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.slots[1].hflip
     assert [image.shape[:2] for image in batch.images] == [(7, 10), (7, 9)]
     odd = observed_batch(replace(OPTIONS, size="15x20", batch_size=1), 91)
     assert [image.shape[:2] for image in odd.images] == [(15, 10)]
     images, arguments = batch.images, (*batch.padded_size, (0.0,) * 3, (1 / 255,) * 3)
     exact = torch.zeros(2, 3, *batch.padded_size, dtype=torch.float64)
-    for row, image, place in zip(exact, images, images.places, strict=True):
+    for row, image, place in zip(exact, images, images.slots, strict=True):
         pixels = image.permute(2, 0, 1)[None].double()
         size = (place.new_height, place.new_width)
         resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
-        row[:, : size[0], : size[1]] = resized.flip(-1) if place.mirrored else resized
+        row[:, : size[0], : size[1]] = resized.flip(-1) if place.hflip else resized
     assert torch.equal(exact, exact.round())
     for backend in ("ref", "triton"):
         found = resize_normalize_pad(images, *arguments, backend=backend)  # type: ignore[arg-type]

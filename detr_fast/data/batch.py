@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from detr_kernels import PackedImages
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels.preprocessing.resize import Slot
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -111,7 +111,7 @@ class Batch:
         receiver has to connect to the worker."""
         pixels, *small = self.tensors()
         values = [tensor.numpy() for tensor in small]
-        return received_batch, (pixels, values, self.images.places, self.padded_size, self.image_ids, self.skipped)
+        return received_batch, (pixels, values, self.images.slots, self.padded_size, self.image_ids, self.skipped)
 
     def split(self, parts: int) -> list["Batch"]:
         """Split into up to `parts` micro-batches of like size, each padded as the whole."""
@@ -148,21 +148,19 @@ class Batch:
 def received_batch(
     pixels: Tensor,
     values: list[np.ndarray],
-    places: tuple[Place, ...],
+    slots: tuple[Slot, ...],
     padded_size: tuple[int, int],
     image_ids: list[int],
     skipped: tuple[str, ...],
 ) -> Batch:
     """Put a batch together again, of what `Batch.__reduce__` gives."""
     table, original_sizes, *targets = map(torch.tensor, values)
-    return Batch(
-        PackedImages(pixels, table, places), padded_size, Targets(*targets), image_ids, original_sizes, skipped
-    )
+    return Batch(PackedImages(pixels, table, slots), padded_size, Targets(*targets), image_ids, original_sizes, skipped)
 
 
 def collate(samples: Sequence[Sample], padded_size: tuple[int, int] = (1, 1)) -> Batch:
     """Make a batch of at least one sample, padded to the largest, and to `padded_size` at least."""
-    images = PackedImages.of_list(
+    images = PackedImages.from_list(
         [sample.image.permute(1, 2, 0) for sample in samples],
         [sample.size for sample in samples],
         [sample.hflip for sample in samples],

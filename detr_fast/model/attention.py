@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from detr_kernels import ROW_BACKENDS, Blank, Packing, packed_attention, padded_attention
+from detr_kernels import ROW_BACKENDS, Packing, ZeroRows, packed_attention, padded_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ class Packed(NamedTuple):
     cu_seqlens_q: Tensor
     """(B + 1,) int32"""
     cu_seqlens_k: Tensor
-    blank: Blank
+    zero_rows: ZeroRows
 
 
 class Layout(NamedTuple):
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, queries: Packing, keys: Packing) -> "Layout":
-        return cls(None, Packed(queries.cu_seqlens, keys.cu_seqlens, queries.blank(keys)))
+        return cls(None, Packed(queries.cu_seqlens, keys.cu_seqlens, queries.zero_rows(keys)))
 
 
 UNPADDED = Layout()
@@ -96,7 +96,7 @@ class MultiheadAttention(Selectable):
             dropout=self.dropout,
             training=self.training,
             backend=backend,
-            blank=layout.packed.blank,
+            zero_rows=layout.packed.zero_rows,
         )
         return mixed.view(q.shape)
 

@@ -16,9 +16,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def predictions_and_targets() -> Iterator[tuple[Tensor, ...]]:
-    """Yield logits and boxes of every layer, labels and boxes of the targets: with float32 logits, as the model makes
-    them, and with bf16.
-    """
+    """Yield logits and boxes of every layer, labels and boxes of the targets, with logits in float32 and in bf16."""
     boxes = meta(LAYERS, IMAGES, QUERIES, 4, dtype=torch.float32)
     target_boxes = meta(IMAGES, TARGETS, 4, dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):

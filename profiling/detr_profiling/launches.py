@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from detr_kernels import PackedImages
 from detr_kernels.launch import launches_to
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels.preprocessing.resize import Slot
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -150,8 +150,8 @@ def make_batch(
 ) -> Batch:
     """Random images of 3/5 the batch's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
     height, width = (3 * side // 5 for side in padded_size)
-    places = tuple(
-        Place(
+    slots = tuple(
+        Slot(
             index * height * width * 3,
             *(height, width),
             *(padded_size[0], padded_size[1] - (padded_size[1] // 16 if padded and index % 2 else 0)),
@@ -160,7 +160,7 @@ def make_batch(
         for index in range(images)
     )
     buffer = torch.randint(0, 256, (images * height * width * 3,), dtype=torch.uint8, device=device)
-    packed = PackedImages(buffer, torch.tensor(places).to(device), places)
+    packed = PackedImages(buffer, torch.tensor(slots).to(device), slots)
     objects = Targets(
         torch.zeros(images, targets, dtype=torch.int64, device=device),
         torch.rand(images, targets, 4, device=device) * 0.3 + 0.2,

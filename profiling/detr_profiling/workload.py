@@ -237,7 +237,7 @@ def draw_batch(
     labels = torch.randint(num_classes, (images, objects), generator=generator)
     counts = torch.randint(1, objects + 1, (images,), generator=generator)
     targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    packed = PackedImages.of_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
+    packed = PackedImages.from_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
     return Batch(packed, shape.padded_size, targets, list(range(images)), torch.tensor(sources))
 
 
