@@ -1,4 +1,4 @@
-"""What this machine is, as far as times depend on it: device, driver, versions, and the code that computes."""
+"""Description of this machine, as far as times depend on it: device, driver, versions, and the code that computes."""
 
 import hashlib
 import os
@@ -15,7 +15,8 @@ COMPUTING = ("torch", "torchvision", "triton", "xformers")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """List what times on `device` depend on besides the model: its name, driver and libraries; of a CPU the cores."""
+    """Describe what times on `device` depend on besides the model: its name, driver and libraries; of a
+    CPU the cores."""
     installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -66,7 +67,7 @@ def driver_version() -> str | None:
 
 
 def processor_name() -> str:
-    """Read the processor's name as Linux has it, else the architecture."""
+    """Read the processor's name from Linux; elsewhere return the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

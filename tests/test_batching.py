@@ -61,7 +61,7 @@ def test_collate_keeps_images_as_they_are_and_makes_room_for_the_largest() -> No
     for image, one in zip(batch.images, samples, strict=True):
         assert torch.equal(image, one.image.permute(1, 2, 0))
     assert batch.images.sizes == [(30, 50), (40, 20)] and batch.padded_size == (40, 50) and batch.padded
-    assert batch.padding == pytest.approx(2 * 40 * 50 / (30 * 50 + 40 * 20))
+    assert batch.padding_overhead == pytest.approx(2 * 40 * 50 / (30 * 50 + 40 * 20) - 1)
     assert collate(samples, (33, 64)).padded_size == (40, 64)
     assert batch.image_ids == [8, 3] and batch.original_sizes.tolist() == [[60, 100], [80, 40]]
     assert batch.targets.count.tolist() == [2, 0]

@@ -22,7 +22,7 @@ from detr_fast.detector import place
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import SHAPE_STEP_PX
+from detr_fast.training.build import SHAPE_STEP_PX
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.graphed_step import MOST_GRAPHS, GraphedStep, why_not_graphed
@@ -202,7 +202,7 @@ def test_an_optimizer_that_was_captured_goes_on_without() -> None:
 def test_shapes_without_end_are_run_as_they_are() -> None:
     capturer = StandIn()
     step = graphed(make_step(), capturer)
-    step.gradient_graphs.most = 1
+    step.gradient_graphs.max_graphs = 1
     for size in (WIDE, WIDE, HIGH):
         step([batch(1, size, 3)])
     with pytest.warns(UserWarning, match="of other shapes run uncaptured"):
@@ -328,7 +328,7 @@ def test_a_graph_that_does_not_fit_when_it_is_tried_out_is_of_half_the_batch() -
     with pytest.warns(UserWarning, match="holds no more"):
         step.find_micro_batch_size(batch(1, WIDE, 3, pad_rows=False))
     assert step.micro_batches.count == 2 and not step.gave_up
-    assert len(step.gradient_graphs.graphs) == 1 and step.gradient_graphs.most == MOST_GRAPHS
+    assert len(step.gradient_graphs.graphs) == 1 and step.gradient_graphs.max_graphs == MOST_GRAPHS
 
 
 class NoRoom(StandIn):

@@ -17,7 +17,7 @@ from detr_fast.detector import place
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import main
-from detr_fast.training.assembly import Extremes, extremes_of, largest_batch, make_data
+from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.graphed_step import GraphedStep

@@ -17,7 +17,7 @@ from detr_profiling.mixed_sizes import (
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.sampler import Position
 from detr_fast.data.transforms import EvaluationTransform
-from detr_fast.training.assembly import SHAPE_STEP_PX
+from detr_fast.training.build import SHAPE_STEP_PX
 
 
 def image_px(shapes: list[BatchShape]) -> float:

@@ -1,4 +1,4 @@
-"""Images on their way to the model: one as it was read, its targets, and a batch of them."""
+"""Samples as they are read, their targets, and batches of both."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,16 +37,18 @@ PADDING_BOX = 0.5
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels (B, T) int64, boxes_cxcywh (B, T, 4) float32 in [0, 1], count (B,) int64; rows past an image's count are
-    padding."""
+    """Labels and boxes of a batch, padded to T rows an image."""
 
     labels: Tensor
+    """(B, T) int64"""
     boxes_cxcywh: Tensor
+    """(B, T, 4) float32 in [0, 1]"""
     count: Tensor
+    """(B,) int64: rows past an image's count are padding"""
 
     @classmethod
     def from_list(cls, targets: Sequence[dict[str, Tensor]]) -> Self:
-        """Build from one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} an image."""
+        """Build from one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} per image."""
         device = targets[0]["labels"].device
         counts = [len(target["labels"]) for target in targets]
         labels = torch.zeros(len(targets), max(counts), dtype=torch.int64, device=device)
@@ -76,7 +78,8 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
+    """Images of one step as they were read, and the size that each is to have: `Preprocessing` makes
+    the model's input."""
 
     images: PackedImages
     padded_size: tuple[int, int]
@@ -107,16 +110,18 @@ class Batch:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes with the pixels as the only tensor: each is a file in shared memory, for which the
-        receiver has to connect to the worker."""
+        """Pickle with the pixels as the only tensor.
+
+        Each tensor is a file in shared memory, for which the receiving process connects to the worker.
+        """
         pixels, *small = self.tensors()
         values = [tensor.numpy() for tensor in small]
         return received_batch, (pixels, values, self.images.slots, self.padded_size, self.image_ids, self.skipped)
 
-    def split(self, parts: int) -> list["Batch"]:
-        """Split into up to `parts` micro-batches of like size, each padded as the whole."""
-        share = -(-len(self.images) // parts)
-        slices = [slice(start, start + share) for start in range(0, len(self.images), share)]
+    def split(self, count: int) -> list["Batch"]:
+        """Split into up to `count` micro-batches of like size, each padded as the whole."""
+        size = -(-len(self.images) // count)
+        slices = [slice(start, start + size) for start in range(0, len(self.images), size)]
         return [
             replace(
                 self,
@@ -140,9 +145,10 @@ class Batch:
         return any(size != self.padded_size for size in self.images.sizes)
 
     @property
-    def padding(self) -> float:
-        """Return the pixels that are computed, over those that are not padding: 1 is no overhead."""
-        return len(self.images) * self.padded_size[0] * self.padded_size[1] / sum(h * w for h, w in self.images.sizes)
+    def padding_overhead(self) -> float:
+        """Return the pixels of padding as a fraction of the images' own: 0 where nothing is padded."""
+        computed = len(self.images) * self.padded_size[0] * self.padded_size[1]
+        return computed / sum(h * w for h, w in self.images.sizes) - 1
 
 
 def received_batch(
@@ -153,7 +159,7 @@ def received_batch(
     image_ids: list[int],
     skipped: tuple[str, ...],
 ) -> Batch:
-    """Put a batch together again, of what `Batch.__reduce__` gives."""
+    """Make a batch again from what `Batch.__reduce__` gives."""
     table, original_sizes, *targets = map(torch.tensor, values)
     return Batch(PackedImages(pixels, table, slots), padded_size, Targets(*targets), image_ids, original_sizes, skipped)
 

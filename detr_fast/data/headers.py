@@ -34,8 +34,8 @@ class Header:
 
 
 def read_header(path: Path) -> Header | None:
-    """Return what the file's header says, or None where it, or what it says of the pixels, cannot be read. Never raises
-    for what a file holds."""
+    """Read a file's header; None where it cannot be read, or its pixels could not. Raises nothing, whatever
+    a file holds."""
     try:
         if kind_of(path) != "file":
             return None

@@ -1,4 +1,4 @@
-"""The order of training: endless, known from the seed alone, and to be entered at any batch of any epoch."""
+"""The order of training batches: endless, fixed by the seed alone, and enterable at any batch of any epoch."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ class Position(NamedTuple):
 
     epoch: int
     image: int
-    """Its index."""
+    """Its index in the data set."""
     padded_size: tuple[int, int] = (1, 1)
     """(H, W) in pixels that its batch is padded to at least."""
 
 
 class Group(NamedTuple):
-    """One rank's part of N successive batches of an epoch."""
+    """N successive batches of an epoch, of which `images` holds one rank's part."""
 
     epoch: int
     images: np.ndarray
@@ -35,8 +35,8 @@ class Group(NamedTuple):
 
 
 BATCHES_A_GROUP = 256
-"""From how many batches' images, drawn at random, batches of like shape are made: enough that little is padding, few
-enough that an image meets others every epoch."""
+"""Batches of like shape are made among the random images of this many batches: enough for little padding, few enough
+that an image meets others every epoch."""
 
 
 def batches_per_epoch(length: int, batch_size: int, world: int) -> int:
@@ -54,7 +54,7 @@ def batches_per_epoch(length: int, batch_size: int, world: int) -> int:
 
 
 class EpochSampler(Sampler[list[Position]]):
-    """Batches of positions without end.
+    """Yields batches of positions without end.
 
     Batch k of an epoch is a slice of a permutation drawn from (seed, epoch), of which each of `world` ranks takes its
     part, so the ranks together see the same images whatever their number, as long as `batch_size` times `world` stays.
@@ -93,8 +93,10 @@ class EpochSampler(Sampler[list[Position]]):
                 yield [Position(epoch, image, (height, width)) for image in batch.tolist()]
 
     def groups(self) -> Iterator[Group]:
-        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end; of an epoch's last group what is
-        left, of the first what comes from `start_batch` on."""
+        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end, from `start_batch` on.
+
+        An epoch's last group has fewer.
+        """
         first = self.start_batch
         for epoch in itertools.count(self.start_epoch):
             rng = random_generator(self.seed, epoch)
@@ -120,10 +122,10 @@ class EpochSampler(Sampler[list[Position]]):
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items of an endless iterator, which a thread makes while the one before is used.
+    """Yield the items of an endless iterator, each made by a thread while the one before is used.
 
-    So who takes an item finds it made. What goes wrong in the thread is raised here; the thread ends with this
-    iterator, and does not outlive the interpreter.
+    What goes wrong in the thread is raised here. The thread ends with this iterator, and does not
+    outlive the interpreter.
     """
     with ThreadPoolExecutor(1, "one ahead") as thread:
         coming = thread.submit(next, items)

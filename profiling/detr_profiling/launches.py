@@ -28,8 +28,8 @@ from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_fast.runtime import Runtime
-from detr_fast.stages import STAGES, current_stage
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
@@ -80,7 +80,7 @@ class Launches(TorchDispatchMode):
         """Our operators that ran."""
 
     def note(self, name: str) -> None:
-        self.by_stage.setdefault(current_stage() or OTHER, Counter())[name] += 1
+        self.by_stage.setdefault(current_range() or OTHER, Counter())[name] += 1
 
     def note_triton(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.note(kernel.fn.__name__)
@@ -89,7 +89,7 @@ class Launches(TorchDispatchMode):
 
     def totals(self) -> dict[str, int]:
         """Launches by stage, in the stages' order."""
-        return {stage: self.by_stage[stage].total() for stage in (*STAGES, OTHER) if stage in self.by_stage}
+        return {stage: self.by_stage[stage].total() for stage in (*PROFILER_RANGES, OTHER) if stage in self.by_stage}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
