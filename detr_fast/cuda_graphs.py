@@ -22,7 +22,7 @@ from detr_fast.out_of_memory import is_out_of_memory
 Call = Callable[[], Any]
 MEMORY_IS_FULL = "The memory holds no more CUDA graphs: other shapes run eagerly from now on."
 ALIGNMENT_BYTES = 512
-"""As torch's allocator aligns: Triton specialises kernels for the alignment of their pointers."""
+"""The alignment of torch's allocator: Triton specialises kernels for the alignment of their pointers."""
 
 
 class Capturer(Protocol):
@@ -173,8 +173,7 @@ class CudaCapturer:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Call) -> Any:
-        """Run `call` on the stream that captures, as cuBLAS has a workspace per stream, and autograd
-        accumulates on one."""
+        """Run `call` on the capturing stream, which holds cuBLAS's workspace and accumulates gradients."""
         here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream), cudnn_benchmark(self.benchmark):

@@ -38,7 +38,7 @@ SMALL_BATCH_PX = 4_000_000
 """Pixels for which the GPU takes as long as the host takes to launch the forward pass, about 5 ms: four images of
 800x1066. Such batches gain from a CUDA graph, larger ones little."""
 WARM_UP_CALLS = {"small": 1, "large": 3}
-"""Of a shape, before it is captured, which costs as much as some forward passes (0.1 s)."""
+"""Eager calls of a shape before it is captured, which costs as much as some forward passes (0.1 s)."""
 
 
 class Detector:
@@ -57,7 +57,7 @@ class Detector:
         """Take a network as it is, or as `place` has placed it for `runtime`."""
         self.network = network
         self.categories = categories
-        """What each label stands for, in label order; None: labels are the data set's own ids."""
+        """The category of each label, in label order; None: labels are the data set's own ids."""
         self.notes = notes
         """Sentences on what was assumed where its file did not say it."""
         self.graphs: GraphCache | None = None

@@ -15,8 +15,7 @@ COMPUTING = ("torch", "torchvision", "triton", "xformers")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe what times on `device` depend on besides the model: its name, driver and libraries; of a
-    CPU the cores."""
+    """Describe what times on `device` depend on besides the model: name, driver, libraries; a CPU's cores."""
     installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -34,10 +33,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """Hash the files that compute: what was measured does not outlive them."""
+    """Hash the files that compute: what was measured is void once one of them changes."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in computing_files())).hexdigest()[:12]
+
+
+def computing_files() -> list[Path]:
+    """List the files of the kernels, the network and the training step, those in subfolders too."""
     folders = (Path(detr_kernels.__file__).parent, Path(__file__).parent / "model", Path(__file__).parent / "training")
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def cores() -> int:

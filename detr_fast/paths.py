@@ -12,8 +12,7 @@ Kind = Literal["nothing", "file", "folder", "broken link", "special file"]
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Return what is at `path`, links followed. Raises UserError where it cannot be looked at, as in
-    a locked folder."""
+    """Return what is at `path`, links followed. Raises UserError where the system does not allow to look."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -39,15 +39,15 @@ class Runtime:
     attention: Attention
     reasons: dict[str, str]
     capture: bool | None = None
-    """Whether steps are replayed as CUDA graphs; None: training is not, optimised inference on a GPU is."""
+    """True: steps are replayed as CUDA graphs. None: optimised inference on a GPU is, training is not."""
     optimize: bool | None = None
-    """Whether inference folds and rounds weights once; None: unless --kernels ref."""
+    """True: inference folds and rounds weights once. None: it does, unless --kernels is ref."""
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
     host_allocator: Allocator | None = None
     """For the whole process; None: it stays as it is."""
     threads: int | None = None
-    """Of torch's operators on a CPU, for the whole process; None: as many as it has."""
+    """Threads of torch's operators on a CPU, for the whole process; None: torch's default."""
 
     def workers(self, asked: int | None) -> int:
         """Return how many worker processes read images: as asked; else none on a CPU, and up to 16 beside a GPU.
@@ -121,8 +121,7 @@ def with_reasons(measured: Measured) -> dict[str, str]:
 def why_not_measured(
     switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int, mode: Mode = "training"
 ) -> str | None:
-    """Say why a switch (an operation or an option) cannot have `value` here; None where no reason
-    is known beforehand."""
+    """Say why a switch (an operation or an option) cannot have `value` here; None where no reason is known."""
     if switch in OPERATIONS:
         facts = Facts(device, dtype, training=mode == "training", dropout=0.1, head_dim=head_dim)
         return OPERATIONS[switch].why_not(value, facts)

@@ -191,8 +191,7 @@ def is_last_of(path: Path | None, output: str) -> bool:
 
 
 def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -> Callable[[], Evaluation]:
-    """Return a function that evaluates the weights to keep, uncompiled: compiling anew would take longer
-    than it saves."""
+    """Return a function that evaluates the weights to keep, uncompiled: compiling would take longer than it saves."""
     runtime, world = replace(step.runtime, compile=False), step.world
     workers = runtime.workers(options.workers)
 

@@ -27,7 +27,7 @@ from detr_fast.paths import cache_folder
 
 Mode = Literal["training", "inference"]
 FORMAT = 2
-"""Of the file; another one is void."""
+"""The version of the file's format; a file of another one is void."""
 
 
 RUNTIME_SWITCHES: dict[str, Any] = {
@@ -77,7 +77,7 @@ class Case(Checked):
     mode: Mode
     batch_size: int
     pixels: int
-    """Of an image, on average."""
+    """Pixels of an image, on average."""
     named: str = ""
 
     @classmethod
@@ -130,11 +130,11 @@ class Trial(Checked):
     ms: float | None = None
     """Median time of a step."""
     against_ms: float | None = None
-    """Of the best before it, in the same turns."""
+    """Median time of the best before it, in the same turns."""
     spread_ms: float | None = None
-    """What a gain had to pass: the mean of both sides' interquartile ranges."""
+    """Least gain that counts: the mean of both interquartile ranges."""
     error: float | None = None
-    """Of the quantity nearest to what is allowed, where it was compared with the reference."""
+    """Error of the quantity nearest to its limit, where it was compared with the reference."""
     allowed: float | None = None
 
     def outcome(self) -> str:
@@ -163,7 +163,7 @@ class Tuning(Checked):
     """Mean of both interquartile ranges, in the turns that ended the measurement."""
     date: str
     commit: str | None = None
-    """Of the checkout that measured, where it was one."""
+    """Commit of the checkout that measured, where it was one."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:

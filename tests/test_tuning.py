@@ -125,6 +125,11 @@ def test_a_changed_version_voids_it(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert find(CPU, CASE) is None
 
 
+def test_what_was_measured_is_void_once_any_kernel_changes() -> None:
+    found = {path.name for path in machine.computing_files()}
+    assert {"set_loss.py", "triton_forward.py", "attention.py", "step.py"} <= found
+
+
 def test_so_do_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     keep(CPU, make())
     monkeypatch.setattr(machine, "code_version", lambda: "another")

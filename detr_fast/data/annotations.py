@@ -246,8 +246,7 @@ def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.nda
 
 
 def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clamp boxes to corners (N, 4) float32 in images of `sizes_wh` (N, 2); return them, which changed,
-    which are empty."""
+    """Clamp boxes to images of `sizes_wh` (N, 2): corners (N, 4) float32, which were cut, and which are empty."""
     low, extent = np.split(boxes_xywh_px.astype(np.float32), 2, axis=1)
     corners = np.concatenate((low, low + extent), axis=1)
     inside = np.clip(corners, 0, np.tile(sizes_wh, 2)).astype(np.float32)

@@ -28,7 +28,7 @@ class Sample:
     size: tuple[int, int]
     """(h, w) that the image is to have in the batch"""
     hflip: bool = False
-    """Whether the image is still to be flipped horizontally"""
+    """True: the image is still to be flipped horizontally"""
 
 
 PADDING_BOX = 0.5
@@ -78,8 +78,7 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step as they were read, and the size that each is to have: `Preprocessing` makes
-    the model's input."""
+    """Images of one step as they were read, with the sizes that `Preprocessing` gives them."""
 
     images: PackedImages
     padded_size: tuple[int, int]

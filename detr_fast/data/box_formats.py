@@ -62,8 +62,7 @@ ORDERS = (
 
 
 def likely_order(boxes_px: np.ndarray, sizes_wh: np.ndarray) -> str:
-    """Name the other order in which almost all boxes (N, 4) would be right, where many are wrong in COCO's;
-    "" if none."""
+    """Name the order in which almost all boxes (N, 4) would be right, where many are wrong in COCO's; "" if none."""
     if not len(boxes_px):
         return ""
     wrong = np.count_nonzero(~fit_as_coco(boxes_px, sizes_wh))

@@ -49,8 +49,7 @@ class ImageRecord:
     """Why there was no such file, and what to do; empty where there was one."""
 
     def decode(self, draft_scale: int = 1) -> Decoded:
-        """Read the file as `decode_file` does. Raises UserError as that does; of a missing file it
-        names similar ones."""
+        """Read the file as `decode_file` does. Raises UserError, which for a missing file names similar ones."""
         require(not self.absent or os.path.exists(self.path), f"{self.path}: {self.absent}")
         return decode_file(self.path, draft_scale)
 
@@ -86,7 +85,7 @@ class CocoDataset(Dataset[Sample]):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.categories = choose_categories(self.annotations, categories, raw_ids, num_classes)
-        """What each label stands for, in label order; None: labels are the ids."""
+        """The category of each label, in label order; None: labels are the ids."""
         self.label_of = label_map(self.annotations, self.categories)
         """Category id to label."""
         self.num_classes = max(self.label_of.values()) + 1 if self.categories is None else len(self.categories)

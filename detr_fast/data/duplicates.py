@@ -23,11 +23,11 @@ class Duplicates:
     """Ids of annotations whose box an earlier annotation of the same image has, as `Annotations` numbers them."""
 
     equal: np.ndarray
-    """The same class, and but for rounding the same box"""
+    """Those of the same class, with the same box up to rounding"""
     nearly_equal: np.ndarray
-    """The same class, with an IoU above NEARLY_EQUAL_IOU"""
+    """Those of the same class, with an IoU above NEARLY_EQUAL_IOU"""
     two_classes: np.ndarray
-    """The same box, of another class"""
+    """Those of another class, with the same box"""
     renumbered: bool
     """The ids are positions in the file, counted from 1"""
 

@@ -40,15 +40,14 @@ class SampledAugmentation:
         return top, left, max(bottom, top + 1), max(right, left + 1)
 
     def draft_scale(self) -> int:
-        """Choose how many times smaller, 1, 2, 4 or 8, a JPEG is decoded, with `SPARE` times the pixels
-        wanted at least."""
+        """Choose how many times smaller a JPEG is decoded, 1, 2, 4 or 8: at least `SPARE` times the final size."""
         top, left, bottom, right = self.crop_box
         spare = min((bottom - top) / self.size[0], (right - left) / self.size[1]) / SPARE
         return next(scale for scale in (8, 4, 2, 1) if scale <= max(spare, 1))
 
 
 SPARE = 2
-"""As Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
+"""Like Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +107,7 @@ class TrainTransform:
         return SampledAugmentations(crop_boxes, sizes, hflip)
 
     def _cropped(self, image_sizes: np.ndarray, draws: Draws, hflip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in those of
-        DETR's resized copies."""
+        """Sample crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in the resized images' pixels."""
         shorter = draws.choice(CROP_SIZE, self.crop_sizes)
         resized = resized_sizes(image_sizes, shorter, LONGEST_SIDE_BEFORE_CROP_PX)
         corner, size = random_crops(resized, self.crop_range, draws)

@@ -68,8 +68,7 @@ FONTS = Fonts()
 
 
 def class_names(names: Mapping[int, str]) -> dict[int, str]:
-    """Map category ids to names for figures: "class ID" where no font here has a name's letters; warns
-    once of these."""
+    """Map category ids to names for figures: "class ID", with a warning, where no font has a name's letters."""
     lacking = {id_: FONTS.lacking(name) for id_, name in names.items()}
     nameless = [id_ for id_, letters in lacking.items() if letters]
     if nameless:

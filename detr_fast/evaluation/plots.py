@@ -21,7 +21,7 @@ PRECISIONS = {
     "by the objects' size": {"APs": "small, below 32² px", "APm": "medium", "APl": "large, above 96² px"},
 }
 NAMED_CURVES = 20
-"""Of more classes than this, only the mean's curve is named."""
+"""Most classes whose curves are named; beyond, only the mean's is."""
 LONGEST_NAME = 24
 TRAIN_COLOUR, VAL_COLOUR = "#9ecae1", "#d95f02"
 SMOOTH_COLOUR = "#2171b5"

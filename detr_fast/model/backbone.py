@@ -189,8 +189,7 @@ class TimmBackbone(nn.Module):
 
 
 def build_backbone(name: str, dilation: bool) -> nn.Module:
-    """Build a backbone with random weights and an `out_channels` attribute: resnet50, resnet101, tiny or
-    a timm name."""
+    """Build resnet50, resnet101, tiny or a timm backbone with random weights and an `out_channels` attribute."""
     if name in DEPTHS:
         return ResNet(DEPTHS[name], dilation)
     if name == "tiny":

@@ -63,8 +63,7 @@ class DecoderLayer(PostNormLayer):
         self_mask: AttentionMask,
         cross_mask: AttentionMask,
     ) -> Tensor:
-        """Decode the state (B, Q, D), with its positions (Q, D), over the memory (B, N, D), given
-        with positions too."""
+        """Decode the state (B, Q, D) over the memory (B, N, D), which is given without and with positions."""
         with_position = state + query_position
         state = self.add_norm(self.self_attn(with_position, with_position, state, self_mask), state, self.norm1)
         attended = self.multihead_attn(state + query_position, memory_with_position, memory, cross_mask)

@@ -18,7 +18,7 @@ from detr_fast.weights.files import ModelDescription
 from detr_fast.weights.pickles import listed
 
 VERSION = 1
-"""Of `TrainingState`; counts up whenever an older state cannot be resumed."""
+"""The version of `TrainingState`; counts up whenever an older state cannot be resumed."""
 ADVICE = (
     "Free some space or give another --output; the previous checkpoint is kept and --resume auto continues from it."
 )
@@ -62,7 +62,7 @@ class RunFacts:
     tuning: dict[str, Any] | None = None
     """A `Tuning`, as plain values: those of another version are void."""
     data: dict[str, SplitDigest]
-    """Of the splits train and val."""
+    """Digests of the splits train and val."""
     processes: int
 
     def description(self) -> ModelDescription:

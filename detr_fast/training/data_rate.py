@@ -20,8 +20,7 @@ SECONDS = 10.0
 
 
 def training_rate(metrics: Path, processes: int) -> float | None:
-    """Return images/s of each device in an earlier run's log, without its waits for data; None where there
-    is no log."""
+    """Return each device's images/s by an earlier run's log, without waits for data; None where there is none."""
     rows = [row for row in read_rows(metrics) if row["kind"] == "train"]
     busy = [float(row["images_per_second"]) / max(1 - float(row["data_wait_fraction"]), 1e-3) for row in rows]
     return median(busy) / processes if busy else None

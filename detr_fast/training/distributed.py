@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `local_rank` counts on its own node."""
+    """This process's rank among `size`; `local_rank` counts on its own node."""
 
     rank: int = 0
     size: int = 1

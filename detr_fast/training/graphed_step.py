@@ -58,7 +58,7 @@ class GraphedStep:
         self.gradient_graphs = GraphCache(capturer, MOST_GRAPHS, FULL)
         self.update_graph = GraphCache(capturer, 1)
         self.gave_up = False
-        """Whether the memory ran out, and steps run eagerly since."""
+        """True once the memory ran out: steps run eagerly since."""
 
     @property
     def count(self) -> int:

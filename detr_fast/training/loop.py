@@ -86,8 +86,7 @@ class TrainingLoop:
         return due and self.progress.evaluated_step != self.progress.step
 
     def _advance(self) -> None:
-        """Make one optimizer step, whose random numbers depend on (seed, step, rank) alone: a resumed
-        run repeats them."""
+        """Make one optimizer step; a resumed run repeats its random numbers, which follow from (seed, step, rank)."""
         asked = time.perf_counter()
         with profiler_range("data wait"):
             batches = [next(self.batches) for _ in range(self.options.accumulate)]
@@ -121,8 +120,7 @@ class TrainingLoop:
         return every > 0 and self.progress.step % every == 0
 
     def _agreed(self, interruption: Interruption) -> bool:
-        """Tell whether to stop: one process at any step; several ranks agree, at log lines, so that none
-        goes on alone."""
+        """Tell whether to stop: one process at any step, several ranks at log lines, where they agree."""
         asked = interruption.signal_number is not None
         if self.step.world.size == 1:
             return asked

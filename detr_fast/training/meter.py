@@ -15,7 +15,7 @@ class TermSums:
     """Sums a step's terms, always in the same memory, so that a captured step adds them too."""
 
     sums: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """Of the terms that come together, (N,) float32."""
+    """Sums (N,) float32 by the names of the N terms that are added together."""
 
     def add(self, terms: dict[str, Tensor]) -> None:
         names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])

@@ -69,8 +69,7 @@ class MicroBatches:
             self.halve([batch])
 
     def fits(self, batch: Batch, try_out: TryOut, shape: StaticShape | None = None) -> bool:
-        """Tell whether `try_out` has memory for the micro-batches of `batch`, beside the optimizer's moments,
-        on every rank.
+        """Tell whether every rank has memory for `try_out` on the micro-batches of `batch`, beside AdamW's moments.
 
         Batch norm statistics and random state are restored. `shape`: that of a graphed step, whose gradients
         keep their memory.

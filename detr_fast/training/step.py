@@ -129,8 +129,7 @@ class TrainStep:
         return terms
 
     def normalizers(self, inputs: Sequence[StepInput]) -> Tensor:
-        """Sum the normalizers (2,) over all inputs and ranks; divide by the ranks, over which
-        gradients are averaged."""
+        """Sum normalizers (2,) over all inputs and ranks; divide by the ranks, as gradients are averaged."""
         queries = self.model.config.num_queries
         with profiler_range("loss"):
             first, *others = (self.criterion.normalizers(given.targets, queries) for given in inputs)
@@ -138,8 +137,7 @@ class TrainStep:
             return self.world.sum(torch.stack((joined.boxes, joined.class_weight))) / self.world.size
 
     def joined(self, of_micro_batches: Sequence[Terms]) -> Terms:
-        """Join the terms of a step's micro-batches: losses, which have joint normalizers, are
-        added; errors averaged."""
+        """Join the terms of micro-batches: add the losses, which have joint normalizers; average the errors."""
         with profiler_range("loss"):
             losses, errors = (reduce(torch.add, [each[kind] for each in of_micro_batches]) for kind in KINDS)
             values = torch.cat((losses, errors / len(of_micro_batches)))

@@ -134,8 +134,7 @@ def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, 
 
 
 def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tuple[Category, ...]:
-    """Return the stated classes with the ids of `categories` by name; with -1, which no data has, where
-    that lacks it."""
+    """Return the stated classes with the ids that `categories` has for their names; NO_ID where it has none."""
     named = {spelling(category.name): category for category in categories}
     return tuple(named.get(spelling(one.name), Category(NO_ID, one.name)) for one in stated)
 

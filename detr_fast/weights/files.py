@@ -58,9 +58,9 @@ class WeightsFile:
     path: Path
     state_dict: dict[str, Tensor]
     model_config: dict[str, Any] | None = None
-    """As `ModelDescription` has it, where we wrote the file."""
+    """That of `ModelDescription`, where we wrote the file."""
     categories: list[dict[str, Any]] | None = None
-    """As `ModelDescription` has them, where we wrote the file."""
+    """Those of `ModelDescription`, where we wrote the file."""
     args: dict[str, Any] = field(default_factory=dict)
     """facebookresearch's training options, where the file has them."""
     huggingface_config: dict[str, Any] = field(default_factory=dict)

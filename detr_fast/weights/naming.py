@@ -144,8 +144,7 @@ class NamedWeights:
 
     @property
     def is_detr(self) -> bool:
-        """Tell whether there is DETR's transformer, and a backbone or projection before it; language
-        models lack these."""
+        """Tell whether there is DETR's transformer with a backbone or projection, which language models lack."""
         transformer = any(anchor in self.tensors for anchor in ANCHORS)
         return transformer and any(name.startswith(IMAGE_SIDE) for name in self.tensors)
 

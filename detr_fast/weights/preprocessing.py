@@ -35,8 +35,7 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def preprocessed(file: WeightsFile) -> dict[str, Any]:
-    """Return the fields of ModelConfig that the file's preprocessor_config.json states; none where there is
-    no such file.
+    """Return the fields of ModelConfig that the preprocessor_config.json states; none where there is no such file.
 
     Raises UserError that names a key whose value cannot be followed here.
     """
@@ -52,8 +51,7 @@ def preprocessed(file: WeightsFile) -> dict[str, Any]:
 
 
 def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
-    """Return the shorter side's length and the longer side's bound in pixels; by default 800 and
-    1333, as transformers."""
+    """Return the shorter side and the longer side's bound in pixels; 800 and 1333 by default, as in transformers."""
     default = ModelConfig()
     size = said.get("size", default.image_size)
     if isinstance(size, dict):

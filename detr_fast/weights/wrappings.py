@@ -47,8 +47,7 @@ def says(what: re.Pattern[str], key: str) -> bool:
 
 
 def find_weights(content: Any) -> Found:
-    """Find the state dict in `content`: EMA weights where they are whole, else those under a usual key,
-    else the largest.
+    """Find the state dict in `content`: whole EMA weights, else those under a usual key, else the largest.
 
     Raises UserError that says what is there instead.
     """

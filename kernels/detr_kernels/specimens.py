@@ -7,7 +7,7 @@ from torch import Tensor
 
 IMAGES, QUERIES, LAYERS, DIM, HEADS, CLASSES, TARGETS = 16, 100, 6, 256, 8, 91, 63
 TOKENS = 25 * 34
-"""Of one 800x1066 image at stride 32."""
+"""Tokens of one 800x1066 image at stride 32."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

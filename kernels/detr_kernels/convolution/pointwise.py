@@ -139,9 +139,9 @@ def conv1x1_bias_act(
     `conv_bias_act` chooses when. x (B, C, H, W), weight (N, C, 1, 1), bias (N,), residual and result (B, N, H', W');
     residual and relu are optional. Under autocast it computes in autocast's dtype. It takes bfloat16, float16 and
     float32 (no TF32); reads channels-last images, copies others into that order, and returns it; adds the bias, which
-    may be float32, to its float32 sums; and saves x only where the weight learns, the weight only where x does,
-    the output only where there is a ReLU. Raises ValueError for
-    shapes or dtypes that do not fit and RuntimeError where Triton cannot run.
+    may be float32, to its float32 sums; and saves x only where the weight learns, the weight only where x does, the
+    output only where there is a ReLU. Raises ValueError for shapes or dtypes that do not fit and RuntimeError where
+    Triton cannot run.
     """
     x, weight, residual = as_under_autocast(x, weight, residual)
     check_convolution(x, weight, bias, residual, stride)
