@@ -145,10 +145,12 @@ def bench_order(benchmark: BenchmarkFixture, order_case: OrderCase) -> None:
 
 def judge_order(group: Group, batches: Iterator[list[Position]]) -> Verdict:
     """Batches are those of the group, and have room for their images, planned one by one. Raises AssertionError."""
-    for images, room, batch in zip(group.images[:20], group.rooms.tolist(), batches, strict=False):
-        assert [(position.image, list(position.room)) for position in batch] == [(image, room) for image in images]
-        assert all((SIZES_OF(group.epoch, [image])[0] <= room).all() for image in images)
-    return Verdict("rooms", 0, 0)
+    for images, padded_size, batch in zip(group.images[:20], group.padded_sizes.tolist(), batches, strict=False):
+        assert [(position.image, list(position.padded_size)) for position in batch] == [
+            (image, padded_size) for image in images
+        ]
+        assert all((SIZES_OF(group.epoch, [image])[0] <= padded_size).all() for image in images)
+    return Verdict("padded_sizes", 0, 0)
 
 
 def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:

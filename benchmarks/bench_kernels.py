@@ -218,7 +218,7 @@ def pixels(images: int, height: int, width: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
         photographs = [torch.randint(256, (480, 640, 3), dtype=torch.uint8) for _ in range(images)]
         sizes = [(height, width - 8 * index) for index in range(images)]
-        packed = detr_kernels.PackedImages.of_list(photographs, sizes).to(DEVICE)
+        packed = detr_kernels.PackedImages.from_list(photographs, sizes).to(DEVICE)
         return packed, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype
 
     return Kernel("preprocessing", detr_kernels.resize_normalize_pad, make, f"{height}x{width}", differentiable=0)

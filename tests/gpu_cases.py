@@ -39,8 +39,8 @@ FORMS: list[tuple[Kernels, Attention]] = [
 NAMES = ["-".join(forms) for forms in FORMS]
 FAST = FORMS[0], FORMS[2]
 ROOM = (96, 128)
-ROOMS = [(96 + 32 * (index % 5), 128 + 32 * (index % 4)) for index in range(10)]
-"""Ten rooms, both sides of which change at once."""
+PADDED_SIZES = [(96 + 32 * (index % 5), 128 + 32 * (index % 4)) for index in range(10)]
+"""Ten sizes of a batch, both sides of which change at once."""
 
 per_form = pytest.mark.parametrize(("kernels", "attention"), FORMS, ids=NAMES)
 ragged_or_not = pytest.mark.parametrize("padded", [True, False], ids=["ragged", "one size"])
@@ -130,7 +130,7 @@ def check_that_model_and_loss_are_one_graph(
 def check_that_ten_shapes_are_two_graphs(kernels: Kernels, padded: bool, gpu: torch.device) -> None:
     """The first shape's own, and one for all others."""
     step = make_step(CONFIG, gpu, kernels)
-    batches = [make_batch(gpu, 2, room, padded) for room in ROOMS]
+    batches = [make_batch(gpu, 2, padded_size, padded) for padded_size in PADDED_SIZES]
     assert compile_at(step, batches, "eager") == {"graphs": 2, "breaks": 0}
 
 

@@ -29,7 +29,7 @@ from detr_fast.config import UserError, model_config
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_step
+from detr_fast.training.build import make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.step import TrainStep
 from detr_fast.weights.container import write_container

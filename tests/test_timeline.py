@@ -338,7 +338,7 @@ def test_a_long_curve_keeps_its_extremes() -> None:
     )
 
 
-# A real trace: how ranges nest is detr_fast.stages' word, what the figures are is hand-checked above.
+# A real trace: how ranges nest is detr_fast.profiler_ranges' word, what the figures are is hand-checked above.
 
 PARENTS: dict[str, set[str | None]] = {
     **{name: {None} for name in ("data wait", "copy", "pixels", "forward", "loss", "backward", "optimizer")},

@@ -19,7 +19,7 @@ from detr_profiling.workload import Workload, build_workload
 
 from detr_fast.config import UserError
 from detr_fast.console import Console
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 BLOCK = {
     *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_share", "host_waits"),
@@ -74,7 +74,7 @@ def test_the_block_is_whole_and_adds_up(result: dict[str, Any]) -> None:
 
 def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
     def sleep() -> None:
-        with stage("pixels"):
+        with profiler_range("pixels"):
             time.sleep(0.3)
 
     slow = figures(tampered(tiny, sleep), tmp_path)
@@ -103,7 +103,7 @@ def test_a_leak_of_a_graph_is_found(tiny: Workload, tmp_path: Path) -> None:
 
 def test_a_read_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path) -> None:
     def read() -> None:
-        with stage("loss"):
+        with profiler_range("loss"):
             bool(torch.ones(1) > 0)
 
     waits = figures(tampered(tiny, read), tmp_path)

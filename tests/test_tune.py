@@ -19,9 +19,9 @@ from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import RECIPES, UserError
 from detr_fast.data.shapes import write_split
-from detr_fast.training.assembly import make_data
+from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
-from detr_fast.training.first_minute import typical_size
+from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Tuning, checked_choices, find
 
 OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)

@@ -14,7 +14,7 @@ from detr_fast.data.batch import Batch
 from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
+from detr_fast.training.build import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.recipes import recipe_of
 from detr_profiling.pages.terminal import show

@@ -26,9 +26,9 @@ from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
-from detr_fast.training.assembly import make_data
+from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
-from detr_fast.training.first_minute import typical_size
+from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit

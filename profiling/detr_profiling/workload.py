@@ -18,9 +18,9 @@ from detr_fast.detector import Detector, place
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime, choose_device, choose_runtime
-from detr_fast.stages import stage
-from detr_fast.training.assembly import shape_step_px
+from detr_fast.training.build import shape_step_px
 from detr_fast.training.criterion import SetCriterion, build_criterion
 from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
 from detr_fast.training.micro_batches import MicroBatches
@@ -237,8 +237,8 @@ def draw_batch(
     labels = torch.randint(num_classes, (images, objects), generator=generator)
     counts = torch.randint(1, objects + 1, (images,), generator=generator)
     targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    packed = PackedImages.of_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
-    return Batch(packed, shape.room, targets, list(range(images)), torch.tensor(sources))
+    packed = PackedImages.from_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
+    return Batch(packed, shape.padded_size, targets, list(range(images)), torch.tensor(sources))
 
 
 def copied_ahead(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
@@ -251,7 +251,7 @@ def stepping(step: Callable[[Given], Any], feed: Iterator[Given], steps: int) ->
 
     def run() -> Any:
         for _ in range(steps):
-            with stage("copy"):
+            with profiler_range("copy"):
                 given = next(feed)
             result = step(given)
         return result

@@ -100,9 +100,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
 def photographs(batch: Batch) -> list[Tensor]:
     """List the images as they were read, (3, h, w) in [0, 1], flipped where they are to be."""
     images = (image.permute(2, 0, 1) / 255 for image in batch.images)
-    return [
-        image.flip(-1) if place.mirrored else image for image, place in zip(images, batch.images.places, strict=True)
-    ]
+    return [image.flip(-1) if slot.hflip else image for image, slot in zip(images, batch.images.slots, strict=True)]
 
 
 def boxes_px(boxes_cxcywh: Tensor, image: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from detr_fast.data.coco import CocoDataset
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_data, make_model, make_step
 from detr_fast.training.batch_size import with_batches
+from detr_fast.training.build import make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.recipes import recipe_of
 from detr_fast.weights import load_state_dict

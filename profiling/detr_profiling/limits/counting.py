@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detr_fast.stages import STAGES, current_stage
+from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_profiling.limits.flops import has_products, operator_flop
 from detr_profiling.tracing.breakdown import OTHER
 
@@ -143,7 +143,7 @@ class _Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        stage = current_stage() or OTHER
+        stage = current_range() or OTHER
         self.flop[stage] += operator_flop(func, args, kwargs, result)
         self._count_bytes(stage, func, args, kwargs, result)
         return result
@@ -153,7 +153,7 @@ class _Counter(TorchDispatchMode):
         for storage, traffic in self.storages.items():
             for stage, nbytes in traffic.minimum_bytes(alive=not storage.expired()):
                 minimum[stage] += nbytes
-        work = {stage: Work(self.flop[stage], minimum[stage], self.moved[stage]) for stage in (*STAGES, OTHER)}
+        work = {stage: Work(self.flop[stage], minimum[stage], self.moved[stage]) for stage in (*PROFILER_RANGES, OTHER)}
         return {stage: each for stage, each in work.items() if each != NOTHING}
 
     def _count_bytes(self, stage: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:

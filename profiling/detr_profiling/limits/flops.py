@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from detr_kernels import OPERATIONS
 from detr_kernels.attention.backends import attention_backward_flop, attention_flop
-from detr_kernels.registry import Shape, no_products
+from detr_kernels.registry import Shape, zero_flop
 from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 aten, ours = torch.ops.aten, torch.ops.detr_kernels
 
 for operation in OPERATIONS.values():
     for name, formula in operation.flop.items():
-        if formula is not no_products:
+        if formula is not zero_flop:
             register_flop_formula(getattr(ours, name))(formula)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from detr_fast.stages import STAGES
+from detr_fast.profiler_ranges import PROFILER_RANGES
 from detr_profiling.limits.counting import NOTHING, Work, count_work
 from detr_profiling.limits.peaks import Peaks
 from detr_profiling.tracing.breakdown import OTHER
@@ -78,7 +78,7 @@ def roofline(work: Mapping[str, Work], stage_ms: Mapping[str, float], step_ms: f
         place = WITHIN.get(name, name)
         place = place if name not in stage_ms and place in stage_ms else name
         joined[place] = joined.get(place, NOTHING) + part
-    names = [name for name in (*STAGES, OTHER) if name in stage_ms or name in joined]
+    names = [name for name in (*PROFILER_RANGES, OTHER) if name in stage_ms or name in joined]
     stages = tuple(_stage(name, joined.get(name, NOTHING), stage_ms.get(name), peaks) for name in names)
     floors_ms: dict[Bound, float] = {"memory": 0.0, "compute": 0.0}
     for stage in stages:

@@ -15,8 +15,8 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from detr_fast.files import write_text
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import choose_precision
-from detr_fast.stages import stage
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.limits.roofline import count_work, roofline
 from detr_profiling.measuring.machine import describe_machine
@@ -78,7 +78,7 @@ def record(
     before_mib = 0.0
     with profile(activities=activities, schedule=plan, profile_memory=True, acc_events=True) as profiler:
         for index in range(warmup + steps):
-            with stage("data wait"):
+            with profiler_range("data wait"):
                 fetch()
             workload.run()
             if on_gpu:
@@ -114,7 +114,7 @@ def measure_plain(workload: Workload, runs: int, warmup: int, fetch: Callable[[]
     """Measure `runs` runs, on a GPU of several steps each, after at least `warmup` others, in which things compile."""
 
     def step() -> None:
-        with stage("data wait"):
+        with profiler_range("data wait"):
             fetch()
         workload.run()
 

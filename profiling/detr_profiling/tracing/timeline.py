@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.config import require
-from detr_fast.stages import STAGES
+from detr_fast.profiler_ranges import PROFILER_RANGES
 
 Track = tuple[Any, Any]
 """Process and thread, or device and stream."""
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 
 CLOSING = "device wait"
 """The range in which whoever records waits for a GPU, so that a step's work ends within the step."""
-RANGES = (*STAGES, CLOSING)
+RANGES = (*PROFILER_RANGES, CLOSING)
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 CALL_KINDS = ("cuda_runtime", "cuda_driver")
 
