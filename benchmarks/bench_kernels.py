@@ -1,12 +1,12 @@
-"""Each kernel against its plain form and against the compiled plain form: `pytest benchmarks/bench_kernels.py
+"""Each kernel against its reference and against the compiled reference: `pytest benchmarks/bench_kernels.py
 --benchmark-only`.
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
 float64 as plain torch is; what draws dropout in training is judged without it, and timed with it. What is timed is a
 call as eager code makes it, many issued back to back, and on a GPU also its CUDA graph: of the smallest kernels the
-host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_forms.py` and the
+host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_backends.py` and the
 ladder decide. Images have one size here: with padding SDPA gets a mask, and takes longer. Without a GPU those of the
-CPU are timed, and of the others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
+CPU are timed, and of the others the references alone, at one image: Triton's interpreter tests numbers, not speed.
 """
 
 import time
@@ -77,13 +77,13 @@ class KernelCase:
 
     kernel_name: str
     kernel: Kernel
-    form: str
+    backend: str
     images: int
     group: str
 
     @property
     def name(self) -> str:
-        return f"{self.kernel_name}-{self.form}"
+        return f"{self.kernel_name}-{self.backend}"
 
     @property
     def size(self) -> str:
@@ -253,15 +253,15 @@ def cases(size: Size) -> Iterator[KernelCase]:
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
         compiled = (ON_GPU or size == "full") and kernel.baseline != "scipy"
-        forms = [*kernel.backends(), "plain"]
-        on_device = forms if ON_GPU and kernel.baseline != "scipy" else kernel.backends() if ON_GPU else []
-        replayed = [f"{form}{CAPTURED}" for form in on_device]
-        for form in (*forms, *(["compiled"] if compiled else []), *replayed):
-            yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain alone")
+        backends = [*kernel.backends(), "plain"]
+        on_device = backends if ON_GPU and kernel.baseline != "scipy" else kernel.backends() if ON_GPU else []
+        replayed = [f"{backend}{CAPTURED}" for backend in on_device]
+        for backend in (*backends, *(["compiled"] if compiled else []), *replayed):
+            yield KernelCase(name, kernel, backend, images, name if len(backends) > 1 else "kernels, plain alone")
 
 
 CAPTURED = "-captured"
-"""The end of a form's name."""
+"""The end of a case's name."""
 
 
 def total_cost(cost: Tensor, query_of_target: Tensor) -> Tensor:
@@ -330,15 +330,15 @@ def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
     """Output and gradients of one call, as a training step makes them."""
     kernel = case.kernel
     inputs = kernel.make(kernel.dtype)
-    judged, timed = (form_of(call, kernel, case.form) for call in (kernel.call, kernel.timed or kernel.call))
+    judged, timed = (called_by(call, kernel, case.backend) for call in (kernel.call, kernel.timed or kernel.call))
     leaves = inputs[: kernel.differentiable]
     wanted = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     began = time.perf_counter()
     forward_and_backward(timed, inputs, wanted)
-    compile_s = time.perf_counter() - began if case.form == "compiled" else None
-    verdict = judge(kernel, judged, form_of(kernel.call, kernel, "plain"), inputs)
+    compile_s = time.perf_counter() - began if case.backend == "compiled" else None
+    verdict = judge(kernel, judged, called_by(kernel.call, kernel, "plain"), inputs)
     run = partial(forward_and_backward, timed, inputs, wanted)
-    time_case(benchmark, case, verdict, captured(run) if case.form.endswith(CAPTURED) else run, compile_s=compile_s)
+    time_case(benchmark, case, verdict, captured(run) if case.backend.endswith(CAPTURED) else run, compile_s=compile_s)
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -349,8 +349,8 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
-    """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
-    form = form.removesuffix(CAPTURED)
-    chosen = partial(call, backend=kernel.baseline if form in ("plain", "compiled") else form)
-    return torch.compile(chosen) if form == "compiled" else chosen
+def called_by(call: Callable[..., Any], kernel: Kernel, name: str) -> Callable[..., Any]:
+    """Gives `call` the backend that `name` stands for, and compiles it where that says so."""
+    name = name.removesuffix(CAPTURED)
+    chosen = partial(call, backend=kernel.baseline if name in ("plain", "compiled") else name)
+    return torch.compile(chosen) if name == "compiled" else chosen

@@ -46,8 +46,8 @@ class LossCase:
 def cases(size: Size) -> Iterator[LossCase]:
     images = 16 if ON_GPU or size == "full" else 2
     compiled = (ON_GPU or size == "full") and missing_for_compile() is None
-    forms = ("reference", "hf", "auto", *(["triton"] if ON_GPU else []), *(["auto-compiled"] if compiled else []))
-    for name in forms:
+    names = ("reference", "hf", "auto", *(["triton"] if ON_GPU else []), *(["auto-compiled"] if compiled else []))
+    for name in names:
         yield LossCase(name, images)
 
 
@@ -60,7 +60,7 @@ def make_targets(images: int) -> list[dict[str, Tensor]]:
 
 
 def make_criterion(name: str, targets: Sequence[dict[str, Tensor]]) -> Criterion:
-    """Targets lie on the device beforehand, in the form that each takes."""
+    """Build the criterion `name`; targets lie on the device beforehand, laid out as it takes them."""
     if name == "reference":
         return lambda outputs: reference_criterion(outputs, targets)
     if name == "hf":

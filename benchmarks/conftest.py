@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--size",
         choices=("small", "full"),
         default="small",
-        help="small: all of it in 5 minutes on two CPU cores; full: DETR's own image sizes, and compiled forms too",
+        help="small: all of it in 5 minutes on two CPU cores; full: DETR's own image sizes, and compiled ones too",
     )
 
 

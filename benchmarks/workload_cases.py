@@ -1,4 +1,4 @@
-"""Whole models as cases: ours in its forms, and our baselines on the same weights and the same batch."""
+"""Whole models as cases: ours with several options, and our baselines on the same weights and the same batch."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +31,11 @@ SIZES: dict[tuple[Mode, Size], tuple[str, int]] = (
     }
 )
 """Height and width in pixels, and images."""
-FORMS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
-"""Ours as a whole: DETR's own sequence of operations, what is the default, and on a GPU every kernel of ours, and the
-default as a CUDA graph."""
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
+"""Options of ours: DETR's own sequence of operations; the default; on a GPU also every kernel of ours, and the default
+as a CUDA graph."""
 if ON_GPU:
-    FORMS |= {"triton": {"kernels": "triton"}, "captured": {"capture": True}}
+    OWN_OPTIONS |= {"triton": {"kernels": "triton"}, "captured": {"capture": True}}
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,21 @@ def baseline_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCas
 
 
 def own_cases(
-    options: WorkloadOptions, forms: Mapping[str, Mapping[str, Any]], in_precisions: Sequence[str], compiled: bool
+    options: WorkloadOptions, changes: Mapping[str, Mapping[str, Any]], in_precisions: Sequence[str], compiled: bool
 ) -> Iterator[WorkloadCase]:
-    """Ours in each of `forms`, which are changes of the options or, under `forms`, of single operations.
+    """Yield ours by name with each of `changes` of the options, in each precision; under `backends` a change holds
+    those of single operations.
 
     With `compiled`, each but the plain `ref` also compiled, in the last of the precisions; a compiled inference cannot
     be captured.
     """
-    for name, form in forms.items():
-        changes = {key: value for key, value in form.items() if key != "forms"}
-        single = form.get("forms", {})
+    for name, change in changes.items():
+        changed = replace(options, **{key: value for key, value in change.items() if key != "backends"})
+        backends = change.get("backends", {})
         for precision in in_precisions:
-            yield case(name, replace(options, **changes), precision, forms=single)
-        if compiled and name != "ref" and not (options.mode == "inference" and changes.get("capture")):
-            yield case(f"{name}-compiled", replace(options, **changes, compile=True), in_precisions[-1], forms=single)
+            yield case(name, changed, precision, backends=backends)
+        if compiled and name != "ref" and not (options.mode == "inference" and changed.capture):
+            yield case(f"{name}-compiled", replace(changed, compile=True), in_precisions[-1], backends=backends)
 
 
 def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:

@@ -180,7 +180,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         "memory": memory_block(stages, gpu, 24_310.5 if gpu else 1187.3),
         "gpu": telemetry | {"energy_joules": 251.4, "throttled": ["power cap"]} if gpu else None,
         "process": {"cpu_seconds_per_step": 0.79, "peak_rss_mib": 1633.7},
-        "forms": {
+        "backends": {
             "precision": "bf16 (the processor multiplies in it)",
             "attention": "sdpa (the default on a CPU)",
             "convolution": "folded (measured to be fastest on this device)",

@@ -18,7 +18,7 @@ from benchmarks.gate import PlainObservations
 from detr_fast.runtime import multiplies_bf16
 
 CHECKOUT = Path(__file__).parents[1]
-FILES = ("data", "evaluation", "forms", "inference", "kernels", "loss", "training")
+FILES = ("data", "evaluation", "backends", "inference", "kernels", "loss", "training")
 ID = re.compile(r"benchmarks/bench_(\w+)\.py::bench_\w+\[[a-z0-9-]+-(fp32|tf32|bf16|fp64|uint8)-\d+x\d+-b\d+\]")
 FAST = ("read-ours-uint8-64x64", "hotcoco-fp64", "auto-fp32-100x20", "tiny-fp32-64x64-b16", "match-cost-plain-fp32")
 """A second or two each."""

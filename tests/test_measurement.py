@@ -40,7 +40,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
     write_oracle_in_process(OPTIONS, tmp_path)
-    found = measure_in_process(Configuration(OPTIONS, forms={"attention": "ref"}), runs=2, oracle=tmp_path)
+    found = measure_in_process(Configuration(OPTIONS, backends={"attention": "ref"}), runs=2, oracle=tmp_path)
     assert found.timing.runs == 2 and found.timing.median_ms > 0
     assert 300 < found.peak_mib < 10_000 and found.cpu_seconds_per_image > 0 and found.first_run_s > 0
     assert found.energy_j_per_image is None

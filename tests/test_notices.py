@@ -11,7 +11,7 @@ import torch
 from detr_profiling import rounds
 from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring import timing
-from detr_profiling.measuring.measurement import measure_workload, write_oracle
+from detr_profiling.measuring.measurement import Configuration, Measurement, measure_workload, write_oracle
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.rounds import rows_of
 from detr_profiling.tracing.recording import profile_workload
@@ -19,6 +19,7 @@ from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 from rich.console import Console
 from torch import Tensor
 
+from detr_fast import host_memory
 from detr_fast.training.step import TrainStep
 from tests.planted_clock import PlantedClock
 
@@ -27,12 +28,18 @@ SHORT = LadderOptions(
     **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},  # type: ignore[arg-type]
     **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},  # type: ignore[arg-type]
 )
-"""Three rows: the reference, once more with its memory kept, and ours in its plainest form."""
+"""Three rows: the reference, once more with its memory kept, and ours by references alone."""
 
 
 def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LadderRow]:
-    """The ladder, measured in this process, where things can be planted."""
-    monkeypatch.setattr(rounds, "measure_in_process", lambda *order: measure_workload(*order[:3]))
+    """The ladder, measured in this process, where things can be planted, and whose allocator stays as it is."""
+
+    def measure(configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+        monkeypatch.setattr(host_memory, "PROCESS", host_memory.Process())
+        return measure_workload(configuration, runs, oracle)
+
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(rounds, "measure_in_process", measure)
     monkeypatch.setattr(rounds, "write_oracle_in_process", write_oracle)
     entries = build_entries(SHORT)
     list(measuring(entries, SHORT, Console(quiet=True)).run())

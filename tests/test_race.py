@@ -44,9 +44,9 @@ def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
         options = entries[name].options
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
     assert entries["detr_fast"].options.precision == "bf16" and entries["detr_fast"].options.channels_last
-    assert all(each.keeps_memory for each in entries.values())
+    assert {each.options.host_allocator for each in entries.values()} == {"auto"}
     as_they_come = build_entries(replace(OPTIONS, same_settings=False))
-    assert [entry.configuration.keeps_memory for entry in as_they_come] == [False] * 4 + [True]
+    assert [entry.configuration.options.host_allocator for entry in as_they_come] == ["system"] * 4 + ["auto"]
     sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in entries.values()}
     assert len(sizes) == 1
     assert [options.buckets for options in (each.options for each in entries.values())] == [False] * 4 + [True]

@@ -24,7 +24,7 @@ from detr_fast.stages import stage
 BLOCK = {
     *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_share", "host_waits"),
     *("host_waits_per_step", "launches_per_step", "launch_kind", "operators", "kernels", "memory", "gpu", "process"),
-    *("forms", "roofline", "problem", "trace_file", "trace_mib", "trace_unpacked_mib"),
+    *("backends", "roofline", "problem", "trace_file", "trace_mib", "trace_unpacked_mib"),
 }
 
 
@@ -69,7 +69,7 @@ def test_the_block_is_whole_and_adds_up(result: dict[str, Any]) -> None:
     assert (result["idle_share"], result["gpu"], result["kernels"]) == (None, None, [])
     assert result["process"]["cpu_seconds_per_step"] > 0
     assert result["workload"]["model"] == "detr_tiny"
-    assert result["forms"]["assignment"].startswith("scipy")
+    assert result["backends"]["assignment"].startswith("scipy")
 
 
 def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
@@ -131,8 +131,9 @@ def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path)
 def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="32x48")
     workload, fetch = build_fed_workload(options, str(shapes_root))
-    sizes = []
-    handle = workload.model.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
+    sizes: list[torch.Size] = []
+    backbone = workload.model.get_submodule("backbone")
+    handle = backbone.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
     fetch()
     workload.run()
     handle.remove()

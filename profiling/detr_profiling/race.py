@@ -48,13 +48,15 @@ class RaceOptions(RoundOptions):
     compiled_baseline: bool = True
     """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
     same_settings: bool = True
-    """On a CPU let the baselines keep freed memory too, as ours does by itself; without, they run as they come."""
+    """Give the baselines our --host-allocator, which on a CPU keeps freed memory; without, they have glibc's."""
 
 
 def build_entries(options: RaceOptions) -> list[Entry]:
     """List the eager baselines, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
-    plain = replace(start(ours), keeps_memory=options.same_settings)
+    plain = start(ours)
+    if options.same_settings:
+        plain = replace(plain, options=replace(plain.options, host_allocator=ours.host_allocator))
     entries = [Entry(name, replace(plain, implementation=name)) for name in EAGER_BASELINES]
     if options.compiled_baseline and missing_for_compile() is None:
         entries.append(Entry("hf-compiled", replace(plain, implementation="hf-compiled")))

@@ -49,7 +49,7 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
         return reference_workload(ours, options, dtype)
     require(
         ours.config.backbone in ("resnet50", "resnet101") and not ours.config.source_position,
-        f"--model {options.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 forms.",
+        f"--model {options.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 variants.",
     )
     if name == "fasterrcnn":
         return faster_rcnn_workload(ours.config, options)

@@ -43,15 +43,16 @@ View = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done in a stage.
+    """Counts what has to be done in a stage.
 
-    `minimum_bytes`: every tensor of others that the stage reads, once, and every one of its own that another stage
-    reads or that is still there when the run has ended, once: weights and images, activations that this form keeps for
-    the backward pass, gradients, the optimizer's state, outputs. What lives and dies within the stage moves nothing, as
-    if all of it were fused. All ranges of one name are one stage. Counted by storage: of each the distinct views that
-    were touched, at most all of it; operators that pick entries are taken to read their source whole.
+    `minimum_bytes` are those that move even if all of the stage were fused: every tensor that the stage reads and that
+    others have made, once; and every tensor that it makes and that another stage reads, or that outlives the run, once.
+    These are weights and images, activations that the backend keeps for the backward pass, gradients, the optimizer's
+    state, outputs. Counted by storage: of each the distinct views that were touched, at most all of it. An operator
+    that picks entries is taken to read its source whole.
 
-    `moved_bytes`: inputs and outputs of every operator, so what moves if each one fetches and stores; views are free.
+    `moved_bytes` are those of the inputs and outputs of every operator; views are free. All ranges of one name are one
+    stage.
     """
 
     flop: int

@@ -14,7 +14,8 @@ import torch
 
 from detr_fast.config import Precision, UserError
 from detr_fast.files import atomic_write
-from detr_fast.host_memory import keep_freed_memory
+from detr_fast.host_memory import choose_host_allocator, use_host_allocator
+from detr_fast.runtime import choose_device
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
@@ -26,7 +27,7 @@ from detr_profiling.workload import Workload, WorkloadOptions, build_workload
 NO_TIME = "no time left"
 """Begins the reason of what was not measured for want of time."""
 ORACLE = "fp64.pt"
-"""The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
+"""The reference's observation in float64; beside it lie those in eager precisions: fp32.pt, tf32.pt, bf16.pt."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,20 @@ class Configuration:
 
     options: WorkloadOptions
     implementation: str = "detr_fast"
-    forms: Mapping[str, Any] = field(default_factory=dict)
+    backends: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = True
     """On a GPU."""
-    keeps_memory: bool = True
-    """Of a peer on a CPU (`detr_fast.host_memory`); ours does as its --host-allocator says."""
 
     def build(self) -> Workload:
-        """Build its workload. Raises UserError where something asked for by name is not there."""
+        """Build its workload in this process, which then has the options' host allocator for good.
+
+        Raises UserError where something asked for by name is not there.
+        """
+        device, _ = choose_device(self.options.device)
+        use_host_allocator(choose_host_allocator(self.options.host_allocator, device)[0])
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if self.implementation == "detr_fast":
-            return build_workload(self.options, self.forms)
-        if self.keeps_memory and self.options.device == "cpu":
-            keep_freed_memory()
+            return build_workload(self.options, self.backends)
         return build_baseline(self.implementation, self.options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,13 +139,13 @@ def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measureme
 
 def write_oracle(options: WorkloadOptions, folder: Path) -> None:
     """Write the plain reference's observations in float64, and eager in each precision."""
-    forms: tuple[tuple[str, Precision, torch.dtype], ...] = (
+    references: tuple[tuple[str, Precision, torch.dtype], ...] = (
         (ORACLE, "fp32", torch.float64),
         ("fp32.pt", "fp32", torch.float32),
         ("tf32.pt", "fp32", torch.float32),
         ("bf16.pt", "bf16", torch.float32),
     )
-    for name, precision, dtype in forms:
+    for name, precision, dtype in references:
         if name == "tf32.pt" and options.device != "cuda":
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
@@ -155,7 +157,7 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
 
 
 def eager_file(configuration: Configuration) -> str:
-    """Which of the reference's eager forms multiplies as `configuration` does."""
+    """Name the file of the eager reference that multiplies as `configuration` does."""
     options = configuration.options
     if options.precision != "fp32":
         return "bf16.pt"

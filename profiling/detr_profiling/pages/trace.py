@@ -249,7 +249,7 @@ def telemetry_blocks(trace: Trace) -> list[Block]:
 
 
 def backend_blocks(trace: Trace) -> list[Block]:
-    rows = [cells(operation, *backend_and_reason(text)) for operation, text in trace["forms"].items()]
+    rows = [cells(operation, *backend_and_reason(text)) for operation, text in trace["backends"].items()]
     table = Table("Backend of each operation, and why", words("operation", "backend", "reason"), rows)
     return [table if rows else Paragraph("n/a: the model has one backend alone.")]
 

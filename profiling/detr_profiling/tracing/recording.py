@@ -166,7 +166,7 @@ def profile_workload(
         "memory": memory.to_dict() if memory else None,
         "gpu": plain.gpu,
         "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
-        "forms": workload.reasons,
+        "backends": workload.reasons,
         "roofline": roofline_of(workload, fetch, stages, plain.timing) if with_roofline else None,
         "problem": problem,
         "trace_file": TRACE_FILE,
