@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.reference.keyed_weights import keyed_batch, mild_state_dict
+from detr_profiling.reference.name_seeded_weights import perturbed_state_dict, seeded_batch
 from torch import nn
 
 from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
@@ -32,12 +32,12 @@ def build_peer(backbone: str, dilation: bool = False) -> Any:
 def build_ours(name: str) -> DETR:
     """Its norms and biases are not 1 and 0, as they are at initialisation, where several mistakes would not show."""
     model = build_model(name)
-    load_state_dict(model, mild_state_dict(export_state_dict(model, "facebook"), salt=7))
+    load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), salt=7))
     return model.eval()
 
 
 def assert_same_predictions(model: DETR, peer: nn.Module) -> None:
-    images, mask = keyed_batch(SIZES, salt=2)
+    images, mask = seeded_batch(SIZES, salt=2)
     with torch.inference_mode():
         ours, theirs = model(images, mask), peer(images, (~mask).long())
     torch.testing.assert_close(ours["pred_logits"], theirs.logits, atol=1e-4, rtol=0)
@@ -56,7 +56,7 @@ def test_our_weights_in_their_model(name: str, dilation: bool) -> None:
 @pytest.mark.parametrize("backbone", ["resnet50", "native"])
 def test_their_weights_in_our_model(backbone: str) -> None:
     peer = build_peer(backbone)
-    peer.load_state_dict(mild_state_dict(peer.state_dict(), salt=9))
+    peer.load_state_dict(perturbed_state_dict(peer.state_dict(), salt=9))
     model = build_model("detr_r50").eval()
     load_state_dict(model, peer.state_dict())
     assert_same_predictions(model, peer)

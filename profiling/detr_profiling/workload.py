@@ -30,7 +30,7 @@ from detr_fast.weights import export_state_dict, load_state_dict
 from detr_profiling.measuring.timing import STEADY_AFTER
 from detr_profiling.mixed_sizes import BatchShape, typical_shapes
 from detr_profiling.observation import Observation, observe_captured_step, observe_model
-from detr_profiling.reference.keyed_weights import mild_state_dict
+from detr_profiling.reference.name_seeded_weights import perturbed_state_dict
 
 Mode = Literal["training", "inference"]
 Given = TypeVar("Given")
@@ -264,7 +264,7 @@ def initial_model(options: WorkloadOptions) -> DETR:
     torch.manual_seed(options.seed)
     model = DETR(options.architecture())
     if options.model in MODELS and options.model != "detr_tiny":
-        load_state_dict(model, mild_state_dict(export_state_dict(model, "facebook"), options.seed))
+        load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), options.seed))
     return model
 
 
