@@ -82,7 +82,7 @@ def test_nothing_is_reported_where_nothing_was_planted(tmp_path: Path) -> None:
     assert not found["memory"]["leaking"]
     # the assignment of a CPU, which on a GPU is another one, and no other read: this also holds for the plain losses,
     # of which tests/test_waiting.py cannot see what torch itself does for tensors that have data
-    assert [wait["operation"] for wait in found["host_waits"]] == ["detr_kernels::assignment_scipy"]
+    assert [wait["operation"] for wait in found["synchronizations"]] == ["detr_kernels::assignment_scipy"]
 
 
 def test_a_leak(tmp_path: Path) -> None:
@@ -94,5 +94,5 @@ def test_a_leak(tmp_path: Path) -> None:
 def test_a_read_by_the_host(tmp_path: Path) -> None:
     plain = traced(tmp_path, lambda terms: None)
     found = traced(tmp_path, lambda terms: terms["loss"].item())
-    assert found["host_waits_per_step"] == plain["host_waits_per_step"] + 1
-    assert any("aten::item" in wait["operation"] and wait["per_step"] == 1 for wait in found["host_waits"])
+    assert found["synchronizations_per_step"] == plain["synchronizations_per_step"] + 1
+    assert any("aten::item" in wait["operation"] and wait["per_step"] == 1 for wait in found["synchronizations"])

@@ -72,5 +72,5 @@ def test_a_compiled_baseline_is_no_eager_one() -> None:
 def test_the_share_of_the_peak_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
     flop = sum(work.flop for work in count_work(build_workload(options).run).values())
-    monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(copy_gb_s=20.0, product_tflop_s=0.5, dtype="fp32"))
+    monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(bandwidth_gb_s=20.0, gemm_tflop_s=0.5, dtype="fp32"))
     assert peak_fraction(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)

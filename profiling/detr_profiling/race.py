@@ -78,7 +78,7 @@ def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
     workload = build_workload(replace(options.resolved(), compile=False))
     flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
     dtype, _ = choose_precision(options.precision, workload.device)
-    return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
+    return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).gemm_tflop_s * 1e12)
 
 
 def main(options: RaceOptions) -> int:

@@ -1,7 +1,7 @@
 """`python -m detr_profiling tune`: which backends and switches are fastest on this machine, for one model and size.
 
 From the first guess on, one switch after another: each of its other values is a candidate, in a process of its own, and
-takes turns with the best so far. It wins where it is faster in every turn and by more than the spread, and as close to
+takes turns with the best so far. It wins where it is faster in every turn and by more than the IQR, and as close to
 the reference in float64 as eager code is. What is left at the end takes turns with the first guess once more; where it
 does not win these, the first guess stays. `auto` reads the entry that this writes (`detr_fast.tuning`).
 """
@@ -188,7 +188,7 @@ class Tuner:
         try:
             self._take_turns(self.best, candidate, turns)
             best, found = turns.joined()
-            trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, spread_ms=turns.spread_ms)
+            trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, iqr_ms=turns.iqr_ms)
             if problem := turns.why_no_gain():
                 return trial(verdict="no faster", reason=problem)
             judged = candidate.judge(self._oracle(), self._limit_s(candidate))
@@ -283,7 +283,7 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
         tuner.trials,
         first_guess_ms=first.median_ms,
         chosen_ms=found.median_ms if choices else first.median_ms,
-        spread_ms=turns.spread_ms,
+        iqr_ms=turns.iqr_ms,
         date=datetime.date.today().isoformat(),
         commit=commit(),
     )

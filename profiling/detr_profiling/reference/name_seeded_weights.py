@@ -57,10 +57,10 @@ def name_seeded_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> di
 
 
 def perturbed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """Replace the vectors of `reference`, norms and biases, by name-seeded ones that are not 1 and 0; keep its matrices.
+    """Replace the vectors of `reference` by name-seeded ones: norms and biases that are not 1 and 0.
 
-    Name-seeded matrices sharpen the attention and amplify the backbone's rounding a hundredfold; without them closeness
-    can be judged tightly.
+    Name-seeded matrices sharpen the attention and amplify the backbone's rounding a hundredfold; so these are kept,
+    and closeness can be judged tightly.
     """
     seeded = name_seeded_state_dict(reference, salt)
     return {key: value.clone() if value.dim() > 1 else seeded[key] for key, value in reference.items()}

@@ -32,7 +32,7 @@ class StageTime:
     name: str
     timing: Timing
     """Of the host, from the beginning of its ranges to their end; several in a step are added."""
-    share: float
+    fraction: float
     """Of the host's time in all steps; those of all stages add up to 1."""
     device_ms: float | None
     """Median time of what it launched, streams added; None without a GPU."""
@@ -45,7 +45,7 @@ class StageTime:
             "q1_ms": timing["q1"],
             "q3_ms": timing["q3"],
             "runs": timing["runs"],
-            "share": self.share,
+            "fraction": self.fraction,
             "device_ms": self.device_ms,
         }
 
@@ -85,7 +85,7 @@ def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
     return times
 
 
-def idle_share(timeline: Timeline) -> float | None:
+def idle_fraction(timeline: Timeline) -> float | None:
     """Take the median fraction of a step in which neither kernel nor copy runs on the device; None without one.
 
     Each step begins with an idle device, since profiling waits at its end: the way to the first kernel counts.
@@ -93,11 +93,11 @@ def idle_share(timeline: Timeline) -> float | None:
     if not timeline.device:
         return None
     busy = merged((work.start_ns, work.end_ns) for work in timeline.device)
-    shares = []
+    fractions = []
     for step in timeline.steps:
         inside = (min(end, step.end_ns) - max(start, step.start_ns) for start, end in busy)
-        shares.append(1 - sum(max(0, length) for length in inside) / step.duration_ns)
-    return float(np.median(shares))
+        fractions.append(1 - sum(max(0, length) for length in inside) / step.duration_ns)
+    return float(np.median(fractions))
 
 
 def merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -137,7 +137,7 @@ class Usage:
     """Its own time on the host, without what it calls; None for a kernel."""
     device_ms: float | None
     """Of what it launched itself; None without a GPU."""
-    share: float
+    fraction: float
     """Of all that runs on the device; on a CPU of the step."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,4 +189,4 @@ def device_total_us(averages: Iterable[FunctionEventAvg]) -> float:
 
 
 def dearest(rows: list[Usage]) -> list[Usage]:
-    return sorted(rows, key=lambda row: (-row.share, -(row.cpu_ms or 0.0)))[:MOST_ROWS]
+    return sorted(rows, key=lambda row: (-row.fraction, -(row.cpu_ms or 0.0)))[:MOST_ROWS]

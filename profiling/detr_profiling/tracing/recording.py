@@ -26,7 +26,7 @@ from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, m
 from detr_profiling.tracing.allocations import living_tensors_mib, memory_use
 from detr_profiling.tracing.breakdown import (
     StageTime,
-    idle_share,
+    idle_fraction,
     kernel_usage,
     launches_per_step,
     operator_usage,
@@ -40,8 +40,9 @@ TRACE_FILE = "trace.pt.json.gz"
 RESULT_FILE = "trace.json"
 LEAST_TIMED_STEPS = 5
 NO_DEVICE_EVENTS = (
-    "The trace has nothing of what ran on the GPU: the driver has not let CUPTI record it. Times, shares and waits are "
-    "the host's alone. Run as root (in a container with --cap-add=SYS_ADMIN), or have the driver's module loaded with "
+    "The trace has nothing of what ran on the GPU: the driver has not let CUPTI record it. "
+    "Times, fractions and waits are the host's alone. "
+    "Run as root (in a container with --cap-add=SYS_ADMIN), or have the driver's module loaded with "
     "NVreg_RestrictProfilingToAdminUsers=0."
 )
 
@@ -106,7 +107,7 @@ class Plain:
 
 
 def missing_events(device: torch.device, timeline: Timeline) -> str | None:
-    """Say what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
+    """Say what a trace of work on `device` lacks, and how to get it; None where it is complete."""
     return NO_DEVICE_EVENTS if device.type == "cuda" and not timeline.device else None
 
 
@@ -151,7 +152,7 @@ def profile_workload(
     stages = stage_times(timeline)
     memory = memory_use(timeline, before_mib)
     problem = missing_events(workload.device, timeline)
-    with_roofline &= problem is None  # a stage's share of the host's time is not its share of the device's
+    with_roofline &= problem is None  # a stage's fraction of the host's time is not its fraction of the device's
     result = {
         "machine": describe_machine(workload.device).to_dict(),
         "workload": {"name": workload.name, **workload.options.to_dict()},
@@ -159,7 +160,7 @@ def profile_workload(
         "step_ms": plain.timing.to_dict(),
         "profiled_step_ms": Timing(tuple(step.duration_ns / 1e6 for step in timeline.steps)).to_dict(),
         "stages": [row.to_dict() for row in stages],
-        "idle_share": idle_share(timeline),
+        "idle_fraction": idle_fraction(timeline),
         **count_figures(timeline),
         "operators": [row.to_dict() for row in operator_usage(averages, timeline)],
         "kernels": [row.to_dict() for row in kernel_usage(averages, steps)],
@@ -182,8 +183,8 @@ def count_figures(timeline: Timeline) -> dict[str, Any]:
     waits = synchronizations(timeline)
     launches, launch_kind = launches_per_step(timeline)
     return {
-        "host_waits_per_step": sum(row.per_step for row in waits),
-        "host_waits": [row.to_dict() for row in waits],
+        "synchronizations_per_step": sum(row.per_step for row in waits),
+        "synchronizations": [row.to_dict() for row in waits],
         "launches_per_step": launches,
         "launch_kind": launch_kind,
     }
@@ -195,7 +196,7 @@ def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[Stag
     dtype, _ = choose_precision(workload.options.precision, workload.device)
     if workload.name != "detr_fast" and workload.options.precision != "bf16":
         dtype = torch.float32  # a baseline's own
-    stage_ms = {row.name: row.share * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
+    stage_ms = {row.name: row.fraction * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
 
     def once() -> None:
         fetch()
