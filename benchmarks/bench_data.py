@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 BATCH_SIZE = 16
 SIZES_OF = partial(coco_sizes, 42)
 PRECISIONS = {"read": "uint8", "batch": "fp32"}
-FLOORS = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
+TOLERANCES = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
 """Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
 
 
@@ -155,9 +155,9 @@ def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:
     """Each image's pixels, and of a batch mask and boxes, against what was never rounded. Raises AssertionError where
     `found` is further off than twice Pillow's error and one level of 255 allow."""
     judged = []
-    for (name, result), (_, oracle), (_, plain) in zip(*map(quantities, (found, exact, pillow)), strict=True):
-        floor = FLOORS[f"pixels {precision}" if name == "pixels" else name]
-        judged.append((name, assert_close(result, oracle, plain, floor, name)))
+    for (name, result), (_, reference), (_, plain) in zip(*map(quantities, (found, exact, pillow)), strict=True):
+        tolerance = TOLERANCES[f"pixels {precision}" if name == "pixels" else name]
+        judged.append((name, assert_close(result, reference, plain, tolerance, name)))
     name, worst = max(judged, key=lambda pair: pair[1].error / (pair[1].allowed or 1))
     return Verdict(name, worst.error, worst.allowed)
 

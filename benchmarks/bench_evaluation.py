@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
 from detr_profiling.workload import WorkloadOptions, initial_model
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -150,7 +150,7 @@ def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
     found, eager = (detections(build(each), dataset, torch.float32) for each in (options, plain))
     exact = detections(build(replace(plain, precision="fp32")), dataset, torch.float64)
     judged = [
-        (name, assert_close(a, b, c, relative_floor(b, 1e-5), name))
+        (name, assert_close(a, b, c, scaled_tolerance(b, 1e-5), name))
         for name, a, b, c in zip(("scores", "boxes"), found, exact, eager, strict=True)
     ]
     name, worst = max(judged, key=lambda pair: pair[1].error / pair[1].allowed)

@@ -31,9 +31,9 @@ SIZES: dict[Size, tuple[int, int, int]] = (
 )
 """Images, their height and width in pixels."""
 QUERIES, TARGETS, CLASSES, LAYERS, DIM, HEADS = 100, 20, 91, 6, 256, 8
-FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Of the largest magnitude: what another order of summation, or one rounding to bf16, may make."""
-SCALE_FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+SCALE_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 P = 0.1
 """Dropout's probability."""
@@ -301,21 +301,21 @@ def judge(kernel: Kernel, timed: Callable[..., Any], plain: Callable[..., Any], 
     for index, values in enumerate(zip(found, exact, eager, strict=True)):
         if values[1].is_floating_point():
             assert values[0].dtype == values[2].dtype
-            judged |= judge_value(f"value {index}", *values, FLOORS[kernel.dtype], SCALE_FLOORS[kernel.dtype])
+            judged |= judge_value(f"value {index}", *values, TOLERANCES[kernel.dtype], SCALE_TOLERANCES[kernel.dtype])
     name = max(judged, key=lambda name: judged[name].error / judged[name].allowed)
     return Verdict(name, judged[name].error, judged[name].allowed)
 
 
 def judge_value(
-    name: str, found: Tensor, exact: Tensor, eager: Tensor, floor: float, scale_floor: float
+    name: str, found: Tensor, exact: Tensor, eager: Tensor, tolerance: float, scale_tolerance: float
 ) -> dict[str, Closeness]:
     """The largest error, and how much too long it is as a whole: in bf16 rounding hides 1 % in each number, but not in
     all of them. Gradients that cancel to nothing still carry their summands' rounding: no scale is less than 1."""
-    judged = {name: assert_close(found, exact, eager, floor * max(1.0, exact.abs().max().item()), name)}
+    judged = {name: assert_close(found, exact, eager, tolerance * max(1.0, exact.abs().max().item()), name)}
     if exact.any():
         name = f"scale of {name}"
         ours, plain = (off_scale(each, exact) for each in (found, eager))
-        judged[name] = assert_close(ours, torch.zeros_like(ours), plain, scale_floor, name)
+        judged[name] = assert_close(ours, torch.zeros_like(ours), plain, scale_tolerance, name)
     return judged
 
 

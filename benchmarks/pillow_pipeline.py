@@ -51,7 +51,10 @@ class PaddedBatch:
 
 
 class PillowPipeline:
-    """Over all records of `dataset`, whose transform must be a TrainTransform; `exact`: the oracle of any pipeline."""
+    """Reads all records of `dataset`, whose transform must be a TrainTransform.
+
+    `exact`: never rounds; what the pixels of every pipeline are compared with.
+    """
 
     def __init__(self, dataset: CocoDataset, exact: bool = False) -> None:
         assert isinstance(dataset.transform, TrainTransform)

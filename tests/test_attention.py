@@ -64,7 +64,7 @@ def test_as_close_to_float64_as_torch(backend: str, shape: tuple[int, int], mask
     oracle = run(as_torch(attention).double(), tuple(x.double() for x in inputs), chosen)
     for index, values in enumerate(zip(results, oracle, eager, strict=True)):
         scale = values[1].abs().max().item()
-        assert_close(*values, floor=FLOOR * max(1.0, scale), name=f"value {index}")
+        assert_close(*values, tolerance=FLOOR * max(1.0, scale), name=f"value {index}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -45,7 +45,7 @@ class Measurer:
     broken_backends: dict[str, Any] = field(default_factory=dict)
     wrong_backends: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+    def __call__(self, configuration: Configuration, runs: int, references: Path | None, limit_s: Any) -> Measurement:
         self.asked.append(configuration)
         options = configuration.options
         if options.precision == self.broken:
@@ -56,7 +56,7 @@ class Measurer:
         ms -= sum(value not in ("ref", "scipy") for value in configuration.backends.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
         close = not configuration.backends.items() & self.wrong_backends.items()
-        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if oracle else {}
+        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if references else {}
         error["padding"] = 1.04 if options.buckets else 1.5
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)  # type: ignore[arg-type]
 
@@ -65,7 +65,7 @@ class Measurer:
 def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
     stand_in = Measurer()
     monkeypatch.setattr(rounds, "measure_in_process", stand_in)
-    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "write_references_in_process", lambda *_: None)
     yield stand_in
 
 

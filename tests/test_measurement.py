@@ -15,8 +15,8 @@ from detr_profiling.measuring.measurement import (
     measure_in_process,
     measure_runs,
     measure_workload,
-    write_oracle,
-    write_oracle_in_process,
+    write_references,
+    write_references_in_process,
 )
 from detr_profiling.measuring.memory import Peak
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing
@@ -34,13 +34,13 @@ INFERENCE = replace(OPTIONS, mode="inference")
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("oracle")
-    write_oracle(INFERENCE, folder)
+    write_references(INFERENCE, folder)
     yield folder
 
 
 def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
-    write_oracle_in_process(OPTIONS, tmp_path)
-    found = measure_in_process(Configuration(OPTIONS, backends={"attention": "ref"}), runs=2, oracle=tmp_path)
+    write_references_in_process(OPTIONS, tmp_path)
+    found = measure_in_process(Configuration(OPTIONS, backends={"attention": "ref"}), runs=2, references=tmp_path)
     assert found.timing.runs == 2 and found.timing.median_ms > 0
     assert 300 < found.peak_mib < 10_000 and found.cpu_seconds_per_image > 0 and found.first_run_s > 0
     assert found.energy_j_per_image is None

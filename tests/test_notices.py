@@ -11,7 +11,7 @@ import torch
 from detr_profiling import rounds
 from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring import timing
-from detr_profiling.measuring.measurement import Configuration, Measurement, measure_workload, write_oracle
+from detr_profiling.measuring.measurement import Configuration, Measurement, measure_workload, write_references
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.rounds import rows_of
 from detr_profiling.tracing.recording import profile_workload
@@ -34,13 +34,13 @@ SHORT = LadderOptions(
 def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LadderRow]:
     """The ladder, measured in this process, where things can be planted, and whose allocator stays as it is."""
 
-    def measure(configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+    def measure(configuration: Configuration, runs: int, references: Path | None, limit_s: object) -> Measurement:
         monkeypatch.setattr(host_memory, "PROCESS", host_memory.Process())
-        return measure_workload(configuration, runs, oracle)
+        return measure_workload(configuration, runs, references)
 
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(rounds, "measure_in_process", measure)
-    monkeypatch.setattr(rounds, "write_oracle_in_process", write_oracle)
+    monkeypatch.setattr(rounds, "write_references_in_process", write_references)
     entries = build_entries(SHORT)
     list(measuring(entries, SHORT, Console(quiet=True)).run())
     return rows_of(entries, SHORT)

@@ -25,14 +25,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Who was measured, in order; no process runs."""
     asked: list[str] = []
 
-    def measure(configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+    def measure(configuration: Configuration, runs: int, references: Path | None, limit_s: object) -> Measurement:
         asked.append(configuration.implementation)
         if configuration.implementation == "hf-sdpa":
             raise UserError("not installed")
         return Measurement(Timing((TIMES_MS[configuration.implementation],) * runs), 1000.0, 0.1, None, 3.0)
 
     monkeypatch.setattr(rounds, "measure_in_process", measure)
-    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "write_references_in_process", lambda *_: None)
     monkeypatch.setattr(race, "peak_fraction", lambda *_: 0.5)
     yield asked
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
-from detr_profiling.measuring.measurement import Configuration, write_oracle
+from detr_profiling.measuring.measurement import Configuration, write_references
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.measuring.turns import Turns
@@ -43,7 +43,7 @@ class Planted(Candidate):
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("oracle")
-    write_oracle(compared(first_guess(OPTIONS).options), folder)
+    write_references(compared(first_guess(OPTIONS).options), folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import torch
 from detr_kernels import resize_normalize_pad
 from detr_profiling.baselines.build import BASELINES, build_baseline
 from detr_profiling.baselines.plain_loop import plain_feed
-from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
 from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
@@ -47,7 +47,7 @@ def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None
     assert found.keys() == exact.keys()
     assert ("loss" in found) == (options.mode == "training")
     for name in ("logits", "boxes", *(name for name in found if name.startswith("loss"))):
-        assert_close(found[name], exact[name], eager[name], relative_floor(exact[name], 1e-5), name)
+        assert_close(found[name], exact[name], eager[name], scaled_tolerance(exact[name], 1e-5), name)
     if options.mode == "training":
         joined = [torch.cat([each[name].flatten() for name in found if "gradient" in name]) for each in (found, exact)]
         # a ReLU at its kink moves single gradients at once by a little

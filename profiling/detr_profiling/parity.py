@@ -82,30 +82,30 @@ class OutputParity:
 
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
-        self.oracle = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
+        self.reference = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
         self.eager: dict[Precision, Observation] = {}
 
     def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
             baseline = build_baseline("reference", replace(self.plain, precision=precision))
-            self.eager[precision] = observe_all(baseline, self.oracle)
+            self.eager[precision] = observe_all(baseline, self.reference)
         return self.eager[precision]
 
     def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
         """Return what it computes, and the verdicts. Raises UserError where it cannot run."""
-        options, oracle, eager = variant.options, self.oracle, self.eager_in(variant.options.precision)
+        options, reference, eager = variant.options, self.reference, self.eager_in(variant.options.precision)
         if variant.baseline:
             observe = build_baseline(variant.baseline, options).observe
             assert observe is not None
             found = observe()
-            return found, judge(found, last_layer(oracle), last_layer(eager))
-        found = observe_all(build_workload(options), oracle)
+            return found, judge(found, last_layer(reference), last_layer(eager))
+        found = observe_all(build_workload(options), reference)
         if options.compile:
-            oracle, eager = (
+            reference, eager = (
                 {name: value for name, value in side.items() if not name.startswith("block ")}
-                for side in (oracle, eager)
+                for side in (reference, eager)
             )
-        return found, judge(found, oracle, eager)
+        return found, judge(found, reference, eager)
 
 
 class Parity:
@@ -143,7 +143,7 @@ class Parity:
                 raise
             self.record.left_out[variant.name] = str(error)
         else:
-            self.record.add(variant, found, rows, self.outputs.oracle)
+            self.record.add(variant, found, rows, self.outputs.reference)
         self.finish_part()
 
     def compare_training(self, variant: Variant) -> None:

@@ -21,7 +21,7 @@ from detr_profiling.measuring.measurement import (
     Configuration,
     Measurement,
     measure_in_process,
-    write_oracle_in_process,
+    write_references_in_process,
 )
 from detr_profiling.measuring.row import LadderRow, write_rows
 from detr_profiling.measuring.techniques import Technique
@@ -103,33 +103,33 @@ class Rounds:
         """Measure while there is time; yields after each measurement."""
         limit = TimeLimit(self.options.minutes)
         with tempfile.TemporaryDirectory() as folder:
-            oracle = Path(folder)
-            write_oracle_in_process(self.entries[0].configuration.options, oracle)
+            references = Path(folder)
+            write_references_in_process(self.entries[0].configuration.options, references)
             for number in range(self.options.rounds):
                 for entry in (each for each in self.entries if not each.is_left_out):
-                    self._measure(entry, oracle if number == 0 else None, limit, number)
+                    self._measure(entry, references if number == 0 else None, limit, number)
                     if number == 0:
                         self.review(entry)
                     yield
                 for entry in self.entries:
                     if isinstance(entry.without, Configuration):
-                        self._measure_without(entry, entry.without, oracle, limit)
+                        self._measure_without(entry, entry.without, references, limit)
                         yield
 
-    def _measure(self, entry: Entry, oracle: Path | None, limit: TimeLimit, number: int) -> None:
-        if found := self._attempt(entry, entry.configuration, oracle, limit):
+    def _measure(self, entry: Entry, references: Path | None, limit: TimeLimit, number: int) -> None:
+        if found := self._attempt(entry, entry.configuration, references, limit):
             entry.measured = entry.measured.joined(found) if entry.measured else found
             entry.rounds_ms.append(found.timing.median_ms)
             self.console.print(f"round {number + 1}  {entry.name:24} {found.timing.text()} ms")
 
-    def _measure_without(self, entry: Entry, without: Configuration, oracle: Path, limit: TimeLimit) -> None:
+    def _measure_without(self, entry: Entry, without: Configuration, references: Path, limit: TimeLimit) -> None:
         before = entry.left_without
-        if found := self._attempt(entry, without, None if before else oracle, limit):
+        if found := self._attempt(entry, without, None if before else references, limit):
             entry.left_without = before.joined(found) if before else found
             self.console.print(f"without  {entry.name:24} {found.timing.text()} ms")
 
     def _attempt(
-        self, entry: Entry, configuration: Configuration, oracle: Path | None, limit: TimeLimit
+        self, entry: Entry, configuration: Configuration, references: Path | None, limit: TimeLimit
     ) -> Measurement | None:
         """Return None, with a note on the entry, where no time is left or the configuration does not run."""
         if not limit.allows_another():
@@ -137,7 +137,7 @@ class Rounds:
             return None
         began_s = time.perf_counter()
         try:
-            found = measure_in_process(configuration, self.options.runs, oracle, limit.left_s)
+            found = measure_in_process(configuration, self.options.runs, references, limit.left_s)
         except UserError as error:
             entry.note = str(error)
             return None

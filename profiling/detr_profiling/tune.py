@@ -32,7 +32,7 @@ from detr_fast.training.first_minute import typical_size
 from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
-from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
+from detr_profiling.measuring.measurement import FLOAT64, Configuration, write_references_in_process
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
@@ -109,7 +109,7 @@ class Tuner:
     """The best configuration so far, and what was tried on the way."""
 
     options: TuneOptions
-    oracle: Path
+    references: Path
     """Folder with the reference's observations of `compared(options)`."""
     say: Callable[[str], None] = print
     new: Callable[[Configuration], Candidate] = Candidate
@@ -191,7 +191,7 @@ class Tuner:
             trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, iqr_ms=turns.iqr_ms)
             if problem := turns.why_no_gain():
                 return trial(verdict="no faster", reason=problem)
-            judged = candidate.judge(self._oracle(), self._limit_s(candidate))
+            judged = candidate.judge(self._references(), self._limit_s(candidate))
             trial = partial(trial, error=judged["error"], allowed=judged["allowed"])
             if not judged["close"]:
                 return trial(verdict="not close", reason=f"{judged['quantity']} errs by {number(judged['error'])}")
@@ -216,11 +216,11 @@ class Tuner:
         short = self.ends - time.perf_counter() < needs_s + self.longest_s
         return problem or ("no time left" if short else None)
 
-    def _oracle(self) -> Path:
+    def _references(self) -> Path:
         """Filled when a candidate is compared with it first: in float64 that takes its time."""
-        if not (self.oracle / ORACLE).exists():
-            write_oracle_in_process(compared(first_guess(self.options).options), self.oracle)
-        return self.oracle
+        if not (self.references / FLOAT64).exists():
+            write_references_in_process(compared(first_guess(self.options).options), self.references)
+        return self.references
 
     def _begun(self, configuration: Configuration) -> Candidate:
         """Begin a candidate of it. Beside a GPU, where there are cores to spare, the next process begins already."""

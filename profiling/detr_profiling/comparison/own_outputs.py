@@ -85,6 +85,6 @@ def cost_above_least(cost: Tensor, queries: Tensor) -> float:
     return (cost[matched, chosen].sum() - cost[linear_sum_assignment(cost)].sum()).item()
 
 
-def equal_matches(found: Observation, oracle: Observation) -> float:
+def equal_matches(found: Observation, reference: Observation) -> float:
     """Compute the fraction of targets that have the same query in both; NaN without targets."""
-    return (found["matches"] == oracle["matches"])[oracle["matches"] >= 0].double().mean().item()
+    return (found["matches"] == reference["matches"])[reference["matches"] >= 0].double().mean().item()

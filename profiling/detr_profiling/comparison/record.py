@@ -39,9 +39,9 @@ class ParityRecord:
         parts = [part for part in (*self.variants, self.curve, self.ap) if part is not None]
         return bool(parts) and all(part["close"] for part in parts)
 
-    def add(self, variant: Variant, found: Observation, rows: list[Row], oracle: Observation) -> None:
-        close, exact = all(row.close for row in rows), oracle["logits"][-len(found["logits"]) :]
-        matches = equal_matches(found, oracle) if "matches" in found else None
+    def add(self, variant: Variant, found: Observation, rows: list[Row], reference: Observation) -> None:
+        close, exact = all(row.close for row in rows), reference["logits"][-len(found["logits"]) :]
+        matches = equal_matches(found, reference) if "matches" in found else None
         entry = {"name": variant.name, "rows": [row.to_dict() for row in rows], "close": close}
         self.variants.append(entry | {"equal_matches": matches})
         self.samples[variant.name] = {"logits": sampled(exact, found["logits"])}
