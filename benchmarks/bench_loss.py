@@ -90,7 +90,7 @@ def hugging_face_criterion(targets: Sequence[dict[str, Tensor]]) -> Criterion:
 
 
 def observe(criterion: Criterion, logits: Tensor, boxes: Tensor) -> Observation:
-    """Every term, and the gradients of the logits (L, B, Q, C+1) and boxes (L, B, Q, 4)."""
+    """Return every term, and the gradients of the logits (L, B, Q, C+1) and boxes (L, B, Q, 4)."""
     leaves = logits.detach().requires_grad_(), boxes.detach().requires_grad_()
     *early, last = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(*leaves, strict=True)]
     terms = criterion({**last, "aux_outputs": early})

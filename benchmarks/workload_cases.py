@@ -47,7 +47,7 @@ class WorkloadCase:
 
     @property
     def precision(self) -> str:
-        """tf32 is float32 as Tensor Cores multiply it."""
+        """Name the precision; tf32 is float32 as Tensor Cores multiply it."""
         precision = self.configuration.options.precision
         return "tf32" if ON_GPU and precision == "fp32" and self.configuration.tf32 else precision
 
@@ -66,13 +66,13 @@ class WorkloadCase:
 
 
 def precisions() -> Sequence[str]:
-    """That the device is made for, the fastest last."""
+    """List those that the device is made for, the fastest last."""
     exact = "tf32" if ON_GPU else "fp32"
     return (exact, "bf16") if multiplies_bf16(DEVICE) else (exact,)
 
 
 def compiles(size: Size) -> bool:
-    """Compiling a ResNet-50 detector for a CPU takes minutes."""
+    """Tell whether to time compiled models: for a CPU, compiling a ResNet-50 detector takes minutes."""
     return missing_for_compile() is None and (ON_GPU or size == "full")
 
 
@@ -82,13 +82,13 @@ def workload_options(mode: Mode, size: Size, **changes: Any) -> WorkloadOptions:
 
 
 def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) -> WorkloadCase:
-    """`changes`: other fields of Configuration."""
+    """Make a case; `changes`: other fields of Configuration."""
     options = replace(options, precision="bf16" if precision == "bf16" else "fp32")
     return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
 
 
 def baseline_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCase]:
-    """The plain reference, Hugging Face's DETR and Faster R-CNN; the reference also in full float32 on a GPU."""
+    """Yield the plain reference, Hugging Face's DETR and Faster R-CNN; on a GPU the reference in full float32 too."""
     if ON_GPU:
         yield case("reference", options, "fp32", implementation="reference")
     for precision in precisions():
@@ -118,7 +118,7 @@ def own_cases(
 
 
 def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
-    """The gate, then the clock."""
+    """Pass the gate, then time."""
     workload, compile_s = case.configuration.build(), None
     if workload.options.compile:
         compile_s = time_first_run(workload)
@@ -129,7 +129,7 @@ def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainO
 
 
 def time_first_run(workload: Workload) -> float:
-    """Seconds of the run that compiles, fewer where inductor's cache holds the graph; the weights stay as they were."""
+    """Time the run that compiles, in seconds, fewer where inductor's cache holds the graph; the weights stay."""
     before = {name: value.clone() for name, value in workload.model.state_dict().items()}
     began = time.perf_counter()
     workload.run()

@@ -88,7 +88,7 @@ class Launches(TorchDispatchMode):
             kernel[grid](*arguments, **options)
 
     def totals(self) -> dict[str, int]:
-        """Launches by stage, in the stages' order."""
+        """Count the launches by stage, in the stages' order."""
         return {stage: self.by_stage[stage].total() for stage in (*STAGES, OTHER) if stage in self.by_stage}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,7 +143,8 @@ def _launches(operator: Any) -> bool:
 def make_batch(
     device: torch.device, images: int, room: tuple[int, int], padded: bool, targets: int = 16, mirrored: bool = True
 ) -> Batch:
-    """Random images of 3/5 the room's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
+    """Draw images of 3/5 the sides of `room`, to be resized to it; if `padded`, every other one is narrower
+    by a sixteenth."""
     height, width = (3 * side // 5 for side in room)
     places = tuple(
         Place(
@@ -187,7 +188,7 @@ def count_step(step: TrainStep, batch: Batch) -> Launches:
 
 
 def inputs_of(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | None, Targets]:
-    """Images, mask and targets, as `loss_of` takes them."""
+    """Return images, mask and targets, as `loss_of` takes them."""
     images, mask = replace(step.preprocessing, backend="ref")(batch)
     return images, mask, batch.targets
 

@@ -78,7 +78,7 @@ def last_layer(found: Observation) -> Observation:
 
 
 class OutputParity:
-    """Variants of a workload, one after another, against what the reference computes from the same batch."""
+    """Compares variants of a workload, one after another, with the reference on the same batch."""
 
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
@@ -109,8 +109,10 @@ class OutputParity:
 
 
 class Parity:
-    """The comparisons of a run; each begins with the reference's side, when it is first asked for. Raises UserError for
-    data or weights that cannot be read, before anything takes long."""
+    """Compares outputs, training and AP; each part computes the reference's side when it is first asked for.
+
+    Raises UserError for data or weights that cannot be read, before anything takes long.
+    """
 
     def __init__(self, options: ParityOptions, record: ParityRecord) -> None:
         self.options, self.record, self.workload = options, record, options.observed()

@@ -33,7 +33,7 @@ from detr_profiling.workload import WorkloadOptions
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOptions(WorkloadOptions):
-    """A workload, and how often it is measured."""
+    """Names a workload, and how often it is measured."""
 
     out: str = "runs/profile"
     """Folder for the rows as CSV, and the report that shows them."""
@@ -51,7 +51,7 @@ class RoundOptions(WorkloadOptions):
 
 @dataclass(eq=False)
 class Entry:
-    """One configuration that takes turns, and what was measured of it."""
+    """Holds one configuration that takes turns, and what was measured of it."""
 
     name: str
     configuration: Configuration
@@ -74,7 +74,7 @@ class Entry:
 
 
 class TimeLimit:
-    """The time that is left, judged by the longest measurement so far."""
+    """Judges the time that is left by the longest measurement so far."""
 
     def __init__(self, minutes: float | None) -> None:
         self.ends_s = time.perf_counter() + minutes * 60 if minutes else None

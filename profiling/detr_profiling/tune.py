@@ -1,8 +1,8 @@
-"""`python -m detr_profiling tune`: which backends and switches are fastest on this machine, for one model and size.
+"""`python -m detr_profiling tune`: finds the fastest backends and switches on this machine, for one model and size.
 
-From the first guess on, one switch after another: each of its other values is a candidate, in a process of its own, and
-takes turns with the best so far. It wins where it is faster in every turn and by more than the IQR, and as close to
-the reference in float64 as eager code is. What is left at the end takes turns with the first guess once more; where it
+From the first guess on, one switch after another is tried: each of its other values is a candidate, in a process of its
+own, and takes turns with the best so far. It wins where it is faster in every turn, by more than the IQR, and as close
+to the reference in float64 as eager code is. At the end the best takes turns with the first guess once more; where it
 does not win these, the first guess stays. `auto` reads the entry that this writes (`detr_fast.tuning`).
 """
 
@@ -106,7 +106,7 @@ class TuneOptions(WorkloadOptions):
 
 @dataclass
 class Tuner:
-    """The best configuration so far, and what was tried on the way."""
+    """Holds the best configuration so far, and what was tried on the way."""
 
     options: TuneOptions
     references: Path
@@ -217,7 +217,7 @@ class Tuner:
         return problem or ("no time left" if short else None)
 
     def _references(self) -> Path:
-        """Filled when a candidate is compared with it first: in float64 that takes its time."""
+        """Return the folder of the reference's observations, made at the first call: float64 takes its time."""
         if not (self.references / FLOAT64).exists():
             write_references_in_process(compared(first_guess(self.options).options), self.references)
         return self.references
@@ -245,8 +245,7 @@ class Tuner:
                 return
 
     def _limit_s(self, side: Candidate) -> float:
-        """Seconds that a process may take until it answers: those that are left, but enough for what runs as it
-        should."""
+        """Return the seconds that a process may take to answer: those that are left, but enough for one that works."""
         longest_s = COMPILE_S if side.configuration.options.compile else START_S
         return max(min(longest_s, self.ends - time.perf_counter()), 20 + self.longest_s)
 
@@ -260,8 +259,10 @@ def fills_the_device(candidate: Candidate) -> bool:
 
 
 def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
-    """Search, and make the entry of what was found. Where a batch does not fit into the memory, of a smaller one, as
-    training computes it then."""
+    """Search, and make the entry of what was found.
+
+    Where a batch does not fit into the memory, a smaller one is measured, since training computes it in parts then.
+    """
     ends, case = time.perf_counter() + 60 * options.minutes, options.case()
     with tempfile.TemporaryDirectory() as folder:
         while True:
@@ -290,7 +291,7 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
 
 
 def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
-    """Into tune.json, where another mode's entry stays, and the report. Raises UserError where that cannot be."""
+    """Write the entry into tune.json, where another mode's stays, and the report. Raises UserError where that fails."""
     path = folder / TUNE_FILE
     entries = (read_object(path, "tune") or {}) | {mode: entry.to_dict()}
     write_json(path, entries)

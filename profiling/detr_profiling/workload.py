@@ -1,4 +1,4 @@
-"""What is measured: training steps or inferences of a model, on batches that are the same for all."""
+"""What is measured: training steps or inferences of a model, on batches that are the same for all implementations."""
 
 import itertools
 import re
@@ -112,8 +112,10 @@ class WorkloadOptions(RuntimeOptions):
         return self.sizes == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
-        """These alone, without what a command adds, and with what `auto` stands for on this device, but for how
-        operations run."""
+        """Return these options alone, without what a command adds, with device, size, batch and threads for `auto`.
+
+        How operations run stays as it was asked for.
+        """
         device, _ = choose_device(self.device)
         size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
         asked = {each.name: getattr(self, each.name) for each in fields(WorkloadOptions)}
@@ -126,8 +128,10 @@ class WorkloadOptions(RuntimeOptions):
         return WorkloadOptions(**(asked | found))
 
     def observed(self) -> "WorkloadOptions":
-        """With the images that are compared: in float64, which the oracle needs, more would not fit. All of one size,
-        since padding itself changes a little of what DETR computes."""
+        """Return the options of what is compared: at most 4 images, as float64 takes memory, all of one size.
+
+        Padding itself changes a little of what DETR computes.
+        """
         options = self.resolved()
         return replace(options, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
@@ -143,7 +147,7 @@ class WorkloadOptions(RuntimeOptions):
 
 @dataclass
 class Workload:
-    """One model with its batches, ready to run again and again."""
+    """Holds one model with its batches, ready to run again and again."""
 
     name: str
     options: WorkloadOptions
@@ -161,7 +165,7 @@ class Workload:
 
     @property
     def shapes(self) -> list[BatchShape]:
-        """Of the batches of one run."""
+        """List the shapes of the batches of one run."""
         return batch_shapes(self.options)
 
     @property
@@ -174,7 +178,7 @@ class Workload:
 
 
 def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
-    """One batch, the later half of whose images is an eighth narrower; or those that stand for mixed sizes."""
+    """List one batch, the later half of whose images is an eighth narrower; or those that represent mixed sizes."""
     options = options.resolved()
     (height, width), images = options.height_width, options.batch_size or 1
     if options.sizes == "same":
@@ -186,8 +190,10 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
 
 
 def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
-    """Draws photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
-    the embedded data set that it is for."""
+    """Draw photographs and boxes on the host, pinned beside a GPU.
+
+    detr_tiny's photographs have their size already, as those of the embedded data set that it is for.
+    """
     fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
     generator = torch.Generator().manual_seed(options.seed)
     batches = []
@@ -199,10 +205,10 @@ def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
 
 
 def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
-    """Draws what is compared with the reference, on the host.
+    """Draw what is compared with the reference, on the host.
 
-    Photographs' sides are doubled, or kept where the result is odd, and their levels are such that nothing has to be
-    rounded: elsewhere an implementation that rounds once and one that rounds after each axis differ by a level.
+    Photographs' sides are doubled, or kept where the result is odd, and their levels are such that nothing is rounded:
+    elsewhere an implementation that rounds once and one that rounds after each axis differ by a level.
     """
     options = options.observed()
     generator = torch.Generator().manual_seed(options.seed)
@@ -212,7 +218,7 @@ def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
 
 
 def exact_source_side(side: int) -> int:
-    """Returns the side from which one of `side` pixels is resized without rounding."""
+    """Return the side from which one of `side` pixels is resized without rounding."""
     return side if side % 2 else side // 2
 
 
@@ -225,8 +231,10 @@ def draw_batch(
     generator: torch.Generator,
     level_step: int = 1,
 ) -> Batch:
-    """Draws photographs of the sizes `sources` that become those of `shape`, with `mirrored` every other one mirrored;
-    levels are multiples of `level_step`, objects on each at most `objects`."""
+    """Draw photographs of the sizes `sources` that are resized to those of `shape`; `mirrored`: every other is flipped.
+
+    Levels are multiples of `level_step`. Each image has 1 to `objects` objects.
+    """
     images = len(shape.sizes)
     photographs = [
         torch.randint(256 // level_step, (*size, 3), dtype=torch.uint8, generator=generator) * level_step
@@ -242,12 +250,12 @@ def draw_batch(
 
 
 def copied_ahead(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields the batches on `device`, over and over; on a GPU one is copied ahead beside the step, as in training."""
+    """Yield the batches on `device`, over and over; a GPU gets one ahead, beside the step, as in training."""
     return on_device(itertools.cycle(batches), device)
 
 
 def stepping(step: Callable[[Given], Any], feed: Iterator[Given], steps: int) -> Callable[[], Any]:
-    """Makes a run of `steps` steps, each with the next of `feed`; it returns the last one's result."""
+    """Make a run of `steps` steps, each with the next of `feed`; it returns the last one's result."""
 
     def run() -> Any:
         for _ in range(steps):
@@ -260,7 +268,10 @@ def stepping(step: Callable[[Given], Any], feed: Iterator[Given], steps: int) ->
 
 
 def initial_model(options: WorkloadOptions) -> DETR:
-    """On the CPU, its weights from the seed alone, norms and biases not 1 and 0, so that every term shows."""
+    """Make the model on the CPU, its weights from the seed alone.
+
+    Norms and biases are not 1 and 0, so that every term shows.
+    """
     torch.manual_seed(options.seed)
     model = DETR(options.architecture())
     if options.model in MODELS and options.model != "detr_tiny":
@@ -269,7 +280,7 @@ def initial_model(options: WorkloadOptions) -> DETR:
 
 
 def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None = None) -> Workload:
-    """Build ours; `backends`: of single operations, where they are to be other than the options make them.
+    """Build ours; `backends`: of single operations, where they are to differ from what the options ask for.
 
     Raises UserError where something asked for by name is not there.
     """
@@ -303,8 +314,10 @@ def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None 
 def training_step(
     model: DETR, criterion: SetCriterion, options: WorkloadOptions, runtime: Runtime
 ) -> tuple[Callable[[Batch], Any], Any]:
-    """Makes a step with one batch, and returns it and what it calls in the model's place. Raises UserError where it
-    cannot be captured."""
+    """Make a step with one batch; return it and what it calls in the model's place.
+
+    Raises UserError where it cannot be captured.
+    """
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     step = TrainStep(model, criterion, optimizer, runtime)
     if not options.capture:
@@ -316,7 +329,10 @@ def training_step(
 
 
 def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> tuple[Callable[[Batch], Any], Any]:
-    """Does the same for an inference."""
+    """Make an inference of one batch; return it and what it calls in the model's place.
+
+    Raises UserError where it cannot be captured.
+    """
     # without --capture no replay, which evaluation on a GPU is by default: hooks and the names of stages stay
     detector = Detector(model, runtime=replace(runtime, capture=options.capture))
     replays = detector.replays or not options.capture

@@ -49,7 +49,7 @@ MOST_ALLOWED = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and from what."""
+    """Names what is learned, and from what."""
 
     config: TrainConfig
     model: DETR
@@ -134,7 +134,7 @@ def allowed_errors(reference_errors: Sequence[float]) -> list[float]:
 
 
 class TrainingCurve:
-    """Curves of the reference and of ours, one variant after another, and the verdict on each."""
+    """Draws curves of the reference and of ours, one variant after another, and judges each."""
 
     def __init__(self, task: Task, device: torch.device, steps: int) -> None:
         self.task, self.device, self.steps = task, device, steps

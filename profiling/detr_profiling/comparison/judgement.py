@@ -2,8 +2,8 @@
 
 Every verdict is `closeness`'s: an error against the reference in float64, at most twice the error of the reference in
 the same precision, plus one of three absolute tolerances. One number's error is luck, and so is the largest of a
-million: errors are distances of vectors (a token, a query, a parameter's gradient), relative to their size, and the
-largest counts.
+million. So errors are distances of vectors (a token, a query, a parameter's gradient) relative to their size, and the
+largest distance counts.
 """
 
 import math
@@ -46,7 +46,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Row:
-    """The verdict on one quantity."""
+    """Holds the verdict on one quantity."""
 
     quantity: str
     kind: Kind
@@ -89,10 +89,10 @@ def worst(rows: Iterable[Row]) -> Row:
 
 
 def judge(found: Observation, reference: Observation, eager: Observation) -> list[Row]:
-    """Judge `found` by the reference in float64, `reference`, and in found's own precision, `eager`.
+    """Judge `found` by the reference in float64, `reference`, and by the reference in found's precision, `eager`.
 
-    All three hold the same quantities: one that is missing on a side is not close. Matches, and losses by themselves,
-    are judged where the reference also holds the targets (`reference | targets_of(options)`).
+    All three hold the same quantities: one that is missing on a side is not close. Matches, and losses by
+    themselves, are judged where `reference` also holds the targets (`reference | targets_of(options)`).
     """
     sides = (found, reference, eager)
     names = list(dict.fromkeys(name for side in sides for name in side if name not in TARGET_KEYS))
@@ -129,8 +129,10 @@ def judge_vectors(name: str, found: Observation, reference: Observation, eager: 
 
 
 def judge_scales(names: Sequence[str], found: Observation, reference: Observation, eager: Observation) -> Row:
-    """Judge how much longer or shorter each quantity is along the exact one. Rounding, which has no direction, hides
-    little of it: in bf16 too it shows what is off by 1 %."""
+    """Judge how much longer or shorter each quantity is along the exact one.
+
+    Rounding has no direction and hides little of it: what is off by 1 % shows in bf16 too.
+    """
     ours, plain = (torch.stack([off_scale(side[name], reference[name]) for name in names]) for side in (found, eager))
     return Row.of_errors("scale of blocks and outputs", "output", ours, plain, STEP)
 
@@ -173,8 +175,10 @@ def judge_matches(found: Observation, reference: Observation, eager: Observation
 def judge_gradients(
     names: Iterable[str], found: Observation, reference: Observation, eager: Observation
 ) -> Iterator[Row]:
-    """Judge the root mean square of the parameters' relative errors, by group and of all; and how much longer or
-    shorter any parameter's gradient is along the exact one, where a single one that is missing or wrong shows.
+    """Judge the root mean square of the parameters' relative errors, by group and of all parameters.
+
+    Judges too how much longer or shorter any parameter's gradient is along the exact one: there a single gradient
+    that is missing or wrong shows.
     """
     groups: dict[str, list[str]] = {}
     for name in names:

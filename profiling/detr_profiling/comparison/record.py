@@ -20,7 +20,7 @@ EDGES_LOG10 = np.arange(-12, 2.25, 0.25)
 
 @dataclass
 class ParityRecord:
-    """Written anew after each part, so that a run that is stopped leaves what it found."""
+    """Holds what was found; it is written anew after each part, so that a run that is stopped leaves it."""
 
     path: Path
     machine: dict[str, Any]

@@ -83,7 +83,7 @@ def with_value(configuration: Configuration, switch: str, value: Any) -> Configu
 
 
 def value_of(configuration: Configuration, switch: str) -> Any:
-    """None: a backend's first guess."""
+    """Return what a configuration has for a switch; None for an operation that runs by its first guess."""
     if switch in RUNTIME_SWITCHES:
         return getattr(configuration.options, switch)
     return configuration.backends.get(switch)

@@ -19,7 +19,7 @@ REFERENCES = {name: operation.reference for name, operation in OPERATIONS.items(
 
 @dataclass(frozen=True)
 class Technique:
-    """One change of a configuration."""
+    """Changes a configuration in one respect: a row of the ladder."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Technique:
 
     @property
     def can_be_left_out(self) -> bool:
-        """Whether the techniques after it mean the same without it."""
+        """Tell whether the techniques after it mean the same without it."""
         replaced = {"precision", "channels_last", "buckets"} & self.options.keys()
         return not self.superseded and not self.settings and not replaced
 
@@ -50,7 +50,7 @@ def start(options: WorkloadOptions) -> Configuration:
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
-    """List those that `top` asks for, the configuration that the ladder ends at, and that run on its device.
+    """List those that run on the device of `top`, the configuration that the ladder ends at.
 
     There `auto` means all that there is. Raises UserError where something asked for by name is not there.
     """

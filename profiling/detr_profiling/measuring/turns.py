@@ -11,7 +11,7 @@ LEAST_GAIN = 0.01
 
 @dataclass
 class Turns:
-    """The times of the best so far and of a candidate, a Timing each turn."""
+    """Holds the times of the best so far and of a candidate, a Timing each turn."""
 
     best: list[Timing] = field(default_factory=list)
     candidate: list[Timing] = field(default_factory=list)
