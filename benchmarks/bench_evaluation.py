@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
-from detr_profiling.workload import WorkloadOptions, initial_model
+from detr_profiling.own_workload import initial_model
+from detr_profiling.workload import WorkloadOptions
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

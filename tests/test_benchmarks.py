@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 
 from benchmarks import bench_kernels
 from benchmarks.clock import DEVICE, NOT_COMPARABLE

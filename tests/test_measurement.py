@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detr_profiling.batches import batch_shapes
 from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import (
     Configuration,
@@ -21,7 +22,7 @@ from detr_profiling.measuring.measurement import (
 from detr_profiling.measuring.memory import Peak
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import Workload, WorkloadOptions, batch_shapes
+from detr_profiling.workload import Workload, WorkloadOptions
 from torch import nn
 
 from detr_fast.config import UserError

@@ -13,9 +13,10 @@ from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import Configuration, Measurement, measure_workload, write_references
 from detr_profiling.measuring.row import LadderRow
+from detr_profiling.own_workload import build_workload
 from detr_profiling.rounds import rows_of
 from detr_profiling.tracing.recording import profile_workload
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 from rich.console import Console
 from torch import Tensor
 

@@ -18,8 +18,9 @@ from detr_profiling.comparison.own_outputs import cost_above_least, equal_matche
 from detr_profiling.comparison.record import error_histogram, sampled
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.observation import Observation
+from detr_profiling.own_workload import build_workload
 from detr_profiling.parity import OutputParity, ParityOptions, main
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch import Tensor, nn
 
 from detr_fast.config import MODELS, UserError
@@ -157,7 +158,7 @@ def test_a_step_that_is_one_percent_too_long(outputs: OutputParity, monkeypatch:
     def build_longer(model: nn.Module, lr: float, **others: float) -> torch.optim.AdamW:
         return build_optimizer(model, 1.01 * lr, **others)
 
-    monkeypatch.setattr("detr_profiling.workload.build_optimizer", build_longer)
+    monkeypatch.setattr("detr_profiling.own_workload.build_optimizer", build_longer)
     wrong = far(outputs.compare(FP32)[1])
     assert {f"update of {name}" for name in ("encoder", "decoder", "heads")} <= set(wrong)
     assert not any("backbone" in name or "gradient" in name for name in wrong)

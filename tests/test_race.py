@@ -11,8 +11,8 @@ from detr_profiling.limits.peaks import Peaks
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.row import LadderRow, read_rows
 from detr_profiling.measuring.timing import Timing
+from detr_profiling.own_workload import build_workload
 from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fastest_eager_ms, peak_fraction
-from detr_profiling.workload import build_workload
 
 from detr_fast.config import UserError
 

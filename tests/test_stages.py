@@ -3,7 +3,8 @@
 import warnings
 
 import torch
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch.profiler import profile
 
 from detr_fast.stages import STAGES, current_stage, stage

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.own_workload import build_workload
 from detr_profiling.tracing.allocations import MOST_POINTS, memory_use
 from detr_profiling.tracing.breakdown import (
     idle_fraction,
@@ -20,7 +21,7 @@ from detr_profiling.tracing.breakdown import (
 from detr_profiling.tracing.recording import Profiled, record
 from detr_profiling.tracing.synchronizations import synchronizations
 from detr_profiling.tracing.timeline import Timeline, make_timeline, read_timeline
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent

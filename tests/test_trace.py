@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
 from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
 from detr_profiling.tracing.timeline import Nesting, Span, Timeline, read_timeline
-from detr_profiling.workload import Workload, build_workload
+from detr_profiling.workload import Workload
 
 from detr_fast.config import UserError
 from detr_fast.console import Console

@@ -22,10 +22,11 @@ from detr_profiling.comparison.record import ParityRecord
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions
 
 
 @dataclass(frozen=True, kw_only=True)

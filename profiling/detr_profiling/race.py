@@ -16,17 +16,19 @@ from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.baselines.build import REFERENCE
+from detr_profiling.batches import batch_shapes
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.ladder import baseline_sections
 from detr_profiling.pages.results import RACE_FILE
 from detr_profiling.pages.terminal import show
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.workload import WorkloadOptions
 
 EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
 """In float32."""
@@ -76,7 +78,7 @@ def fastest_eager_ms(rows: Sequence[LadderRow]) -> float | None:
 def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
     """Return the fraction of the device's matrix peak, measured here and now, that a step of that time reaches."""
     workload = build_workload(replace(options.resolved(), compile=False))
-    flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
+    flop = sum(work.flop for work in count_work(workload.run).values()) / len(batch_shapes(workload.options))
     dtype, _ = choose_precision(options.precision, workload.device)
     return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).gemm_tflop_s * 1e12)
 

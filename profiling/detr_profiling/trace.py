@@ -17,10 +17,11 @@ from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.recipes import recipe_of
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections, workload_text
 from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 
 MOST_STEPS = 10
 LARGE_TRACE_MIB = 100

@@ -18,17 +18,12 @@ from detr_profiling.baselines.plain_loop import (
     plain_feed,
     training_step,
 )
+from detr_profiling.batches import make_batches, observed_batch
 from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
+from detr_profiling.own_workload import initial_model
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.weights import reference_of
-from detr_profiling.workload import (
-    Workload,
-    WorkloadOptions,
-    initial_model,
-    make_batches,
-    observed_batch,
-    stepping,
-)
+from detr_profiling.workload import Workload, WorkloadOptions, stepping
 
 REFERENCE = "reference"
 BASELINES = (REFERENCE, "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")

@@ -18,7 +18,8 @@ from detr_fast.config import ModelConfig
 from detr_fast.data.batch import Batch
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.preprocessing import Preprocessing
-from detr_profiling.workload import WorkloadOptions, copied_ahead
+from detr_profiling.batches import copied_ahead
+from detr_profiling.workload import WorkloadOptions
 
 BoxTargets = list[dict[str, Tensor]]
 """For each image `labels` (T,) int64 and `boxes` (T, 4) cxcywh."""

@@ -12,9 +12,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from detr_profiling.batches import observed_batch
 from detr_profiling.observation import Observation
 from detr_profiling.reference.detr import image_cost, matched_losses, weighted_terms
-from detr_profiling.workload import WorkloadOptions, observed_batch
+from detr_profiling.workload import WorkloadOptions
 
 TARGET_KEYS = ("target labels", "target boxes", "target counts")
 """(B, T) int64, (B, T, 4) cxcywh, (B,) int64."""

@@ -17,12 +17,14 @@ from detr_fast.files import atomic_write
 from detr_fast.host_memory import choose_host_allocator, use_host_allocator
 from detr_fast.runtime import choose_device
 from detr_profiling.baselines.build import build_baseline
+from detr_profiling.batches import batch_shapes
 from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 
 NO_TIME = "no time left"
 """Begins the reason of what was not measured for want of time."""
@@ -118,7 +120,7 @@ def compare(workload: Workload, configuration: Configuration, references: Path) 
 
 def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measurement:
     """Measure `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
-    kind, shapes = workload.device.type, workload.shapes
+    kind, shapes = workload.device.type, batch_shapes(workload.options)
     warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 2)
     calls = calls_a_run(kind, warm.median_ms)
     with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
