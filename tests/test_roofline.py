@@ -1,4 +1,6 @@
-"""What work and peaks make of a measured time: floor, bound, distance and MFU."""
+"""What work and peaks make of a measured time: the bound, what it is of, time over bound, and MFU."""
+
+from dataclasses import asdict
 
 import pytest
 from detr_profiling.limits.peaks import Peaks
@@ -17,7 +19,7 @@ def example(stage_ms: dict[str, float]) -> Roofline:
     return roofline(work, stage_ms, 20.0, PEAKS)
 
 
-def test_floor_bound_distance_and_mfu() -> None:
+def test_bound_time_over_bound_and_mfu() -> None:
     found = example({"data wait": 1.0, "copy": 2.0, "backbone": 8.0, "loss": 6.0, "other": 3.0})
     wait, copy, backbone, loss, other = found.stages
     assert [row.name for row in found.stages] == ["data wait", "copy", "backbone", "loss", "other"]
@@ -45,13 +47,13 @@ def test_in_a_compiled_model_the_forward_pass_is_one_stage() -> None:
     assert example({"copy": 2.0, "loss": 6.0}).stages[1].name == "backbone"  # without a time for either it stays
 
 
-def test_a_stage_without_a_time_has_a_floor_alone() -> None:
+def test_a_stage_without_a_time_has_a_bound_alone() -> None:
     for times in ({}, {"backbone": 0.0}):
         backbone = example({"copy": 2.0, "loss": 6.0, **times}).stages[1]
         assert backbone.bound_ms == 4.0 and backbone.times_bound is None and backbone.mfu is None
 
 
-def test_a_few_bytes_are_no_floor() -> None:
+def test_a_few_bytes_are_no_bound() -> None:
     """Otherwise what is between the stages would have taken a million times it."""
     (other,) = roofline({"other": Work(0, 28, 28)}, {"other": 3.0}, 20.0, PEAKS).stages
     assert (other.bound_ms, other.bound_by, other.times_bound, other.mfu) == (None, None, None, None)
@@ -64,7 +66,7 @@ def test_nothing_to_do_is_no_division_by_zero() -> None:
 
 
 def test_the_block_of_a_result() -> None:
-    block = example({"backbone": 8.0, "loss": 6.0}).to_dict()
+    block = asdict(example({"backbone": 8.0, "loss": 6.0}))
     assert block.keys() == {"peaks", "stages", "total"}
     assert block["peaks"] == {"bandwidth_gb_s": 100.0, "gemm_tflop_s": 2.0, "dtype": "bf16"}
     names = {"name", "gflop", "minimum_mib", "moved_mib", "ms", "bound_ms", "bound_by", "times_bound", "mfu"}

@@ -123,13 +123,13 @@ def test_a_read_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path)
 
 def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="auto")
-    workload, fetch = build_fed_workload(options, str(shapes_root))
+    workload = build_fed_workload(options, str(shapes_root))
 
     def slow() -> None:
         time.sleep(0.02)
-        fetch()
+        workload.fetch()
 
-    fed = profile_workload(workload, tmp_path, steps=2, warmup=1, fetch=slow, with_roofline=False)
+    fed = profile_workload(replace(workload, fetch=slow), tmp_path, steps=2, warmup=1, with_roofline=False)
     assert fed["workload"]["data"] == str(shapes_root)
     assert stage_ms(fed)["data wait"] > 20
     assert "data wait" not in [row["stage"] for row in fed["synchronizations"]], (
@@ -142,11 +142,11 @@ def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path)
 
 def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="32x48")
-    workload, fetch = build_fed_workload(options, str(shapes_root))
+    workload = build_fed_workload(options, str(shapes_root))
     sizes: list[torch.Size] = []
     backbone = workload.model.get_submodule("backbone")
     handle = backbone.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
-    fetch()
+    workload.fetch()
     workload.run()
     handle.remove()
     assert sizes == [(32, 32)], "square images of 64 pixels, the shorter side at 32"

@@ -25,7 +25,6 @@ from detr_profiling.measuring.measurement import (
 )
 from detr_profiling.measuring.row import LadderRow, write_rows
 from detr_profiling.measuring.techniques import Technique
-from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.results import read_ladder
 from detr_profiling.report import write_report
 from detr_profiling.workload import WorkloadOptions
@@ -179,10 +178,10 @@ def rows_of(entries: Sequence[Entry], options: WorkloadOptions) -> list[LadderRo
 def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, place: dict[str, Any]) -> LadderRow:
     """Make a row; `first` is what its speedup is over."""
     found, lost = entry.measured, entry.measured_without
-    figures = timing_columns(lost.timing, "without_") if lost else {}
+    figures: dict[str, Any] = lost.timing.columns("without_") if lost else {}
     if found:
         others = {name: value for name, value in asdict(found).items() if name not in ("timing", "quantity")}
-        figures |= timing_columns(found.timing) | others | {"quantity": found.quantity or ""}
+        figures |= found.timing.columns() | others | {"quantity": found.quantity or ""}
         figures["images_per_second"] = 1e3 * (options.batch_size or 1) / found.timing.median_ms
         figures["speedup"] = first.timing.median_ms / found.timing.median_ms if first else None
     return LadderRow(
@@ -194,7 +193,3 @@ def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, pl
         **figures,
         **place,
     )
-
-
-def timing_columns(timing: Timing, prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}{name}": getattr(timing, name) for name in ("median_ms", "q1_ms", "q3_ms", "runs")}

@@ -140,6 +140,8 @@ class Workload:
     """What runs as what, and why."""
     step: Callable[[Batch], Any] | None = None
     """One step with a batch that lies on the host. None: with the workload's own batches alone."""
+    fetch: Callable[[], None] = lambda: None
+    """Gets the batch that `run` takes next from a loader; nothing where `run` has its own."""
 
     @property
     def device(self) -> torch.device:

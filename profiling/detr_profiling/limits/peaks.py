@@ -8,7 +8,7 @@ there a store also reads the line it writes to, which is not counted.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +37,6 @@ class Peaks:
     """10^12 FLOP/s of a large GEMM, two for every multiply-add."""
     dtype: str
     """Of the GEMM's matrices: bf16, fp16, fp32 or fp64. fp32 on a GPU is TF32 where torch is set to it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:

@@ -7,8 +7,8 @@ What counts as work, and which bytes must move, is defined in `detr_profiling.li
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from detr_fast.stages import STAGES
 from detr_profiling.limits.counting import NOTHING, Work, count_work
@@ -48,9 +48,6 @@ class StageRoofline:
     mfu: float | None
     """Model FLOP utilisation: the fraction of the GEMM's rate at which its FLOPs were done."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Roofline:
@@ -62,13 +59,6 @@ class Roofline:
     total: StageRoofline
     """The whole step. Its bound is the sum of the stages', as one follows the other;
     it is bounded by what bounds the larger part of that sum."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "peaks": self.peaks.to_dict(),
-            "stages": [stage.to_dict() for stage in self.stages],
-            "total": self.total.to_dict(),
-        }
 
 
 def roofline(work: Mapping[str, Work], stage_ms: Mapping[str, float], step_ms: float, peaks: Peaks) -> Roofline:

@@ -7,7 +7,7 @@ stages within them, and what a GPU did belongs to the stage that launched it.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ CALL = re.compile(r"cu(da)?[A-Z]")
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage's own time, without that of stages within it, over the profiled steps."""
+    """Holds one stage's own time, without that of stages within it, over the profiled steps."""
 
     name: str
     timing: Timing
@@ -38,16 +38,7 @@ class StageTime:
     """Median time of what it launched, streams added; None without a GPU."""
 
     def to_dict(self) -> dict[str, Any]:
-        timing = self.timing.to_dict()
-        return {
-            "name": self.name,
-            "median_ms": timing["median"],
-            "q1_ms": timing["q1"],
-            "q3_ms": timing["q3"],
-            "runs": timing["runs"],
-            "fraction": self.fraction,
-            "device_ms": self.device_ms,
-        }
+        return {"name": self.name} | self.timing.columns() | {"fraction": self.fraction, "device_ms": self.device_ms}
 
 
 def stage_times(timeline: Timeline) -> list[StageTime]:
@@ -75,8 +66,7 @@ def stage_times(timeline: Timeline) -> list[StageTime]:
 
 
 def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
-    """Add, for each step, the milliseconds of what each stage launched, streams added; None where nothing ran on a
-    device."""
+    """Add up, by stage, the milliseconds of what it launched in each step, on all streams; None without a device."""
     if not timeline.device:
         return None
     times: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(timeline.steps))
@@ -129,7 +119,7 @@ def is_operator(span: Span) -> bool:
 
 @dataclass(frozen=True)
 class Usage:
-    """What all calls of one operator or kernel take, per step: means over the steps."""
+    """Holds what all calls of one operator or kernel take, per step: means over the steps."""
 
     name: str
     calls: float
@@ -140,43 +130,30 @@ class Usage:
     fraction: float
     """Of all that runs on the device; on a CPU of the step."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def operator_usage(averages: Sequence[FunctionEventAvg], timeline: Timeline) -> list[Usage]:
     """List the dearest operators of `key_averages()`: by their device time where there is a GPU, else by their own time
     on the host."""
     steps, on_device = len(timeline.steps), device_total_us(averages)
     step_us = sum(step.duration_ns for step in timeline.steps) / 1e3
-    rows = [
-        Usage(
-            str(row.key),
-            row.count / steps,
-            row.self_cpu_time_total / 1e3 / steps,
-            row.self_device_time_total / 1e3 / steps if on_device else None,
-            row.self_device_time_total / on_device if on_device else row.self_cpu_time_total / step_us,
-        )
-        for row in averages
-        if row.device_type == DeviceType.CPU and not (row.is_user_annotation or CALL.match(str(row.key)))
-    ]
-    return dearest(rows)
+    found = []
+    for row in averages:
+        if row.device_type == DeviceType.CPU and not (row.is_user_annotation or CALL.match(str(row.key))):
+            host_us, device_us = row.self_cpu_time_total, row.self_device_time_total
+            fraction = device_us / on_device if on_device else host_us / step_us
+            device_ms = device_us / 1e3 / steps if on_device else None
+            found.append(Usage(str(row.key), row.count / steps, host_us / 1e3 / steps, device_ms, fraction))
+    return dearest(found)
 
 
 def kernel_usage(averages: Sequence[FunctionEventAvg], steps: int) -> list[Usage]:
     """List the dearest kernels and copies on the device, of `key_averages()` over so many steps."""
-    total_us = device_total_us(averages)
-    rows = [
-        Usage(
-            str(row.key),
-            row.count / steps,
-            None,
-            row.self_device_time_total / 1e3 / steps,
-            row.self_device_time_total / total_us if total_us else 0.0,
-        )
-        for row in device_rows(averages)
-    ]
-    return dearest(rows)
+    total_us, found = device_total_us(averages), []
+    for row in device_rows(averages):
+        device_us = row.self_device_time_total
+        fraction = device_us / total_us if total_us else 0.0
+        found.append(Usage(str(row.key), row.count / steps, None, device_us / 1e3 / steps, fraction))
+    return dearest(found)
 
 
 def device_rows(averages: Iterable[FunctionEventAvg]) -> list[FunctionEventAvg]:
