@@ -1,9 +1,9 @@
-"""COCO's numbers from detections, and detections from a model: `pytest benchmarks/bench_evaluation.py
---benchmark-only`.
+"""COCO's numbers from detections, and detections from a model:
+`pytest benchmarks/bench_evaluation.py --benchmark-only`.
 
 hotcoco against pycocotools on synthetic detections: the twelve numbers must be equal, to the last bit. A model run over
-a small data set, from its JPEG files to the numbers: its scores and boxes must be as close to float64 as plain eager
-code's.
+a small data set, from its JPEG files to the numbers: its scores and boxes must be as close to float64 as those of plain
+eager code.
 """
 
 from collections.abc import Iterator

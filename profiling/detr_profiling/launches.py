@@ -74,7 +74,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.by_stage: dict[str, Counter[str]] = {}
         """Stage to operator or kernel to how often."""
-        self.synchronisations: list[str] = []
+        self.synchronizations: list[str] = []
         """Operators that took something from the device to the host, or brought it from memory that is not pinned."""
         self.ours: set[str] = set()
         """Our operators that ran."""
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
         if ("cuda" in taken and "cpu" in given) or (
             "cpu" in taken and "cuda" in given and func.overloadpacket in COPIES
         ):
-            self.synchronisations.append(str(func))
+            self.synchronizations.append(str(func))
         if "cuda" in taken | given and not func.is_view and func.overloadpacket not in NOTHING_RUNS:
             self.note(func.name())
             if func.overloadpacket is aten.convolution and args[2] is not None:
@@ -233,8 +233,8 @@ def launches_table(launches: Launches) -> Table:
     for stage, count in totals.items():
         most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
         rows.append(cells(stage, str(count), most))
-    synchronisations = f"{len(launches.synchronisations)} device synchronisations"
-    rows.append(cells("together", str(sum(totals.values())), synchronisations))
+    waits = f"{len(launches.synchronizations)} device synchronisations"
+    rows.append(cells("together", str(sum(totals.values())), waits))
     return Table("Launches in a step", [*words("stage"), *figures("launches"), *words("most frequent")], rows)
 
 

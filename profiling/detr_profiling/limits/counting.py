@@ -43,16 +43,15 @@ View = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """Counts what has to be done in a stage.
+    """Counts what has to be done in a stage; all ranges of one name are one stage.
 
-    `minimum_bytes` are those that move even if all of the stage were fused: every tensor that the stage reads and that
-    others have made, once; and every tensor that it makes and that another stage reads, or that outlives the run, once.
-    These are weights and images, activations that the backend keeps for the backward pass, gradients, the optimizer's
-    state, outputs. Counted by storage: of each the distinct views that were touched, at most all of it. An operator
-    that picks entries is taken to read its source whole.
+    `minimum_bytes` are those that move even if all of the stage were fused: every tensor that the stage reads and
+    that others have made, once; and every tensor that it makes and that another stage reads, or that outlives the
+    run, once. These are weights and images, activations that the backend keeps for the backward pass, gradients, the
+    optimizer's state, outputs. Counted by storage: of each the distinct views that were touched, at most all of it.
+    An operator that picks entries is taken to read its source whole.
 
-    `moved_bytes` are those of the inputs and outputs of every operator; views are free. All ranges of one name are one
-    stage.
+    `moved_bytes` are those of the inputs and outputs of every operator; views are free.
     """
 
     flop: int

@@ -61,8 +61,7 @@ class Profiled(NamedTuple):
 def record(workload: Workload, path: Path, steps: int = 3, warmup: int = 2) -> Profiled:
     """Profile `steps` steps after `warmup` others, at least one each, and write the Chrome trace to `path`.
 
-    That is a .json or a .json.gz file. Gradients are dropped before the first recorded step, so that all steps begin
-    alike.
+    That is a .json or a .json.gz file. Gradients are dropped before the first recorded step: so all steps begin alike.
     """
     on_gpu = workload.device.type == "cuda"
     if not on_gpu:
