@@ -213,9 +213,9 @@ def parity(gradients: int = 40) -> dict[str, Any]:
     variants = [{"name": name, "rows": parity_rows(scale, 1.5, gradients)} for name, scale in scales.items()]
     for variant in variants:
         variant["close"] = all(row["close"] for row in variant["rows"])
-    oracle = random.normal(0, 2, 400)
+    exact = random.normal(0, 2, 400)
     logits = {
-        name: np.stack([oracle, oracle + 8 * s * random.normal(size=400)], 1).tolist() for name, s in scales.items()
+        name: np.stack([exact, exact + 8 * s * random.normal(size=400)], 1).tolist() for name, s in scales.items()
     }
     histogram = {}
     for name, scale in scales.items():

@@ -115,7 +115,7 @@ def test_a_model_that_is_off_by_one_percent_does_not_pass(tmp_path: Path) -> Non
         workload.model.class_embed.weight.mul_(1.01)  # type: ignore[union-attr, operator]
     with pytest.raises(AssertionError, match="quantities are wrong, such as logits"):
         plain.judge(workload, tf32=True)
-    assert len(made) == 2 and sorted(tmp_path.iterdir()) == made  # the oracle and the eager errors are made once
+    assert len(made) == 2 and sorted(tmp_path.iterdir()) == made  # the exact and the eager errors are made once
     workload.observe = None
     assert plain.judge(workload, tf32=True) == NOT_COMPARABLE
 

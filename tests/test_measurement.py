@@ -33,8 +33,8 @@ INFERENCE = replace(OPTIONS, mode="inference")
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("oracle")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("references")
     write_references(INFERENCE, folder)
     yield folder
 
@@ -98,10 +98,10 @@ def test_a_configuration_goes_through_text() -> None:
     assert Configuration.from_dict(configuration.to_dict()) == configuration
 
 
-def test_an_error_of_one_percent_is_seen(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure_workload(Configuration(INFERENCE), 1, oracle).close
+def test_an_error_of_one_percent_is_seen(references: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_workload(Configuration(INFERENCE), 1, references).close
     monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong_layer_norm)
-    wrong = measure_workload(Configuration(INFERENCE), 1, oracle)
+    wrong = measure_workload(Configuration(INFERENCE), 1, references)
     assert wrong.close is False and wrong.error is not None and wrong.allowed is not None
     assert wrong.error > wrong.allowed
 

@@ -153,8 +153,8 @@ def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str,
 def errors(step: Step, exact: Step) -> dict[str, float]:
     """The largest of logits and boxes, and that of all gradients together as a part of their norm."""
     found = {name: largest_error(step[0][name], exact[0][name]) for name in ("pred_logits", "pred_boxes")}
-    oracle = joined(exact[2])
-    return found | {"gradients": ((joined(step[2]) - oracle).norm() / oracle.norm()).item()}
+    in_float64 = joined(exact[2])
+    return found | {"gradients": ((joined(step[2]) - in_float64).norm() / in_float64.norm()).item()}
 
 
 def joined(grads: dict[str, Tensor]) -> Tensor:

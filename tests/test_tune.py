@@ -41,15 +41,15 @@ class Planted(Candidate):
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("oracle")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("references")
     write_references(compared(first_guess(OPTIONS).options), folder)
     return folder
 
 
-def test_planted_candidates_are_refused_with_their_reason(oracle: Path) -> None:
+def test_planted_candidates_are_refused_with_their_reason(references: Path) -> None:
     said: list[str] = []
-    tuner = Tuner(OPTIONS, oracle, said.append, Planted)
+    tuner = Tuner(OPTIONS, references, said.append, Planted)
     turns = tuner.search([Switch("threads", tuple(KINDS))])
     outcomes = {KINDS[int(trial.value)]: trial for trial in tuner.trials}
     assert {kind: trial.verdict for kind, trial in outcomes.items()} == {
@@ -171,8 +171,8 @@ class Dying(Planted):
         return super().time(runs, limit_s, calls)
 
 
-def test_a_best_that_dies_beside_a_candidate_begins_again(oracle: Path) -> None:
-    tuner = Tuner(OPTIONS, oracle, new=Dying)
+def test_a_best_that_dies_beside_a_candidate_begins_again(references: Path) -> None:
+    tuner = Tuner(OPTIONS, references, new=Dying)
     turns = tuner.search([Switch("threads", (7, 8))])
     assert [trial.verdict for trial in tuner.trials] == ["failed", "won"]
     assert "does not run beside it: crashed: SIGKILL" in tuner.trials[0].reason
