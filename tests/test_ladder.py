@@ -99,6 +99,13 @@ def test_what_a_later_row_replaces_is_not_left_out() -> None:
     assert isinstance(without, Configuration) and without.backends["attention"] == "sdpa"
 
 
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_model_has_rows_of_its_own_operations_alone(mode: Any) -> None:
+    """detr_tiny's batch norm is live and its backbone is none of ours to fuse; it has no dropout."""
+    entries = build_entries(replace(OPTIONS, model="detr_tiny", mode=mode, compile=False))
+    assert [entry.name for entry in entries if ":" in entry.name] == ["attention: sdpa"]
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with all there is, as far as the ladder asks."""

@@ -31,7 +31,7 @@ SNAPSHOT_ENTRIES = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions(WorkloadOptions):
-    """One step in a profiler: stages, kernels, waits, memory, roofline."""
+    """One step in a profiler: stages, kernels, device synchronisations, memory, roofline."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *WorkloadOptions.idle,
