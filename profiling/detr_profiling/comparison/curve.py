@@ -185,8 +185,8 @@ class TrainingCurve:
 
     def message(self) -> str:
         failed = [f"{name}: {failure}" for name, failure in self.failures.items()]
-        first_steps = (f"{allowed[0]:.2g} and {allowed[1]:.2g} in {name}" for name, allowed in self.allowed.items())
-        rule = f"allowed of float64's loss are at the first two steps {', '.join(first_steps)}; then it doubles"
+        first = (f"{allowed[0]:.2g} and {allowed[1]:.2g} in {name}" for name, allowed in self.allowed.items())
+        rule = f"allowed relative errors of the first two steps are {', '.join(first)}; then they double with each step"
         return "; ".join([*failed, rule])
 
 
