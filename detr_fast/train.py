@@ -143,7 +143,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             interruption = stack.enter_context(deferred_interruption())
             stack.enter_context(loop.display)
             if options.profile and world.is_main:
-                profiled = ProfiledStep(wrapped, options.profile, folder, runtime.device, loop.display.say)
+                profiled = ProfiledStep(wrapped, options.profile, folder, runtime.device, loop.display.print)
                 loop.take_step = stack.enter_context(profiled)
             code = loop.run(interruption)
         if loop.evaluation and world.is_main:

@@ -131,7 +131,7 @@ class Trial(Checked):
     """Median time of a step."""
     against_ms: float | None = None
     """Median time of the best before it, in the same turns."""
-    spread_ms: float | None = None
+    iqr_ms: float | None = None
     """Least gain that counts: the mean of both interquartile ranges."""
     error: float | None = None
     """Error of the quantity nearest to its limit, where it was compared with the reference."""
@@ -159,7 +159,7 @@ class Tuning(Checked):
     first_guess_ms: float | None = None
     """None, as the next two: it could not be measured."""
     chosen_ms: float | None = None
-    spread_ms: float | None = None
+    iqr_ms: float | None = None
     """Mean of both interquartile ranges, in the turns that ended the measurement."""
     date: str
     commit: str | None = None
@@ -198,8 +198,8 @@ class Tuning(Checked):
         if self.first_guess_ms is None or self.chosen_ms is None:
             return f"not measured, on {self.date}: the first guess"
         return (
-            f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
-            f"{self.spread_ms:.2g}), best of {tried + 1} measured on {self.date}"
+            f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (IQR "
+            f"{self.iqr_ms:.2g}), best of {tried + 1} measured on {self.date}"
         )
 
 

@@ -77,7 +77,7 @@ def check_that_a_step_waits_for_nothing_and_launches_little(
 ) -> None:
     """Pixels, forward and backward pass, loss, AdamW and the average, in bf16."""
     launches = count_step(make_step(CONFIG, gpu, kernels, attention), make_batch(gpu, 2, ROOM, padded))
-    assert not launches.synchronisations and launches.ours == expected
+    assert not launches.synchronizations and launches.ours == expected
     assert sum(launches.totals().values()) <= most, launches.totals()
 
 
@@ -85,7 +85,7 @@ def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.Monk
     """DETR-R50, two ragged images; attention by xformers, as the fake device shows torch's attention in pieces."""
     monkeypatch.setitem(backbone.DEPTHS, "resnet50", (3, 4, 6, 3))
     launches = count_step(make_step(MODELS["detr_r50"], gpu, "auto", "xformers"), make_batch(gpu, 2, ROOM, True))
-    assert not launches.synchronisations
+    assert not launches.synchronizations
     most = {
         **{"pixels": 36, "forward": 28, "backbone": 182, "encoder": 182, "decoder": 267, "heads": 19},
         **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Half a unit in the last place of a dtype, or what two orders of summation may differ by."""
 
 # (images, inputs, height, width, outputs), kernel, stride, padding, dilation, with residual, with ReLU
@@ -60,7 +60,7 @@ def tail(*inputs: Tensor | int | None, **options: object) -> Tensor:
     return conv_bias_act(*inputs, backend="triton", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "dilation", "residual", "relu"), CASES)
 def test_as_exact_as_eager(
     shape: tuple[int, ...],
@@ -75,23 +75,23 @@ def test_as_exact_as_eager(
     inputs = [*make_inputs(shape, kernel, stride, padding, dilation, residual, dtype), relu]
     assert torch.equal(tail(*inputs), conv_bias_act_ref(*inputs))
     assert tail(*inputs).is_contiguous(memory_format=torch.channels_last)
-    assert_same_function(tail, conv_bias_act_ref, inputs, FLOORS[dtype])
+    assert_same_function(tail, conv_bias_act_ref, inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_random_values(dtype: torch.dtype) -> None:
     """The output with a ReLU; the gradients without, since near 0 the rounding of fused and eager code may disagree."""
     inputs = bottleneck(dtype, integers=False)
-    oracle = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
-    floor = FLOORS[dtype] * oracle.abs().max().item()
-    assert_close(tail(*inputs), oracle, conv_bias_act_ref(*inputs), floor)
-    assert_same_function(tail, conv_bias_act_ref, [*inputs, False], FLOORS[dtype])
+    reference = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
+    tolerance = TOLERANCES[dtype] * reference.abs().max().item()
+    assert_close(tail(*inputs), reference, conv_bias_act_ref(*inputs), tolerance)
+    assert_same_function(tail, conv_bias_act_ref, [*inputs, False], TOLERANCES[dtype])
 
 
 def test_programs_that_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on large images; 4 blocks of 32 pixels for 3 programs, the last block not full."""
     monkeypatch.setattr(epilogue, "PARTIAL_SUMS", 3)
-    assert_same_function(tail, conv_bias_act_ref, bottleneck(torch.float32), FLOORS[torch.float32])
+    assert_same_function(tail, conv_bias_act_ref, bottleneck(torch.float32), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 1), (0, 2, 3)])
@@ -117,7 +117,7 @@ def test_only_gradients_that_are_wanted(wanted: tuple[int, ...]) -> None:
 def test_a_float32_bias() -> None:
     """Added in float32, and so is its gradient; eager code rounds it to x's dtype first."""
     x, weight, bias, *rest = bottleneck(torch.bfloat16)
-    assert_same_function(tail, conv_bias_act_ref, [x, weight, bias.float(), *rest], FLOORS[torch.bfloat16])
+    assert_same_function(tail, conv_bias_act_ref, [x, weight, bias.float(), *rest], TOLERANCES[torch.bfloat16])
     x, weight = (torch.full((1, 1, 3, 3), value, dtype=torch.bfloat16, device=DEVICE) for value in (-1.0, 1.0))
     bias = torch.full((1,), 9 + 2.0**-9, device=DEVICE)
     assert tail(x, weight, bias).item() == 2.0**-9
@@ -127,7 +127,7 @@ def test_views_that_are_not_channels_last() -> None:
     x, weight, bias, residual, *rest = bottleneck(torch.float32)
     inputs = [x.contiguous()[:, ::2], weight[:, 1::2], bias.repeat_interleave(2)[::2], residual.contiguous(), *rest]
     assert not any(each.is_contiguous(memory_format=torch.channels_last) for each in (inputs[0], inputs[3]))
-    assert_same_function(tail, conv_bias_act_ref, inputs, FLOORS[torch.float32])
+    assert_same_function(tail, conv_bias_act_ref, inputs, TOLERANCES[torch.float32])
 
 
 def test_no_images() -> None:
@@ -217,4 +217,4 @@ def test_compiles_without_a_graph_break() -> None:
             lambda *inputs, form=form: conv_bias_act(*inputs, backend=form) + 1, fullgraph=True, backend="aot_eager"
         )
         eager = lambda *inputs: conv_bias_act_ref(*inputs) + 1  # noqa: E731
-        assert_same_function(compiled, eager, inputs, FLOORS[torch.float32])
+        assert_same_function(compiled, eager, inputs, TOLERANCES[torch.float32])

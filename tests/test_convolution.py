@@ -13,7 +13,7 @@ from torch.nn import functional as F
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Half a unit in the last place of a dtype, or what two orders of summation may differ by."""
 
 # (images, inputs, height, width, outputs), stride, with residual, with ReLU
@@ -52,23 +52,23 @@ def fused(*inputs: Tensor | None, **options: object) -> Tensor:
     return conv1x1_bias_act(*inputs, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("shape", "stride", "residual", "relu"), CASES)
 def test_as_exact_as_eager(shape: tuple[int, ...], stride: int, residual: bool, relu: bool, dtype: torch.dtype) -> None:
     inputs = [*make_inputs(shape, stride, residual, dtype), stride, relu]
     assert torch.equal(fused(*inputs), conv1x1_bias_act_ref(*inputs))
     assert fused(*inputs).is_contiguous(memory_format=torch.channels_last)
-    assert_same_function(fused, conv1x1_bias_act_ref, inputs, FLOORS[dtype])
+    assert_same_function(fused, conv1x1_bias_act_ref, inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_random_values(dtype: torch.dtype) -> None:
     """The output with a ReLU; the gradients without, since near 0 the rounding of fused and eager code may disagree."""
     inputs = make_inputs((2, 200, 9, 7, 72), 1, True, dtype, integers=False)
-    oracle = conv1x1_bias_act_ref(*(each.double() for each in inputs))
-    floor = FLOORS[dtype] * oracle.abs().max().item()
-    assert_close(fused(*inputs), oracle, conv1x1_bias_act_ref(*inputs), floor)
-    assert_same_function(fused, conv1x1_bias_act_ref, [*inputs, 1, False], FLOORS[dtype])
+    reference = conv1x1_bias_act_ref(*(each.double() for each in inputs))
+    tolerance = TOLERANCES[dtype] * reference.abs().max().item()
+    assert_close(fused(*inputs), reference, conv1x1_bias_act_ref(*inputs), tolerance)
+    assert_same_function(fused, conv1x1_bias_act_ref, [*inputs, 1, False], TOLERANCES[dtype])
 
 
 def test_other_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_other_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for module in (pointwise, pointwise_backward):
         monkeypatch.setattr(module, "choose_blocks", lambda *size_and_dtype, **_: blocks[size_and_dtype[:3]])
-    assert_same_function(fused, conv1x1_bias_act_ref, inputs, FLOORS[torch.float32])
+    assert_same_function(fused, conv1x1_bias_act_ref, inputs, TOLERANCES[torch.float32])
 
 
 def test_blocks_of_detrs_layers_fit_the_device() -> None:
@@ -105,7 +105,7 @@ def test_a_float32_bias_is_added_in_float32() -> None:
 
 def test_a_float32_bias_has_a_float32_gradient() -> None:
     x, weight, bias, residual = make_inputs((2, 64, 9, 7, 72), 1, True, torch.bfloat16)
-    assert_same_function(fused, conv1x1_bias_act_ref, [x, weight, bias.float(), residual], FLOORS[torch.bfloat16])
+    assert_same_function(fused, conv1x1_bias_act_ref, [x, weight, bias.float(), residual], TOLERANCES[torch.bfloat16])
 
 
 def test_views_that_are_not_channels_last() -> None:
@@ -113,7 +113,7 @@ def test_views_that_are_not_channels_last() -> None:
     inputs = [x.contiguous().flip(0)[:, ::2], weight[:, 1::2], bias.repeat_interleave(2)[::2], residual.contiguous()]
     assert not any(each.is_contiguous(memory_format=torch.channels_last) for each in (inputs[0], inputs[3]))
     assert not inputs[1].is_contiguous()
-    assert_same_function(fused, conv1x1_bias_act_ref, inputs, FLOORS[torch.float32])
+    assert_same_function(fused, conv1x1_bias_act_ref, inputs, TOLERANCES[torch.float32])
 
 
 def test_no_images() -> None:
@@ -229,7 +229,7 @@ def test_compiles_without_a_graph_break() -> None:
     inputs = make_inputs((2, 16, 5, 4, 24), 2, True, torch.float32)
     compiled = torch.compile(lambda *inputs: fused(*inputs, stride=2) + 1, fullgraph=True, backend="aot_eager")
     eager = lambda *inputs: conv1x1_bias_act_ref(*inputs, stride=2) + 1  # noqa: E731
-    assert_same_function(compiled, eager, inputs, FLOORS[torch.float32])
+    assert_same_function(compiled, eager, inputs, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize(("stride", "residual", "relu"), [(1, True, True), (2, False, False)])

@@ -10,7 +10,7 @@ from detr_profiling.comparison.closeness import assert_close, assert_same_functi
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 # (images, inputs, height, width, outputs), kernel, stride, padding, dilation, with residual
 CASES = [
@@ -69,21 +69,21 @@ def make_inputs(case: tuple, dtype: torch.dtype, integers: bool = True) -> list[
     return [x, weight, bias, rest, stride, padding, dilation]
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(case: tuple, dtype: torch.dtype, library: str) -> None:
     inputs, run = make_inputs(case, dtype), run_by(library)
     assert torch.equal(run(*inputs), conv_bias_act_ref(*inputs))
     assert run(*inputs).is_contiguous(memory_format=torch.channels_last)
-    assert_same_function(run, conv_bias_act_ref, inputs, FLOORS[dtype])
+    assert_same_function(run, conv_bias_act_ref, inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 def test_random_values(case: tuple, dtype: torch.dtype, library: str) -> None:
     inputs, run = make_inputs(case, dtype, integers=False), run_by(library)
-    oracle = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
-    assert_close(run(*inputs), oracle, conv_bias_act_ref(*inputs), FLOORS[dtype] * oracle.abs().max().item())
+    reference = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
+    assert_close(run(*inputs), reference, conv_bias_act_ref(*inputs), TOLERANCES[dtype] * reference.abs().max().item())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,7 +100,7 @@ def test_onednn_leaves_the_relu_out_where_none_is_asked_for(case: tuple) -> None
 def test_a_float32_bias_and_frozen_weights(library: str) -> None:
     x, weight, bias, *rest = make_inputs(CASES[2], torch.bfloat16)
     run = run_by(library)
-    assert_same_function(run, conv_bias_act_ref, [x, weight, bias.float(), *rest], FLOORS[torch.bfloat16])
+    assert_same_function(run, conv_bias_act_ref, [x, weight, bias.float(), *rest], TOLERANCES[torch.bfloat16])
     x.requires_grad_()
     grads = [torch.autograd.grad(each(x, weight, bias, *rest).sum(), x)[0] for each in (run, conv_bias_act_ref)]
     assert torch.equal(*grads)
@@ -125,7 +125,7 @@ def test_under_autocast(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="oneDNN runs on the CPU")
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_packed_convolution_takes_any_size_and_writes_over_the_residual(
     case: tuple, dtype: torch.dtype, relu: bool

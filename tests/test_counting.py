@@ -14,7 +14,8 @@ from detr_profiling.limits.counting import NOTHING
 from detr_profiling.limits.flops import has_products
 from detr_profiling.limits.roofline import Work, count_work
 from detr_profiling.measuring.techniques import REFERENCES
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Half a unit in the last place of a dtype, or what two orders of summation may differ by."""
 TAIL = 5
 
@@ -78,17 +78,17 @@ def test_is_attention_within_each_image(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["self", "cross"])
 def test_kernels_are_as_exact_as_eager(name: str, dim: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(name, dim, dtype, heads=1)
-    assert_same_function(packed(name, "triton"), packed(name, "ref"), inputs, FLOORS[dtype])
+    assert_same_function(packed(name, "triton"), packed(name, "ref"), inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_scores_of_a_thousand(dtype: torch.dtype) -> None:
     q, k, v = make_inputs("self", 32, dtype, heads=1)
     q, k = (x * 15 for x in (q, k))
     assert 900 < (q[:70, 0] @ k[:70, 0].T).abs().max() / math.sqrt(32) < 2000
     # the weights are found again from the logarithm of their sum, whose last place is 1e-4 here: half of it
-    floor = max(FLOORS[dtype], 5e-5)
-    assert_same_function(packed("self", "triton"), packed("self", "ref"), [q, k, v], floor)
+    tolerance = max(TOLERANCES[dtype], 5e-5)
+    assert_same_function(packed("self", "triton"), packed("self", "ref"), [q, k, v], tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,11 +163,11 @@ def test_dropouts_mask_is_the_same_in_all_passes() -> None:
     exact = [x.detach().double().requires_grad_() for x in inputs]
     scores = torch.einsum("qhd,khd->hqk", *exact[:2]) / 8
     weights = scores.masked_fill(elsewhere, float("-inf")).softmax(-1)
-    oracle = torch.einsum("hqk,khd->qhd", torch.where(mask, weights / (1 - p), 0), exact[2])[:-TAIL]
-    torch.testing.assert_close(out[:-TAIL].double(), oracle, atol=3e-6, rtol=1e-6)
-    oracles = torch.autograd.grad((oracle * weighting[:-TAIL]).sum(), exact)
-    for gradient, oracle in zip(gradients, oracles, strict=True):
-        torch.testing.assert_close(gradient.double(), oracle, atol=1e-5, rtol=1e-5)
+    reference = torch.einsum("hqk,khd->qhd", torch.where(mask, weights / (1 - p), 0), exact[2])[:-TAIL]
+    torch.testing.assert_close(out[:-TAIL].double(), reference, atol=3e-6, rtol=1e-6)
+    reference_gradients = torch.autograd.grad((reference * weighting[:-TAIL]).sum(), exact)
+    for gradient, reference in zip(gradients, reference_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_keeps_each_weight_with_the_same_probability_and_independently() -> None:
@@ -245,7 +245,7 @@ def test_nothing_is_read_on_the_host() -> None:
 @pytest.mark.parametrize("name", ["self", "cross"])
 def test_flash_attention_on_a_gpu_is_as_exact_as_eager(name: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(name, 32, dtype, heads=8)
-    assert_same_function(packed(name, "xformers"), packed(name, "ref"), inputs, FLOORS[dtype])
+    assert_same_function(packed(name, "xformers"), packed(name, "ref"), inputs, TOLERANCES[dtype])
 
 
 @needs_gpu

@@ -4,7 +4,7 @@ whose zeros at the border then lie elsewhere. Nothing else of a neighbour reache
 import pytest
 import torch
 from detr_profiling.reference.detr import ReferenceDETR
-from detr_profiling.reference.keyed_weights import mild_state_dict
+from detr_profiling.reference.name_seeded_weights import perturbed_state_dict
 from torch import Tensor, nn
 
 from detr_fast import build_model, export_state_dict, load_state_dict
@@ -33,7 +33,7 @@ def logits(model: nn.Module, image: Tensor, padded_size: tuple[int, int], neighb
 def test_padding_does_what_it_does_in_the_reference(kernels: str) -> None:
     torch.manual_seed(3)
     ours = build_model("detr_r50", num_queries=8, dropout=0.0, **LAYERS)
-    weights = mild_state_dict(export_state_dict(ours, "facebook"), 7)
+    weights = perturbed_state_dict(export_state_dict(ours, "facebook"), 7)
     load_state_dict(ours, weights)
     reference = ReferenceDETR(num_queries=8, dropout=0.0, **LAYERS)
     reference.load_state_dict(weights)

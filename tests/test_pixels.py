@@ -29,8 +29,8 @@ RESIZED = [
     ((10, 14), (10, 14)),
     ((1, 1), (5, 3)),
 ]
-FLOORS = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 0.0}
-"""Of the largest magnitude: no floor, but where Triton's interpreter cuts bfloat16 off instead of rounding it."""
+TOLERANCES = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 0.0}
+"""Of the largest magnitude: no tolerance, but where Triton's interpreter cuts bfloat16 off instead of rounding it."""
 LEVEL = 1 / 255 / min(STD)
 
 
@@ -83,7 +83,7 @@ def test_every_level_in_every_channel_is_torchs_to_the_last_bit(mean: tuple, std
     assert torch.equal(batch[0].cpu(), (plain - m) / s)
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("shape, size", RESIZED)
 def test_a_resized_image_is_exact_to_half_a_level(
@@ -92,9 +92,9 @@ def test_a_resized_image_is_exact_to_half_a_level(
     images = make_images([shape, (3, 2)])
     packed = PackedImages.from_list(images, [size, (3, 2)], [mirrored, False])
     height, width = largest([size, (4, 5)])
-    batch, oracle = run(packed, height, width, dtype=dtype).cpu().double(), exact(packed, height, width)
-    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype] * oracle.abs().max().item()
-    assert (batch - oracle).abs().max() <= 0.501 * LEVEL + rounding
+    batch, reference = run(packed, height, width, dtype=dtype).cpu().double(), exact(packed, height, width)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype] * reference.abs().max().item()
+    assert (batch - reference).abs().max() <= 0.501 * LEVEL + rounding
     inside = torch.zeros(2, 1, height, width, dtype=torch.bool)
     inside[0, :, : size[0], : size[1]] = inside[1, :, :3, :2] = True
     assert torch.equal(batch.masked_select(~inside), torch.zeros(int((~inside).sum()) * 3, dtype=torch.float64))
@@ -112,14 +112,14 @@ def test_plain_torch_and_pillow_are_within_a_level(shape: tuple[int, int], size:
         assert (ours - pillow).abs().mean() <= 0.5 * LEVEL
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_as_exact_as_eager(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     packed, (height, width) = PackedImages.from_list(make_images(shapes)), largest(shapes)
     batch, plain = (run(packed, height, width, form, dtype=dtype).cpu() for form in ("triton", "ref"))
     assert batch.dtype == plain.dtype == dtype
-    oracle = exact(packed, height, width)
-    assert_close(batch, oracle, plain, FLOORS[dtype] * oracle.abs().max().item())
+    reference = exact(packed, height, width)
+    assert_close(batch, reference, plain, TOLERANCES[dtype] * reference.abs().max().item())
     if dtype != torch.bfloat16 or DEVICE == "cuda":
         assert torch.equal(batch, plain)
 

@@ -3,7 +3,8 @@
 import warnings
 
 import torch
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch.profiler import profile
 
 from detr_fast.profiler_ranges import PROFILER_RANGES, current_range, profiler_range

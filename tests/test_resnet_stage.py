@@ -12,7 +12,7 @@ from torch import Tensor
 from detr_fast.model.backbone import ResNet
 from detr_fast.runtime import multiplies_bf16
 
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 CPU = torch.device("cpu")
 # stride, and the blocks' dilations
 CASES = {"two": (2, [1, 1]), "one": (2, [1]), "layer1": (1, [1, 1, 1]), "dilated": (1, [1, 2])}
@@ -50,7 +50,7 @@ def run(function: Callable[..., Tensor], case: str) -> Callable[..., Tensor]:
     return of_inputs
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(case: str, dtype: torch.dtype) -> None:
     if why_not_onednn(dtype):
@@ -59,7 +59,7 @@ def test_as_exact_as_eager(case: str, dtype: torch.dtype) -> None:
     found, expected = run(residual_stage, case)(*inputs), run(residual_stage_ref, case)(*inputs)
     assert torch.equal(found, expected) and expected.std() > 0
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert_same_function(run(residual_stage, case), run(residual_stage_ref, case), inputs, FLOORS[dtype])
+    assert_same_function(run(residual_stage, case), run(residual_stage_ref, case), inputs, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("case", CASES)

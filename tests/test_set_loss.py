@@ -24,7 +24,7 @@ CASES = [
     (2, 7, 7, [0, 0]),
     (1, 20, 130, [3, 1]),
 ]
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Of each value's largest magnitude, or of 0.1 where that is larger. Half a unit in the last place of the gradients'
 dtype; in float32 16 units, for exponentials and quotients that are rounded otherwise than torch's and sums in another
 order."""
@@ -62,32 +62,32 @@ def fused(*inputs: Tensor) -> SetLossTerms:
     return set_loss(*inputs, backend="triton")
 
 
-def assert_same_terms_and_gradients(inputs: list[Tensor], floor: float) -> None:
+def assert_same_terms_and_gradients(inputs: list[Tensor], tolerance: float) -> None:
     """Of logits and boxes alone: the targets and what sums are divided by get no gradient."""
     logits, boxes, *rest = inputs
     functions = [lambda *leaves, form=form: form(*leaves, *rest) for form in (fused, set_loss_ref)]
-    judged = assert_same_function(*functions, [logits, boxes], floor, factor=0.1)
+    judged = assert_same_function(*functions, [logits, boxes], tolerance, factor=0.1)
     assert len(judged) == 7
     # the terms themselves are float32 whatever the inputs are: of at most 10, percents of 100
     assert max(each.error for each in judged[:5]) < 2e-5
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_exact_as_eager(case: tuple[int, int, int, list[int]], dtype: torch.dtype) -> None:
-    assert_same_terms_and_gradients(make_inputs(*case, dtype), FLOORS[dtype])
+    assert_same_terms_and_gradients(make_inputs(*case, dtype), TOLERANCES[dtype])
 
 
 def test_float32_boxes_with_half_precision_logits() -> None:
     logits, *rest = make_inputs(2, 20, 7, [3, 1])
-    assert_same_terms_and_gradients([logits.bfloat16(), *rest], FLOORS[torch.bfloat16])
+    assert_same_terms_and_gradients([logits.bfloat16(), *rest], TOLERANCES[torch.bfloat16])
 
 
 def test_a_view_that_is_not_contiguous() -> None:
     logits, boxes, labels, target_boxes, counts, query_of_target, *scalars = make_inputs(2, 20, 7, [3, 1])
     turned = [each.mT.contiguous().mT for each in (logits, boxes, labels, target_boxes, query_of_target)]
     assert not any(each.is_contiguous() for each in turned)
-    assert_same_terms_and_gradients([*turned[:4], counts, turned[4], *scalars], FLOORS[torch.float32])
+    assert_same_terms_and_gradients([*turned[:4], counts, turned[4], *scalars], TOLERANCES[torch.float32])
 
 
 # cx, cy, w, h in eighths, so that equal edges are equal in every precision; the target is 3/8..5/8 in both axes
@@ -122,7 +122,7 @@ def test_torchs_subgradients_at_ties(dtype: torch.dtype) -> None:
         grads.append([torch.autograd.grad(each.sum(), leaf, retain_graph=True)[0] for each in terms[1:3]])
     for result, exact in zip(*grads, strict=True):
         assert exact.isfinite().all() and result.dtype == dtype
-        torch.testing.assert_close(result.double(), exact, atol=1e-6, rtol=FLOORS[dtype])
+        torch.testing.assert_close(result.double(), exact, atol=1e-6, rtol=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("backend", ["triton", "ref"])
@@ -229,14 +229,14 @@ def test_other_weights_of_no_object() -> None:
             lambda *leaves, form=form, weight=weight: form(*leaves, *rest, no_object_weight=weight)
             for form in (lambda *inputs, **options: set_loss(*inputs, **options, backend="triton"), set_loss_ref)
         ]
-        assert_same_function(*functions, [logits, boxes], FLOORS[torch.float32], factor=0.1)
+        assert_same_function(*functions, [logits, boxes], TOLERANCES[torch.float32], factor=0.1)
 
 
 def test_a_box_count_below_one_counts_as_one() -> None:
     """It is a mean over ranks, so it may be a half where there is a pair all the same."""
     inputs = make_inputs(2, 7, 7, [0, 1])
     inputs[6].fill_(0.5)
-    assert_same_terms_and_gradients(inputs, FLOORS[torch.float32])
+    assert_same_terms_and_gradients(inputs, TOLERANCES[torch.float32])
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -252,7 +252,7 @@ def test_compiles_without_a_graph_break() -> None:
     logits, boxes, *rest = make_inputs(2, 20, 7, [3, 1])
     compiled = torch.compile(lambda *leaves: fused(*leaves, *rest), fullgraph=True, backend="aot_eager")
     eager = lambda *leaves: set_loss_ref(*leaves, *rest)  # noqa: E731
-    assert_same_function(compiled, eager, [logits, boxes], FLOORS[torch.float32], factor=0.1)
+    assert_same_function(compiled, eager, [logits, boxes], TOLERANCES[torch.float32], factor=0.1)
 
 
 def test_operators_are_registered_as_torch_asks() -> None:

@@ -38,7 +38,7 @@ TRIALS = (
         verdict="won",
         ms=8.0,
         against_ms=10.0,
-        spread_ms=0.5,
+        iqr_ms=0.5,
         error=1e-6,
         allowed=1e-5,
     ),
@@ -48,7 +48,7 @@ TRIALS = (
 
 
 def make(case: Case = CASE, **choices: Any) -> Tuning:
-    times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "spread_ms": 0.5, "date": "2026-11-28"}
+    times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "iqr_ms": 0.5, "date": "2026-11-28"}
     return Tuning.of(CPU, case, choices, TRIALS, **times)
 
 

@@ -9,18 +9,13 @@ import torch
 from detr_kernels import resize_normalize_pad
 from detr_profiling.baselines.build import BASELINES, build_baseline
 from detr_profiling.baselines.plain_loop import plain_feed
-from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.batches import batch_shapes, make_batches, observed_batch
+from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
 from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import (
-    MOST_OBSERVED,
-    WorkloadOptions,
-    batch_shapes,
-    build_workload,
-    make_batches,
-    observed_batch,
-)
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,7 +43,7 @@ def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None
     assert found.keys() == exact.keys()
     assert ("loss" in found) == (options.mode == "training")
     for name in ("logits", "boxes", *(name for name in found if name.startswith("loss"))):
-        assert_close(found[name], exact[name], eager[name], relative_floor(exact[name], 1e-5), name)
+        assert_close(found[name], exact[name], eager[name], scaled_tolerance(exact[name], 1e-5), name)
     if options.mode == "training":
         joined = [torch.cat([each[name].flatten() for name in found if "gradient" in name]) for each in (found, exact)]
         # a ReLU at its kink moves single gradients at once by a little
@@ -185,7 +180,7 @@ def test_baselines_get_the_same_pixels_as_ours() -> None:
 def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     capturer = StandIn()
     options = replace(OPTIONS, mode=mode, model="detr_tiny")
-    monkeypatch.setattr("detr_profiling.workload.why_not_graphed", lambda _: None)
+    monkeypatch.setattr("detr_profiling.own_workload.why_not_graphed", lambda _: None)
     monkeypatch.setattr("detr_fast.training.graphed_step.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr("detr_fast.detector.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr(Detector, "replays", property(lambda detector: detector.runtime.capture))

@@ -96,12 +96,16 @@ def select_backends(
     return selection
 
 
+def operations_of(network: nn.Module) -> set[str]:
+    """Name the operations that `network` and its loss run, in training or in inference."""
+    names = {name for module in selectable(network) for name in module.operations}
+    names |= {"preprocessing", *OF_THE_LOSS}
+    return names if network.config.dropout else names - {"dropout"}  # type: ignore[union-attr]
+
+
 def reasons(network: nn.Module, selection: Selection, training: bool) -> dict[str, str]:
     """List what runs and why, for the operations of `network` and its loss: "layer norm" -> "ref (...)"."""
-    own = {name for module in selectable(network) for name in module.operations}
-    own |= {"preprocessing", *OF_THE_LOSS}
-    if network.config.dropout == 0:  # type: ignore[union-attr]
-        own.discard("dropout")
+    own = operations_of(network)
     chosen, elsewhere = (selection.training, "inference") if training else (selection.inference, "training")
     here = [operation for name in chosen if name in own and (operation := OPERATIONS[name]).mode != elsewhere]
     return {operation.title: str(chosen[operation.name]) for operation in here}

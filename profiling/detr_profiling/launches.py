@@ -74,7 +74,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.by_stage: dict[str, Counter[str]] = {}
         """Stage to operator or kernel to how often."""
-        self.synchronisations: list[str] = []
+        self.synchronizations: list[str] = []
         """Operators that took something from the device to the host, or brought it from memory that is not pinned."""
         self.ours: set[str] = set()
         """Our operators that ran."""
@@ -88,7 +88,7 @@ class Launches(TorchDispatchMode):
             kernel[grid](*arguments, **options)
 
     def totals(self) -> dict[str, int]:
-        """Launches by stage, in the stages' order."""
+        """Count the launches by stage, in the stages' order."""
         return {stage: self.by_stage[stage].total() for stage in (*PROFILER_RANGES, OTHER) if stage in self.by_stage}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
         if ("cuda" in taken and "cpu" in given) or (
             "cpu" in taken and "cuda" in given and func.overloadpacket in COPIES
         ):
-            self.synchronisations.append(str(func))
+            self.synchronizations.append(str(func))
         if "cuda" in taken | given and not func.is_view and func.overloadpacket not in NOTHING_RUNS:
             self.note(func.name())
             if func.overloadpacket is aten.convolution and args[2] is not None:
@@ -146,16 +146,17 @@ def make_batch(
     padded_size: tuple[int, int],
     padded: bool,
     targets: int = 16,
-    mirrored: bool = True,
+    hflip: bool = True,
 ) -> Batch:
-    """Random images of 3/5 the batch's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
+    """Draw images of 3/5 the sides of `padded_size`, to be resized to it; if `padded`, every other one is narrower
+    by a sixteenth."""
     height, width = (3 * side // 5 for side in padded_size)
     slots = tuple(
         Slot(
             index * height * width * 3,
             *(height, width),
             *(padded_size[0], padded_size[1] - (padded_size[1] // 16 if padded and index % 2 else 0)),
-            int(mirrored),
+            int(hflip),
         )
         for index in range(images)
     )
@@ -192,7 +193,7 @@ def count_step(step: TrainStep, batch: Batch) -> Launches:
 
 
 def inputs_of(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | None, Targets]:
-    """Images, mask and targets, as `loss_of` takes them."""
+    """Return images, mask and targets, as `loss_of` takes them."""
     images, mask = replace(step.preprocessing, backend="ref")(batch)
     return images, mask, batch.targets
 
@@ -237,8 +238,8 @@ def launches_table(launches: Launches) -> Table:
     for stage, count in totals.items():
         most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
         rows.append(cells(stage, str(count), most))
-    synchronisations = f"{len(launches.synchronisations)} device synchronisations"
-    rows.append(cells("together", str(sum(totals.values())), synchronisations))
+    waits = f"{len(launches.synchronizations)} device synchronisations"
+    rows.append(cells("together", str(sum(totals.values())), waits))
     return Table("Launches in a step", [*words("stage"), *figures("launches"), *words("most frequent")], rows)
 
 

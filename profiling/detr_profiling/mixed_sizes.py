@@ -35,7 +35,7 @@ def coco_sizes(seed: int, epoch: int, images: np.ndarray | Sequence[int], larges
 
 
 class BatchShape(NamedTuple):
-    """Of one batch, in pixels."""
+    """Describes one batch, in pixels."""
 
     sizes: Sequence[tuple[int, int]]
     """(h, w) of each image."""

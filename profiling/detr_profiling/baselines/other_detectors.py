@@ -10,8 +10,9 @@ from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
 from detr_profiling.baselines.plain_loop import PlainBatch, autocast, box_targets, inference, plain_feed, training_step
+from detr_profiling.batches import copied_ahead, make_batches, observed_batch
 from detr_profiling.observation import Observation, on_host, stacked_layers
-from detr_profiling.workload import Workload, WorkloadOptions, copied_ahead, make_batches, observed_batch, stepping
+from detr_profiling.workload import Workload, WorkloadOptions, stepping
 
 
 def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
