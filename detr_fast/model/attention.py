@@ -73,8 +73,8 @@ class MultiheadAttention(Selectable):
         backend = self.backend("attention")
         if backend in ("auto", *ROW_BACKENDS):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            attended = None if mask.padding is None else ~mask.padding[:, None, None, :]
-            mixed = padded_attention(q, k, v, attended, self.dropout, self.training, backend).transpose(1, 2)
+            attn_mask = None if mask.padding is None else ~mask.padding[:, None, None, :]
+            mixed = padded_attention(q, k, v, attn_mask, self.dropout, self.training, backend).transpose(1, 2)
         else:
             mixed = self._attend_varlen(q, k, v, mask, backend)
         return self.out_proj(mixed.flatten(2))

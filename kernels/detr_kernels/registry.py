@@ -160,11 +160,6 @@ def select(
     return Selection(*chosen)
 
 
-def flop_formulas(operations: Mapping[str, Operation]) -> dict[str, Callable[..., int]]:
-    """Collect custom operator -> formula of all operations."""
-    return {name: formula for operation in operations.values() for name, formula in operation.flop.items()}
-
-
 def zero_flop(*shapes: Any, **_: Any) -> int:
     """Return the GEMM FLOP of an operator that multiplies no matrices: 0."""
     return 0
