@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from detr_fast import DETR, build_model, export_state_dict
 from detr_fast.data.shapes import ensure_shapes
+from detr_fast.model import backbone
 from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
@@ -49,6 +50,13 @@ def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
         yield
+
+
+@pytest.fixture
+def one_narrow_block_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet-50 that Triton's interpreter runs in seconds."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
+    monkeypatch.setattr(backbone, "STAGE_WIDTHS", (8, 16, 16, 32))
 
 
 @pytest.fixture(scope="module")

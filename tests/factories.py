@@ -23,6 +23,18 @@ from detr_fast.training.step import TrainStep
 
 TINY = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 """The smallest DETR that has auxiliary losses."""
+NARROW = replace(
+    MODELS["detr_r50"],
+    hidden_dim=32,
+    num_heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward_dim=64,
+    num_queries=7,
+    num_classes=5,
+    dropout=0.0,
+)
+"""DETR of a ResNet with frozen norms, for Triton's interpreter with the fixture `one_narrow_block_a_stage`."""
 
 
 def make_sample(seed: int, size: tuple[int, int] = (64, 64), objects: int = 2) -> Sample:

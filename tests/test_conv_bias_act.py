@@ -1,5 +1,7 @@
 """Any convolution in each form: as exact as eager code, forward and backward, and chosen for a stated reason."""
 
+from typing import Any
+
 import pytest
 import torch
 from detr_kernels import conv_bias_act, conv_bias_act_ref
@@ -8,11 +10,10 @@ from detr_profiling.comparison.closeness import assert_close, assert_same_functi
 from torch import Tensor
 from torch.nn import functional as F
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernel_inputs import DEVICE, TOLERANCES, convolution_inputs
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-FLOORS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""Half a unit in the last place of a dtype, or what two orders of summation may differ by."""
 
 # (images, inputs, height, width, outputs), kernel, stride, padding, dilation, with residual, with ReLU
 CASES = [
@@ -24,43 +25,15 @@ CASES = [
 ]
 
 
-def make_inputs(
-    shape: tuple[int, ...],
-    kernel: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    residual: bool,
-    dtype: torch.dtype,
-    integers: bool = True,
-) -> list[Tensor | int | None]:
-    """x, weight, bias, residual, stride, padding, dilation. Integers are small: all sums are exact in every dtype, many
-    are 0, and so no rounding decides at which side of a ReLU a value lies, which would change its gradient wholly.
-    """
-    images, inputs, height, width, outputs = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        if integers:
-            return torch.randint(-1, 2, size, generator=generator).to(DEVICE, dtype)
-        return torch.randn(size, generator=generator).to(DEVICE, dtype)
-
-    x = draw(images, inputs, height, width).contiguous(memory_format=torch.channels_last)
-    weight, bias = draw(outputs, inputs, kernel, kernel), draw(outputs)
-    sides = [(side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in (height, width)]
-    after = draw(images, outputs, *sides).contiguous(memory_format=torch.channels_last) if residual else None
-    return [x, weight, bias, after, stride, padding, dilation]
+def bottleneck(dtype: torch.dtype, residual: bool = True, integers: bool = True) -> list[Any]:
+    return convolution_inputs((2, 16, 9, 7, 72), 3, 1, 1, 1, residual, dtype, integers)
 
 
-def bottleneck(dtype: torch.dtype, residual: bool = True, integers: bool = True) -> list[Tensor | int | None]:
-    return make_inputs((2, 16, 9, 7, 72), 3, 1, 1, 1, residual, dtype, integers)
+def tail(*inputs: Any, **options: object) -> Tensor:
+    return conv_bias_act(*inputs, backend="triton", **options)
 
 
-def tail(*inputs: Tensor | int | None, **options: object) -> Tensor:
-    return conv_bias_act(*inputs, backend="triton", **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "dilation", "residual", "relu"), CASES)
 def test_as_exact_as_eager(
     shape: tuple[int, ...],
@@ -72,26 +45,26 @@ def test_as_exact_as_eager(
     relu: bool,
     dtype: torch.dtype,
 ) -> None:
-    inputs = [*make_inputs(shape, kernel, stride, padding, dilation, residual, dtype), relu]
+    inputs = [*convolution_inputs(shape, kernel, stride, padding, dilation, residual, dtype), relu]
     assert torch.equal(tail(*inputs), conv_bias_act_ref(*inputs))
     assert tail(*inputs).is_contiguous(memory_format=torch.channels_last)
-    assert_same_function(tail, conv_bias_act_ref, inputs, FLOORS[dtype])
+    assert_same_function(tail, conv_bias_act_ref, inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_random_values(dtype: torch.dtype) -> None:
     """The output with a ReLU; the gradients without, since near 0 the rounding of fused and eager code may disagree."""
     inputs = bottleneck(dtype, integers=False)
     oracle = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
-    floor = FLOORS[dtype] * oracle.abs().max().item()
+    floor = TOLERANCES[dtype] * oracle.abs().max().item()
     assert_close(tail(*inputs), oracle, conv_bias_act_ref(*inputs), floor)
-    assert_same_function(tail, conv_bias_act_ref, [*inputs, False], FLOORS[dtype])
+    assert_same_function(tail, conv_bias_act_ref, [*inputs, False], TOLERANCES[dtype])
 
 
 def test_programs_that_take_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on large images; 4 blocks of 32 pixels for 3 programs, the last block not full."""
     monkeypatch.setattr(epilogue, "PARTIAL_SUMS", 3)
-    assert_same_function(tail, conv_bias_act_ref, bottleneck(torch.float32), FLOORS[torch.float32])
+    assert_same_function(tail, conv_bias_act_ref, bottleneck(torch.float32), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 1), (0, 2, 3)])
@@ -117,17 +90,10 @@ def test_only_gradients_that_are_wanted(wanted: tuple[int, ...]) -> None:
 def test_a_float32_bias() -> None:
     """Added in float32, and so is its gradient; eager code rounds it to x's dtype first."""
     x, weight, bias, *rest = bottleneck(torch.bfloat16)
-    assert_same_function(tail, conv_bias_act_ref, [x, weight, bias.float(), *rest], FLOORS[torch.bfloat16])
+    assert_same_function(tail, conv_bias_act_ref, [x, weight, bias.float(), *rest], TOLERANCES[torch.bfloat16])
     x, weight = (torch.full((1, 1, 3, 3), value, dtype=torch.bfloat16, device=DEVICE) for value in (-1.0, 1.0))
     bias = torch.full((1,), 9 + 2.0**-9, device=DEVICE)
     assert tail(x, weight, bias).item() == 2.0**-9
-
-
-def test_views_that_are_not_channels_last() -> None:
-    x, weight, bias, residual, *rest = bottleneck(torch.float32)
-    inputs = [x.contiguous()[:, ::2], weight[:, 1::2], bias.repeat_interleave(2)[::2], residual.contiguous(), *rest]
-    assert not any(each.is_contiguous(memory_format=torch.channels_last) for each in (inputs[0], inputs[3]))
-    assert_same_function(tail, conv_bias_act_ref, inputs, FLOORS[torch.float32])
 
 
 def test_no_images() -> None:
@@ -163,7 +129,7 @@ def test_one_function_for_every_convolution(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pointwise, "forward_op", lambda *a, **k: calls.append(a) or inner(*a, **k))
     for stride, padding, product in ((1, 0, True), (2, 0, True), (3, 0, False), (1, 1, False)):
         calls.clear()
-        inputs = make_inputs((1, 8, 5, 4, 12), 1, stride, padding, 1, True, torch.float32)
+        inputs = convolution_inputs((1, 8, 5, 4, 12), 1, stride, padding, 1, True, torch.float32)
         assert torch.equal(tail(*inputs), conv_bias_act_ref(*inputs))
         assert bool(calls) == product
 
@@ -191,11 +157,11 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_casts_as_it_does_for_conv2d(compiled: bool) -> None:
-    def under_autocast(*inputs: Tensor | int) -> Tensor:
+    def under_autocast(*inputs: Any) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
             return tail(*inputs)
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *geometry: int) -> Tensor:
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *geometry: Any) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
             return (F.conv2d(x, weight, bias, *geometry) + residual.bfloat16()).relu()
 
@@ -208,13 +174,3 @@ def test_autocast_casts_as_it_does_for_conv2d(compiled: bool) -> None:
     for got, exact in zip(*grads, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, exact, atol=0, rtol=8e-3)  # rounded to bfloat16 by both
-
-
-def test_compiles_without_a_graph_break() -> None:
-    inputs = bottleneck(torch.float32)
-    for form in ("triton", "auto"):
-        compiled = torch.compile(
-            lambda *inputs, form=form: conv_bias_act(*inputs, backend=form) + 1, fullgraph=True, backend="aot_eager"
-        )
-        eager = lambda *inputs: conv_bias_act_ref(*inputs) + 1  # noqa: E731
-        assert_same_function(compiled, eager, inputs, FLOORS[torch.float32])

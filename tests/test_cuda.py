@@ -85,12 +85,13 @@ def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attenti
     for number in range(8):
         batches = [batch_of_three().to("cuda") if number % 2 else halves[0]]
         terms = []
-        for step in (plain, again, graphed):
+        running: TrainStep | GraphedStep
+        for running in (plain, again, graphed):
             torch.manual_seed(number)
             if number > 5:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-            found = step(batches)
+            found = running(batches)
             torch.cuda.set_sync_debug_mode("default")
             terms.append({name: value.item() for name, value in found.items() if name.startswith("loss")})
         assert terms[2] == pytest.approx(terms[0], rel=2e-2, abs=1e-3), number

@@ -284,8 +284,8 @@ def test_a_step_that_does_not_fit_beside_the_graphs_gives_them_up() -> None:
     for mine, theirs in zip(found, run(plain), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert len(notices) == 1 and captured.gave_up and capturer.ran == 3
-    for mine, theirs in zip(captured.step.model.buffers(), plain.model.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for buffer, other in zip(captured.step.model.buffers(), plain.model.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
 
 
 def test_of_several_processes_none_gives_its_graphs_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:

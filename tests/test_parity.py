@@ -144,7 +144,7 @@ def test_a_kernel_that_is_off_by_a_percent_once(
     operation: str, number: int, block: str, precision: Any, outputs: OutputParity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 the first block that is not close is where it is; bf16's rounding is as large, but has no scale."""
-    workload = build_workload(replace(OPTIONS, precision=precision, mode="inference"), {"frozen": False})
+    workload = build_workload(replace(OPTIONS, precision=precision, mode="inference", optimize=False))
     monkeypatch.setattr(operation, nth_call(pkgutil.resolve_name(operation), number))
     found = observe_with_blocks(workload)
     blocks = [name for name in found if name.startswith("block ")]

@@ -49,7 +49,7 @@ class Pair:
         return Pair(*double, (images.double(), mask), self.targets)
 
     def step_ours(self, kernels: str) -> Step:
-        select_backends(self.ours, kernels)  # type: ignore[arg-type]
+        select_backends(self.ours, kernels)
         return step(self.ours, build_criterion(), self)
 
     def step_reference(self) -> Step:
@@ -127,7 +127,7 @@ def one_rounding_each(module: nn.Module, seed: int) -> None:
 
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
-            child.register_forward_hook(err)  # type: ignore[arg-type]
+            child.register_forward_hook(err)
 
 
 @pytest.mark.parametrize("fill", [keyed_state_dict, mild_state_dict])

@@ -308,7 +308,7 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
     tmp_path: Path, aps: list[float], best: int
 ) -> None:
     saved, progress = [], Progress()
-    facts = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
+    facts: Any = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
     loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0

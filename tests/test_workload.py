@@ -37,7 +37,7 @@ INFERENCE = replace(OPTIONS, mode="inference")
 @pytest.mark.parametrize("options", [OPTIONS, INFERENCE], ids=["training", "inference"])
 def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None:
     found, exact, eager = (
-        workload.observe()  # type: ignore[misc]
+        workload.observe()
         for workload in (
             build_workload(options),
             build_baseline("reference", options, torch.float64),
@@ -77,7 +77,7 @@ def test_baselines_train_and_infer(name: str) -> None:
     inferred = build_baseline(name, INFERENCE)
     inferred.run()
     if name.startswith("hf"):
-        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()  # type: ignore[misc]
+        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()
         assert (found["logits"] - exact["logits"]).abs().max() < 1e-4
 
 
@@ -152,7 +152,7 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
         row[:, : size[0], : size[1]] = resized.flip(-1) if place.mirrored else resized
     assert torch.equal(exact, exact.round())
     for backend in ("ref", "triton"):
-        found = resize_normalize_pad(images, *arguments, backend=backend)  # type: ignore[arg-type]
+        found = resize_normalize_pad(images, *arguments, backend=backend)
         assert torch.equal(found.round().double(), exact) and (found - found.round()).abs().max() < 1e-3
 
 
