@@ -1,7 +1,10 @@
 """What several test files need: small data sets, made once, and Triton kernels that run without a GPU."""
 
+import ctypes
+import gc
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,25 @@ from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_is_given_back() -> Iterator[None]:
+    """A process that runs many files must not hold the largest one's memory for the rest of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.host_memory.keep_freed_memory", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_outlives_its_file() -> Iterator[None]:
+    """Compiled graphs, circles of references and what malloc holds for them."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
