@@ -15,6 +15,7 @@ from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
 from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.model.backends import select_backends
@@ -49,7 +50,7 @@ class Pair:
         return Pair(*double, (images.double(), mask), self.targets)
 
     def step_ours(self, kernels: str) -> Step:
-        select_backends(self.ours, kernels)
+        select_backends(self.ours, kernels, dtype=self.batch[0].dtype)
         return step(self.ours, build_criterion(), self)
 
     def step_reference(self) -> Step:
@@ -57,13 +58,15 @@ class Pair:
 
 
 def step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], pair: Pair) -> Step:
-    """Outputs, terms, and gradients under our names."""
+    """Outputs, terms, and gradients under our names; of the model they keep nothing."""
     model.zero_grad()
     outputs = model(*pair.batch)
     terms = criterion(outputs, pair.targets)
     terms["loss"].backward()
     named = {key.replace("backbone.0.body.", "backbone."): value.grad for key, value in model.named_parameters()}
-    return outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
+    found = outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
+    model.zero_grad()
+    return tree_map_only(Tensor, Tensor.detach, found)
 
 
 def make_pair(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]], batch: str) -> Pair:
@@ -130,15 +133,18 @@ def one_rounding_each(module: nn.Module, seed: int) -> None:
             child.register_forward_hook(err)
 
 
+def moved(pair: Pair, seed: int) -> Pair:
+    double = pair.double()
+    one_rounding_each(double.reference, seed)
+    return double
+
+
 @pytest.mark.parametrize("fill", [keyed_state_dict, mild_state_dict])
 def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]]) -> None:
     """Keyed weights amplify roundings: the floors are what a single one in each convolution moves in float64."""
     pair = make_pair(fill, "ragged")
     exact = pair.double().step_reference()
-    moved = [pair.double() for _ in range(5)]
-    for seed, each in enumerate(moved):
-        one_rounding_each(each.reference, seed)
-    rounded = [errors(each.step_reference(), exact) for each in moved]
+    rounded = [errors(moved(pair, seed).step_reference(), exact) for seed in range(5)]
     floors = {name: max(each[name] for each in rounded) for name in rounded[0]}
     eager, fast = errors(pair.step_reference(), exact), errors(pair.step_ours("auto"), exact)
     for name, error in fast.items():
