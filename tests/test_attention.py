@@ -12,7 +12,7 @@ DIM, HEADS = 64, 4
 BACKENDS = ["sdpa", "ref"]
 # queries and keys: DETR's own, one key, and odd counts that fill no block of a fused kernel
 SHAPES = [(100, 221), (7, 1), (33, 33)]
-FLOOR = 3e-6
+TOLERANCE = 3e-6
 """With one key the gradients of queries and keys are zero, and a fused backward leaves its summands' rounding."""
 
 
@@ -64,7 +64,7 @@ def test_as_close_to_float64_as_torch(backend: str, shape: tuple[int, int], mask
     oracle = run(as_torch(attention).double(), tuple(x.double() for x in inputs), chosen)
     for index, values in enumerate(zip(results, oracle, eager, strict=True)):
         scale = values[1].abs().max().item()
-        assert_close(*values, floor=FLOOR * max(1.0, scale), name=f"value {index}")
+        assert_close(*values, floor=TOLERANCE * max(1.0, scale), name=f"value {index}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 # than queries, in three blocks, and classes that need a block of 256, so fewer queries; no targets
 SHAPES = [(1, 1, 100, 92, 5), (1, 1, 1, 2, 1), (2, 3, 17, 7, 33), (1, 2, 9, 130, 70), (2, 1, 5, 7, 0)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOOR = 1e-6
+TOLERANCE = 1e-6
 """Everything is float32 whatever the inputs' dtype: 8 units in the last place, for exponentials and quotients that are
 rounded otherwise than torch's."""
 
@@ -43,20 +43,20 @@ def fused(*inputs: Tensor, **options: float) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_exact_as_eager(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = make_inputs(shape, dtype)
-    assert_same_function(fused, match_cost_ref, inputs, FLOOR)
+    assert_same_function(fused, match_cost_ref, inputs, TOLERANCE)
     assert fused(*inputs).shape == (shape[0] * shape[1], shape[2], shape[4])
 
 
 def test_float32_boxes_with_half_precision_logits() -> None:
     logits, *rest = make_inputs((2, 2, 20, 7, 5))
-    assert_same_function(fused, match_cost_ref, [logits.bfloat16(), *rest], FLOOR)
+    assert_same_function(fused, match_cost_ref, [logits.bfloat16(), *rest], TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (2.0, 3.0, 0.5)])
 def test_each_weight_weighs_its_term(weights: tuple[float, float, float]) -> None:
     options = dict(zip(("class_weight", "l1_weight", "giou_weight"), weights, strict=True))
     functions = [lambda *inputs, form=form: form(*inputs, **options) for form in (fused, match_cost_ref)]
-    assert_same_function(*functions, make_inputs((2, 2, 20, 7, 5)), FLOOR)
+    assert_same_function(*functions, make_inputs((2, 2, 20, 7, 5)), TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["triton", "ref"])

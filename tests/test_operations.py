@@ -170,10 +170,13 @@ TOLERANCES = {"preprocessing": 1 / 255 / 0.2, "frozen_batch_norm": 4e-3, "match_
 EVERY = [(name, backend.name) for name, operation in OPERATIONS.items() for backend in operation.backends]
 
 
+def facts_of(name: str) -> Facts:
+    return Facts(DEVICE, training=OPERATIONS[name].mode != "inference", dropout=RARELY, head_dim=16)
+
+
 def row(name: str, backend: str) -> Row:
     """Skips, with the reason, where the backend cannot run."""
-    facts = Facts(DEVICE, training=OPERATIONS[name].mode != "inference", dropout=RARELY, head_dim=16)
-    if problem := OPERATIONS[name].why_not(backend, facts):
+    if problem := OPERATIONS[name].why_not(backend, facts_of(name)):
         pytest.skip(problem)
     return ROWS_OF[name](backend)
 
@@ -299,6 +302,13 @@ def test_the_registry_is_whole() -> None:
         assert operation.why_not(operation.reference, Facts(torch.device("meta"), torch.float64)) is None
         assert ("triton" in operation.names) == (operation.specimens is not None)
         assert operation.specimens is None or recorded_launches(operation.specimens)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="these are a CPU's")
+def test_only_a_gpus_backends_are_skipped_here() -> None:
+    """A backend that refuses too much would be tested nowhere."""
+    refused = {each for each in EVERY if OPERATIONS[each[0]].why_not(each[1], facts_of(each[0]))}
+    assert refused == {("convolution", "cudnn"), ("frozen_batch_norm", "foreach"), ("attention", "xformers")}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

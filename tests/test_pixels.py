@@ -30,7 +30,7 @@ RESIZED = [
     ((10, 14), (10, 14)),
     ((1, 1), (5, 3)),
 ]
-FLOORS = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 0.0}
+TOLERANCES = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 0.0}
 """Of the largest magnitude: no floor, but where Triton's interpreter cuts bfloat16 off instead of rounding it."""
 LEVEL = 1 / 255 / min(STD)
 
@@ -84,7 +84,7 @@ def test_every_level_in_every_channel_is_torchs_to_the_last_bit(mean: tuple, std
     assert torch.equal(batch[0].cpu(), (plain - m) / s)
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("shape, size", RESIZED)
 def test_a_resized_image_is_exact_to_half_a_level(
@@ -113,14 +113,14 @@ def test_plain_torch_and_pillow_are_within_a_level(shape: tuple[int, int], size:
         assert (ours - pillow).abs().mean() <= 0.5 * LEVEL
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_as_exact_as_eager(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     packed, (height, width) = PackedImages.of_list(make_images(shapes)), largest(shapes)
     batch, plain = (run(packed, height, width, form, dtype=dtype).cpu() for form in ("triton", "ref"))
     assert batch.dtype == plain.dtype == dtype
     oracle = exact(packed, height, width)
-    assert_close(batch, oracle, plain, FLOORS[dtype] * oracle.abs().max().item())
+    assert_close(batch, oracle, plain, TOLERANCES[dtype] * oracle.abs().max().item())
     if dtype != torch.bfloat16 or DEVICE == "cuda":
         assert torch.equal(batch, plain)
 

@@ -29,7 +29,7 @@ BATCHES = {
     "no targets at all": ([(64, 64), (32, 64)], [0, 0]),
 }
 NUM_QUERIES = 8
-GRADIENT_FLOOR = 1e-7
+GRADIENT_TOLERANCE = 1e-7
 """Of the total norm. Gradients that are zero in exact arithmetic (the decoder starts from zeros) are rounding noise."""
 
 Step = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
@@ -88,7 +88,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Each parameter's gradient within `tolerance` of the expected one's norm."""
     assert grads.keys() == expected.keys()
-    floor = GRADIENT_FLOOR * sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
+    floor = GRADIENT_TOLERANCE * sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
     for name, grad in grads.items():
         error = (grad - expected[name]).norm()
         assert error <= tolerance * expected[name].norm() + floor, name
