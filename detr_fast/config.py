@@ -253,6 +253,7 @@ class TrainConfig(DataOptions, RuntimeOptions):
         Idle(
             "data", lambda o: o.train_images and o.val_images, "beside --train-images and --val-images: give it alone"
         ),
+        Idle("profile", lambda o: o.data_only, "with --data-only, which makes no step: leave that out"),
         Idle("lr_drop", lambda o: o.schedule != "step", "with --schedule cosine: give --schedule step"),
         Idle("crop_range", lambda o: not o.crop_sizes, "without --crop-sizes: give them too"),
         Idle("backbone_weights", lambda o: o.weights, "beside --weights, which hold the backbone's: give one of them"),
@@ -331,6 +332,9 @@ class TrainConfig(DataOptions, RuntimeOptions):
     was measured to be faster here."""
     data_only: bool = False
     """Only read and resize the training images for some seconds, and say how many a second."""
+    profile: int = 0
+    """Write a trace of that many steps, after the first three, as Chrome and Perfetto read it: trace.json in the
+    output folder."""
 
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
@@ -358,7 +362,9 @@ class TrainConfig(DataOptions, RuntimeOptions):
 LARGEST_INT = 2**53
 LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "lr_drop", "eval_every", "log_every"), (1, LARGEST_INT)),
-    **dict.fromkeys(("batch_size", "accumulate", "effective_batch", "warmup_steps", "save_every"), (0, LARGEST_INT)),
+    **dict.fromkeys(
+        ("batch_size", "accumulate", "effective_batch", "warmup_steps", "save_every", "profile"), (0, LARGEST_INT)
+    ),
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1)},

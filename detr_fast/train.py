@@ -4,7 +4,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.profiled_step import ProfiledStep
 from detr_fast.training.recipes import recipe_of
 from detr_fast.training.resuming import (
     changes,
@@ -136,7 +137,14 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             facts=facts,
             progress=progress,
         )
-        with closing(log) if log else nullcontext(), deferred_interruption() as interruption, loop.display:
+        with ExitStack() as stack:
+            if log:
+                stack.enter_context(closing(log))
+            interruption = stack.enter_context(deferred_interruption())
+            stack.enter_context(loop.display)
+            if options.profile and world.is_main:
+                profiled = ProfiledStep(wrapped, options.profile, folder, runtime.device, loop.display.say)
+                loop.take_step = stack.enter_context(profiled)
             code = loop.run(interruption)
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)

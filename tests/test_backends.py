@@ -16,6 +16,7 @@ from detr_fast.detector import place
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.model.optimized import optimized
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from tests.factories import NARROW
@@ -150,6 +151,18 @@ def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fa
         model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
     assert {OPERATORS[name] for name in operators.seen if name in OPERATORS} == fast
     assert {name for name, backend in FAST.items() if selection.backend(name, training=True) == backend} == fast
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("packed", ["onednn", "ref"])
+def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> None:
+    """Packed weights go to oneDNN itself, others through our operator."""
+    network = make_model().eval()
+    select_backends(network, named={"packed_convolution": packed})
+    made = optimized(network, torch.float32)
+    with torch.no_grad(), Operators() as operators:
+        made(torch.randn(1, 3, 64, 64))
+    assert ("detr_kernels::conv_bias_act_library" in operators.seen) == (packed == "ref")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")

@@ -278,5 +278,5 @@ def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer
     show(ladder_sections(results.ladder), shown)
     assert re.search(r"overhead,(.*\n){1,3}.*reference.* 50 .*\n.*buckets.* 4\.0 ", shown.export_text())
     assert [row.padding for row in results.ladder[:2]] == [1.5, 1.04]
-    assert "64x96 px, mixed sizes, 1 images/step" in readme_table(results)
+    assert "64x96 px, mixed sizes, batch size 1" in readme_table(results)
     assert f"ladder --out {tmp_path} --size 64x96 --sizes mixed" in render_markdown(make_report(results))

@@ -183,3 +183,11 @@ def test_a_copy_of_one_that_has_run_computes_the_same() -> None:
     expected = outputs(made)
     for key, value in outputs(copy.deepcopy(made)).items():
         torch.testing.assert_close(value, expected[key])
+
+
+def test_one_that_has_run_may_be_cast_and_moved() -> None:
+    """Its packed weights are of the dtype it ran in."""
+    made = optimized(make_model("resnet50"), torch.float32)
+    expected = outputs(made)
+    for key, value in outputs(made.to(torch.float64), torch.float64).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 def test_table(folder: Path) -> None:
     table = readme_table(load_results(folder))
     assert table.splitlines() == [
-        "detr_r50, 320x427 px, 1 images/step, training and inference: AMD EPYC, 2 threads, torch 2.11.0, 2026-11-25, "
+        "detr_r50, 320x427 px, batch size 1, training and inference: AMD EPYC, 2 threads, torch 2.11.0, 2026-11-25, "
         "commit 28d3f62.",
         "",
         "| step |  | ms (IQR, runs) | images/s | speedup over reference | peak MiB | error of | error | of allowed, % "

@@ -132,7 +132,9 @@ def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> 
     options = tiny_options(tmp_path, data=str(shapes_root), size="32x48")
     workload, fetch = build_fed_workload(options, str(shapes_root))
     sizes = []
-    handle = workload.model.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
+    handle = workload.model.get_submodule("backbone").register_forward_pre_hook(
+        lambda _module, inputs: sizes.append(inputs[0].shape[2:])
+    )
     fetch()
     workload.run()
     handle.remove()

@@ -47,7 +47,7 @@ class FrozenBatchNorm2d(Selectable):
         self.cached.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FrozenBatchNorm2d":
-        """Do what `to` and its like ask: tensors come to lie elsewhere, in another dtype or order."""
+        """Do what `to` and its like ask: what was cached lies elsewhere, in another dtype or order."""
         self.cached.clear()
         return super()._apply(*args, **kwargs)
 
@@ -143,10 +143,16 @@ class FoldedConvolution(Selectable):
         super().__init__()
         weight, bias = folded(conv, norm, dtype)
         self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
+        self.eval()
         self.use(getattr(norm, "selection", Selection()))
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
         self.register_buffer("bias", bias.detach())
         self.packed: OneDNNConvolution | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FoldedConvolution":
+        """Do what `to` and its like ask: the weight is packed anew where and as it lies then."""
+        self.packed = None
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
         """Compute relu(conv(x) + residual) as `conv_norm_act` does; may overwrite `residual`."""

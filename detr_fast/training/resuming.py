@@ -38,7 +38,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "capture",
             "host_allocator",
         ),
-        *("checkpoint_activations", "workers", "on_bad_image", "follow_links", "data_only"),
+        *("checkpoint_activations", "workers", "on_bad_image", "follow_links", "data_only", "profile"),
         *("eval_every", "log_every", "save_every", "output", "resume"),
     ),
     SAME_UPDATE: ("batch_size", "accumulate", "effective_batch"),

@@ -35,6 +35,10 @@ class RunFolder:
         return self.root / "evaluation.json"
 
     @property
+    def trace(self) -> Path:
+        return self.root / "trace.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

@@ -4,13 +4,14 @@ Every renderer shows the same blocks, so that their figures cannot differ; escap
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from matplotlib.figure import Figure
 
 from detr_profiling.pages.charts import svg_of
+from detr_profiling.pages.formats import NOT_KNOWN
 
 GOOD, BAD, NOTABLE = "good", "bad", "notable"
 
@@ -117,6 +118,17 @@ class Report:
 
     def charts(self) -> list[Chart]:
         return [block for section in self.sections for block in section.blocks if isinstance(block, Chart)]
+
+
+def without_unknown(table: Table) -> Table:
+    """Leave out the columns in which no row has a value."""
+    known = [
+        index
+        for index in range(len(table.columns))
+        if index == 0 or any(row[index].text != NOT_KNOWN for row in table.rows)
+    ]
+    rows = [[row[index] for index in known] for row in table.rows]
+    return replace(table, columns=[table.columns[index] for index in known], rows=rows)
 
 
 def cells(*contents: str | Cell) -> list[Cell]:

@@ -212,15 +212,14 @@ def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, stag
     bottom = min([ceiling[0], *(dot.tflop_s for dot in dots)]) / 2
     axes.set(xlim=(low, high), ylim=(bottom, 3 * gemm_tflop_s), xlabel="FLOP per byte moved at least", ylabel="TFLOP/s")
     note(axes, f"GEMM, {number(gemm_tflop_s)} TFLOP/s", (high, gemm_tflop_s), (-2, 5), ha="right")
-    middle = ((low * ridge) ** 0.5, bandwidth_gb_s * (low * ridge) ** 0.5 / 1e3)
-    note(axes, f"memory bandwidth, {number(bandwidth_gb_s)} GB/s", middle, (10, -10))
+    # above the ceiling, where no point can be
+    note(axes, f"memory bandwidth, {number(bandwidth_gb_s)} GB/s", (ridge, gemm_tflop_s), (-8, 5), ha="right")
     for mark, dot in enumerate(dots, start=0 if total else 1):
-        colour, text = (VERMILLION, "Σ") if dot is total else (BLUE, str(mark))
-        label = f"{text}  {shorten(dot.name)}, {number(dot.tflop_s)} TFLOP/s"
-        axes.plot(
-            dot.flop_per_byte, dot.tflop_s, "o", color=colour, markersize=13, markeredgecolor="white", label=label
-        )
-        axes.text(dot.flop_per_byte, dot.tflop_s, text, color="white", ha="center", va="center_baseline", weight="bold")
+        # the total is a ring around a stage that covers it
+        colour, text, size = (VERMILLION, "Σ", 19) if dot is total else (BLUE, str(mark), 13)
+        xy, label = (dot.flop_per_byte, dot.tflop_s), f"{text}  {shorten(dot.name)}, {number(dot.tflop_s)} TFLOP/s"
+        axes.plot(*xy, "o", color=colour, markersize=size, markeredgecolor="white", label=label, zorder=3 + mark)
+        axes.text(*xy, text, color="white", ha="center", va="center_baseline", weight="bold", zorder=3.5 + mark)
     log_ticks(axes.xaxis, axes.yaxis)
     axes.grid()
     if dots:

@@ -21,6 +21,7 @@ from detr_profiling.pages.blocks import (
     figures,
     judged,
     sentence,
+    without_unknown,
     words,
 )
 
@@ -69,7 +70,7 @@ def conditions_of(ladder: Sequence[LadderRow]) -> list[str]:
         known = {name: dict(conditions).get(name, formats.NOT_KNOWN) for name in CONDITIONS}
         mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
         lines.append(
-            "{model}, {size} px{mixed}, {batch_size} images/step, {modes}: {device}, {threads} threads, torch {torch}, "
+            "{model}, {size} px{mixed}, batch size {batch_size}, {modes}: {device}, {threads} threads, torch {torch}, "
             "{date}, commit {commit}.".format(modes=" and ".join(names), mixed=mixed, **known)
         )
     return lines
@@ -208,7 +209,8 @@ def error_cells(row: LadderRow) -> list[Cell]:
 def baseline_table(mode: str, rows: Sequence[LadderRow]) -> Table:
     titles = figures("ms (IQR, runs)", "images/s", "speedup over reference", "padding overhead, %", "peak MiB")
     errors = [*words("error of"), *figures("error", "of allowed, %"), *words("verdict")]
-    return Table(f"{capital(mode)}: in turns", [*words(""), *titles, *errors], [*map(baseline_cells, rows)])
+    table = Table(f"{capital(mode)}: in turns", [*words(""), *titles, *errors], [*map(baseline_cells, rows)])
+    return without_unknown(table)
 
 
 def baseline_cells(row: LadderRow) -> list[Cell]:
@@ -230,7 +232,7 @@ def time_table(mode: str, rows: Sequence[LadderRow]) -> Table:
         *words("against the row above"),
         *figures("leave-one-out, ms (IQR, runs)", "× everything on", "rank"),
     ]
-    return Table(f"{capital(mode)}: time", columns, [time_cells(row, rows, top) for row in rows])
+    return without_unknown(Table(f"{capital(mode)}: time", columns, [time_cells(row, rows, top) for row in rows]))
 
 
 def time_cells(row: LadderRow, rows: Sequence[LadderRow], top: LadderRow | None) -> list[Cell]:
@@ -256,7 +258,7 @@ def cost_table(mode: str, rows: Sequence[LadderRow]) -> Table:
         *figures("error", "of allowed, %"),
         *words("verdict"),
     ]
-    return Table(f"{capital(mode)}: memory, energy, exactness", columns, [cost_cells(row) for row in rows])
+    return without_unknown(Table(f"{capital(mode)}: memory, energy, exactness", columns, [*map(cost_cells, rows)]))
 
 
 def cost_cells(row: LadderRow) -> list[Cell]:

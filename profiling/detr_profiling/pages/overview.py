@@ -64,7 +64,10 @@ READING = [
         "No stage can be faster than its bytes at the measured memory bandwidth or its FLOP at the rate of the "
         "measured GEMM: “bound” is the larger of the two times, “× bound” how many times it the stage takes.",
     ),
-    (formats.NOT_KNOWN, "Does not apply on this machine, or could not be measured."),
+    (
+        formats.NOT_KNOWN,
+        "Does not apply on this machine, or could not be measured; a column of nothing else is left out.",
+    ),
 ]
 
 

@@ -15,6 +15,7 @@ from detr_profiling.pages.blocks import (
     code,
     figures,
     sentence,
+    without_unknown,
     words,
 )
 
@@ -78,7 +79,7 @@ def stages_blocks(trace: Trace) -> list[Block]:
         ],
     )
     chart = Chart("stages", "Time of each stage in one step", description, partial(charts.stage_bars, bars))
-    return [step_paragraph(trace), *([chart] if stages else []), table]
+    return [step_paragraph(trace), *([chart] if stages else []), without_unknown(table)]
 
 
 def stage_fractions(trace: Trace) -> list[str]:
@@ -145,9 +146,9 @@ def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Tab
         for usage in usages
     ]
     title = f"{kind.capitalize()}s by their own time in a step"
-    yield Table(title, columns, rows[:LONGEST_TABLE])
+    yield without_unknown(Table(title, columns, rows[:LONGEST_TABLE]))
     if rows[LONGEST_TABLE:]:
-        yield Table(f"{title}: the rest", columns, rows[LONGEST_TABLE:], folded=True)
+        yield without_unknown(Table(f"{title}: the rest", columns, rows[LONGEST_TABLE:], folded=True))
 
 
 def peak_owner(memory: Mapping[str, Any]) -> str:
