@@ -1,7 +1,6 @@
 """Constants are computed once, follow every change of what they come from, and nothing unreal is kept for others."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -77,15 +76,11 @@ def make_pair(learns: bool = True) -> tuple[nn.Conv2d, FrozenBatchNorm2d]:
     return conv, norm
 
 
-def kept_by(norm: FrozenBatchNorm2d) -> Any:
-    return norm.kept
-
-
 @pytest.mark.parametrize("learns", [True, False])
 def test_a_folded_norm_follows_what_is_loaded_and_where_it_goes(learns: bool) -> None:
     conv, norm = make_pair(learns)
     pair, before = nn.Sequential(conv, norm), [each.clone() for each in folded(conv, norm, torch.float32)]
-    kept = kept_by(norm)["shift", torch.float32].results[0]
+    kept = norm.cached["shift", torch.float32].results[0]
     pair.load_state_dict({name: value + 1 for name, value in pair.state_dict().items()})
     assert not torch.equal(kept, before[1]), "a replay would read what was before"
     for dtype in (torch.float32, torch.float64):
@@ -93,14 +88,14 @@ def test_a_folded_norm_follows_what_is_loaded_and_where_it_goes(learns: bool) ->
         expected = fold_frozen_bn(conv.weight, *norm.tensors(), norm.eps)
         for found, value in zip(folded(conv, norm, dtype), expected, strict=True):
             assert found.dtype == dtype and torch.equal(found, value)
-    assert not kept_by(copy.deepcopy(norm))["norm", torch.float64].results
+    assert not copy.deepcopy(norm).kept["norm", torch.float64].results
 
 
 def test_only_what_does_not_learn_is_kept_whole() -> None:
     backbone = ResNet((1, 1, 1, 1))
     backbone(torch.zeros(1, 3, 32, 32))
     norms = {name: each for name, each in backbone.named_modules() if isinstance(each, FrozenBatchNorm2d)}
-    whole = {name for name, norm in norms.items() if any(kind == "weight" for kind, _ in kept_by(norm))}
+    whole = {name for name, norm in norms.items() if any(kind == "weight" for kind, _ in norm.cached)}
     assert whole == {name for name in norms if name.startswith(("bn1", "layer1"))}
 
 

@@ -347,7 +347,6 @@ def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step()
     step.runtime = replace(step.runtime, device=torch.device("cuda"))
     assert "SciPy" in str(why_not_graphed(step))
-    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     step.criterion.use(Selection.named(assignment="triton"))
     monkeypatch.setattr("detr_kernels.launch.why_not_triton", lambda _: None)
     step.world = World(0, 2, 0)
