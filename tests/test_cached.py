@@ -88,7 +88,7 @@ def test_a_folded_norm_follows_what_is_loaded_and_where_it_goes(learns: bool) ->
         expected = fold_frozen_bn(conv.weight, *norm.tensors(), norm.eps)
         for found, value in zip(folded(conv, norm, dtype), expected, strict=True):
             assert found.dtype == dtype and torch.equal(found, value)
-    assert not copy.deepcopy(norm).kept["norm", torch.float64].results
+    assert not copy.deepcopy(norm).cached["norm", torch.float64].results
 
 
 def test_only_what_does_not_learn_is_kept_whole() -> None:
