@@ -107,12 +107,12 @@ def test_memory_of_any_order_is_taken() -> None:
 def test_what_it_cannot_compute_is_refused() -> None:
     x, *rest = make_inputs("one", torch.float16)
     weights, biases = rest[:4], rest[4:]
-    with pytest.raises(ValueError, match="float16"):
-        residual_stage(x, weights, biases, 1, [1])
+    with pytest.raises(RuntimeError, match=r"residual stage by onednn: .*float16"):
+        residual_stage(x, weights, biases, 1, [1], "onednn")
     with pytest.raises(ValueError, match="one dtype"):
         residual_stage(x.float(), weights, biases, 1, [1])
-    with pytest.raises(ValueError, match="not on meta"):
-        residual_stage(x.to("meta"), weights, biases, 1, [1])
+    with pytest.raises(RuntimeError, match="not on meta"):
+        residual_stage(x.to("meta"), weights, biases, 1, [1], "onednn")
     with pytest.raises(ValueError, match="2 blocks have 7 weights and biases, not 4"):
         residual_stage(x.float(), [each.float() for each in weights], biases, 1, [1, 1])
 
