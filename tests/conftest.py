@@ -1,7 +1,10 @@
 """What several test files need: small data sets, made once, and Triton kernels that run without a GPU."""
 
+import ctypes
+import gc
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,30 @@ if not torch.cuda.is_available():
 
 from detr_fast import DETR, build_model, export_state_dict
 from detr_fast.data.shapes import ensure_shapes
+from detr_fast.model import backbone
 from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_is_given_back() -> Iterator[None]:
+    """A process that runs many files must not hold the largest one's memory for the rest of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_fast.host_memory.keep_freed_memory", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_outlives_its_file() -> Iterator[None]:
+    """Compiled graphs, circles of references and what malloc holds for them."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +72,13 @@ def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("detr_fast.model.backbone.STAGE_WIDTHS", (2, 4, 8, 16))
         yield
+
+
+@pytest.fixture
+def one_narrow_block_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet-50 that Triton's interpreter runs in seconds."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
+    monkeypatch.setattr(backbone, "STAGE_WIDTHS", (8, 16, 16, 32))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ if KIND == "raising":
 from detr_profiling.measuring import candidate, timing  # noqa: E402
 from detr_profiling.measuring.measurement import Configuration  # noqa: E402
 from detr_profiling.workload import Workload  # noqa: E402
-from planted_clock import PlantedClock  # noqa: E402
+from planted_clock import PlantedClock  # type: ignore[import-not-found]  # noqa: E402
 
 build = Configuration.build
 
@@ -39,6 +39,6 @@ def planted(configuration: Configuration) -> Workload:
     return workload
 
 
-clock = timing.time = PlantedClock()  # type: ignore[assignment]
-Configuration.build = planted  # type: ignore[method-assign]
+clock = timing.time = PlantedClock()
+Configuration.build = planted  # type: ignore[method-assign, assignment]
 candidate.main()

@@ -210,7 +210,9 @@ def parity_rows(eager: float, factor: float, gradients: int) -> list[dict[str, A
 def parity(gradients: int = 40) -> dict[str, Any]:
     random = np.random.default_rng(0)
     scales = {"fp32": 1.3e-6, "fp32 compiled": 1.5e-6, "bf16": 6.1e-3, "bf16 compiled": 6.4e-3}
-    variants = [{"name": name, "rows": parity_rows(scale, 1.5, gradients)} for name, scale in scales.items()]
+    variants: list[dict[str, Any]] = [
+        {"name": name, "rows": parity_rows(scale, 1.5, gradients)} for name, scale in scales.items()
+    ]
     for variant in variants:
         variant["close"] = all(row["close"] for row in variant["rows"])
     exact = random.normal(0, 2, 400)

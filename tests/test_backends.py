@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,24 +19,21 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
+from tests.factories import NARROW
+from tests.kernel_inputs import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = replace(MODELS["detr_r50"], encoder_layers=2, decoder_layers=2, num_queries=9, num_classes=5, dropout=0.0)
 ASKED: list[tuple[Kernels, Attention]] = [("auto", "auto"), ("triton", "auto"), ("triton", "sdpa"), ("ref", "triton")]
 
 
 @pytest.fixture(autouse=True)
-def narrow_backbone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """ResNet with one narrow block a stage, which the interpreter runs in seconds; TF32 would hide a mistake."""
-    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
-    monkeypatch.setattr(backbone, "STAGE_WIDTHS", (8, 16, 16, 32))
+def exact_convolutions(one_narrow_block_a_stage: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 would hide a mistake."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    yield
 
 
 def make_model(dilation: bool = False) -> DETR:
     torch.manual_seed(0)
-    model = DETR(replace(CONFIG, dilation=dilation)).train()
+    model = DETR(replace(NARROW, dilation=dilation)).train()
     for module in model.modules():  # as constants the norms would hide a mistake
         if isinstance(module, backbone.FrozenBatchNorm2d | nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -54,7 +50,7 @@ def run(model: DETR, kernels: Kernels, attention: Attention, padded: bool) -> tu
     boxes = torch.rand(3, 4, 4, generator=generator) * 0.5 + 0.2
     targets = Targets(torch.randint(0, 5, (3, 4), generator=generator), boxes, torch.tensor([4, 0, 2])).to(DEVICE)
     select_backends(model, kernels, attention)
-    criterion = build_criterion(CONFIG.num_classes)
+    criterion = build_criterion(NARROW.num_classes)
     hand_out(model.selection, criterion)
     model.zero_grad()
     outputs = model(images, mask if padded else None)
@@ -69,8 +65,7 @@ def run(model: DETR, kernels: Kernels, attention: Attention, padded: bool) -> tu
 def test_every_backend_is_the_same_model(kernels: Kernels, attention: Attention, padded: bool) -> None:
     model = make_model()
     (values, grads), (expected, expected_grads) = (
-        run(model, *forms, padded)
-        for forms in ((kernels, attention), ("ref", "ref"))  # type: ignore[arg-type]
+        run(model, *forms, padded) for forms in ((kernels, attention), ("ref", "ref"))
     )
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -84,7 +79,7 @@ def test_every_backend_is_the_same_model(kernels: Kernels, attention: Attention,
 
 def test_dc5_too() -> None:
     model = make_model(dilation=True)
-    values, expected = (run(model, *forms, True)[0] for forms in (("triton", "auto"), ("ref", "ref")))  # type: ignore[arg-type]
+    values, expected = (run(model, *forms, True)[0] for forms in (("triton", "auto"), ("ref", "ref")))
     torch.testing.assert_close(values["pred_logits"], expected["pred_logits"], rtol=1e-4, atol=2e-5)
 
 
@@ -150,7 +145,7 @@ class Operators(TorchDispatchMode):
 def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fast: set[str]) -> None:
     """Of each choice that torch would let pass unseen: dropout's numbers, attention with dropout, a whole stage."""
     torch.manual_seed(0)
-    model = DETR(replace(CONFIG, dropout=0.1)).train()
+    model = DETR(replace(NARROW, dropout=0.1)).train()
     selection = select_backends(model, kernels, attention)
     with Operators() as operators:
         model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
@@ -172,10 +167,10 @@ def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> Non
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
 def test_a_backend_of_one_mode_leaves_the_other_to_auto() -> None:
-    selection = select_backends(DETR(replace(CONFIG, dropout=0.1)), attention="blocked")
+    selection = select_backends(DETR(replace(NARROW, dropout=0.1)), attention="blocked")
     assert [selection.backend("attention", training) for training in (True, False)] == ["blocked", "sdpa"]
     with pytest.raises(UserError, match="attention by blocked: it is for dropout in training"):
-        select_backends(DETR(CONFIG), attention="blocked")
+        select_backends(DETR(NARROW), attention="blocked")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs")
@@ -185,7 +180,7 @@ def test_triton_on_a_cpu_without_its_interpreter_is_refused_at_once(
 ) -> None:
     monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     with pytest.raises(UserError, match=rf"--{option} triton cannot run: Triton has no CPU backend.*--{option} auto"):
-        choose_runtime(RuntimeOptions(**{"device": "cpu", option: "triton"}))  # type: ignore[arg-type]
+        choose_runtime(RuntimeOptions(**{"device": "cpu", option: "triton"}))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs")

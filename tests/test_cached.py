@@ -114,7 +114,7 @@ def test_weights_scaled_together_are_those_scaled_alone(dtype: torch.dtype) -> N
 
 def test_a_scale_has_its_weights_memory_order() -> None:
     conv, norm = make_pair()
-    conv.to(memory_format=torch.channels_last)
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scale = norm.scale_like(conv.weight)
     assert scale.stride() == conv.weight.stride()
     assert torch.equal(scale * conv.weight, scale_weight(conv.weight, scale[:, 0, 0, 0], torch.float32))

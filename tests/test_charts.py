@@ -15,7 +15,7 @@ HOSTILE = "<script>$\\alpha$</script>&"
 BARS = [Bar("reference", 900, 890, 910), Bar("slower", 990, 980, 1000), Bar("faster", 450, 440, 455)]
 CURVE = [(0.0, 100.0), (10.0, 400.0), (20.0, 50.0)]
 TOTAL, STAGES = Dot("all", 10, 0.1), [Dot("backbone", 100, 0.5), Dot("encoder", 30, 0.3)]
-LOSSES = {"reference": [4.0, 3.0, None, 1.0], "fp32": [4.0, 3.1, float("nan"), 1.1]}
+LOSSES: dict[str, list[float | None]] = {"reference": [4.0, 3.0, None, 1.0], "fp32": [4.0, 3.1, float("nan"), 1.1]}
 CHARTS: dict[str, Callable[[str], Figure]] = {
     "ladder": lambda text: charts.ladder_bars([Bar(text, 3, 2, 4), *BARS]),
     "baselines": lambda text: charts.baseline_bars([Bar(text, 3, 2, 4), *BARS]),
@@ -109,8 +109,9 @@ def test_memory_stays_until_the_next_event_and_its_peak_is_marked(at: float, sid
     axes = axes_of(charts.memory_curve(curve, "peak 900 MiB"))
     steps, peak = axes.lines
     assert steps.get_drawstyle() == "steps-post"
-    assert (list(peak.get_xdata()), list(peak.get_ydata())) == ([at], [900.0])  # type: ignore[arg-type]
-    assert texts(axes) == ["peak 900 MiB"] and axes.texts[0].get_ha() == side, "at an edge it keeps within"
+    assert (list(peak.get_xdata()), list(peak.get_ydata())) == ([at], [900.0])
+    assert texts(axes) == ["peak 900 MiB"]
+    assert axes.texts[0].get_horizontalalignment() == side, "at an edge it keeps within"
 
 
 def test_roofline_breaks_where_memory_and_arithmetic_meet() -> None:
@@ -127,8 +128,8 @@ def test_roofline_breaks_where_memory_and_arithmetic_meet() -> None:
 def test_outputs_beside_the_references_and_their_errors() -> None:
     left, right = charts.outputs([(0.0, 1.0), (1.0, 0.0)], [-9, -8, -6], [10, 5]).axes
     equal, points = left.lines
-    assert list(equal.get_xdata()) == list(equal.get_ydata()) == [0, 1]  # type: ignore[arg-type]
-    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1], [1, 0])  # type: ignore[arg-type]
+    assert list(equal.get_xdata()) == list(equal.get_ydata()) == [0, 1]
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1], [1, 0])
     values, edges, _ = right.patches[0].get_data()  # type: ignore[attr-defined]
     assert list(values) == [10, 5] and list(edges) == pytest.approx([1e-9, 1e-8, 1e-6])
 

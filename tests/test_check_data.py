@@ -137,7 +137,7 @@ def test_images_of_fewer_bits_than_their_file_has_are_told(
 ) -> None:
     write_split(tmp_path, "train")
     write_split(tmp_path, "val")
-    pixels = np.linspace(0, most, 40 * 60).astype(dtype).reshape(40, 60)
+    pixels: np.ndarray = np.linspace(0, most, 40 * 60).astype(dtype).reshape(40, 60)
     Image.fromarray(pixels).save(tmp_path / "train" / "1.jpg", "TIFF")
     code, text = check(tmp_path, capsys)
     assert code == 0 and text.count("hold less than an eighth of the range (1.jpg)") == told

@@ -226,6 +226,7 @@ def test_data_reads_as_pycocotools_does(shapes_root: Path) -> None:
         rows = reference.imgToAnns[record.id]
         x, y, width, height = np.array([row["bbox"] for row in rows]).T
         assert np.array_equal(record.boxes_xyxy_px, np.stack((x, y, x + width, y + height), axis=1))
+        assert dataset.categories is not None
         assert [dataset.categories[label].id for label in record.labels] == [row["category_id"] for row in rows]
     assert dataset.coco_document()["annotations"] == list(reference.anns.values())
 

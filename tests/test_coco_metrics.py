@@ -48,9 +48,9 @@ def random_document(seed: int, images: int, categories: int, crowd: float) -> tu
             )
             for _ in range(rng.integers(0, 3)):
                 box = np.array([x, y, width, height]) * rng.uniform(0.9, 1.1, 4)
-                rows.append([image_id, *box, np.float32(round(rng.random(), 2)), category_id])
+                rows.append([image_id, *box, float(np.float32(round(rng.random(), 2))), category_id])
         for _ in range(rng.integers(0, 110)):
-            rows.append([image_id, *rng.uniform(1, 300, 4), rng.random() / 2, rng.integers(1, 2 * categories + 4)])
+            rows.append([image_id, *rng.uniform(1, 300, 4), rng.random() / 2, int(rng.integers(1, 2 * categories + 4))])
     return {
         "images": [{"id": id_, "width": 640, "height": 480} for id_ in range(7, 7 + 3 * images, 3)],
         "annotations": annotations,

@@ -1,6 +1,7 @@
 """The library's fused convolution, cuDNN's on a GPU and oneDNN's on a CPU: as exact as eager code, in both passes."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from detr_kernels.convolution.library import library_op, why_not_onednn
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+from tests.kernel_inputs import DEVICE, TOLERANCES, TWO_DTYPES, convolution_inputs
 
 # (images, inputs, height, width, outputs), kernel, stride, padding, dilation, with residual
 CASES = [
@@ -20,6 +20,7 @@ CASES = [
     ((1, 16, 9, 8, 48), 1, 2, 0, 1, False),  # a shortcut
     ((1, 8, 9, 7, 33), 3, 1, 2, 2, True),  # DC5's dilation
 ]
+Case = tuple[tuple[int, ...], int, int, int, int, bool]
 Function = Callable[..., Tensor]
 
 
@@ -45,49 +46,35 @@ def library(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def run_by(library: str) -> Function:
-    def run(*inputs: Tensor | int | None, relu: bool = True) -> Tensor:
+    def run(*inputs: Any, relu: bool = True) -> Tensor:
         return library_op(*inputs, relu, library)
 
     return run
 
 
-def make_inputs(case: tuple, dtype: torch.dtype, integers: bool = True) -> list[Tensor | int | None]:
-    """x, weight, bias, residual, stride, padding, dilation. Small integers: all sums are exact in every dtype, and so
-    no rounding decides at which side of a ReLU a value lies."""
-    (images, inputs, height, width, outputs), kernel, stride, padding, dilation, residual = case
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        values = torch.randn(size, generator=generator)
-        drawn = torch.randint(-1, 2, size, generator=generator) if integers else values
-        return drawn.to(DEVICE, dtype)
-
-    x = draw(images, inputs, height, width).contiguous(memory_format=torch.channels_last)
-    weight, bias = draw(outputs, inputs, kernel, kernel), draw(outputs)
-    after = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation).shape
-    rest = draw(*after).contiguous(memory_format=torch.channels_last) if residual else None
-    return [x, weight, bias, rest, stride, padding, dilation]
+def make_inputs(case: Case, dtype: torch.dtype, integers: bool = True) -> list[Any]:
+    return convolution_inputs(*case, dtype, integers)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_as_exact_as_eager(case: tuple, dtype: torch.dtype, library: str) -> None:
+def test_as_exact_as_eager(case: Case, dtype: torch.dtype, library: str) -> None:
     inputs, run = make_inputs(case, dtype), run_by(library)
     assert torch.equal(run(*inputs), conv_bias_act_ref(*inputs))
     assert run(*inputs).is_contiguous(memory_format=torch.channels_last)
     assert_same_function(run, conv_bias_act_ref, inputs, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_random_values(case: tuple, dtype: torch.dtype, library: str) -> None:
+def test_random_values(case: Case, dtype: torch.dtype, library: str) -> None:
     inputs, run = make_inputs(case, dtype, integers=False), run_by(library)
-    reference = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
-    assert_close(run(*inputs), reference, conv_bias_act_ref(*inputs), TOLERANCES[dtype] * reference.abs().max().item())
+    oracle = conv_bias_act_ref(*(each.double() if isinstance(each, Tensor) else each for each in inputs))
+    assert_close(run(*inputs), oracle, conv_bias_act_ref(*inputs), TOLERANCES[dtype] * oracle.abs().max().item())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_onednn_leaves_the_relu_out_where_none_is_asked_for(case: tuple) -> None:
+def test_onednn_leaves_the_relu_out_where_none_is_asked_for(case: Case) -> None:
     if DEVICE == "cuda":
         pytest.skip("oneDNN runs on the CPU")
     inputs = make_inputs(case, torch.float32)
@@ -125,10 +112,10 @@ def test_under_autocast(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="oneDNN runs on the CPU")
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_packed_convolution_takes_any_size_and_writes_over_the_residual(
-    case: tuple, dtype: torch.dtype, relu: bool
+    case: Case, dtype: torch.dtype, relu: bool
 ) -> None:
     (images, inputs, height, width, outputs), *rest = case
     _, weight, bias, _, *geometry = make_inputs(case, dtype)

@@ -316,7 +316,7 @@ def test_inference_moves_at_least_images_weights_and_outputs() -> None:
     workload = build_workload(replace(OPTIONS, mode="inference"))
     workload.run()
     work = count_work(workload.run)
-    weights = sum(each.nbytes for each in (*workload.model.backbone.parameters(), *workload.model.backbone.buffers()))  # type: ignore[union-attr, operator]
+    weights = sum(each.nbytes for each in (*workload.model.backbone.parameters(), *workload.model.backbone.buffers()))  # type: ignore[union-attr]
     projection = sum(each.nbytes for each in workload.model.input_proj.parameters())  # type: ignore[union-attr]
     images, features = 2 * 3 * 64 * 96 * FLOAT, 2 * 256 * 2 * 3 * FLOAT
     assert work["backbone"].minimum_bytes == weights + projection + images + features

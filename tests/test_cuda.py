@@ -1,6 +1,5 @@
 """What only a GPU can show: a whole training step that the driver itself sees not wait, and one that is captured."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,17 +9,17 @@ from detr_kernels import batched_assignment, conv_bias_act
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr_fast.config import MODELS, Attention, Kernels, Precision, RuntimeOptions
-from detr_fast.data.batch import Batch, Sample, collate
+from detr_fast.config import MODELS, Attention, Device, Kernels, Precision, RuntimeOptions
+from detr_fast.data.batch import Batch
 from detr_fast.data.loader import on_device
-from detr_fast.detector import Detector, place
+from detr_fast.detector import Detector
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.criterion import build_criterion
 from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
 from detr_fast.training.micro_batches import MicroBatches
-from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
+from tests import factories
+from tests.factories import make_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=2, decoder_layers=3, dropout=0.0)
@@ -33,34 +32,22 @@ def no_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def make_batch() -> Batch:
-    samples = []
-    for index, (size, count) in enumerate([((160, 224), 3), ((128, 192), 0), ((96, 224), 7)]):
-        generator = torch.Generator().manual_seed(index)
-        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-        boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
-        labels = torch.randint(0, CONFIG.num_classes, (count,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, size, size))
-    return collate(samples).pin_memory()
+def batch_of_three() -> Batch:
+    return make_batch([(160, 224), (128, 192), (96, 224)], [3, 0, 7]).pin_memory()
 
 
 def make_step(
-    kernels: Kernels, attention: Attention, precision: Precision, device: str = "cuda", dropout: float = 0.0
+    kernels: Kernels, attention: Attention, precision: Precision, device: Device = "cuda", dropout: float = 0.0
 ) -> TrainStep:
-    torch.manual_seed(0)
-    options = RuntimeOptions(device=device, precision=precision, kernels=kernels, attention=attention)  # type: ignore[arg-type]
-    runtime = choose_runtime(options)
-    model = place(DETR(replace(CONFIG, dropout=dropout)), runtime).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
+    options = RuntimeOptions(device=device, precision=precision, kernels=kernels, attention=attention)
+    return factories.make_step(replace(CONFIG, dropout=dropout), choose_runtime(options), decay=0.9)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("kernels", "attention"), [("triton", "triton"), ("triton", "xformers"), ("auto", "auto")])
 @pytest.mark.usefixtures("no_waits")
 def test_a_whole_step_does_not_wait(kernels: Kernels, attention: Attention, precision: Precision) -> None:
-    step, batch = make_step(kernels, attention, precision, dropout=0.1), make_batch().to("cuda")
+    step, batch = make_step(kernels, attention, precision, dropout=0.1), batch_of_three().to("cuda")
     step([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -74,7 +61,7 @@ def test_the_same_step_as_on_the_cpu(kernels: Kernels, attention: Attention, mon
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # fifty layers of it would hide a mistake
     on_cpu, on_gpu = make_step("ref", "ref", "fp32", "cpu"), make_step(kernels, attention, "fp32")
     on_gpu.model.load_state_dict(on_cpu.model.state_dict())
-    expected, found = on_cpu([make_batch()]), on_gpu([make_batch().to("cuda")])
+    expected, found = on_cpu([batch_of_three()]), on_gpu([batch_of_three().to("cuda")])
     for name in (name for name in expected if name.startswith("loss")):
         value = expected[name]
         assert found[name].item() == pytest.approx(value.item(), rel=2e-3, abs=1e-4), name
@@ -94,16 +81,17 @@ def test_the_captured_step_is_the_same_step(kernels: Kernels, attention: Attenti
         step.model.load_state_dict(plain.model.state_dict())
     assert why_not_graphed(captured) is None
     graphed = GraphedStep(MicroBatches(captured))
-    halves = make_batch().to("cuda").split(2)
+    halves = batch_of_three().to("cuda").split(2)
     for number in range(8):
-        batches = [make_batch().to("cuda") if number % 2 else halves[0]]
+        batches = [batch_of_three().to("cuda") if number % 2 else halves[0]]
         terms = []
-        for step in (plain, again, graphed):
+        running: TrainStep | GraphedStep
+        for running in (plain, again, graphed):
             torch.manual_seed(number)
             if number > 5:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
-            found = step(batches)
+            found = running(batches)
             torch.cuda.set_sync_debug_mode("default")
             terms.append({name: value.item() for name, value in found.items() if name.startswith("loss")})
         assert terms[2] == pytest.approx(terms[0], rel=2e-2, abs=1e-3), number
@@ -134,7 +122,7 @@ def test_cudnns_fused_convolution_reads_no_memory_that_nobody_wrote(residual: bo
 def test_the_largest_shape_is_captured_first() -> None:
     """Smaller ones then take no more memory for their graphs than it did, but for the gradients' first calls."""
     step = GraphedStep(MicroBatches(make_step("auto", "auto", "bf16")))
-    batch = make_batch().to("cuda")
+    batch = batch_of_three().to("cuda")
     step.find_micro_batch_size(batch)
     assert not step.gave_up and step.micro_batches.count == 1 and not torch.backends.cudnn.benchmark
     assert len(step.gradient_graphs.graphs) == 1
@@ -148,7 +136,7 @@ def test_a_captured_step_of_fp16_skips_what_is_not_finite() -> None:
     """The scale lies on the device: a replay halves it and leaves the weights as they are, without the host."""
     step, factor = make_step("auto", "auto", "fp16"), torch.ones((), device="cuda")
     step.model.query_embed.weight.register_hook(lambda gradient: gradient * factor)
-    graphed, batch = GraphedStep(MicroBatches(step)), make_batch().to("cuda")
+    graphed, batch = GraphedStep(MicroBatches(step)), batch_of_three().to("cuda")
     for number in range(6):
         factor.fill_(float("inf") if number == 4 else 1.0)
         scale = step.scaler.get_scale()
@@ -171,7 +159,7 @@ def test_replayed_inference_finds_the_same(kernels: Kernels, attention: Attentio
     detector = Detector(DETR(CONFIG).eval()).optimize(runtime)
     eager = Detector(detector.network, runtime=replace(runtime, capture=False))
     assert detector.replays and not eager.replays
-    batches = [make_batch().split(count)[0] for count in (1, 3, 1, 1, 3, 3, 1)]
+    batches = [batch_of_three().split(count)[0] for count in (1, 3, 1, 1, 3, 3, 1)]
     expected, found = [eager.detect(batch) for batch in batches], []
     for number, batch in enumerate(batches):
         if number > 4:
@@ -186,7 +174,7 @@ def test_replayed_inference_finds_the_same(kernels: Kernels, attention: Attentio
 
 
 def test_batches_come_copied_one_ahead() -> None:
-    batches = [make_batch() for _ in range(3)]
+    batches = [batch_of_three() for _ in range(3)]
     for batch, arrived in zip(batches, on_device(batches, torch.device("cuda")), strict=True):
         for there, here in zip(arrived.tensors(), batch.tensors(), strict=True):
             assert there.device.type == "cuda" and torch.equal(there.cpu(), here)

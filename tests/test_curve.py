@@ -183,7 +183,7 @@ def test_nan_is_a_failure_and_never_an_ap(trained: DETR, images: Images, monkeyp
 
 def test_weights_that_hold_nan_have_no_ap_anywhere(trained: DETR, images: Images) -> None:
     broken = copy.deepcopy(trained)
-    broken.bbox_embed.layers[2].bias.data[:] = math.nan
+    broken.get_parameter("bbox_embed.layers.2.bias").data[:] = math.nan
     ap = AveragePrecision(broken, images, CPU)
     for precision in PRECISIONS:
         ap.add(precision, replace(FP32, precision=precision))

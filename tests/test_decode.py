@@ -158,7 +158,7 @@ paths = sorted(Path(sys.argv[1]).iterdir())
 threads = [threading.Thread(target=lambda path=path: (read_header(path), decode_image(path))) for path in 2 * paths]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -41,7 +41,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def training_set(root: Path, **options: object) -> CocoDataset:
-    return build_dataset(DataOptions(data=str(root), image_size=4, **options), "train")  # type: ignore[arg-type]
+    return build_dataset(DataOptions(data=str(root), image_size=4, **options), "train")
 
 
 def checked(root: Path, **options: bool) -> int:

@@ -32,7 +32,11 @@ def opened_for_writing(source: str) -> list[str]:
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         method = isinstance(node.func, ast.Attribute)
-        texts = [one.value for one in (*node.args, *(each.value for each in node.keywords)) if is_text(one)]
+        texts = [
+            str(getattr(one, "value", ""))
+            for one in (*node.args, *(each.value for each in node.keywords))
+            if is_text(one)
+        ]
         flags = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
         if (
             (name in ("open", "NamedTemporaryFile") and any(set(text) & set("wax+") for text in texts))

@@ -1,7 +1,5 @@
 """A step of CUDA graphs makes the same numbers as the eager one; what captures is CUDA on a GPU, a stand-in here."""
 
-import os
-import socket
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,40 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from detr_kernels import Selection
 from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
-from detr_fast.config import MODELS, Attention, RuntimeOptions, UserError
+from detr_fast.config import Attention, UserError
 from detr_fast.cuda_graphs import Call, cudnn_benchmark
-from detr_fast.data.batch import Batch, Sample, collate
-from detr_fast.detector import place
+from detr_fast.data.batch import Batch
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.runtime import choose_runtime
 from detr_fast.training.build import SHAPE_STEP_PX
-from detr_fast.training.criterion import build_criterion
-from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import MOST_GRAPHS, GraphedStep, why_not_graphed
 from detr_fast.training.meter import Meter
 from detr_fast.training.micro_batches import MicroBatches
-from detr_fast.training.optimizer import Schedule, build_optimizer
+from detr_fast.training.optimizer import Schedule
 from detr_fast.training.step import TrainStep
+from tests import factories
+from tests.factories import TINY, make_batch, run_processes
 from tests.stand_in import StandIn
 
-CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2, dropout=0.1)
+CONFIG = replace(TINY, dropout=0.1)
 SCHEDULE = Schedule("cosine", 20, 10, 3)
 
 
 def make_step(decay: float = 0.0, world: World | None = None) -> TrainStep:
-    torch.manual_seed(0)
-    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
-    model = place(DETR(CONFIG), runtime).train()
-    ema = place(DETR(CONFIG), runtime) if decay else None
-    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
-    criterion = build_criterion(CONFIG.num_classes)
-    return TrainStep(model, criterion, optimizer, runtime, world or World(), ema=ema, ema_decay=decay)
+    return factories.make_step(CONFIG, decay=decay, world=world, learning_rate=1e-3)
 
 
 def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
@@ -52,15 +42,7 @@ def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
 
 def batch(seed: int, size: tuple[int, int], objects: int, pad_rows: bool = True, narrower: int = 8) -> Batch:
     """Two images, the second one narrower by so many pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for index in range(2):
-        own = (size[0], size[1] - narrower * index)
-        image = torch.randint(0, 256, (3, *own), dtype=torch.uint8, generator=generator)
-        boxes = torch.rand(objects, 4, generator=generator) * 0.3 + 0.2
-        labels = torch.randint(0, CONFIG.num_classes, (objects,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, own, own))
-    made = collate(samples)
+    made = make_batch([size, (size[0], size[1] - narrower)], [objects, objects], 2 * seed)
     # as a captured step has them: with other rows of padding sums are in another order
     return replace(made, targets=made.targets.pad_rows()) if pad_rows else made
 
@@ -302,8 +284,8 @@ def test_a_step_that_does_not_fit_beside_the_graphs_gives_them_up() -> None:
     for mine, theirs in zip(found, run(plain), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert len(notices) == 1 and captured.gave_up and capturer.ran == 3
-    for mine, theirs in zip(captured.step.model.buffers(), plain.model.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for buffer, other in zip(captured.step.model.buffers(), plain.model.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
 
 
 def test_of_several_processes_none_gives_its_graphs_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,8 +349,8 @@ def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step()
     step.runtime = replace(step.runtime, device=torch.device("cuda"))
     assert "SciPy" in str(why_not_graphed(step))
-    monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     step.criterion.use(Selection.named(assignment="triton"))
+    monkeypatch.setattr("detr_kernels.launch.why_not_triton", lambda _: None)
     step.world = World(0, 2, 0)
     assert why_not_graphed(step) is None
     step.model.transformer.checkpoint_activations = True
@@ -382,35 +364,30 @@ def ranks_batches(rank: int, number: int) -> list[Batch]:
     return [batch(100 * number + 10 * rank + index, sizes[number % 6], 2 + rank - index) for index in range(count)]
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    torch.set_num_threads(1)
+def plain_and_captured(world: World) -> dict[str, Any]:
+    """Both steps' terms, weights and counts of captures and replays, on one of two ranks."""
     result = {}
-    with joined_world(torch.device("cpu")) as world:
-        for name in ("plain", "captured"):
-            step, capturer, terms = make_step(0.9, world), StandIn(), []
-            running: AnyStep = step
-            if name == "captured":
-                wrapper = weakref.ref(step.synchronized)
-                running = graphed(step, capturer)
-                assert wrapper() is None  # with it goes the exchange that it hangs on every gradient
-            for number in range(12):
-                torch.manual_seed(2 * number + rank)
-                schedule(running, number)
-                terms.append({key: value.item() for key, value in running(ranks_batches(rank, number)).items()})
-            assert step.ema is not None
-            weights = [each.detach() for model in (step.model, step.ema) for each in model.parameters()]
-            result[name] = {"terms": terms, "weights": weights, "counts": (capturer.captured, capturer.replayed)}
-    torch.save(result, Path(folder) / f"{rank}.pt")
+    for name in ("plain", "captured"):
+        step, capturer, terms = make_step(0.9, world), StandIn(), []
+        running: AnyStep = step
+        if name == "captured":
+            wrapper = weakref.ref(step.synchronized)
+            running = graphed(step, capturer)
+            assert wrapper() is None  # with it goes the exchange that it hangs on every gradient
+        for number in range(12):
+            torch.manual_seed(2 * number + world.rank)
+            schedule(running, number)
+            found = running(ranks_batches(world.rank, number))
+            terms.append({key: value.item() for key, value in found.items()})
+        assert step.ema is not None
+        weights = [each.detach() for model in (step.model, step.ema) for each in model.parameters()]
+        result[name] = {"terms": terms, "weights": weights, "counts": (capturer.captured, capturer.replayed)}
+    return result
 
 
 def test_several_processes_that_capture_at_different_steps(tmp_path: Path) -> None:
     """The graphed step is DistributedDataParallel's to the last bit."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    ranks = run_processes(plain_and_captured, 2, tmp_path)
     for rank in ranks:
         assert rank["captured"]["terms"] == rank["plain"]["terms"]
         assert all(map(torch.equal, rank["captured"]["weights"], rank["plain"]["weights"]))

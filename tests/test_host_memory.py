@@ -52,7 +52,7 @@ def test_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_glibc
 @pytest.mark.parametrize("first", ["auto", "keep"])
 def test_what_is_kept_cannot_be_given_back(first: str) -> None:
-    use_host_allocator(choose_host_allocator(first, CPU)[0])  # type: ignore[arg-type]
+    use_host_allocator(choose_host_allocator(first, CPU)[0])
     with pytest.raises(UserError, match=r"--host-allocator system cannot be had: this process keeps.*another process"):
         choose_host_allocator("system", CPU)
     assert choose_host_allocator("auto", GPU) == ("keep", "decided before, for all of this process")

@@ -103,7 +103,7 @@ def test_each_row_of_the_tables_refuses_its_option(options_type: type, capsys: p
 def test_a_table_names_options_that_there_are_and_says_what_to_do() -> None:
     for options_type in CASES:
         for one in idle_of(options_type):
-            assert one.option in {each.name for each in fields(options_type)}  # type: ignore[arg-type]
+            assert one.option in {each.name for each in fields(options_type)}
             assert len(one.why.split(":")) == 2 and one.message().endswith(f"or leave --{name_of(one)} out.")
 
 

@@ -58,7 +58,7 @@ class Measurer:
         close = not configuration.backends.items() & self.wrong_backends.items()
         error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if references else {}
         error["padding"] = 1.04 if options.buckets else 1.5
-        return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)  # type: ignore[arg-type]
+        return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)
 
 
 @pytest.fixture

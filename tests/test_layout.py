@@ -8,27 +8,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from detr_kernels import OPERATIONS
 from detr_kernels.account import prepare_account
 from detr_profiling.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = {
-    "detr_fast": CHECKOUT / "detr_fast",
     "detr_kernels": CHECKOUT / "kernels" / "detr_kernels",
+    "detr_fast": CHECKOUT / "detr_fast",
     "detr_profiling": CHECKOUT / "profiling" / "detr_profiling",
 }
-FORBIDDEN_IMPORTS = {"detr_fast": {"detr_profiling"}, "detr_kernels": {"detr_fast", "detr_profiling"}}
-
-
-def imported_packages(source: str) -> set[str]:
-    """Top-level names of what a module imports, in functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
+"""In order: a package imports those before it, and never one after it."""
+MOST_LINES = 400
+LONGER = {"detr_fast.config"}
+"""Every option of every command, with its help, lies in one file."""
 
 
 ENTRY_POINTS = {
@@ -36,7 +29,7 @@ ENTRY_POINTS = {
     *(f"detr_profiling.{name}" for name in COMMANDS),
 }
 """Modules that a person starts by name."""
-STILL_IMPORTED = {"detr_profiling.trace", "detr_profiling.ladder", "detr_profiling.suite", "detr_profiling.report"}
+STILL_IMPORTED = {"detr_profiling.trace", "detr_profiling.report"}
 """Those that hold what other commands of the profiling suite need, too."""
 
 
@@ -96,11 +89,18 @@ def run_python(code: str, **variables: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.mark.parametrize("package", FORBIDDEN_IMPORTS)
-def test_imports_point_one_way(package: str) -> None:
-    for path in PACKAGES[package].rglob("*.py"):
-        wrong = imported_packages(path.read_text()) & FORBIDDEN_IMPORTS[package]
-        assert not wrong, f"{path} imports {wrong}"
+def against_the_order(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of a package that comes later."""
+    order = list(PACKAGES)
+    rank = {name: order.index(name.partition(".")[0]) for name in graph}
+    return [f"{name} imports {other}" for name in graph for other in graph[name] if rank[other] > rank[name]]
+
+
+def test_imports_point_one_way() -> None:
+    graph = imports()
+    assert against_the_order(graph) == []
+    graph["detr_kernels.launch"].add("detr_fast.runtime")
+    assert against_the_order(graph) == ["detr_kernels.launch imports detr_fast.runtime"]
 
 
 def test_imports_make_no_circle() -> None:
@@ -118,6 +118,27 @@ def test_a_circle_would_be_found() -> None:
 def test_nobody_imports_what_a_person_starts() -> None:
     imported = {other for name, others in imports().items() for other in others if not name.endswith("__main__")}
     assert imported & ENTRY_POINTS <= STILL_IMPORTED
+
+
+def test_no_file_is_long() -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert {name for name, count in lines.items() if count > MOST_LINES} <= LONGER
+
+
+def test_every_folder_of_kernels_declares_its_operations() -> None:
+    declared: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        if name.startswith("detr_kernels.") and name.count(".") == 2:
+            declared.setdefault(name.split(".")[1], []).extend(declarations(path.read_text()))
+    assert len(declared) > 5 and all(declared.values()), declared
+    assert sorted(name for names in declared.values() for name in names) == sorted(OPERATIONS)
+
+
+def declarations(source: str) -> list[str]:
+    """Names of the operations that a module makes: `NAME = Operation("...", ...)`."""
+    made = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    calls = [node for node in made if isinstance(node, ast.Call) and ast.unparse(node.func) == "Operation"]
+    return [ast.literal_eval(call.args[0]) for call in calls]
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

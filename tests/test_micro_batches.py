@@ -1,32 +1,26 @@
 """A batch that does not fit into the memory is computed in micro-batches: the same step, on all ranks."""
 
-import os
-import socket
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
-from detr_fast.data.batch import Batch, Sample, collate
-from detr_fast.detector import place
+from detr_fast.config import RECIPES, TrainConfig, UserError
+from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR, Predictions
-from detr_fast.runtime import choose_runtime
 from detr_fast.train import main
 from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
-from detr_fast.training.criterion import build_criterion
-from detr_fast.training.distributed import World, joined_world
+from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import GraphedStep
 from detr_fast.training.micro_batches import MicroBatches
-from detr_fast.training.optimizer import build_optimizer
-from detr_fast.training.step import TrainStep
+from tests import factories
+from tests.factories import TINY, make_batch, run_processes
 from tests.stand_in import StandIn
 
-CONFIG = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
 EXTREMES = Extremes(objects=10, mixed=False, padded=False)
 
@@ -48,25 +42,14 @@ def bound(model: DETR, room: list[int]) -> None:
 def make_step(holds: int = 99, world: World | None = None, dropout: float = 0.0) -> MicroBatches:
     """On a device that holds the activations of so many images; in evaluation mode, where no image's batch norm
     depends on another."""
-    torch.manual_seed(0)
-    runtime = choose_runtime(OPTIONS)
-    model = place(DETR(replace(CONFIG, dropout=dropout)), runtime).eval()
-    bound(model, [holds])
-    optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
-    return MicroBatches(TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, world or World()))
+    step = factories.make_step(replace(TINY, dropout=dropout), world=world)
+    bound(step.model.eval(), [holds])
+    return MicroBatches(step)
 
 
 def batch() -> Batch:
     """Five images of two sizes, with up to four objects."""
-    samples = []
-    for index in range(5):
-        generator = torch.Generator().manual_seed(index)
-        size = (64, 64 - 16 * (index % 2))
-        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-        boxes = torch.rand(index, 4, generator=generator) * 0.3 + 0.2
-        labels = torch.randint(0, CONFIG.num_classes, (index,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, size, size))
-    return collate(samples)
+    return make_batch([(64, 64 - 16 * (index % 2)) for index in range(5)], range(5))
 
 
 def test_a_split_batch_keeps_its_images_and_their_room() -> None:
@@ -99,7 +82,7 @@ def test_micro_batches_are_halved_until_they_fit_and_nothing_is_trained(holds: i
     step.model.train()  # whose batch norm gathers statistics
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     numbers = torch.get_rng_state()
-    micro_batches.find_micro_batch_size(largest_batch(OPTIONS, CONFIG, EXTREMES))
+    micro_batches.find_micro_batch_size(largest_batch(OPTIONS, TINY, EXTREMES))
     assert micro_batches.count == count
     assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
     assert all(parameter.grad is None for parameter in step.trained) and not step.optimizer.state
@@ -109,7 +92,7 @@ def test_micro_batches_are_halved_until_they_fit_and_nothing_is_trained(holds: i
 
 def test_an_image_that_does_not_fit_is_one_clear_error() -> None:
     with pytest.raises(UserError, match=r"64x64 pixels.*--checkpoint-activations"):
-        make_step(0).find_micro_batch_size(largest_batch(OPTIONS, CONFIG, EXTREMES))
+        make_step(0).find_micro_batch_size(largest_batch(OPTIONS, TINY, EXTREMES))
 
 
 @pytest.mark.parametrize("holds", [3, 1])
@@ -180,7 +163,7 @@ def test_the_largest_batch_is_as_large_as_training_can_ask_for(
     extremes: Extremes, padded_size: tuple[int, int], size: tuple[int, int]
 ) -> None:
     options = replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3)
-    largest = largest_batch(options, CONFIG, extremes)
+    largest = largest_batch(options, TINY, extremes)
     assert largest.padded_size == padded_size and set(largest.images.sizes) == {size} and len(largest.images) == 3
     assert largest.padded == extremes.padded and largest.targets.labels.shape == (3, extremes.objects)
 
@@ -195,27 +178,19 @@ def test_what_training_can_meet_is_known_from_the_annotations(shapes_root: Path)
     assert extremes_of(several, train_set, 256) == (most, True, True)
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    torch.set_num_threads(1)
-    with joined_world(torch.device("cpu")) as world:
-        step = make_step(2 if rank == 0 else 99, world)
-        step.find_micro_batch_size(largest_batch(OPTIONS, CONFIG, EXTREMES))
-        terms = step([batch().split(2)[1]])
-        captured = GraphedStep(make_step(2 if rank == 0 else 99, world), StandIn())
-        captured.find_micro_batch_size(largest_batch(OPTIONS, CONFIG, EXTREMES))
-        same = captured([batch().split(2)[1]])
-        counts = (step.count, captured.micro_batches.count)
-        found = {"counts": counts, "norm": terms["grad_norm"], "captured": same["grad_norm"]}
-        torch.save(found, Path(folder) / f"{rank}.pt")
+def with_too_little_on_one(world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {"counts": []}
+    for name in ("plain", "captured"):
+        step: Any = make_step(2 if world.rank == 0 else 99, world)
+        running = step if name == "plain" else GraphedStep(step, StandIn())
+        running.find_micro_batch_size(largest_batch(OPTIONS, TINY, EXTREMES))
+        found[name] = running([batch().split(2)[1]])["grad_norm"]
+        found["counts"].append(step.count)
+    return found
 
 
 def test_all_ranks_split_where_one_has_too_little(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["counts"] == second["counts"] == (2, 2)
-    assert first["captured"].item() == pytest.approx(first["norm"].item(), rel=1e-5)
-    assert first["norm"].item() == pytest.approx(second["norm"].item(), rel=1e-6)
+    first, second = run_processes(with_too_little_on_one, 2, tmp_path)
+    assert first["counts"] == second["counts"] == [2, 2]
+    assert first["captured"].item() == pytest.approx(first["plain"].item(), rel=1e-5)
+    assert first["plain"].item() == pytest.approx(second["plain"].item(), rel=1e-6)

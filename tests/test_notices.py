@@ -26,8 +26,8 @@ from tests.planted_clock import PlantedClock
 
 TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", threads=1)
 SHORT = LadderOptions(
-    **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},  # type: ignore[arg-type]
-    **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},  # type: ignore[arg-type]
+    **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},
+    **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},
 )
 """Three rows: the reference, once more with its memory kept, and ours by references alone."""
 

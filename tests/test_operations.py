@@ -27,20 +27,27 @@ from detr_kernels import (
     set_loss,
 )
 from detr_kernels.attention.backends import ROWS
+from detr_kernels.compile_ahead import recorded_launches
 from detr_kernels.convolution.batch_norm import scale_weight, scale_weights
 from detr_kernels.registry import select
 from detr_profiling.comparison.closeness import assert_close
+from detr_profiling.limits.roofline import count_work
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from tests import kernel_inputs
+from tests.kernel_inputs import seeded
+
+DEVICE = torch.device(kernel_inputs.DEVICE)
 RARELY = 1e-6
 """Probability of dropout that the backends which need some are given: with these seeds nothing is dropped."""
 Row = tuple[Callable[..., Any], list[Tensor]]
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) - 0.5
+    return torch.rand(shape, generator=seeded(seed)).to(DEVICE) - 0.5
 
 
 def attention(backend: str) -> Row:
@@ -90,6 +97,17 @@ def stage(backend: str) -> Row:
     return run, [uniform(2, 8, 6, 5), *weights]
 
 
+def convolution(backend: str) -> Row:
+    """A 3x3, and a 1x1 of stride 2 with a residual."""
+
+    def both(x: Tensor, wide: Tensor, narrow: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        one = conv_bias_act(x, wide, bias, padding=1, backend=backend)
+        return one, conv_bias_act(x, narrow, bias, residual, 2, backend=backend)
+
+    tensors = uniform(2, 4, 9, 7), uniform(6, 4, 3, 3), uniform(6, 4, 1, 1, seed=1), uniform(6), uniform(2, 6, 5, 4)
+    return both, list(tensors)
+
+
 def packed_convolution(backend: str) -> Row:
     weight, bias = uniform(6, 4, 3, 3, seed=1), uniform(6, seed=2)
     packed = OneDNNConvolution(weight, bias, 2, 1, 1)
@@ -136,7 +154,7 @@ def by_backend(function: Callable[..., Any], *tensors: Tensor, **options: Any) -
 ROWS_OF: dict[str, Callable[[str], Row]] = {
     "preprocessing": images,
     "frozen_batch_norm": frozen_batch_norm,
-    "convolution": by_backend(conv_bias_act, uniform(2, 4, 9, 7), uniform(6, 4, 3, 3), uniform(6), padding=1),
+    "convolution": convolution,
     "residual_stage": stage,
     "packed_convolution": packed_convolution,
     "attention": attention,
@@ -152,10 +170,13 @@ TOLERANCES = {"preprocessing": 1 / 255 / 0.2, "frozen_batch_norm": 4e-3, "match_
 EVERY = [(name, backend.name) for name, operation in OPERATIONS.items() for backend in operation.backends]
 
 
+def facts_of(name: str) -> Facts:
+    return Facts(DEVICE, training=OPERATIONS[name].mode != "inference", dropout=RARELY, head_dim=16)
+
+
 def row(name: str, backend: str) -> Row:
     """Skips, with the reason, where the backend cannot run."""
-    facts = Facts(DEVICE, training=OPERATIONS[name].mode != "inference", dropout=RARELY, head_dim=16)
-    if problem := OPERATIONS[name].why_not(backend, facts):
+    if problem := OPERATIONS[name].why_not(backend, facts_of(name)):
         pytest.skip(problem)
     return ROWS_OF[name](backend)
 
@@ -178,23 +199,67 @@ def values(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     return [each.detach() for each in (*results, *torch.autograd.grad(weighted, learning))]
 
 
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("name", "backend"), EVERY)
-def test_every_backend_computes_what_the_reference_does(name: str, backend: str) -> None:
-    operation, (function, tensors) = OPERATIONS[name], row(name, backend)
-    plain, _ = ROWS_OF[name](operation.reference)
-    in_float64 = name not in ("preprocessing", "assignment", "frozen_batch_norm")
-    exact = values(plain, leaves(tensors, torch.float64 if in_float64 else torch.float32))
-    for found, in_float64, eager in zip(
-        values(function, leaves(tensors)), exact, values(plain, leaves(tensors)), strict=True
-    ):
-        if found.is_floating_point():
-            assert_close(found, in_float64, eager, TOLERANCES.get(name, 3e-6) * max(1.0, in_float64.abs().max().item()))
+def assert_all_close(name: str, found: list[Tensor], exact: list[Tensor], eager: list[Tensor], least: float) -> None:
+    """Each value as close to its own in float64 as the reference is, but for `least` of its largest magnitude."""
+    for value, oracle, plain in zip(found, exact, eager, strict=True):
+        assert value.dtype == plain.dtype
+        if value.is_floating_point():
+            assert_close(value, oracle, plain, least * max(1.0, oracle.abs().max().item()), name)
         else:
-            assert torch.equal(found, in_float64)
+            assert torch.equal(value, oracle)
 
 
-@pytest.mark.parametrize(("name", "backend"), EVERY)
+def in_float64(name: str) -> torch.dtype:
+    """Its dtype, but for operations that compute in float32 whatever comes."""
+    return torch.float32 if name in ("preprocessing", "assignment", "frozen_batch_norm") else torch.float64
+
+
+each_backend = pytest.mark.parametrize(("name", "backend"), EVERY)
+
+
+@pytest.mark.usefixtures("poisoned")
+@each_backend
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_every_backend_computes_what_the_reference_does(name: str, backend: str, strided: bool) -> None:
+    """Forward and every gradient; of memory in order, and of every second entry of a row."""
+    function, tensors = row(name, backend)
+    if strided:
+        tensors = [each.repeat_interleave(2, -1)[..., ::2] for each in tensors]
+    plain, _ = ROWS_OF[name](OPERATIONS[name].reference)
+    exact = values(plain, leaves(tensors, in_float64(name)))
+    found, eager = values(function, leaves(tensors)), values(plain, leaves(tensors))
+    assert_all_close(name, found, exact, eager, TOLERANCES.get(name, 3e-6))
+
+
+AUTOCAST = [each for each in EVERY if each[0] in ("convolution", "layer_norm", "match_cost", "set_loss")]
+"""Those that cast their own inputs; into the others come what was cast, or nothing that autocast knows."""
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("name", "backend"), AUTOCAST)
+def test_under_autocast_every_backend_has_the_references_dtypes_and_values(name: str, backend: str) -> None:
+    function, tensors = row(name, backend)
+    plain, _ = ROWS_OF[name](OPERATIONS[name].reference)
+    exact = values(plain, leaves(tensors, torch.float64))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found, eager = values(function, leaves(tensors)), values(plain, leaves(tensors))
+    assert_all_close(name, found, exact, eager, kernel_inputs.TOLERANCES[torch.bfloat16])
+
+
+@each_backend
+def test_every_backend_counts_the_references_flop(name: str, backend: str) -> None:
+    """Of both passes, by the shapes: what the report calls the model's work must not depend on what runs it."""
+    function, tensors = row(name, backend)
+    plain, _ = ROWS_OF[name](OPERATIONS[name].reference)
+    count, expected = (
+        sum(work.flop for work in count_work(lambda run=run: values(run, leaves(tensors))).values())
+        for run in (function, plain)
+    )
+    assert count == expected
+    assert (count > 0) == (name in ("convolution", "residual_stage", "packed_convolution", "attention"))
+
+
+@each_backend
 def test_every_backend_compiles_to_one_graph(name: str, backend: str) -> None:
     if (name, backend) == ("packed_convolution", "onednn"):
         pytest.skip("torch.compile packs weights by itself")
@@ -218,14 +283,16 @@ class OwnCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "backend"), EVERY)
+@each_backend
 def test_every_operator_is_registered_as_torch_asks_and_belongs_to_its_operation(name: str, backend: str) -> None:
     function, tensors = row(name, backend)
     with OwnCalls() as own:
         values(function, leaves(tensors))
     for operator, (called, args, kwargs) in own.calls.items():
         assert operator.removeprefix("detr_kernels::") in OPERATIONS[name].flop
-        torch.library.opcheck(called, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+        if OPDEFS[operator]._backward_fn is None:  # of no use to what learns, as of a backward pass
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        torch.library.opcheck(called, args, kwargs)
 
 
 def test_the_registry_is_whole() -> None:
@@ -233,6 +300,15 @@ def test_the_registry_is_whole() -> None:
     for operation in OPERATIONS.values():
         assert len(set(operation.names)) == len(operation.names) >= 2
         assert operation.why_not(operation.reference, Facts(torch.device("meta"), torch.float64)) is None
+        assert ("triton" in operation.names) == (operation.specimens is not None)
+        assert operation.specimens is None or recorded_launches(operation.specimens)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="these are a CPU's")
+def test_only_a_gpus_backends_are_skipped_here() -> None:
+    """A backend that refuses too much would be tested nowhere."""
+    refused = {each for each in EVERY if OPERATIONS[each[0]].why_not(each[1], facts_of(each[0]))}
+    assert refused == {("convolution", "cudnn"), ("frozen_batch_norm", "foreach"), ("attention", "xformers")}
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -33,14 +33,15 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> DETR:
     model = DETR(CONFIGS[name])
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
-            for each in (module.weight, module.running_var):
-                each.data.uniform_(0.7, 1.3)
-            for each in (module.bias, module.running_mean):
-                each.data.normal_(0, 0.1)
+            tensors = module.state_dict()
+            for each in ("weight", "running_var"):
+                tensors[each].uniform_(0.7, 1.3)
+            for each in ("bias", "running_mean"):
+                tensors[each].normal_(0, 0.1)
     for name, parameter in model.transformer.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.1)
-    return model.to(dtype, memory_format=torch.channels_last).eval()
+    return model.to(dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def make_input(dtype: torch.dtype, count: int = 2) -> tuple[Tensor, Tensor]:

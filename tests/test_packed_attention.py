@@ -12,11 +12,10 @@ from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernel_inputs import DEVICE, TOLERANCES
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""Half a unit in the last place of a dtype, or what two orders of summation may differ by."""
 TAIL = 5
 
 # Lengths of the images' queries and keys. Self-attention: several blocks and a ragged one, one token, none, one block.
@@ -49,7 +48,7 @@ def packed(name: str, backend: str, **options: float) -> Callable[..., Tensor]:
     """`packed_attention` over images of the lengths `name`."""
     bounds = [max(lengths) + 3 for lengths in LENGTHS[name]]
     places = [cu_seqlens(lengths) for lengths in LENGTHS[name]]
-    return lambda q, k, v: packed_attention(q, k, v, *places, *bounds, backend=backend, **options)  # type: ignore[arg-type]
+    return lambda q, k, v: packed_attention(q, k, v, *places, *bounds, backend=backend, **options)
 
 
 def image_by_image(name: str) -> Callable[..., Tensor]:
@@ -87,8 +86,8 @@ def test_scores_of_a_thousand(dtype: torch.dtype) -> None:
     q, k = (x * 15 for x in (q, k))
     assert 900 < (q[:70, 0] @ k[:70, 0].T).abs().max() / math.sqrt(32) < 2000
     # the weights are found again from the logarithm of their sum, whose last place is 1e-4 here: half of it
-    tolerance = max(TOLERANCES[dtype], 5e-5)
-    assert_same_function(packed("self", "triton"), packed("self", "ref"), [q, k, v], tolerance)
+    floor = max(TOLERANCES[dtype], 5e-5)
+    assert_same_function(packed("self", "triton"), packed("self", "ref"), [q, k, v], floor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -215,19 +214,11 @@ def test_what_does_not_fit_is_refused() -> None:
         packed_attention(*(x[..., :8] for x in (q, k, v)), places, places, 70, 70, backend="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["ref", "sdpa"])
 def test_compiles_without_a_graph_break(backend: str) -> None:
     attend, inputs = packed("self", backend), make_inputs("self", 16, torch.float32, heads=1)
     compiled = torch.compile(lambda *inputs: attend(*inputs).relu(), fullgraph=True, backend="aot_eager")
     assert_same_function(compiled, lambda *inputs: packed("self", "ref")(*inputs).relu(), inputs, 2e-6)
-
-
-def test_operators_are_registered_as_torch_asks() -> None:
-    from detr_kernels.attention.triton_forward import forward_op
-
-    q, k, v = (torch.randn(7, 1, 16, device=DEVICE, requires_grad=True) for _ in range(3))
-    seed = torch.tensor([3], device=DEVICE)
-    torch.library.opcheck(forward_op, (q, k, v, cu_seqlens([3, 4]), cu_seqlens([5, 2]), seed, [4, 5], 0.1))
 
 
 def test_nothing_is_read_on_the_host() -> None:

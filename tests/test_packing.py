@@ -6,7 +6,8 @@ from detr_kernels.attention.packing import Packing, ZeroRows, images_of_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernel_inputs import DEVICE
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 MASKS = {

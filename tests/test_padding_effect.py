@@ -38,9 +38,9 @@ def test_padding_does_what_it_does_in_the_reference(kernels: str) -> None:
     reference = ReferenceDETR(num_queries=8, dropout=0.0, **LAYERS)
     reference.load_state_dict(weights)
     ours, reference = ours.double().eval(), reference.double().eval()
-    select_backends(ours, kernels)  # type: ignore[arg-type]
+    select_backends(ours, kernels)
     image = torch.randn(3, *PADDED_SIZES[0], dtype=torch.float64)
-    alone, together = (logits(ours, image, padded_size) for padded_size in PADDED_SIZES)
+    alone, together = (logits(ours, image, room) for room in PADDED_SIZES)
     effect = logits(reference, image, PADDED_SIZES[1]) - logits(reference, image, PADDED_SIZES[0])
     assert effect.abs().max() > 1e-4  # there is one
     torch.testing.assert_close(together - alone, effect, rtol=0, atol=1e-5)

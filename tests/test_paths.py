@@ -59,7 +59,7 @@ def test_a_path_that_the_system_refuses_is_a_users_error(
     def refusing(path: object, **options: bool) -> os.stat_result:
         if "closed/" in str(path):
             raise PermissionError(13, "Permission denied", str(path))
-        return stat(path, **options)  # type: ignore[arg-type]
+        return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", refusing)
     with pytest.raises(UserError, match=r"cannot be looked at: (File name too long|Too many levels|Permission denied)"):

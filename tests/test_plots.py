@@ -108,7 +108,7 @@ def test_precision_and_recall_without_objects(
 
     def saved(self: Figure, *given: object, **options: object) -> None:
         titles.append(self.axes[0].get_title())
-        savefig(self, *given, **options)  # type: ignore[arg-type]
+        savefig(self, *given, **options)
 
     monkeypatch.setattr(Figure, "savefig", saved)
     draw_precision_recall(evaluation(HOSTILE_NAMES, objects=objects), tmp_path / "curves.png")
@@ -127,7 +127,7 @@ def test_true_boxes_are_dashed_and_predicted_ones_are_not() -> None:
     axes = Figure().subplots()
     draw_picture(axes, picture(), scale=6, colours=dict.fromkeys(HOSTILE_NAMES, "red"))
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert [(box.get_linestyle() in ("-", "solid"), box.get_bbox().extents.tolist()) for box in boxes] == [
+    assert [(box.get_linestyle() in ("-", "solid"), list(box.get_bbox().extents)) for box in boxes] == [
         (False, [4, 8, 30, 40]),
         (True, [5, 9, 31, 41]),
         (True, [40, 2, 60, 20]),

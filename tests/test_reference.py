@@ -20,6 +20,7 @@ from detr_profiling.reference.name_seeded_weights import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from detr_fast import DETR, build_criterion, build_model, export_state_dict, load_state_dict
 from detr_fast.model.backends import select_backends
@@ -33,7 +34,7 @@ BATCHES = {
     "no targets at all": ([(64, 64), (32, 64)], [0, 0]),
 }
 NUM_QUERIES = 8
-GRADIENT_FLOOR = 1e-7
+GRADIENT_TOLERANCE = 1e-7
 """Of the total norm. Gradients that are zero in exact arithmetic (the decoder starts from zeros) are rounding noise."""
 
 Step = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
@@ -54,7 +55,7 @@ class Pair:
         return Pair(*double, (images.double(), mask), self.targets)
 
     def step_ours(self, kernels: str) -> Step:
-        select_backends(self.ours, kernels)  # type: ignore[arg-type]
+        select_backends(self.ours, kernels, dtype=self.batch[0].dtype)
         return step(self.ours, build_criterion(), self)
 
     def step_reference(self) -> Step:
@@ -62,13 +63,15 @@ class Pair:
 
 
 def step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], pair: Pair) -> Step:
-    """Outputs, terms, and gradients under our names."""
+    """Outputs, terms, and gradients under our names; of the model they keep nothing."""
     model.zero_grad()
     outputs = model(*pair.batch)
     terms = criterion(outputs, pair.targets)
     terms["loss"].backward()
     named = {key.replace("backbone.0.body.", "backbone."): value.grad for key, value in model.named_parameters()}
-    return outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
+    found = outputs, terms, {key: grad for key, grad in named.items() if grad is not None}
+    model.zero_grad()
+    return tree_map_only(Tensor, Tensor.detach, found)
 
 
 def make_pair(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]], batch: str) -> Pair:
@@ -90,7 +93,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Each parameter's gradient within `tolerance` of the expected one's norm."""
     assert grads.keys() == expected.keys()
-    floor = GRADIENT_FLOOR * sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
+    floor = GRADIENT_TOLERANCE * sum(grad.norm() ** 2 for grad in expected.values()) ** 0.5
     for name, grad in grads.items():
         error = (grad - expected[name]).norm()
         assert error <= tolerance * expected[name].norm() + floor, name
@@ -132,7 +135,13 @@ def one_rounding_each(module: nn.Module, seed: int) -> None:
 
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
-            child.register_forward_hook(err)  # type: ignore[arg-type]
+            child.register_forward_hook(err)
+
+
+def moved(pair: Pair, seed: int) -> Pair:
+    double = pair.double()
+    one_rounding_each(double.reference, seed)
+    return double
 
 
 @pytest.mark.parametrize("fill", [name_seeded_state_dict, perturbed_state_dict])
@@ -140,10 +149,7 @@ def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str,
     """Keyed weights amplify roundings: the floors are what a single one in each convolution moves in float64."""
     pair = make_pair(fill, "ragged")
     exact = pair.double().step_reference()
-    moved = [pair.double() for _ in range(5)]
-    for seed, each in enumerate(moved):
-        one_rounding_each(each.reference, seed)
-    rounded = [errors(each.step_reference(), exact) for each in moved]
+    rounded = [errors(moved(pair, seed).step_reference(), exact) for seed in range(5)]
     floors = {name: max(each[name] for each in rounded) for name in rounded[0]}
     eager, fast = errors(pair.step_reference(), exact), errors(pair.step_ours("auto"), exact)
     for name, error in fast.items():

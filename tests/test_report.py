@@ -326,9 +326,9 @@ def test_what_is_bad_is_said_loudly(tmp_path: Path) -> None:
     twin = Twin(text)
     assert under_headings(twin, "NOT close to the reference: compile") == ["Ladder"]
     assert under_headings(twin, "bf16 is NOT close in backbone layer4") == ["Parity"]
-    rows = twin.tables["bf16: NOT close; of each kind the nearest to its limit, and all that are past it"]
-    assert ["backbone layer4", "block", "n/a", "0.024", "0.049", "n/a", "NOT close"] in rows
-    assert ["encoder 1", "block", "0.90", "0.037", "0.073", "1,229", "NOT close"] in rows
+    table = twin.tables["bf16: NOT close; of each kind the nearest to its limit, and all that are past it"]
+    assert ["backbone layer4", "block", "n/a", "0.024", "0.049", "n/a", "NOT close"] in table
+    assert ["encoder 1", "block", "0.90", "0.037", "0.073", "1,229", "NOT close"] in table
 
 
 def test_a_slower_row_stays_and_says_so(cpu: Path) -> None:

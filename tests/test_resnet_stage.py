@@ -4,15 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from detr_kernels import residual_stage, residual_stage_ref, why_not_onednn
+from detr_kernels import Selection, residual_stage, residual_stage_ref, why_not_onednn
 from detr_kernels.convolution.stage import forward_op
 from detr_profiling.comparison.closeness import assert_same_function
 from torch import Tensor
 
 from detr_fast.model.backbone import ResNet
+from detr_fast.model.backends import hand_out
 from detr_fast.runtime import multiplies_bf16
+from tests.kernel_inputs import TOLERANCES, TWO_DTYPES
 
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 CPU = torch.device("cpu")
 # stride, and the blocks' dilations
 CASES = {"two": (2, [1, 1]), "one": (2, [1]), "layer1": (1, [1, 1, 1]), "dilated": (1, [1, 2])}
@@ -50,7 +51,7 @@ def run(function: Callable[..., Tensor], case: str) -> Callable[..., Tensor]:
     return of_inputs
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_as_exact_as_eager(case: str, dtype: torch.dtype) -> None:
     if why_not_onednn(dtype):
@@ -106,36 +107,20 @@ def test_memory_of_any_order_is_taken() -> None:
 def test_what_it_cannot_compute_is_refused() -> None:
     x, *rest = make_inputs("one", torch.float16)
     weights, biases = rest[:4], rest[4:]
-    with pytest.raises(ValueError, match="float16"):
-        residual_stage(x, weights, biases, 1, [1])
+    with pytest.raises(RuntimeError, match=r"residual stage by onednn: .*float16"):
+        residual_stage(x, weights, biases, 1, [1], "onednn")
     with pytest.raises(ValueError, match="one dtype"):
         residual_stage(x.float(), weights, biases, 1, [1])
-    with pytest.raises(ValueError, match="not on meta"):
-        residual_stage(x.to("meta"), weights, biases, 1, [1])
+    with pytest.raises(RuntimeError, match="not on meta"):
+        residual_stage(x.to("meta"), weights, biases, 1, [1], "onednn")
     with pytest.raises(ValueError, match="2 blocks have 7 weights and biases, not 4"):
         residual_stage(x.float(), [each.float() for each in weights], biases, 1, [1, 1])
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("case", CASES)
-def test_the_operator_is_registered_as_torch_asks(case: str, kept: bool) -> None:
-    x, *rest = (each.requires_grad_(kept) for each in make_inputs(case, torch.float32))
+def test_what_keeps_nothing_is_registered_as_torch_asks_too() -> None:
+    x, *rest = make_inputs("dilated", torch.float32)
     half = len(rest) // 2
-    biases = [each.detach() for each in rest[half:]]
-    torch.library.opcheck(forward_op, (x, rest[:half], biases, *CASES[case], kept))
-
-
-def test_it_compiles_without_a_graph_break() -> None:
-    inputs, stage = (
-        [each.requires_grad_() for each in make_inputs("dilated", torch.float32)],
-        run(residual_stage, "dilated"),
-    )
-    weights = inputs[: 1 + len(inputs) // 2]
-    results = [
-        torch.autograd.grad(form(*inputs).square().sum(), weights)
-        for form in (stage, torch.compile(stage, fullgraph=True, backend="aot_eager"))
-    ]
-    assert all(map(torch.equal, *results))
+    torch.library.opcheck(forward_op, (x, rest[:half], rest[half:], *CASES["dilated"], False))
 
 
 @pytest.mark.parametrize("dilation", [False, True])
@@ -147,16 +132,14 @@ def test_the_backbone_runs_it_and_is_the_same(dilation: bool, monkeypatch: pytes
 
     def counted(*args: object) -> Tensor:
         calls.append(args)
-        return residual_stage(*args)  # type: ignore[arg-type]
+        return residual_stage(*args)
 
     monkeypatch.setattr("detr_fast.model.backbone.residual_stage", counted)
     parameters = [each for each in backbone.parameters() if each.requires_grad]
     found = [backbone(images)]
     found += torch.autograd.grad(found[0].square().mean(), parameters)
     assert len(calls) == 4
-    for module in backbone.modules():
-        if hasattr(module, "convolution_form"):
-            module.convolution_form = "ref"
+    hand_out(Selection.named(residual_stage="ref", convolution="ref"), backbone)
     plain = [backbone(images)]
     plain += torch.autograd.grad(plain[0].square().mean(), parameters)
     assert len(calls) == 4

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from detr_profiling.pages import formats
@@ -11,7 +12,7 @@ from detr_profiling.report import ReportOptions, main
 
 from detr_fast.config import UserError
 
-TRACE_WITHOUT_STAGES = {"machine": {}, "workload": {}, "idle_fraction": None, "steps": 2}
+TRACE_WITHOUT_STAGES: dict[str, Any] = {"machine": {}, "workload": {}, "idle_fraction": None, "steps": 2}
 
 
 def test_ladder_rows(tmp_path: Path) -> None:

@@ -344,6 +344,7 @@ def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) 
     write_container(path, {"optimizer": {}, "options": {}})
     with pytest.raises(UserError, match=r"another version.*lacks .*processes.*--weights"):
         load_resumed(path)
+    empty: Any
     for empty in ({}, 5, None):
         write_container(path, dict.fromkeys(whole, empty))
         with pytest.raises(UserError, match=r"another version.*lacks optimizer\.state.*--weights"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from detr_fast.training.run_folder import held_run_folder
 with held_run_folder(Path(sys.argv[1]), resuming=False, checkpoint_bytes=0):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

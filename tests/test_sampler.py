@@ -173,9 +173,9 @@ def test_the_next_item_is_made_meanwhile_and_no_more() -> None:
     numbers = one_ahead(items())
     assert named_threads() == 0
     assert next(numbers) == 0
-    assert made.acquire(timeout=10) and made.acquire(timeout=10)
+    assert made.acquire(timeout=120) and made.acquire(timeout=120)
     assert not made.acquire(timeout=0.05) and named_threads() == 1
-    assert next(numbers) == 1 and made.acquire(timeout=10)
+    assert next(numbers) == 1 and made.acquire(timeout=120)
     del numbers
     assert named_threads() == 0
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
-from detr_fast.data.batch import Batch, Sample, collate
-from detr_fast.detector import place
+from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module
@@ -19,35 +18,19 @@ from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.snapshot import batch_norm_statistics
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import build_model
+from tests import factories
+from tests.factories import TINY, make_batch
 
-TINY = MODELS["detr_tiny"]
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
-def batch(sizes: list[tuple[int, int]], counts: list[int]) -> Batch:
-    samples = []
-    for index, ((height, width), count) in enumerate(zip(sizes, counts, strict=True)):
-        generator = torch.Generator().manual_seed(index)
-        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-        boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
-        labels = torch.randint(0, TINY.num_classes, (count,), generator=generator)
-        samples.append(Sample(image, labels, boxes, index, (height, width), (height, width)))
-    return collate(samples)
+RAGGED = make_batch([(64, 64), (48, 56)], [2, 1])
+FULL = make_batch([(64, 64), (64, 64)], [2, 0])
 
 
-RAGGED = batch([(64, 64), (48, 56)], [2, 1])
-FULL = batch([(64, 64), (64, 64)], [2, 0])
-
-
-def make_step(config: ModelConfig = TINY, decay: float = 0.0, **runtime_options: Any) -> TrainStep:
-    torch.manual_seed(0)
-    runtime = choose_runtime(RuntimeOptions(**{"device": "cpu", "precision": "fp32", **runtime_options}))
-    model = place(DETR(config), runtime).train()
-    ema = place(DETR(config), runtime) if decay else None
-    if ema:
-        ema.load_state_dict(model.state_dict())
-    optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
-    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, ema=ema, ema_decay=decay)
+def make_step(config: ModelConfig = TINY, decay: float = 0.0, **options: Any) -> TrainStep:
+    runtime = choose_runtime(RuntimeOptions(**{"device": "cpu", "precision": "fp32", **options}))
+    return factories.make_step(config, runtime, decay=decay)
 
 
 def gradients(step: TrainStep) -> Tensor:
@@ -107,8 +90,7 @@ def test_recomputed_activations_give_the_same_gradients_dropout_included() -> No
 
 
 def test_the_compiled_step_is_the_same_step() -> None:
-    config = replace(TINY, encoder_layers=1, decoder_layers=2)
-    one, other = make_step(config), make_step(config, compile=True)
+    one, other = make_step(), make_step(compile=True)
     assert one([FULL])["loss"].item() == pytest.approx(other([FULL])["loss"].item(), rel=1e-4)
     assert (gradients(one) - gradients(other)).norm() < 1e-3 * gradients(one).norm()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return plan
 
 
+@pytest.fixture(scope="module")
+def one_epoch(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of one epoch; who writes into it copies it."""
+    folder = tmp_path_factory.mktemp("one_epoch")
+    assert main(options(shapes_root, folder, epochs=1)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(options(shapes_root, folder)) == 0
+    return folder
+
+
 def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: Path) -> None:
     assert main(options(shapes_root, tmp_path, epochs=6, ema=0.9, lr=1e-3, lr_backbone=1e-3)) == 0
     for name in ("config.json", "metrics.csv", "evaluation.json", "checkpoints/last.pt", "checkpoints/best.pt"):
@@ -103,6 +120,7 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
 def test_an_interrupted_run_continues_bit_equal(
     shapes_root: Path,
     tmp_path: Path,
+    whole: Path,
     interrupt_at: Callable[[int, int], None],
     monkeypatch: pytest.MonkeyPatch,
     number: int,
@@ -110,8 +128,10 @@ def test_an_interrupted_run_continues_bit_equal(
     changes: dict[str, Any],
 ) -> None:
     """docs/faults.md, rows 4, 6 and 7."""
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert main(options(shapes_root, whole, **changes)) == 0
+    parted = tmp_path / "parted"
+    if changes:
+        whole = tmp_path / "whole"
+        assert main(options(shapes_root, whole, **changes)) == 0
     with monkeypatch.context():
         interrupt_at(4, number)
         assert main(options(shapes_root, parted, **changes)) == code
@@ -122,10 +142,9 @@ def test_an_interrupted_run_continues_bit_equal(
     assert losses(whole) == losses(parted)
 
 
-def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path, whole: Path) -> None:
     """docs/faults.md, rows 1 and 4: SIGKILL as soon as some checkpoint is there, again until the run is done."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(options(shapes_root, whole)) == 0
+    killed = tmp_path / "killed"
     command = [sys.executable, "-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny"]
     command += ["--epochs", "2", "--batch-size", "8", "--log-every", "1", "--eval-every", "2", "--warmup-steps", "2"]
     command += ["--device", "cpu", "--save-every", "1", "--output", str(killed), "--resume", "auto"]
@@ -146,14 +165,13 @@ def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path
 
 
 def test_a_finished_run_has_nothing_to_do(
-    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shapes_root: Path, one_epoch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """docs/faults.md, row 10."""
-    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
-    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
-    assert main(options(shapes_root, tmp_path, epochs=1, resume="auto")) == 0
+    before = (one_epoch / "checkpoints" / "last.pt").read_bytes()
+    assert main(options(shapes_root, one_epoch, epochs=1, resume="auto")) == 0
     assert "nothing to do" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+    assert (one_epoch / "checkpoints" / "last.pt").read_bytes() == before
 
 
 def test_a_run_without_a_batch_size_is_resumed_with_its_own(
@@ -190,11 +208,10 @@ def test_outputs_that_keep_being_non_finite_stop_the_run(
 
 
 def test_fine_tuning_keeps_what_the_classes_share(
-    shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shapes_root: Path, tmp_path: Path, one_epoch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(options(shapes_root, tmp_path / "first", epochs=1)) == 0
-    weights = str(tmp_path / "first" / "checkpoints" / "best.pt")
-    assert main(options(shapes_root, tmp_path / "second", epochs=1, weights=weights)) == 0
+    weights = str(one_epoch / "checkpoints" / "best.pt")
+    assert main(options(shapes_root, tmp_path, epochs=1, weights=weights)) == 0
     assert "kept for 6 of 6 classes" in " ".join(capsys.readouterr().out.split())
 
 
@@ -208,31 +225,31 @@ def test_defaults_follow_the_data_and_the_model() -> None:
     assert (own.model, own.epochs, own.lr, own.image_size) == ("detr_r50", 300, 1e-4, None)
 
 
-def test_a_best_checkpoint_is_for_use_and_says_so_when_resumed(shapes_root: Path, tmp_path: Path) -> None:
-    assert main(options(shapes_root, tmp_path, epochs=1)) == 0
+def test_a_best_checkpoint_is_for_use_and_says_so_when_resumed(one_epoch: Path) -> None:
     with pytest.raises(UserError, match=r"best\.pt.*--weights"):
-        default_options(["--resume", str(tmp_path / "checkpoints" / "best.pt")])
+        default_options(["--resume", str(one_epoch / "checkpoints" / "best.pt")])
 
 
 def test_resuming_in_another_memory_order_continues_the_same_run(shapes_root: Path, tmp_path: Path) -> None:
     """A fused update reads moments as they lie in memory: those of a checkpoint have to be laid as the weights are."""
-    ends = {}
+    ends, first = {}, tmp_path / "first"
+    own = {"precision": "fp32", "schedule": "step", "lr": 1e-4}
+    assert main(options(shapes_root, first, epochs=1, **own)) == 0
     for channels_last in (True, False):
-        folder = tmp_path / str(channels_last)
-        assert main(options(shapes_root, folder, epochs=1, precision="fp32", schedule="step", lr=1e-4)) == 0
-        more = {"epochs": 2, "precision": "fp32", "schedule": "step", "lr": 1e-4, "resume": "auto"}
-        assert main(options(shapes_root, folder, channels_last=channels_last, **more)) == 0
+        folder = shutil.copytree(first, tmp_path / str(channels_last))
+        assert main(options(shapes_root, folder, channels_last=channels_last, resume="auto", **own)) == 0
         ends[channels_last] = read_container(folder / "checkpoints" / "last.pt")["model"]
     for name, value in ends[True].items():
         assert torch.allclose(value.float(), ends[False][name].float(), atol=2e-3), name
 
 
-def test_another_folders_run_is_not_overwritten_by_resuming_into_it(shapes_root: Path, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        assert main(options(shapes_root, tmp_path / name, epochs=1)) == 0
-    one = str(tmp_path / "one" / "checkpoints" / "last.pt")
+def test_another_folders_run_is_not_overwritten_by_resuming_into_it(
+    shapes_root: Path, tmp_path: Path, one_epoch: Path
+) -> None:
+    other = shutil.copytree(one_epoch, tmp_path / "other")
+    one = str(one_epoch / "checkpoints" / "last.pt")
     with pytest.raises(UserError, match="holds a run already"):
-        main(options(shapes_root, tmp_path / "other", epochs=2, resume=one))
+        main(options(shapes_root, other, resume=one))
 
 
 def test_a_run_without_a_step_is_refused(shapes_root: Path, tmp_path: Path) -> None:
@@ -308,7 +325,7 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
     tmp_path: Path, aps: list[float], best: int
 ) -> None:
     saved, progress = [], Progress()
-    facts = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
+    facts: Any = SimpleNamespace(save_model=lambda path, weights, step: saved.append(step))
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
     loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0

@@ -89,13 +89,13 @@ def test_no_time_left() -> None:
 def test_a_candidate_that_is_parked_is_built_again() -> None:
     candidate = Candidate(first_guess(OPTIONS))
     try:
-        assert candidate.time(2, 120).runs == 2
+        assert candidate.time(2, 600).runs == 2
         candidate.park()
-        assert candidate.time(3, 120).runs == 3
+        assert candidate.time(3, 600).runs == 3
     finally:
         candidate.close()
     with pytest.raises(CandidateError, match="attention by xformers"):
-        Candidate(with_value(first_guess(OPTIONS), "attention", "xformers")).time(1, 120)
+        Candidate(with_value(first_guess(OPTIONS), "attention", "xformers")).time(1, 600)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_is_compiled_or_not_optimised_is_not_captured(monkeypatch: pytest.M
     monkeypatch.setattr("detr_profiling.measuring.switches.choose_precision", lambda *_: (torch.bfloat16, ""))
     on_gpu: Any = {"device": "cuda", "capture": None}
     monkeypatch.setattr(TuneOptions, "resolved", lambda self: WorkloadOptions(mode=self.mode, **on_gpu))
-    inference, training = (first_guess(TuneOptions(mode=mode)) for mode in ("inference", "training"))  # type: ignore[arg-type]
+    inference, training = (first_guess(TuneOptions(mode=mode)) for mode in ("inference", "training"))
     assert inference.options.capture and not training.options.capture
     for switch, value in (("compile", True), ("optimize", False)):
         assert not with_value(inference, switch, value).options.capture

@@ -95,7 +95,7 @@ def device() -> torch.device:
 @pytest.fixture
 def reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefuseHostReads]:
     """Refuses them; Triton counts as running on the device."""
-    for module in ("dispatch", "assignment", "attention"):
+    for module in ("launch", "attention.backends", "convolution.conv_bias_act"):
         monkeypatch.setattr(f"detr_kernels.{module}.why_not_triton", lambda _: None)
     with (
         FakeTensorMode(),

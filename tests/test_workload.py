@@ -33,7 +33,7 @@ INFERENCE = replace(OPTIONS, mode="inference")
 @pytest.mark.parametrize("options", [OPTIONS, INFERENCE], ids=["training", "inference"])
 def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None:
     found, exact, eager = (
-        workload.observe()  # type: ignore[misc]
+        workload.observe()
         for workload in (
             build_workload(options),
             build_baseline("reference", options, torch.float64),
@@ -73,7 +73,7 @@ def test_baselines_train_and_infer(name: str) -> None:
     inferred = build_baseline(name, INFERENCE)
     inferred.run()
     if name.startswith("hf"):
-        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()  # type: ignore[misc]
+        found, exact = inferred.observe(), build_baseline("reference", INFERENCE).observe()
         assert (found["logits"] - exact["logits"]).abs().max() < 1e-4
 
 
@@ -110,7 +110,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
     hooked = workload.model.backbone if isinstance(workload.model, DETR) else workload.model
     hooked.register_forward_pre_hook(note, with_kwargs=True)
     workload.run()
-    assert seen == [(2, 3, *shape.padded_size) for shape in workload.shapes] and len(set(seen)) == 4
+    assert seen == [(2, 3, *shape.padded_size) for shape in batch_shapes(workload.options)] and len(set(seen)) == 4
 
 
 def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
@@ -150,7 +150,7 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
         row[:, : size[0], : size[1]] = resized.flip(-1) if place.hflip else resized
     assert torch.equal(exact, exact.round())
     for backend in ("ref", "triton"):
-        found = resize_normalize_pad(images, *arguments, backend=backend)  # type: ignore[arg-type]
+        found = resize_normalize_pad(images, *arguments, backend=backend)
         assert torch.equal(found.round().double(), exact) and (found - found.round()).abs().max() < 1e-3
 
 
@@ -164,7 +164,7 @@ def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     for _ in range(2):
         workload.run()
     workload.step(observed_batch(options, workload.options.architecture().num_classes))
-    assert padded_sizes == [shape.padded_size for shape in workload.shapes] * 2 + [(64, 96)]
+    assert padded_sizes == [shape.padded_size for shape in batch_shapes(workload.options)] * 2 + [(64, 96)]
 
 
 def test_baselines_get_the_same_pixels_as_ours() -> None:

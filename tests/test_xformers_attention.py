@@ -60,7 +60,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
     return out
 
 
-def forward_on_the_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, used, max_seqlen_q, max_seqlen_k, p, scale, causal, *rest):
+def forward_on_the_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, used, max_seqlen_q, max_seqlen_k, p, scale, causal, *rest):  # type: ignore[no-untyped-def]
     assert (used, causal, *rest) == (None, False, -1, -1, False, None)  # no window, no table
     assert scale == pytest.approx(8**-0.5)
     assert (max_seqlen_q, max_seqlen_k) == places()[2:]
@@ -69,7 +69,7 @@ def forward_on_the_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, used, max_seqlen_q, 
     return out, torch.full((2, len(q)), UNDEFINED), state
 
 
-def backward_on_the_cpu(
+def backward_on_the_cpu(  # type: ignore[no-untyped-def]
     shared, dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p, *rest
 ):
     state = rest[-1]

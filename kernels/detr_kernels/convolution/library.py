@@ -38,7 +38,7 @@ def convolve(
 ) -> Tensor:
     """Compute a convolution with its bias and ReLU by oneDNN, of channels-last tensors of one dtype."""
     geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else "none"
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, act, [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias.contiguous(), *geometry, act, [], "")
 
 
 def add_convolution(
@@ -46,7 +46,8 @@ def add_convolution(
 ) -> Tensor:
     """Add a convolution to `total` in its memory, then apply the ReLU; returns `total`."""
     geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else None
-    return torch.ops.mkldnn._convolution_pointwise_.binary(total, x, weight, bias, *geometry, "add", 1.0, act, [], None)
+    operands = total, x, weight, bias.contiguous()
+    return torch.ops.mkldnn._convolution_pointwise_.binary(*operands, *geometry, "add", 1.0, act, [], None)
 
 
 def _library(

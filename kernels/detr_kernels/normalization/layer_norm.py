@@ -141,7 +141,7 @@ def _forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, p: float, save: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute y (rows, dim) of x, residual (rows, dim) in their promoted dtype, and `total` where it is to be saved."""
-    x, residual = x.contiguous(), residual.contiguous()
+    x, residual, weight, bias = (each.contiguous() for each in (x, residual, weight, bias))
     total = _empty_total(x, residual, save)
     y = torch.empty_like(x, dtype=total.dtype)
     rows, dim = x.shape
@@ -163,7 +163,7 @@ def _backward(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of x, residual (rows, dim), weight and bias (dim,)."""
-    dy = dy.contiguous()
+    dy, weight = dy.contiguous(), weight.contiguous()
     dx, dresidual = torch.empty_like(total, dtype=x_dtype), torch.empty_like(total, dtype=residual_dtype)
     rows, dim = total.shape
     blocks = _blocks(dim)
