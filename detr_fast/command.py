@@ -7,23 +7,24 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TypeVar, get_type_hints
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from detr_fast.config import UserError, require
 from detr_fast.console import legible
+from detr_fast.option_groups import Options
 
-Options = TypeVar("Options")
+Given = TypeVar("Given", bound=Options)
 
 LEAST_COLUMNS = 40
 """Narrower, the layout of --help needs more memory than a machine has."""
 
 
 def run(
-    main: Callable[[Options], int | None],
-    options_type: type[Options],
-    default: Callable[[Sequence[str]], Options] | None = None,
+    main: Callable[[Given], int | None],
+    options_type: type[Given],
+    default: Callable[[Sequence[str]], Given] | None = None,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Parses `argv` into `options_type` and exits with what `main` returns; by Ctrl-C or where its output is read no
@@ -41,10 +42,7 @@ def run(
     try:
         refuse_empty(argv)
         helping = not {"-h", "--help"}.isdisjoint(argv)
-        values = {} if default is None or helping else {"default": default(argv)}
-        options = tyro.cli(options_type, args=list(spelled_out(argv, options_type)), **values)  # type: ignore[call-overload]
-        refuse_idle(options, argv)
-        code = main(options)
+        code = main(parsed(options_type, argv, None if default is None or helping else default(argv)))
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {legible(str(error))}", file=sys.stderr)
@@ -56,6 +54,18 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain on leaving
         code = 128 + signal.SIGPIPE
     sys.exit(code or 0)
+
+
+def parsed(options_type: type[Given], argv: Sequence[str], default: Given | None = None) -> Given:
+    """Parse `argv`; what it does not give is as in `default`. Raises UserError for an option without effect."""
+    options = tyro.cli(
+        options_type,
+        args=list(spelled_out(argv, options_type)),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.OmitArgPrefixes,),  # a group's name is no part of its flags
+    )
+    refuse_idle(options, argv)
+    return options
 
 
 def in_one_spelling(argv: Sequence[str]) -> Iterator[str]:
@@ -75,18 +85,19 @@ def refuse_empty(argv: Sequence[str]) -> None:
             raise UserError(f"{name or 'A value'} is empty: give a value, or leave it out.")
 
 
-def refuse_idle(options: object, argv: Sequence[str]) -> None:
+def refuse_idle(options: Options, argv: Sequence[str]) -> None:
     """Raises UserError for an option that `argv` gives and that has no effect beside the others (`Idle`)."""
     given = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    for one in getattr(options, "idle", ()):
-        named = {f"__{one.option}", f"__no_{one.option}"}
-        require(not given & named or not one.when(options), one.message())
+    for part in (options, *(group for _, group in options.groups())):
+        for one in part.idle:
+            named = {f"__{one.option}", f"__no_{one.option}"}
+            require(not given & named or not one.when(part), one.message())
 
 
-def spelled_out(argv: Sequence[str], options_type: type) -> Iterator[str]:
+def spelled_out(argv: Sequence[str], options_type: type[Options]) -> Iterator[str]:
     """Yield `argv` with `--NAME` as `--NAME True` and `--no-NAME` as `--NAME False`, for options that are yes, no or
     left to the program (`bool | None`): tyro has the two words for plain `bool` alone."""
-    switches = {name.replace("_", "-") for name, kind in get_type_hints(options_type).items() if kind == bool | None}
+    switches = {name.replace("_", "-") for name, kind in options_type.field_types().items() if kind == bool | None}
     for position, word in enumerate(argv):
         name = word.replace("_", "-").removeprefix("--")
         following = argv[position + 1] if position + 1 < len(argv) else ""

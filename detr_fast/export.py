@@ -7,9 +7,10 @@ from typing import Any
 
 from safetensors.torch import save
 
-from detr_fast.config import Checked, require
+from detr_fast.config import require
 from detr_fast.detector import Detector
 from detr_fast.files import atomic_write, write_json
+from detr_fast.option_groups import Options
 from detr_fast.weights import export_state_dict, read_detector
 from detr_fast.weights.container import write_container
 from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG, ModelDescription
@@ -18,7 +19,7 @@ from detr_fast.weights.preprocessing import preprocessor_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(Checked):
+class ExportOptions(Options):
     """Write a detector's weights under the names that another implementation reads."""
 
     weights: str
@@ -36,7 +37,7 @@ class ExportConfig(Checked):
         require(suffix in allowed, f"--out {self.out}: give a .pth or .safetensors file (huggingface: or a folder).")
 
 
-def main(options: ExportConfig) -> int:
+def main(options: ExportOptions) -> int:
     """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
     detector = read_detector(options.weights, categories=options.categories)
     for note in detector.notes:
@@ -95,4 +96,4 @@ def huggingface_config(detector: Detector) -> dict[str, Any]:
 if __name__ == "__main__":
     from detr_fast.command import run
 
-    run(main, ExportConfig)
+    run(main, ExportOptions)

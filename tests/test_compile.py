@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from detr_fast.config import MODELS, Attention, Kernels
+from detr_fast.config import MODELS
 from detr_fast.data.batch import Targets
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention, Kernels
 from detr_fast.training.criterion import SetCriterion, build_criterion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

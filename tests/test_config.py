@@ -3,16 +3,16 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from typing import get_args
 
 import pytest
 
-from detr_fast.config import LIMITS, MODELS, RECIPES, ModelConfig, TrainConfig, UserError, model_config
+from detr_fast.config import MODELS, ModelConfig, UserError, model_config
+from detr_fast.options import LIMITS, RECIPES, TrainOptions
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RECIPES.values()])
-def test_a_configuration_survives_its_dict(config: ModelConfig | TrainConfig) -> None:
+def test_a_configuration_survives_its_dict(config: ModelConfig | TrainOptions) -> None:
     assert type(config).from_dict(config.to_dict()) == config
 
 
@@ -37,16 +37,16 @@ def test_senseless_sizes_are_refused(values: dict) -> None:
 
 def test_every_number_has_limits() -> None:
     """And what is beyond, endless or no number at all is refused by name; so are sizes."""
-    numbers = {each.name for each in fields(TrainConfig) if {int, float} & {each.type, *get_args(each.type)}}
+    numbers = {name for name, kind in TrainOptions.field_types().items() if {int, float} & {kind, *get_args(kind)}}
     assert numbers - {"train_sizes", "crop_sizes", "crop_range"} == LIMITS.keys()
     for name, (least, most) in LIMITS.items():
         option = f"--{name.replace('_', '-')} must be at "
         for value in (least - 1, most * 2 if most < 1e300 else float("inf"), float("nan")):
             with pytest.raises(UserError, match=option):
-                TrainConfig(**{name: value})
+                TrainOptions.of(**{name: value})
     for sizes in ({"train_sizes": (0,)}, {"crop_sizes": (-5,)}, {"crop_range": (9, 3)}):
         with pytest.raises(UserError, match="--" + next(iter(sizes)).replace("_", "-")):
-            TrainConfig(**sizes)
+            TrainOptions.of(**sizes)
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from detr_fast.config import MODELS, RuntimeOptions
+from detr_fast.config import MODELS
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world, share_buffers

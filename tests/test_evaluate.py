@@ -14,7 +14,7 @@ from PIL import Image
 
 from detr_fast import Detector, evaluate, predict
 from detr_fast.command import run
-from detr_fast.config import MODELS, EvaluateConfig, PredictConfig, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import Category, build_dataset
 from detr_fast.data.shapes import CLASSES
 from detr_fast.evaluation.coco_metrics import METRICS, category_names, evaluate_detections
@@ -22,6 +22,7 @@ from detr_fast.evaluation.pictures import Picture
 from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.evaluation.report import pictures
 from detr_fast.export import write_weights
+from detr_fast.options import DataOptions, EvaluateOptions, PredictOptions
 from detr_fast.weights import build_model
 
 SHAPES = tuple(Category(number, name) for number, name in enumerate(CLASSES, 1))
@@ -37,13 +38,13 @@ def write_model(path: Path, categories: tuple[Category, ...] | None) -> Path:
 
 def run_evaluate(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        run(evaluate.main, EvaluateConfig, argv=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
+        run(evaluate.main, EvaluateOptions, argv=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
     return int(stopped.value.code or 0)
 
 
 def run_predict(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        run(predict.main, PredictConfig, argv=[*map(str, arguments), "--device", "cpu"])
+        run(predict.main, PredictOptions, argv=[*map(str, arguments), "--device", "cpu"])
     return int(stopped.value.code or 0)
 
 
@@ -312,7 +313,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(
 
 
 def test_evaluation_pictures_are_without_an_image_that_was_taken_away(shapes_root: Path) -> None:
-    data = build_dataset(EvaluateConfig(weights="", data=str(shapes_root)), "val", MODELS["detr_tiny"])
+    data = build_dataset(DataOptions(data=str(shapes_root)), "val", MODELS["detr_tiny"])
     data.records = [replace(data.records[0], path=shapes_root / "gone.jpg"), data.records[1]]
     names = category_names(data.coco_document()["categories"])
     rows = np.array([[record.id, 1, 1, 9, 9, 0.9, 1] for record in data.records])

@@ -15,12 +15,12 @@ from detr_profiling import __main__ as profiling
 
 FROZEN = Path(__file__).with_name("flags.txt")
 COMMANDS = {
-    "train": ("detr_fast.train", "TrainConfig"),
-    "evaluate": ("detr_fast.evaluate", "EvaluateConfig"),
-    "predict": ("detr_fast.predict", "PredictConfig"),
-    "export": ("detr_fast.export", "ExportConfig"),
-    "check-data": ("detr_fast.check_data", "CheckDataConfig"),
-    "doctor": ("detr_fast.doctor", "DoctorConfig"),
+    "train": ("detr_fast.train", "TrainOptions"),
+    "evaluate": ("detr_fast.evaluate", "EvaluateOptions"),
+    "predict": ("detr_fast.predict", "PredictOptions"),
+    "export": ("detr_fast.export", "ExportOptions"),
+    "check-data": ("detr_fast.check_data", "CheckDataOptions"),
+    "doctor": ("detr_fast.doctor", "DoctorOptions"),
     **{f"profile {name}": (f"detr_profiling.{name}", options) for name, options in profiling.COMMANDS.items()},
 }
 """What a person types after detr-fast -> the module, and its class of options."""
@@ -30,7 +30,7 @@ def flags(options_type: type) -> Iterator[str]:
     """Yield a line for each: names, a default, what it takes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # nothing else lists what tyro has understood
-        parser = tyro.extras.get_parser(options_type)
+        parser = tyro.extras.get_parser(options_type, config=(tyro.conf.OmitArgPrefixes,))
     for action in parser._actions:
         if action.dest != "help":
             yield line(action)

@@ -15,12 +15,13 @@ from detr_kernels import Selection
 from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
-from detr_fast.config import MODELS, Attention, RuntimeOptions, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.cuda_graphs import Call, cudnn_benchmark
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import SHAPE_STEP_PX
 from detr_fast.training.criterion import build_criterion

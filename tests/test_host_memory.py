@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from detr_fast import host_memory
-from detr_fast.config import RuntimeOptions, UserError
+from detr_fast.config import UserError
 from detr_fast.host_memory import Process, choose_host_allocator, use_host_allocator
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import choose_runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

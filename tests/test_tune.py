@@ -17,8 +17,9 @@ from detr_profiling.measuring.turns import Turns
 from detr_profiling.tune import TuneOptions, Tuner, main, tune
 from detr_profiling.workload import WorkloadOptions
 
-from detr_fast.config import RECIPES, UserError
+from detr_fast.config import UserError
 from detr_fast.data.shapes import write_split
+from detr_fast.options import RECIPES
 from detr_fast.training.assembly import make_data
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.first_minute import typical_size

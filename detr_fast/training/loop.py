@@ -90,7 +90,7 @@ class TrainingLoop:
         them."""
         asked = time.perf_counter()
         with stage("data wait"):
-            window = [next(self.batches) for _ in range(self.options.accumulate)]
+            window = [next(self.batches) for _ in range(self.options.optimizer.accumulate)]
         waited = time.perf_counter() - asked
         self._name_skipped(window)
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
@@ -110,11 +110,11 @@ class TrainingLoop:
     @property
     def epoch(self) -> float:
         """Epochs done, with the part of the present one."""
-        return self.progress.step * self.options.accumulate / self.batches_per_epoch
+        return self.progress.step * self.options.optimizer.accumulate / self.batches_per_epoch
 
     def _ended_epoch(self) -> int:
         """The number of epochs done, if this step ended one, else 0."""
-        before = (self.progress.step - 1) * self.options.accumulate // self.batches_per_epoch
+        before = (self.progress.step - 1) * self.options.optimizer.accumulate // self.batches_per_epoch
         return int(self.epoch) if int(self.epoch) > before else 0
 
     def _due(self, every: int) -> bool:

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.techniques import start, techniques

@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 import torch
 import tyro
 
-from detr_fast.config import Idle, Precision, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
+from detr_fast.options import Precision
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.limits.counting import count_work

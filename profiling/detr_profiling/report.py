@@ -8,6 +8,7 @@ from typing import Any
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import write_text
+from detr_fast.option_groups import Options
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.pages.blocks import Block, Paragraph, Report, Section, Table, capital
 from detr_profiling.pages.html import render_html
@@ -40,7 +41,7 @@ PARTS: tuple[tuple[str, str, Callable[[Any], Iterable[Section]]], ...] = (
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """Make one HTML page and its Markdown twin from what the other commands left."""
 
     out: str = "runs/profile"

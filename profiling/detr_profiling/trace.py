@@ -1,18 +1,20 @@
 """`python -m detr_profiling trace`: where a step's time and memory go, in tables, figures and a trace to look at."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
 
-from detr_fast.config import Idle, TrainConfig, require
+from detr_fast.config import require
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch
 from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
+from detr_fast.option_groups import Idle
+from detr_fast.options import RuntimeOptions, TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
@@ -26,6 +28,11 @@ MOST_STEPS = 10
 LARGE_TRACE_MIB = 100
 SNAPSHOT_FILE = "memory_snapshot.pickle"
 SNAPSHOT_ENTRIES = 200_000
+RUN_ALIKE = (
+    *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout"),
+    *("batch_size", "buckets", "capture", "seed"),
+)
+"""Options that a training run takes as a workload has them, beside those of the runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +91,15 @@ class Feed:
         return batch
 
 
-def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
+def training_options(options: WorkloadOptions, data: str) -> TrainOptions:
     """Take the recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
     recipe = recipe_of(options.model, data)
-    shared = {each.name for each in fields(TrainConfig)} & {each.name for each in fields(WorkloadOptions)}
-    changes: dict[str, Any] = {name: getattr(options.resolved(), name) for name in shared}
+    resolved = options.resolved()
+    changes: dict[str, Any] = {name: getattr(resolved, name) for name in (*RUN_ALIKE, *RuntimeOptions.field_types())}
     if options.size != "auto":
         shorter, longer = sorted(options.height_width)
         changes |= {"train_sizes": (shorter,), "crop_sizes": (), "image_size": shorter, "max_size": longer}
-    return replace(recipe, data=data, backbone_weights="none", **changes)
+    return recipe.but(data=data, backbone_weights="none", **changes)
 
 
 def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Callable[[], None]]:
@@ -102,7 +109,7 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     """
     config, resolved = training_options(options, data), options.resolved()
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
-    runtime, world = choose_runtime(config), World()
+    runtime, world = choose_runtime(config.runtime), World()
     train_set, _, architecture = make_data(config)
     model = place(make_model(architecture, config, train_set, None, Console()), runtime)
     step = make_step(model.train(), config, runtime, world, None)

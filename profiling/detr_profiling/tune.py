@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from detr_fast.config import Idle, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
+from detr_fast.option_groups import Idle
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
@@ -95,13 +96,13 @@ class TuneOptions(WorkloadOptions):
         if self.data is None:
             return self
         config = training_options(replace(self, size="auto"), self.data)
-        train_set, _, model = make_data(replace(config, batch_size=0))
+        train_set, _, model = make_data(config.but(batch_size=0))
         device = self.resolved().device
-        batches = with_batches(replace(config, batch_size=self.batch_size or 0), model, device, 1, len(train_set))
+        batches = with_batches(config.but(batch_size=self.batch_size or 0), model, device, 1, len(train_set))
         height, width = typical_size(train_set)
         names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
         found = {name: getattr(model, name) for name in names}
-        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.batch_size, **found)
+        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.optimizer.batch_size, **found)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -11,13 +11,15 @@ import tyro
 from detr_kernels import PackedImages
 from torch import nn
 
-from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_config, require
+from detr_fast.config import MODELS, ModelConfig, model_config, require
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.data.loader import on_device
 from detr_fast.detector import Detector, place
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.option_groups import Idle
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import Runtime, choose_device, choose_runtime
 from detr_fast.stages import stage
 from detr_fast.training.assembly import shape_step_px
@@ -116,14 +118,13 @@ class WorkloadOptions(RuntimeOptions):
         operations run."""
         device, _ = choose_device(self.device)
         size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
-        asked = {each.name: getattr(self, each.name) for each in fields(WorkloadOptions)}
-        found = {
-            "device": device.type,
-            "size": size if self.size == "auto" else self.size,
-            "batch_size": self.batch_size or images,
-            "threads": self.threads or torch.get_num_threads(),
-        }
-        return WorkloadOptions(**(asked | found))
+        return replace(
+            self.part(WorkloadOptions),
+            device=device.type,  # type: ignore[arg-type]
+            size=size if self.size == "auto" else self.size,
+            batch_size=self.batch_size or images,
+            threads=self.threads or torch.get_num_threads(),
+        )
 
     def observed(self) -> "WorkloadOptions":
         """With the images that are compared: in float64, which the oracle needs, more would not fit. All of one size,
@@ -137,7 +138,8 @@ class WorkloadOptions(RuntimeOptions):
         return int(height), int(width)
 
     def architecture(self) -> ModelConfig:
-        asked = {name: getattr(self, name, None) for name in ModelConfig.__dataclass_fields__}
+        names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
+        asked = {name: getattr(self, name) for name in names}
         return model_config(self.model, **{name: value for name, value in asked.items() if value is not None})
 
 

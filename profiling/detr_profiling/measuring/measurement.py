@@ -12,9 +12,10 @@ from typing import Any, Self
 
 import torch
 
-from detr_fast.config import Precision, UserError
+from detr_fast.config import UserError
 from detr_fast.files import atomic_write
 from detr_fast.host_memory import keep_freed_memory
+from detr_fast.options import Precision
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
