@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -14,6 +14,8 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Kernels = Literal["auto", "triton", "ref"]
 Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
 HostAllocator = Literal["auto", "keep", "system"]
+Output = Annotated[str, tyro.conf.arg(aliases=("--out",))]
+"""A file or folder to write; --out is short for --output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +320,7 @@ class PredictOptions(Options):
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
     categories: str | None = None
     """A COCO json that names the weights' classes, where they do not: ids are labels."""
-    out: str = "runs/predictions"
+    output: Output = "runs/predictions"
     """Folder for predictions.json and the pictures."""
     threshold: float = 0.7
     """Least score of a box that is kept."""

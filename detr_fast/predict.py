@@ -28,18 +28,18 @@ def main(options: PredictOptions) -> int:
     done all the same."""
     require(options.batch_size >= 1, f"--batch-size must be at least 1, got {options.batch_size}.")
     files, passed_over = find_images(Path(options.images))
-    out = Path(options.out)
+    out = Path(options.output)
     pictures = out / "pictures"
     require(
         all(file.resolve().parent != pictures.resolve() for file in files),
-        f"--out {out}: pictures would be written among the images that are read. Give another folder.",
+        f"--output {out}: pictures would be written among the images that are read. Give another folder.",
     )
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
     detector = read_detector(options.weights, categories=options.categories)
     for note in detector.notes:
         print(note)
-    require_writable("--out", out)
+    require_writable("--output", out)
     detector.optimize(runtime_for_inference(options.runtime, detector.config, options.batch_size))
     names, note = drawn_names(detector.categories or ()), f"score at least {options.threshold}"
     bad: set[Path] = set()

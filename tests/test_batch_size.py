@@ -28,7 +28,7 @@ def test_an_update_has_the_recipes_16_images_whatever_the_devices(
 ) -> None:
     batch_size, accumulate = batches(options, device, processes)
     assert batch_size * accumulate * processes == 16
-    chosen = with_batches(options, MODELS[options.network.model], device, processes, PLENTY)
+    chosen = with_batches(options, MODELS[options.network.model], device, processes, PLENTY).optimizer
     assert lr_factor(chosen, processes) == 1 and "recipe" not in batch_line(chosen, processes, 1)
 
 

@@ -3,12 +3,24 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from typing import get_args
 
 import pytest
+from detr_kernels import OPERATIONS
 
 from detr_fast.config import MODELS, ModelConfig, UserError, model_config
-from detr_fast.options import LIMITS, RECIPES, TrainOptions
+from detr_fast.option_groups import Options, default_of
+from detr_fast.options import (
+    LIMITS,
+    RECIPES,
+    Attention,
+    EvaluateOptions,
+    Kernels,
+    OptimizerOptions,
+    PredictOptions,
+    TrainOptions,
+)
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RECIPES.values()])
@@ -47,6 +59,30 @@ def test_every_number_has_limits() -> None:
     for sizes in ({"train_sizes": (0,)}, {"crop_sizes": (-5,)}, {"crop_range": (9, 3)}):
         with pytest.raises(UserError, match="--" + next(iter(sizes)).replace("_", "-")):
             TrainOptions.of(**sizes)
+
+
+def test_options_are_composed_of_groups_and_flat_for_a_command_line_and_a_file() -> None:
+    """By name, whatever group each is in; so no two groups have one of the same name."""
+    for kind in (TrainOptions, EvaluateOptions, PredictOptions):
+        groups = [each for each in map(default_of, fields(kind)) if isinstance(each, Options)]
+        own = len(fields(kind)) - len(groups)
+        assert len(kind.field_types()) == own + sum(len(group.field_types()) for group in groups)
+    recipe = RECIPES["detr_tiny"]
+    changed = recipe.but(lr=1.0, seed=3, train_sizes=(7,))
+    assert (changed.optimizer.lr, changed.seed, changed.augmentation.train_sizes) == (1.0, 3, (7,))
+    assert changed.optimizer.epochs == recipe.optimizer.epochs and changed.network == recipe.network
+    assert TrainOptions.of(lr=1.0, seed=3) == TrainOptions(optimizer=OptimizerOptions(lr=1.0), seed=3)
+    assert changed.to_dict() == recipe.to_dict() | {"lr": 1.0, "seed": 3, "train_sizes": (7,)}
+    with pytest.raises(TypeError, match="no option leraning_rate"):
+        recipe.but(leraning_rate=1.0)
+    with pytest.raises(UserError, match=r"'wieght_decay'.*'weight_decay'"):
+        TrainOptions.from_dict(recipe.to_dict() | {"wieght_decay": 0.0})
+
+
+def test_backends_asked_for_by_name_are_those_of_the_registry() -> None:
+    assert set(get_args(Attention)) == {"auto", *OPERATIONS["attention"].names}
+    known = {name for operation in OPERATIONS.values() for name in operation.names}
+    assert {"auto", "ref"} < set(get_args(Kernels)) <= {"auto", *known}
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

@@ -13,17 +13,11 @@ from pathlib import Path
 import tyro
 from detr_profiling import __main__ as profiling
 
+from detr_fast import __main__ as detr_fast
+
 FROZEN = Path(__file__).with_name("flags.txt")
-COMMANDS = {
-    "train": ("detr_fast.train", "TrainOptions"),
-    "evaluate": ("detr_fast.evaluate", "EvaluateOptions"),
-    "predict": ("detr_fast.predict", "PredictOptions"),
-    "export": ("detr_fast.export", "ExportOptions"),
-    "check-data": ("detr_fast.check_data", "CheckDataOptions"),
-    "doctor": ("detr_fast.doctor", "DoctorOptions"),
-    **{f"profile {name}": (f"detr_profiling.{name}", options) for name, options in profiling.COMMANDS.items()},
-}
-"""What a person types after detr-fast -> the module, and its class of options."""
+ALL = detr_fast.COMMANDS | {f"profile {name}": command for name, command in profiling.COMMANDS.items()}
+"""What a person types after detr-fast -> the command."""
 
 
 def flags(options_type: type) -> Iterator[str]:
@@ -46,8 +40,9 @@ def line(action: argparse.Action) -> str:
 def listed() -> str:
     """Write the commands with their flags, sorted."""
     parts = [
-        "\n".join([command, *(f"    {flag}" for flag in sorted(flags(getattr(import_module(module), name))))])
-        for command, (module, name) in COMMANDS.items()
+        "\n".join([name, *(f"    {flag}" for flag in sorted(flags(getattr(import_module(one.module), one.options))))])
+        for name, one in ALL.items()
+        if one.options is not None
     ]
     return "\n\n".join(parts) + "\n"
 

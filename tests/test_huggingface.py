@@ -74,5 +74,5 @@ def test_our_folder_is_read_by_them(tmp_path: Path) -> None:
     model = build_ours("detr_r50_dc5")
     write_weights(Detector(model), tmp_path / "own.pth", "detr_fast")
     folder = tmp_path / "exported"
-    assert main(ExportOptions(weights=str(tmp_path / "own.pth"), out=str(folder), naming="huggingface")) == 0
+    assert main(ExportOptions(weights=str(tmp_path / "own.pth"), output=str(folder), naming="huggingface")) == 0
     assert_same_predictions(model, transformers.DetrForObjectDetection.from_pretrained(folder).eval())

@@ -1,6 +1,7 @@
 """An option that is given and has no effect is refused, with the option that takes its effect away and what to do."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,7 +26,7 @@ WEIGHTS = "--weights w.pth "
 TRAIN, VAL = "--train-images t --train-annotations t.json ", "--val-images v --val-annotations v.json "
 RUNTIME = [("--kernels ref --tune", "--kernels ref --no-tune")]
 WORKLOAD = [
-    ("--no-buckets", "--no-buckets --sizes mixed"),
+    ("--no-buckets", "--no-buckets --size-mix mixed"),
     ("--mode inference --objects 3", "--objects 3"),
     ("--mode inference --dropout 0.1", "--dropout 0.1"),
     ("--capture --device cpu", "--no-capture --device cpu"),
@@ -125,8 +126,8 @@ def test_what_is_not_given_is_not_refused(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_every_command_with_a_table_is_tried() -> None:
-    for module, name in profiling.COMMANDS.items():
-        options_type = getattr(__import__(f"detr_profiling.{module}", fromlist=[name]), name)
+    for command in profiling.COMMANDS.values():
+        options_type = getattr(import_module(command.module), str(command.options))
         assert options_type in CASES or not idle_of(options_type)
 
 
@@ -136,7 +137,7 @@ def test_every_command_with_a_table_is_tried() -> None:
         *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateOptions, PredictOptions)),
         *((CheckDataOptions, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
         *((kind, "--no-tune") for kind in (TraceOptions, LadderOptions)),
-        *((kind, "--sizes mixed") for kind in (TraceOptions, ParityOptions)),
+        *((kind, "--size-mix mixed") for kind in (TraceOptions, ParityOptions)),
         *((ParityOptions, arguments) for arguments in ("--no-buckets", "--dropout 0.1")),
         (LadderOptions, "--no-capture"),
         (RaceOptions, "--no-leave-one-out"),

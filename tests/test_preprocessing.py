@@ -33,7 +33,7 @@ def exported(model: DETR, folder: Path, categories: tuple[Category, ...] | None 
     """The folder that export writes for `model`."""
     write_weights(Detector(model, categories), folder / "own.safetensors", "detr_fast")
     out = folder / "exported"
-    assert main(ExportOptions(weights=str(folder / "own.safetensors"), out=str(out), naming="huggingface")) == 0
+    assert main(ExportOptions(weights=str(folder / "own.safetensors"), output=str(out), naming="huggingface")) == 0
     return out
 
 

@@ -30,7 +30,7 @@ BLOCK = {
 
 def tiny_options(out: Path, **changes: Any) -> TraceOptions:
     named: dict[str, Any] = {"model": "detr_tiny", "size": "64x64", "batch_size": 2, "precision": "fp32", "threads": 1}
-    return TraceOptions(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "out": str(out)} | changes))
+    return TraceOptions(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "output": str(out)} | changes))
 
 
 @pytest.fixture(scope="module")

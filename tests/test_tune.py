@@ -136,7 +136,7 @@ def test_the_command_writes_what_auto_reads(
 ) -> None:
     monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr("detr_profiling.tune.switches", lambda options: [Switch("precision", ("fp32",))])
-    assert main(replace(OPTIONS, minutes=5, out=str(tmp_path / "out"))) == 0
+    assert main(replace(OPTIONS, minutes=5, output=str(tmp_path / "out"))) == 0
     entry = find(torch.device("cpu"), OPTIONS.case())
     assert entry is not None and [trial.switch for trial in entry.parsed_trials()] == ["precision"]
     assert Tuning.from_dict(json.loads((tmp_path / "out" / "tune.json").read_text())["inference"]) == entry

@@ -99,7 +99,7 @@ def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int])
         "device": options.runtime.device,
         **{name: getattr(options.runtime, name, None) for name in NAMED},
         "minutes": MINUTES,
-        "out": str(Path(options.output, "profile")),
+        "output": str(Path(options.output, "profile")),
     }
     for name, value in values.items():
         if value is not None:

@@ -97,7 +97,7 @@ def why_broken(entry: Entry) -> str | None:
 
 
 def main(options: LadderOptions) -> int:
-    console, out = Console(), Path(options.out)
+    console, out = Console(), Path(options.output)
     entries = build_entries(options, options.leave_one_out)
     rows = measure_into(LADDER_FILE, measuring(entries, options, console))
     show(ladder_sections(rows), console)

@@ -87,5 +87,5 @@ def main(options: RaceOptions) -> int:
     if eager_ms and ours_ms:
         console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
         fraction = peak_fraction(options, ours_ms)
-        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
+        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.output) / RACE_FILE}")
     return exit_code(rows)

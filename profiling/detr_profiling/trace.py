@@ -14,7 +14,7 @@ from detr_fast.data.batch import Batch
 from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
 from detr_fast.option_groups import Idle
-from detr_fast.options import RuntimeOptions, TrainOptions
+from detr_fast.options import Output, RuntimeOptions, TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
@@ -43,13 +43,13 @@ class TraceOptions(WorkloadOptions):
         *WorkloadOptions.idle,
         Idle("objects", lambda o: o.data is not None, "beside --data, whose images have their own: give one of them"),
     )
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for trace.pt.json.gz, the trace itself, and trace.json, its figures."""
     steps: int = 3
     """Steps to record, 2 to 10: from the second on it shows whether memory grows."""
     warmup: int = 2
     """Steps before, with the profiler and without it."""
-    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    size_mix: tyro.conf.Suppress[Literal["same"]] = "same"
     """One step again and again; images of several sizes are a data set's."""
     data: str | None = None
     """Train on this data, a folder in COCO layout or shapes:SIDE, so that waiting for data shows; default: one batch
@@ -124,8 +124,8 @@ def main(options: TraceOptions) -> int:
         not options.memory_snapshot or options.resolved().device == "cuda",
         "--memory-snapshot is of CUDA's allocator. Leave it out on a CPU: trace.json has the memory curve.",
     )
-    out, console = Path(options.out), Console()
-    require_writable("--out", out)  # before minutes are spent on figures that cannot be kept
+    out, console = Path(options.output), Console()
+    require_writable("--output", out)  # before minutes are spent on figures that cannot be kept
     fetch: Callable[[], None] = nothing_to_fetch
     if options.data is None:
         workload = build_workload(options)

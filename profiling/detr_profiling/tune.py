@@ -25,6 +25,7 @@ from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
 from detr_fast.option_groups import Idle
+from detr_fast.options import Output
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.assembly import make_data
@@ -77,7 +78,7 @@ class TuneOptions(WorkloadOptions):
     """Time for everything; candidates that do not fit are not tried, and the table says so."""
     turns: int = 4
     """Turns that a candidate and the best so far take."""
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for tune.json, and the report that shows it."""
 
     def __post_init__(self) -> None:
@@ -304,12 +305,12 @@ def main(options: TuneOptions) -> int:
     require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options = options.on_its_data()
-    require_writable("--out", Path(options.out))
+    require_writable("--output", Path(options.output))
     require_keeping(torch.device(options.resolved().device), options.case())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
-    write_result(entry, options.mode, Path(options.out))
+    write_result(entry, options.mode, Path(options.output))
     show(tuning_sections({options.mode: entry.to_dict()}), console)
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
@@ -318,5 +319,5 @@ def main(options: TuneOptions) -> int:
         console.print(f"{number(gain)} times the speed of the first guess: {entry.summary()}")
     else:
         console.print("The first guess stays.")
-    console.print(f"Cached in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")
+    console.print(f"Cached in {path}, which every `auto` reads; {Path(options.output, HTML_FILE)} shows it.")
     return 0

@@ -53,7 +53,7 @@ class WorkloadOptions(RuntimeOptions):
         Idle(
             "buckets",
             lambda o: not o.mixes_sizes,
-            "where all images have one size: give --sizes mixed, or in trace --data",
+            "where all images have one size: give --size-mix mixed, or in trace --data",
         ),
         Idle("objects", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
         Idle("dropout", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
@@ -73,7 +73,7 @@ class WorkloadOptions(RuntimeOptions):
     size: str = "auto"
     """Height and width in pixels that the images are resized to, as in 800x1066, from 0.6 of it; auto: that on a GPU,
     320x427 on a CPU."""
-    sizes: Literal["same", "mixed"] = "same"
+    size_mix: Literal["same", "mixed"] = "same"
     """mixed: as in training on COCO, of which --size then gives the largest shorter side; four batches that stand for
     an epoch's are timed. What is compared with the reference always has one size."""
     batch_size: int | None = None
@@ -111,7 +111,7 @@ class WorkloadOptions(RuntimeOptions):
     @property
     def mixes_sizes(self) -> bool:
         """Tell whether batches are made of images of several sizes."""
-        return self.sizes == "mixed"
+        return self.size_mix == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
         """These alone, without what a command adds, and with what `auto` stands for on this device, but for how
@@ -130,7 +130,7 @@ class WorkloadOptions(RuntimeOptions):
         """With the images that are compared: in float64, which the oracle needs, more would not fit. All of one size,
         since padding itself changes a little of what DETR computes."""
         options = self.resolved()
-        return replace(options, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
+        return replace(options, size_mix="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -179,7 +179,7 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
     """One batch, the later half of whose images is an eighth narrower; or those that stand for mixed sizes."""
     options = options.resolved()
     (height, width), images = options.height_width, options.batch_size or 1
-    if options.sizes == "same":
+    if options.size_mix == "same":
         narrow = [index >= (images + 1) // 2 for index in range(images)]
         return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
     step = shape_step_px(options.device, options.compile) if options.buckets else 1

@@ -72,7 +72,7 @@ def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
     device, _ = choose_device(top.device)
     on_gpu = device.type == "cuda"
     dtype, _ = choose_precision(top.precision, device)
-    if top.sizes == "mixed" and top.buckets:
+    if top.size_mix == "mixed" and top.buckets:
         yield Technique("buckets", options={"buckets": True})
     if on_gpu:
         yield Technique("TF32", settings={"tf32": True})
