@@ -52,7 +52,7 @@ def make_step(holds: int = 99, world: World | None = None, dropout: float = 0.0)
     """On a device that holds the activations of so many images; in evaluation mode, where no image's batch norm
     depends on another."""
     torch.manual_seed(0)
-    runtime = choose_runtime(OPTIONS)
+    runtime = choose_runtime(OPTIONS.runtime)
     model = place(DETR(replace(CONFIG, dropout=dropout)), runtime).eval()
     bound(model, [holds])
     optimizer = build_optimizer(model, 1e-4, 1e-4, 1e-4)
