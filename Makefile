@@ -38,10 +38,10 @@ report: setup
 	    timeout --foreground --kill-after=10 "$$@"; ended=$$?; \
 	    if [ $$ended = 124 ]; then echo "$$5: stopped after $$1 s"; elif [ $$ended != 0 ]; then code=1; fi; \
 	}; \
-	part 150 $$profile parity --out "$(OUT)" --compile $(ARGS); \
-	part 260 $$profile ladder --out "$(OUT)" --minutes 4 $(ARGS); \
-	part 70 $$profile trace --out "$(OUT)" $(ARGS); \
-	$$profile report --out "$(OUT)" && exit $$code
+	part 150 $$profile parity --output "$(OUT)" --compile $(ARGS); \
+	part 260 $$profile ladder --output "$(OUT)" --minutes 4 $(ARGS); \
+	part 70 $$profile trace --output "$(OUT)" $(ARGS); \
+	$$profile report --output "$(OUT)" && exit $$code
 
 setup:
 	@./setup.sh

@@ -10,7 +10,7 @@ to whole levels, the pixels of a pipeline that never rounds and, as ours, resize
 import itertools
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from torchvision.transforms import functional as F
 from benchmarks.clock import Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.pillow_pipeline import MEAN, STD, OnePass, PaddedBatch, PillowPipeline
-from detr_fast.config import RECIPES, TrainConfig
 from detr_fast.data.batch import Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Group, Position
+from detr_fast.options import RECIPES, TrainOptions
 from detr_fast.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
@@ -91,8 +91,8 @@ def cases(size: Size) -> Iterator[DataCase]:
 
 def bench_data(benchmark: BenchmarkFixture, case: DataCase, request: Any) -> None:
     root: Path = request.getfixturevalue(case.data)
-    recipe = RECIPES["detr_tiny"] if case.data == "shapes_root" else TrainConfig()
-    dataset = build_dataset(replace(recipe, data=str(root)), "train")
+    recipe = RECIPES["detr_tiny"] if case.data == "shapes_root" else TrainOptions()
+    dataset = build_dataset(recipe.but(data=str(root)), "train")
     assert len(dataset) == case.images
     is_ours = case.pipeline == "ours"
     plain = OnePass if is_ours else PillowPipeline

@@ -22,11 +22,11 @@ from torch import Tensor
 from benchmarks.clock import DEVICE, Size, Verdict, time_case
 from benchmarks.photographs import PHOTOGRAPHS
 from benchmarks.workload_cases import precisions
-from detr_fast.config import DataOptions
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector, place
 from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_detector
+from detr_fast.options import DataOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from tests.pycocotools_referee import run_pycocotools
 

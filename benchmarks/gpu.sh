@@ -22,7 +22,7 @@ line() {
 }
 
 tests() { line "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"; }
-profile() { line "$1" "$2" "$PYTHON" -m detr_profiling "${@:3}" --out "$OUT"; }
+profile() { line "$1" "$2" "$PYTHON" -m detr_profiling "${@:3}" --output "$OUT"; }
 
 case ${1:-} in
 correctness)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.progress import track
 
 from detr_fast.command import run
-from detr_fast.config import DataLocation, UserError
+from detr_fast.config import UserError
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.categories import by_spelling, spelling_hint
@@ -21,6 +21,8 @@ from detr_fast.data.duplicates import find_duplicates
 from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
+from detr_fast.option_groups import Options
+from detr_fast.options import LocationOptions
 
 NARROW_SPAN = 32
 """An eighth of 256 values."""
@@ -29,11 +31,13 @@ NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataLocation):
+class CheckDataOptions(Options):
     """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
 
     num_queries: int = 100
     """How many objects an image may have at most: the model's queries."""
+
+    dataset: LocationOptions = field(default_factory=LocationOptions)
 
 
 @dataclass
@@ -192,7 +196,7 @@ def respelled(dataset: CocoDataset) -> Iterator[str]:
         yield f"{len(names)} file names with {kinds}, such as {names[0]!r}: found all the same"
 
 
-def locate(options: CheckDataConfig, split: str) -> Location | None:
+def locate(options: LocationOptions, split: str) -> Location | None:
     """Return where `split` lies; None where it need not be there. Raises UserError where training would miss it."""
     given_by_themselves = options.train_images or options.val_images
     return find_split(options, split) if split == "test" or given_by_themselves else require_split(options, split)
@@ -202,14 +206,14 @@ def check_split(
     split: str,
     dataset: CocoDataset,
     first: CocoDataset,
-    options: CheckDataConfig,
+    options: CheckDataOptions,
     findings: Findings,
     console: Console,
 ) -> None:
     """Print a summary of a split, and add what is wrong with it, and with its classes beside those of the `first`."""
     harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
     console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
-    images = check_images(split, dataset.records, options.workers or os.cpu_count() or 1, console)
+    images = check_images(split, dataset.records, options.dataset.workers or os.cpu_count() or 1, console)
     problems = [
         *annotation_problems(dataset, split, options.num_queries),
         *image_problems(dataset, images),
@@ -225,7 +229,7 @@ def check_split(
     findings.notes += [(split, line) for line in notes]
 
 
-def main(options: CheckDataConfig) -> int:
+def main(options: CheckDataOptions) -> int:
     """Print what is wrong; return 0 if nothing is, else 2.
 
     A split that training needs and that is not there is a problem; of splits given one by one, one may be alone.
@@ -235,7 +239,7 @@ def main(options: CheckDataConfig) -> int:
     datasets: dict[Location, CocoDataset] = {}
     for split in ("train", "val", "test"):
         try:
-            location = locate(options, split)
+            location = locate(options.dataset, split)
             if location is None:
                 continue
             if location in datasets:
@@ -243,7 +247,7 @@ def main(options: CheckDataConfig) -> int:
                 findings.notes += [(split, str(trained_on(same, same)))] * (split == "val")
                 continue
             dataset = datasets[location] = CocoDataset(
-                *location, EvaluationTransform(size=1, max_size=1), follow_links=options.follow_links
+                *location, EvaluationTransform(size=1, max_size=1), follow_links=options.dataset.follow_links
             )
         except UserError as error:
             findings.add_once(split, str(error))
@@ -265,4 +269,4 @@ def print_lines(title: str, lines: Sequence[tuple[str, str]], console: Console) 
 
 
 if __name__ == "__main__":
-    run(main, CheckDataConfig)
+    run(main, CheckDataOptions)

@@ -16,6 +16,7 @@ from rich.table import Table
 from detr_fast.command import run
 from detr_fast.console import Console
 from detr_fast.machine import cores
+from detr_fast.option_groups import Options
 from detr_fast.paths import cache_folder
 from detr_fast.runtime import missing_for_compile, multiplies_bf16
 from detr_fast.tuning import Case, entries_of
@@ -26,7 +27,7 @@ FREE_GIB = 5
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorOptions(Options):
     """Show what this machine has and what follows. There are no options."""
 
 
@@ -166,7 +167,7 @@ def examine() -> list[Finding]:
     ]
 
 
-def main(options: DoctorConfig) -> int:
+def main(options: DoctorOptions) -> int:
     table = Table("", "found", "what follows", title="detr_fast on this machine", title_justify="left")
     for finding in examine():
         table.add_row(finding.subject, finding.found, finding.follows, style="yellow" if finding.missing else None)
@@ -175,4 +176,4 @@ def main(options: DoctorConfig) -> int:
 
 
 if __name__ == "__main__":
-    run(main, DoctorConfig)
+    run(main, DoctorOptions)

@@ -5,21 +5,21 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from detr_fast.command import run
-from detr_fast.config import EvaluateConfig
 from detr_fast.console import Console
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_detector
 from detr_fast.evaluation.dataset import evaluation_dataset
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.files import require_writable
+from detr_fast.options import EvaluateOptions
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import read_detector
 
 
-def main(options: EvaluateConfig) -> None:
+def main(options: EvaluateOptions) -> None:
     output = Path(options.output)
     detector = read_detector(options.weights, categories=options.categories)
-    runtime = runtime_for_inference(options, detector.config, options.batch_size)
+    runtime = runtime_for_inference(options.runtime, detector.config, options.batch_size)
     detector.optimize(runtime)
     dataset = evaluation_dataset(detector, options)
     require_writable("--output", output)
@@ -31,7 +31,7 @@ def main(options: EvaluateConfig) -> None:
         console.print(f"{dataset.annotation_file}: {line}")
     for name, reason in runtime.reasons.items():
         console.print(f"{name:>18}  {reason}")
-    workers = runtime.workers(options.workers)
+    workers = runtime.workers(options.dataset.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
     evaluation = evaluate_detector(detector, dataset, batches)
     for table in metric_tables(evaluation):
@@ -64,4 +64,4 @@ def show(value: float) -> str:
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig)
+    run(main, EvaluateOptions)

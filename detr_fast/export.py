@@ -7,9 +7,11 @@ from typing import Any
 
 from safetensors.torch import save
 
-from detr_fast.config import Checked, require
+from detr_fast.config import require
 from detr_fast.detector import Detector
 from detr_fast.files import atomic_write, write_json
+from detr_fast.option_groups import Options
+from detr_fast.options import Output
 from detr_fast.weights import export_state_dict, read_detector
 from detr_fast.weights.container import write_container
 from detr_fast.weights.files import HUGGING_FACE_CONFIG, PREPROCESSOR_CONFIG, ModelDescription
@@ -18,12 +20,12 @@ from detr_fast.weights.preprocessing import preprocessor_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(Checked):
+class ExportOptions(Options):
     """Write a detector's weights under the names that another implementation reads."""
 
     weights: str
     """Own checkpoint, facebookresearch .pth, Hugging Face folder or .safetensors."""
-    out: str
+    output: Output
     """File to write, .pth or .safetensors; for huggingface also a folder, for from_pretrained and pipelines."""
     naming: Naming = "detr_fast"
     """Whose names: facebook loads into facebookresearch/detr, huggingface into transformers."""
@@ -31,17 +33,19 @@ class ExportConfig(Checked):
     """A COCO json that names the weights' classes, where they do not: ids are labels."""
 
     def __post_init__(self) -> None:
-        suffix = Path(self.out).suffix
+        suffix = Path(self.output).suffix
         allowed = (".pth", ".safetensors", "") if self.naming == "huggingface" else (".pth", ".safetensors")
-        require(suffix in allowed, f"--out {self.out}: give a .pth or .safetensors file (huggingface: or a folder).")
+        require(
+            suffix in allowed, f"--output {self.output}: give a .pth or .safetensors file (huggingface: or a folder)."
+        )
 
 
-def main(options: ExportConfig) -> int:
+def main(options: ExportOptions) -> int:
     """Export a detector. Raises UserError where it cannot be read, has no counterpart there, or cannot be written."""
     detector = read_detector(options.weights, categories=options.categories)
     for note in detector.notes:
         print(note)
-    out = Path(options.out)
+    out = Path(options.output)
     if out.suffix:
         write_weights(detector, out, options.naming)
     else:
@@ -97,4 +101,4 @@ def huggingface_config(detector: Detector) -> dict[str, Any]:
 if __name__ == "__main__":
     from detr_fast.command import run
 
-    run(main, ExportConfig)
+    run(main, ExportOptions)

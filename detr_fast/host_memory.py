@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from detr_fast.config import HostAllocator, require
+from detr_fast.config import require
+from detr_fast.options import HostAllocator
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Names of mallopt(3)."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from detr_fast.command import run
-from detr_fast.config import PredictConfig, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.data.annotations import Category
 from detr_fast.data.photographs import find_images
 from detr_fast.evaluation.fonts import class_names
@@ -17,28 +17,29 @@ from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.prediction import Detections, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.files import require_writable
+from detr_fast.options import PredictOptions
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import read_detector
 from detr_fast.weights.pickles import listed
 
 
-def main(options: PredictConfig) -> int:
+def main(options: PredictOptions) -> int:
     """Find objects on every image; return the exit code, 2 where an image could not be read or drawn."""
     require(options.batch_size >= 1, f"--batch-size must be at least 1, got {options.batch_size}.")
     files, passed_over = find_images(Path(options.images))
-    out = Path(options.out)
+    out = Path(options.output)
     pictures = out / "pictures"
     require(
         all(file.resolve().parent != pictures.resolve() for file in files),
-        f"--out {out}: pictures would be written among the images that are read. Give another folder.",
+        f"--output {out}: pictures would be written among the images that are read. Give another folder.",
     )
     for line in passed_over:
         print(f"passed over: {line}", file=sys.stderr)
     detector = read_detector(options.weights, categories=options.categories)
     for note in detector.notes:
         print(note)
-    require_writable("--out", out)
-    detector.optimize(runtime_for_inference(options, detector.config, options.batch_size))
+    require_writable("--output", out)
+    detector.optimize(runtime_for_inference(options.runtime, detector.config, options.batch_size))
     names, note = drawn_names(detector.categories or ()), f"score at least {options.threshold}"
     bad: set[Path] = set()
     by_shape = prediction_batches(detector.config, files, options.batch_size)
@@ -109,4 +110,4 @@ def picture(file: Path, pixels: Tensor, detections: Detections, names: list[str]
 
 
 if __name__ == "__main__":
-    run(main, PredictConfig)
+    run(main, PredictOptions)

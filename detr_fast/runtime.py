@@ -17,9 +17,10 @@ import torch
 from detr_kernels import OPERATIONS, Facts
 from detr_kernels.launch import why_not_triton
 
-from detr_fast.config import Attention, Device, Kernels, ModelConfig, Precision, RuntimeOptions, require
+from detr_fast.config import ModelConfig, require
 from detr_fast.host_memory import Allocator, choose_host_allocator
 from detr_fast.machine import cores
+from detr_fast.options import Attention, Device, Kernels, Precision, RuntimeOptions
 from detr_fast.tuning import RUNTIME_SWITCHES, Case, Measured, Mode, Tuning, find
 
 MOST_WORKERS = 16

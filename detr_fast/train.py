@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from detr_fast.command import run
-from detr_fast.config import ModelConfig, TrainConfig, require
+from detr_fast.config import ModelConfig, require
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
@@ -24,6 +24,7 @@ from detr_fast.evaluation.report import write_evaluation
 from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.options import TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.autotune import tuning_of
 from detr_fast.training.batch_size import batch_line, with_batches
@@ -62,19 +63,19 @@ from detr_fast.training.run_folder import RunFolder, held_run_folder
 from detr_fast.training.step import TrainStep
 
 
-def default_options(argv: Sequence[str]) -> TrainConfig:
+def default_options(argv: Sequence[str]) -> TrainOptions:
     """Return the defaults of all options: a resumed run's own options, else the recipe of the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
-    path = resumed_path(asked.resume, asked.output or TrainConfig.output)
+    path = resumed_path(asked.resume, asked.output or TrainOptions.output)
     if path:
         return resumed_options(path, data_asked=asked.data is not None)
     return recipe_of(asked.model, asked.train_images or asked.data)
 
 
-def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
+def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
     """Run one process of a training run; returns the exit code."""
     console = Console(quiet=not world.is_main)
     options = located(options)
@@ -88,25 +89,27 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
         check_resumed(state, options, config, train_set, val_set)
         options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
-    per_epoch = batches_per_epoch(len(train_set), options.batch_size, world.size)
-    schedule = make_schedule(options, per_epoch)
+    per_epoch = batches_per_epoch(len(train_set), options.optimizer.batch_size, world.size)
+    schedule = make_schedule(options.optimizer, per_epoch)
     if options.data_only:
         configure_process(runtime)
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
         batches = make_batches(options, train_set, runtime, world, (0, 0))
-        measure_data(batches, config, runtime, options.workers, console, rate)
+        measure_data(batches, config, runtime, options.dataset.workers, console, rate)
         return 0
     progress = progress_of(state, options, config, schedule.total_steps)
     if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
-        console.print(f"{resumed} has finished its {options.epochs} epochs: nothing to do. More --epochs go on.")
+        console.print(
+            f"{resumed} has finished its {options.optimizer.epochs} epochs: nothing to do. More --epochs go on."
+        )
         return 0
     if state:
         console.print(changes(state, options))
     model = make_model(config, options, train_set, state, console)
-    first = divmod(progress.step * options.accumulate, per_epoch)
+    first = divmod(progress.step * options.optimizer.accumulate, per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:
         tuning = tuning_of(state, options, train_set, config, runtime.device, world, console)
-        runtime = choose_runtime(options, tuning)
+        runtime = choose_runtime(options.runtime, tuning)
         step = make_step(place(model, runtime), options, runtime, world, state)
         wrapped = wrapped_step(
             step, options, largest_batch(options, config, extremes_of(options, train_set, per_epoch))
@@ -133,7 +136,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             evaluate=evaluation_of(step, val_set, options),
             folder=folder if world.is_main else None,
             log=log,
-            display=TrainingDisplay(console, schedule.total_steps, progress.step, options.epochs),
+            display=TrainingDisplay(console, schedule.total_steps, progress.step, options.optimizer.epochs),
             facts=facts,
             progress=progress,
         )
@@ -152,7 +155,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     return code
 
 
-def progress_of(state: TrainingState | None, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
+def progress_of(state: TrainingState | None, options: TrainOptions, config: ModelConfig, total_steps: int) -> Progress:
     """Return the progress to go on from. Raises UserError where the run has no step to make, or made too many."""
     progress = replace(state.progress) if state else Progress()
     require(
@@ -160,8 +163,8 @@ def progress_of(state: TrainingState | None, options: TrainConfig, config: Model
     )
     require(
         progress.step <= total_steps,
-        f"--epochs {options.epochs}: the run to resume has done {progress.step} steps, and that many epochs have "
-        f"{total_steps}. Give more --epochs.",
+        f"--epochs {options.optimizer.epochs}: the run to resume has done {progress.step} steps, and that many epochs "
+        f"have {total_steps}. Give more --epochs.",
     )
     otherwise = state is not None and evaluates_otherwise(state, config)
     if otherwise:
@@ -178,14 +181,16 @@ def last_line(folder: RunFolder, progress: Progress) -> str:
     return f"Everything is in {folder.root}. No AP was measured: checkpoints/best.pt has the latest weights."
 
 
-def wrapped_step(step: TrainStep, options: TrainConfig, largest: Batch) -> MicroBatches | GraphedStep:
+def wrapped_step(step: TrainStep, options: TrainOptions, largest: Batch) -> MicroBatches | GraphedStep:
     """Wrap `step` in micro-batches and, where asked for or measured to be faster, in CUDA graphs.
 
     On a GPU the micro-batches are as small as it takes for `largest` to fit into memory.
     """
     runtime, micro_batches = step.runtime, MicroBatches(step)
     problem = why_not_graphed(step) if runtime.capture else None
-    require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
+    require(
+        problem is None or not options.runtime.capture, f"--capture cannot be done: {problem}. Or leave --capture out."
+    )
     wrapped = GraphedStep(micro_batches) if runtime.capture and problem is None else micro_batches
     if runtime.device.type == "cuda":
         wrapped.find_micro_batch_size(next(on_device([largest], runtime.device)))
@@ -198,14 +203,14 @@ def is_last_of(path: Path | None, output: str) -> bool:
     return path is not None and path.resolve() == RunFolder(Path(output)).last.resolve()
 
 
-def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -> Callable[[], Evaluation]:
+def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainOptions) -> Callable[[], Evaluation]:
     """Return a function that evaluates the weights to keep, uncompiled: compiling would take longer than it saves."""
     runtime, world = replace(step.runtime, compile=False), step.world
-    workers = runtime.workers(options.workers)
+    workers = runtime.workers(options.dataset.workers)
 
     def evaluate() -> Evaluation:
         pin_memory = runtime.device.type == "cuda"
-        loader = evaluation_loader(val_set, options.batch_size, workers, pin_memory, world.rank, world.size)
+        loader = evaluation_loader(val_set, options.optimizer.batch_size, workers, pin_memory, world.rank, world.size)
         network = step.ema or step.model
         if runtime.optimizes:
             network = optimized(network, runtime.dtype)
@@ -215,13 +220,13 @@ def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -
 
 
 @contextmanager
-def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool) -> Iterator[RunFolder]:
+def held_output(options: TrainOptions, world: World, model: DETR, resuming: bool) -> Iterator[RunFolder]:
     """Lock the output folder in the main process, and yield it in all."""
     root = Path(options.output)
     if not world.is_main:
         yield RunFolder(root)
         return
-    copies = 4 if options.ema else 3  # weights, the optimizer's two moments, the average
+    copies = 4 if options.optimizer.ema else 3  # weights, the optimizer's two moments, the average
     checkpoint_bytes = copies * sum(parameter.numel() * 4 for parameter in model.parameters())
     with held_run_folder(root, resuming, checkpoint_bytes) as folder:
         yield folder
@@ -229,7 +234,7 @@ def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool)
 
 def describe(
     console: Console,
-    options: TrainConfig,
+    options: TrainOptions,
     wrapped: MicroBatches | GraphedStep,
     data: tuple[CocoDataset, CocoDataset],
     total_steps: int,
@@ -240,10 +245,10 @@ def describe(
     train_set, val_set = data
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = {
-        "model": f"{options.model}, {parameters:,} parameters, {model.config.num_classes} classes",
-        "data": f"{options.data}: {len(train_set)} training and {len(val_set)} validation images",
-        "batch": batch_line(options, processes, wrapped.count),
-        "length": f"{options.epochs} epochs, {total_steps} steps",
+        "model": f"{options.network.model}, {parameters:,} parameters, {model.config.num_classes} classes",
+        "data": f"{options.dataset.data}: {len(train_set)} training and {len(val_set)} validation images",
+        "batch": batch_line(options.optimizer, processes, wrapped.count),
+        "length": f"{options.optimizer.epochs} epochs, {total_steps} steps",
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
         "capture": "CUDA graphs, one for each shape" if graphed else "no",
         **runtime.reasons,  # where something was measured, with that
@@ -263,11 +268,11 @@ def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDatase
     draw_ap_curves(folder.metrics, folder.plots / "ap.png")
 
 
-def main(options: TrainConfig) -> int:
-    runtime = choose_runtime(options)
+def main(options: TrainOptions) -> int:
+    runtime = choose_runtime(options.runtime)
     with joined_world(runtime.device) as world:
         return train(options, runtime, world)
 
 
 if __name__ == "__main__":
-    run(main, TrainConfig, default_options)
+    run(main, TrainOptions, default_options)

@@ -20,9 +20,10 @@ import torch
 from detr_kernels import OPERATIONS
 from typeguard import TypeCheckError, check_type
 
-from detr_fast.config import Checked, ModelConfig, Precision, RuntimeOptions, UserError, require
+from detr_fast.config import Checked, ModelConfig, UserError, require
 from detr_fast.files import explained, write_json
 from detr_fast.machine import environment
+from detr_fast.options import Precision, RuntimeOptions
 from detr_fast.paths import cache_folder
 
 Mode = Literal["training", "inference"]

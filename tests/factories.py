@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from detr_fast.config import MODELS, ModelConfig, RuntimeOptions
+from detr_fast.config import MODELS, ModelConfig
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world

@@ -22,11 +22,12 @@ from detr_profiling.launches import (
 )
 from torch._dynamo.utils import counters
 
-from detr_fast.config import MODELS, Attention, Kernels, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.options import Attention, Kernels
 
 HAS_GPU = torch.cuda.is_available()
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=2)

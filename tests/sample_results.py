@@ -162,7 +162,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
             "device": "cuda" if gpu else "cpu",
             "precision": "bf16",
             "compile": True,
-            "out": "/where/it/was/first",
+            "output": "/where/it/was/first",
             "steps": 3,
             "data": None,
         },

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detr_fast.config import MODELS, Attention, Kernels, RuntimeOptions, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.batch import Targets
 from detr_fast.detector import place
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.options import Attention, Kernels, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from tests.factories import NARROW

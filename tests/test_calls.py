@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 from detr_profiling.ladder import LadderOptions
 from detr_profiling.parity import ParityOptions
 from detr_profiling.report import ReportOptions
 from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
 
-from detr_fast.command import refuse_idle, spelled_out
-from detr_fast.config import TrainConfig
+from detr_fast.command import parsed
+from detr_fast.options import TrainOptions
 
 CHECKOUT = Path(__file__).parents[1]
 TIMEOUT = """#!/bin/sh
@@ -58,9 +57,8 @@ def test_make_report_gives_each_part_its_options_and_time(checkout: Path) -> Non
     kinds = {"parity": ParityOptions, "ladder": LadderOptions, "trace": TraceOptions, "report": ReportOptions}
     assert [call[0] for call in calls] == list(kinds), "what is most important comes first"
     for name, *words in calls:
-        options: Any = tyro.cli(kinds[name], args=words)
-        refuse_idle(options, words)
-        assert options.out == "folder" and (name == "report" or (options.size, options.batch_size) == ("64x96", 2))
+        options: Any = parsed(kinds[name], words)
+        assert options.output == "folder" and (name == "report" or (options.size, options.batch_size) == ("64x96", 2))
     seconds = re.findall(r"(\d+) s", (checkout / "times").read_text())
     assert len(seconds) == 3 and sum(map(int, seconds)) <= 8 * 60
 
@@ -90,9 +88,9 @@ def test_the_calls_for_a_gpu_can_be_typed(call: str, tmp_path: Path) -> None:
             assert files and all((script.parents[1] / file).exists() for file in files)
         elif module == "detr_profiling":
             options: Any = {"tune": TuneOptions, "ladder": LadderOptions}[words[0]]
-            refuse_idle(tyro.cli(options, args=words[1:]), words)
+            parsed(options, words[1:])
         else:
-            refuse_idle(tyro.cli(TrainConfig, args=list(spelled_out(words, TrainConfig))), words)
+            parsed(TrainOptions, words)
     lines_of_call = script.read_text().split(f"\n{call})")[1].split(";;")[0]
     seconds = re.findall(r"^    (?:line|tests|profile) \w+ (\d+)", lines_of_call, re.MULTILINE)
     assert len(seconds) == len(lines) and sum(map(int, seconds)) <= 240

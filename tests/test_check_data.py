@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_fast.check_data import CheckDataConfig, main
+from detr_fast.check_data import CheckDataOptions, main
 from detr_fast.command import run
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import UserError
 from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import build_dataset
+from detr_fast.options import DataOptions
 
 
 def annotation(id: int, image_id: int, bbox: list[float], category_id: int = 1) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(root: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[int, str]:
     """The exit code and what was printed."""
-    return main(CheckDataConfig(data=str(root), **options)), capsys.readouterr().out
+    return main(CheckDataOptions.of(data=str(root), **options)), capsys.readouterr().out
 
 
 def test_a_clean_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +245,7 @@ def test_validation_on_what_was_trained_on_is_told(tmp_path: Path, capsys: pytes
     names = ("train_images", "train_annotations", "val_images", "val_annotations")
     twice = {name: str(path) for name, path in zip(names, given * 2, strict=True)}
     for options in ({"data": str(tmp_path)}, twice):
-        assert main(CheckDataConfig(**options)) == 0
+        assert main(CheckDataOptions.of(**options)) == 0
         assert "numbers measured on images that were trained on" in capsys.readouterr().out
         splits = [build_dataset(DataOptions(**options), split) for split in ("train", "val")]
         with pytest.warns(UserWarning, match=r"2 of 2 images are trained on, too \(1\.jpg, 2\.jpg\)"):
@@ -254,17 +255,17 @@ def test_validation_on_what_was_trained_on_is_told(tmp_path: Path, capsys: pytes
 def test_a_split_given_by_itself_may_be_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_split(tmp_path, "val")
     given = {"val_images": str(tmp_path / "val"), "val_annotations": str(tmp_path / "annotations" / "val.json")}
-    assert main(CheckDataConfig(**given)) == 0
+    assert main(CheckDataOptions.of(**given)) == 0
     assert check(tmp_path, capsys)[0] == 2
 
 
 def test_the_command_exits_with_a_message_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
-        run(main, CheckDataConfig, argv=["--data", str(tmp_path)])
+        run(main, CheckDataOptions, argv=["--data", str(tmp_path)])
     assert ending.value.code == 2
     assert "No train split" in capsys.readouterr().out
     for split in ("train", "val"):
         write_split(tmp_path, split)
     with pytest.raises(SystemExit) as ending:
-        run(main, CheckDataConfig, argv=["--data", str(tmp_path), "--num-queries", "3"])
+        run(main, CheckDataOptions, argv=["--data", str(tmp_path), "--num-queries", "3"])
     assert ending.value.code == 0

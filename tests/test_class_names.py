@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from detr_fast import Detector, build_model, export_state_dict, load_model
-from detr_fast.config import EvaluateConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
 from detr_fast.evaluation.dataset import evaluation_dataset
 from detr_fast.export import write_weights
+from detr_fast.options import EvaluateOptions
 from detr_fast.weights import Naming
 from tests.small_detr import SMALL
 
@@ -99,7 +100,7 @@ def test_evaluation_on_other_classes_gives_the_way_on(num_classes: int, own: Any
     weights = str(head_of(tmp_path / "head.pth", num_classes, categories=named))
     file = coco_json(tmp_path / "val.json", {1: "red", 2: "blue"})
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    options = EvaluateConfig(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
+    options = EvaluateOptions.of(weights=weights, val_images=str(tmp_path), val_annotations=str(file))
     with pytest.raises(UserError, match=said):
         evaluation_dataset(load_model(weights), options)
     dataset = evaluation_dataset(load_model(weights, categories=file), options)

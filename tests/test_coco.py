@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError
+from detr_fast.config import ModelConfig, UserError
 from detr_fast.data import splits
 from detr_fast.data.annotations import Category, read_annotations
 from detr_fast.data.coco import CocoDataset, build_dataset, find_split
 from detr_fast.data.transforms import EvaluationTransform, TrainTransform
+from detr_fast.options import DataOptions, TrainOptions
 from tests.coco_files import Write, annotation, document
 
 AS_IT_IS = EvaluationTransform(size=40, max_size=1333)
@@ -242,12 +243,12 @@ def test_shapes_are_found_and_read_at_their_own_size(shapes_root: Path, monkeypa
 
 
 def test_options_decide_the_transform(shapes_root: Path) -> None:
-    options = TrainConfig(data=str(shapes_root), train_sizes=(32,), crop_sizes=(), seed=5, on_bad_image="skip")
+    options = TrainOptions.of(data=str(shapes_root), train_sizes=(32,), crop_sizes=(), seed=5, on_bad_image="skip")
     train = build_dataset(options, "train")
     assert train.transform == TrainTransform((32,), 1333, (), (384, 600))
     assert (train.seed, train.on_bad_image) == (5, "skip")
     assert build_dataset(options, "val").transform == EvaluationTransform(800, 1333)
     smaller = DataOptions(data=str(shapes_root), image_size=96, max_size=120)
     assert build_dataset(smaller, "train", ModelConfig()).transform == EvaluationTransform(96, 120)
-    tiny = TrainConfig(model="detr_tiny", data=str(shapes_root))
+    tiny = TrainOptions.of(model="detr_tiny", data=str(shapes_root))
     assert build_dataset(tiny, "val").transform == EvaluationTransform(64, 64)

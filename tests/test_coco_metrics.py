@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr_fast.config import MODELS, DataOptions, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector
@@ -26,6 +26,7 @@ from detr_fast.evaluation.coco_metrics import (
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
 from detr_fast.model.backends import Selectable
+from detr_fast.options import DataOptions
 from detr_fast.weights import build_model
 from tests.pycocotools_referee import run_pycocotools
 

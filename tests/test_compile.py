@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from detr_fast.config import Attention, Kernels
 from detr_fast.data.batch import Targets
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention, Kernels
 from detr_fast.training.criterion import SetCriterion, build_criterion
 from tests.factories import NARROW
 from tests.kernel_inputs import DEVICE

@@ -7,12 +7,24 @@ from dataclasses import fields
 from typing import get_args
 
 import pytest
+from detr_kernels import OPERATIONS
 
-from detr_fast.config import LIMITS, MODELS, RECIPES, ModelConfig, TrainConfig, UserError, model_config
+from detr_fast.config import MODELS, ModelConfig, UserError, model_config
+from detr_fast.option_groups import Options, default_of
+from detr_fast.options import (
+    LIMITS,
+    RECIPES,
+    Attention,
+    EvaluateOptions,
+    Kernels,
+    OptimizerOptions,
+    PredictOptions,
+    TrainOptions,
+)
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RECIPES.values()])
-def test_a_configuration_survives_its_dict(config: ModelConfig | TrainConfig) -> None:
+def test_a_configuration_survives_its_dict(config: ModelConfig | TrainOptions) -> None:
     assert type(config).from_dict(config.to_dict()) == config
 
 
@@ -37,16 +49,40 @@ def test_senseless_sizes_are_refused(values: dict) -> None:
 
 def test_every_number_has_limits() -> None:
     """And what is beyond, endless or no number at all is refused by name; so are sizes."""
-    numbers = {each.name for each in fields(TrainConfig) if {int, float} & {each.type, *get_args(each.type)}}
+    numbers = {name for name, kind in TrainOptions.field_types().items() if {int, float} & {kind, *get_args(kind)}}
     assert numbers - {"train_sizes", "crop_sizes", "crop_range"} == LIMITS.keys()
     for name, (least, most) in LIMITS.items():
         option = f"--{name.replace('_', '-')} must be at "
         for value in (least - 1, most * 2 if most < 1e300 else float("inf"), float("nan")):
             with pytest.raises(UserError, match=option):
-                TrainConfig(**{name: value})
+                TrainOptions.of(**{name: value})
     for sizes in ({"train_sizes": (0,)}, {"crop_sizes": (-5,)}, {"crop_range": (9, 3)}):
         with pytest.raises(UserError, match="--" + next(iter(sizes)).replace("_", "-")):
-            TrainConfig(**sizes)
+            TrainOptions.of(**sizes)
+
+
+def test_options_are_composed_of_groups_and_flat_for_a_command_line_and_a_file() -> None:
+    """By name, whatever group each is in; so no two groups have one of the same name."""
+    for kind in (TrainOptions, EvaluateOptions, PredictOptions):
+        groups = [each for each in map(default_of, fields(kind)) if isinstance(each, Options)]
+        own = len(fields(kind)) - len(groups)
+        assert len(kind.field_types()) == own + sum(len(group.field_types()) for group in groups)
+    recipe = RECIPES["detr_tiny"]
+    changed = recipe.but(lr=1.0, seed=3, train_sizes=(7,))
+    assert (changed.optimizer.lr, changed.seed, changed.augmentation.train_sizes) == (1.0, 3, (7,))
+    assert changed.optimizer.epochs == recipe.optimizer.epochs and changed.network == recipe.network
+    assert TrainOptions.of(lr=1.0, seed=3) == TrainOptions(optimizer=OptimizerOptions(lr=1.0), seed=3)
+    assert changed.to_dict() == recipe.to_dict() | {"lr": 1.0, "seed": 3, "train_sizes": (7,)}
+    with pytest.raises(TypeError, match="no option leraning_rate"):
+        recipe.but(leraning_rate=1.0)
+    with pytest.raises(UserError, match=r"'wieght_decay'.*'weight_decay'"):
+        TrainOptions.from_dict(recipe.to_dict() | {"wieght_decay": 0.0})
+
+
+def test_backends_asked_for_by_name_are_those_of_the_registry() -> None:
+    assert set(get_args(Attention)) == {"auto", *OPERATIONS["attention"].names}
+    known = {name for operation in OPERATIONS.values() for name in operation.names}
+    assert {"auto", "ref"} < set(get_args(Kernels)) <= {"auto", *known}
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from detr_fast.check_data import print_lines
 from detr_fast.command import run
-from detr_fast.config import TrainConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.console import Console, legible
-from detr_fast.doctor import DoctorConfig
+from detr_fast.doctor import DoctorOptions
+from detr_fast.options import TrainOptions
 from detr_fast.train import default_options
 
 CHECKOUT = Path(__file__).parents[1]
@@ -82,12 +83,12 @@ def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
 
-    def main(options: DoctorConfig) -> None:
+    def main(options: DoctorOptions) -> None:
         Console().print("\u7ec4\udce9")
         raise UserError("\u7ec4\udce9\x1b[2J")
 
     with pytest.raises(SystemExit) as stopped:
-        run(main, DoctorConfig, argv=[])
+        run(main, DoctorOptions, argv=[])
     out, err = (stream.detach() for stream in streams)
     assert stopped.value.code == 2
     assert (out.getvalue(), err.getvalue()) == (b"\\u7ec4\\udce9\n", b"error: \\u7ec4\\udce9\\x1b[2J\n")
@@ -106,11 +107,10 @@ def test_a_terminal_that_cannot_show_a_name_is_no_error(monkeypatch: pytest.Monk
 def test_how_a_command_ends_that_is_stopped(ending: str, code: int) -> None:
     """Ours alone shows where it happened."""
     program = (
-        "import os, signal; from dataclasses import dataclass; from detr_fast.command import run\n"
+        "import os, signal; from detr_fast.command import run; from detr_fast.option_groups import Options\n"
         "from detr_fast.console import Console\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(write)\n"
         f"def main(options):\n    {ending}\n"
-        "Options = dataclass(type('Options', (), {}))\n"
         "run(main, Options, argv=[])"
     )
     path = os.pathsep.join(path for path in sys.path if path)
@@ -120,11 +120,11 @@ def test_how_a_command_ends_that_is_stopped(ending: str, code: int) -> None:
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1), done.stderr
 
 
-def parsed(*argv: str) -> TrainConfig:
+def parsed(*argv: str) -> TrainOptions:
     """The options that `train` gets from a command line."""
-    got: list[TrainConfig] = []
+    got: list[TrainOptions] = []
     with pytest.raises(SystemExit) as ending:
-        run(got.append, TrainConfig, default_options, argv)
+        run(got.append, TrainOptions, default_options, argv)
     assert ending.value.code == 0
     return got[0]
 
@@ -134,14 +134,14 @@ def test_options_have_one_meaning_in_any_spelling() -> None:
     argv = ["--train-images", "a_b", "--train-annotations=c_d.json", "--val-images", "e", "--val-annotations", "f"]
     respelled = [word.replace("-images", "_images").replace("-annotations", "_annotations") for word in argv]
     assert argv != respelled and parsed(*argv) == parsed(*respelled)
-    assert (parsed(*argv).model, parsed(*argv).train_images) == ("detr_r50", "a_b")
+    assert (parsed(*argv).network.model, parsed(*argv).dataset.train_images) == ("detr_r50", "a_b")
     assert parsed("--output=~/runs").output == parsed("--output", os.path.expanduser("~/runs")).output
 
 
 @pytest.mark.parametrize("argv", [["--resume", ""], ["--output="], ["--data", "shapes:64", "--weights", ""]])
 def test_an_empty_value_is_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ending:
-        run(lambda options: None, TrainConfig, default_options, argv)
+        run(lambda options: None, TrainOptions, default_options, argv)
     assert ending.value.code == 2
     assert f"{argv[-2] if argv[-1] == '' else '--output'} is empty" in capsys.readouterr().err
 
@@ -153,6 +153,6 @@ def test_help_ends_on_any_terminal(
     """In one column tyro's layout takes all memory. A run to resume that is not there is no reason to give none."""
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as ending:
-        run(lambda options: None, TrainConfig, default_options, ["--help", "--resume", "nowhere"])
+        run(lambda options: None, TrainOptions, default_options, ["--help", "--resume", "nowhere"])
     assert ending.value.code == 0 and os.environ["COLUMNS"] == ("80" if columns == "80" else "40")
     assert "--epochs" in capsys.readouterr().out

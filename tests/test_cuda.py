@@ -9,11 +9,12 @@ from detr_kernels import batched_assignment, conv_bias_act
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr_fast.config import MODELS, Attention, Device, Kernels, Precision, RuntimeOptions
+from detr_fast.config import MODELS
 from detr_fast.data.batch import Batch
 from detr_fast.data.loader import on_device
 from detr_fast.detector import Detector
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention, Device, Kernels, Precision, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
 from detr_fast.training.micro_batches import MicroBatches

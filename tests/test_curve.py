@@ -97,7 +97,7 @@ def test_what_is_allowed_doubles_after_the_second_step() -> None:
 
 def step_with(**changes: float) -> Callable[..., TrainStep]:
     def make(model: DETR, config: Any, *rest: Any) -> TrainStep:
-        return make_step(model, replace(config, **changes), *rest)
+        return make_step(model, config.but(**changes), *rest)
 
     return make
 
@@ -127,8 +127,8 @@ def test_a_loss_that_is_not_finite_is_not_close(curve: TrainingCurve) -> None:
 def trained(task: Task) -> DETR:
     """Long enough to find some of the objects of the images that it has seen."""
     model = copy.deepcopy(task.model).train()
-    config = replace(task.config, lr=2e-3, lr_backbone=2e-3, device="cpu", precision="fp32")
-    step = make_step(model, config, choose_runtime(config), World(), None)
+    config = task.config.but(lr=2e-3, lr_backbone=2e-3, device="cpu", precision="fp32")
+    step = make_step(model, config, choose_runtime(config.runtime), World(), None)
     for _ in range(40):
         step([task.batch])
     return model.eval()
@@ -231,7 +231,7 @@ def test_a_checkpoint_on_a_whole_data_set(trained: DETR, task: Task, tmp_path: P
     path = tmp_path / "best.pt"
     description = ModelDescription.of(trained.config, task.dataset.categories)
     write_container(path, description.with_weights(trained.state_dict()))
-    model, images = checkpoint_and_images(str(path), task.config.data)
+    model, images = checkpoint_and_images(str(path), task.config.dataset.data)
     ap = AveragePrecision(model, images, CPU)
     ap.add("fp32", FP32)
     assert ap.to_dict()["close"] and ap.to_dict()["images"] == 12

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 
 from detr_fast import train
-from detr_fast.config import RECIPES, RuntimeOptions
 from detr_fast.data.batch import Batch
 from detr_fast.data.loader import on_device
+from detr_fast.options import RECIPES, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import data_rate
 from detr_fast.training.build import make_batches, make_data

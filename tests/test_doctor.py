@@ -10,7 +10,7 @@ from detr_fast import doctor
 
 
 def test_table_has_a_row_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(doctor.DoctorConfig()) == 0
+    assert doctor.main(doctor.DoctorOptions()) == 0
     table = capsys.readouterr().out
     for subject in ("Python", "torch", "GPU", "CPU", "C++", "triton", "xformers", "hotcoco", "disk", "cache"):
         assert subject in table

@@ -14,7 +14,7 @@ from PIL import Image
 
 from detr_fast import Detector, evaluate, predict
 from detr_fast.command import run
-from detr_fast.config import MODELS, EvaluateConfig, PredictConfig, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import Category, build_dataset
 from detr_fast.data.shapes import CLASSES
 from detr_fast.evaluation.coco_metrics import METRICS, category_names, evaluate_detections
@@ -22,6 +22,7 @@ from detr_fast.evaluation.pictures import Picture
 from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.evaluation.report import pictures
 from detr_fast.export import write_weights
+from detr_fast.options import DataOptions, EvaluateOptions, PredictOptions
 from detr_fast.weights import build_model
 
 SHAPES = tuple(Category(number, name) for number, name in enumerate(CLASSES, 1))
@@ -37,13 +38,13 @@ def write_model(path: Path, categories: tuple[Category, ...] | None) -> Path:
 
 def run_evaluate(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        run(evaluate.main, EvaluateConfig, argv=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
+        run(evaluate.main, EvaluateOptions, argv=[*map(str, arguments), "--device", "cpu", "--workers", "0"])
     return int(stopped.value.code or 0)
 
 
 def run_predict(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        run(predict.main, PredictConfig, argv=[*map(str, arguments), "--device", "cpu"])
+        run(predict.main, PredictOptions, argv=[*map(str, arguments), "--device", "cpu"])
     return int(stopped.value.code or 0)
 
 
@@ -152,7 +153,7 @@ def test_predict_writes_json_and_pictures(
     weights: Path, photographs: Path, tmp_path: Path, batch_size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    options = ("--out", out, "--threshold", 0.2, "--batch-size", batch_size)
+    options = ("--output", out, "--threshold", 0.2, "--batch-size", batch_size)
     assert run_predict(photographs, "--weights", weights, *options) == 0
     entries = json.loads((out / "predictions.json").read_text())
     sizes = [(one["file_name"], one["width"], one["height"]) for one in entries]
@@ -167,19 +168,19 @@ def test_predict_writes_json_and_pictures(
 
 
 def test_predict_takes_a_single_image(weights: Path, photographs: Path, tmp_path: Path) -> None:
-    assert run_predict(photographs / "a.jpg", "--weights", weights, "--out", tmp_path / "out") == 0
+    assert run_predict(photographs / "a.jpg", "--weights", weights, "--output", tmp_path / "out") == 0
     assert [one["file_name"] for one in json.loads((tmp_path / "out" / "predictions.json").read_text())] == ["a.jpg"]
 
 
 def test_predict_leaves_its_input_alone(weights: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file.name: file.read_bytes() for file in photographs.iterdir()}
-    assert run_predict(photographs, "--weights", weights, "--out", photographs) == 0
+    assert run_predict(photographs, "--weights", weights, "--output", photographs) == 0
     inside = photographs / "pictures"
-    assert run_predict(photographs, "--weights", weights, "--out", photographs) == 0
+    assert run_predict(photographs, "--weights", weights, "--output", photographs) == 0
     assert {name: (photographs / name).read_bytes() for name in before} == before
     assert len(list(inside.iterdir())) == 3
     capsys.readouterr()
-    assert run_predict(inside, "--weights", weights, "--out", photographs) == 2
+    assert run_predict(inside, "--weights", weights, "--output", photographs) == 2
     assert "among the images that are read" in capsys.readouterr().err
 
 
@@ -187,7 +188,7 @@ def test_predict_names_a_bad_image_and_goes_on(
     weights: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photographs / "b.jpg").write_text("<html></html>")
-    assert run_predict(photographs, "--weights", weights, "--out", tmp_path / "out") == 2
+    assert run_predict(photographs, "--weights", weights, "--output", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert "b.jpg" in captured.err
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 3
@@ -216,7 +217,7 @@ def test_a_folder_is_done_by_content_and_the_rest_is_named(
         (photographs / f"{number}.json").write_text("{}")
     (photographs / "inner").mkdir()
     os.mkfifo(photographs / "pipe")
-    assert run_predict(photographs, "--weights", weights, "--out", tmp_path / "out", "--batch-size", 4) == 2
+    assert run_predict(photographs, "--weights", weights, "--output", tmp_path / "out", "--batch-size", 4) == 2
     done = [one["file_name"] for one in json.loads((tmp_path / "out" / "predictions.json").read_text())]
     assert done == ["a.PNG", "a.jpg", "c$x$.png", "d.jfif", "e", "f.img", "g.avif", "h.mpo"]
     told = capsys.readouterr().err
@@ -244,7 +245,7 @@ def test_names_of_any_bytes_are_done(weights: Path, photographs: Path, tmp_path:
     for name in names:
         (photographs / name).hardlink_to(photographs / "a.jpg")
     out = tmp_path / os.fsdecode(b"out\xe9 [/x]")
-    assert run_predict(photographs, "--weights", weights, "--out", out) == 0
+    assert run_predict(photographs, "--weights", weights, "--output", out) == 0
     done = [one["file_name"] for one in json.loads((out / "predictions.json").read_text())]
     assert done == sorted(["a.PNG", "a.jpg", "c$x$.png", *names])
     assert len(list((out / "pictures").iterdir())) == len(done)
@@ -254,7 +255,7 @@ def test_a_picture_that_cannot_be_written_is_that_images_fault(
     weights: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photographs / "a.jpg").rename(photographs / f"{'b' * 250}.jpg")
-    assert run_predict(photographs, "--weights", weights, "--out", tmp_path / "out") == 2
+    assert run_predict(photographs, "--weights", weights, "--output", tmp_path / "out") == 2
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 3
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
     assert "3 images, 1 with an error" in capsys.readouterr().out
@@ -275,7 +276,7 @@ def test_a_run_that_dies_leaves_what_it_had_found(
 
     monkeypatch.setattr(predict, "draw_detections", draw_and_look)
     monkeypatch.setattr(PredictionsFile, "finish", die)
-    assert run_predict(photographs, "--weights", weights, "--out", file.parent) == 1
+    assert run_predict(photographs, "--weights", weights, "--output", file.parent) == 1
     assert seen == [1, 2, 3] == [*range(1, 1 + len(json.loads(file.read_text())))]
 
 
@@ -308,11 +309,11 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(
         monkeypatch.setattr(module, name, None)  # which would raise
     out = weights / "out"
     assert run_evaluate("--weights", weights, "--data", shapes_root, "--output", out) == 2
-    assert run_predict(photographs, "--weights", weights, "--out", out) == 2
+    assert run_predict(photographs, "--weights", weights, "--output", out) == 2
 
 
 def test_evaluation_pictures_are_without_an_image_that_was_taken_away(shapes_root: Path) -> None:
-    data = build_dataset(EvaluateConfig(weights="", data=str(shapes_root)), "val", MODELS["detr_tiny"])
+    data = build_dataset(DataOptions(data=str(shapes_root)), "val", MODELS["detr_tiny"])
     data.records = [replace(data.records[0], path=shapes_root / "gone.jpg"), data.records[1]]
     names = category_names(data.coco_document()["categories"])
     rows = np.array([[record.id, 1, 1, 9, 9, 0.9, 1] for record in data.records])
@@ -328,10 +329,10 @@ def test_predict_says_which_pictures_are_older(
     images.mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(images / name)
-    assert run_predict(images, "--weights", weights, "--out", out) == 0
+    assert run_predict(images, "--weights", weights, "--output", out) == 0
     assert "older" not in capsys.readouterr().out
     (images / "a.png").unlink()
-    assert run_predict(images, "--weights", weights, "--out", out) == 0
+    assert run_predict(images, "--weights", weights, "--output", out) == 0
     said = capsys.readouterr().out
     assert "older pictures" in said and said.rstrip().endswith("pictures: a.png.png")
     assert (out / "pictures" / "a.png.png").exists()  # a person may have put one there

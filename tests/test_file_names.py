@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from detr_fast import check_data
-from detr_fast.check_data import CheckDataConfig
-from detr_fast.config import DataOptions, UserError
+from detr_fast.check_data import CheckDataOptions
+from detr_fast.config import UserError
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.file_names import ImageFolder
+from detr_fast.options import DataOptions
 
 NFC, NFD = (unicodedata.normalize(form, "Zürich é.jpg") for form in ("NFC", "NFD"))
 Make = Callable[..., Path]
@@ -47,7 +48,8 @@ def training_set(root: Path, **options: object) -> CocoDataset:
 def checked(root: Path, **options: bool) -> int:
     """Return check_data's exit code for the training split alone."""
     annotations = str(root / "annotations" / "train.json")
-    return check_data.main(CheckDataConfig(train_images=str(root / "train"), train_annotations=annotations, **options))
+    given = {"train_images": str(root / "train"), "train_annotations": annotations}
+    return check_data.main(CheckDataOptions.of(**given, **options))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from detr_kernels import Selection
 from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
-from detr_fast.config import Attention, UserError
+from detr_fast.config import UserError
 from detr_fast.cuda_graphs import Call, cudnn_benchmark
 from detr_fast.data.batch import Batch
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention
 from detr_fast.training.build import SHAPE_STEP_PX
 from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import MOST_GRAPHS, GraphedStep, why_not_graphed

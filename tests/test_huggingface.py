@@ -12,7 +12,7 @@ from detr_profiling.reference.name_seeded_weights import perturbed_state_dict, s
 from torch import nn
 
 from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
-from detr_fast.export import ExportConfig, main, write_weights
+from detr_fast.export import ExportOptions, main, write_weights
 
 transformers = pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
 
@@ -74,5 +74,5 @@ def test_our_folder_is_read_by_them(tmp_path: Path) -> None:
     model = build_ours("detr_r50_dc5")
     write_weights(Detector(model), tmp_path / "own.pth", "detr_fast")
     folder = tmp_path / "exported"
-    assert main(ExportConfig(weights=str(tmp_path / "own.pth"), out=str(folder), naming="huggingface")) == 0
+    assert main(ExportOptions(weights=str(tmp_path / "own.pth"), output=str(folder), naming="huggingface")) == 0
     assert_same_predictions(model, transformers.DetrForObjectDetection.from_pretrained(folder).eval())

@@ -1,9 +1,9 @@
 """An option that is given and has no effect is refused, with the option that takes its effect away and what to do."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from detr_profiling import __main__ as profiling
@@ -14,24 +14,26 @@ from detr_profiling.race import RaceOptions
 from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
 
-from detr_fast.check_data import CheckDataConfig
+from detr_fast.check_data import CheckDataOptions
 from detr_fast.command import run
-from detr_fast.config import MODELS, EvaluateConfig, Idle, PredictConfig, TrainConfig, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import build_dataset
+from detr_fast.option_groups import Idle, Options
+from detr_fast.options import DataOptions, EvaluateOptions, PredictOptions, TrainOptions
 from detr_fast.train import default_options
 
 WEIGHTS = "--weights w.pth "
 TRAIN, VAL = "--train-images t --train-annotations t.json ", "--val-images v --val-annotations v.json "
 RUNTIME = [("--kernels ref --tune", "--kernels ref --no-tune")]
 WORKLOAD = [
-    ("--no-buckets", "--no-buckets --sizes mixed"),
+    ("--no-buckets", "--no-buckets --size-mix mixed"),
     ("--mode inference --objects 3", "--objects 3"),
     ("--mode inference --dropout 0.1", "--dropout 0.1"),
     ("--capture --device cpu", "--no-capture --device cpu"),
 ]
 """Of every command that measures a workload."""
 CASES: dict[type, list[tuple[str, str]]] = {
-    TrainConfig: [
+    TrainOptions: [
         *RUNTIME,
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
         ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
@@ -40,14 +42,14 @@ CASES: dict[type, list[tuple[str, str]]] = {
         ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
         ("--train-sizes 48 128", "--train-sizes 48 128 --max-size 128"),
     ],
-    EvaluateConfig: [
+    EvaluateOptions: [
         *((WEIGHTS + each, WEIGHTS + other) for each, other in RUNTIME),
         (WEIGHTS + TRAIN, WEIGHTS + TRAIN + "--split train"),
         (WEIGHTS + VAL + "--split train", WEIGHTS + VAL),
         (WEIGHTS + TRAIN + "--split train --data d", WEIGHTS + TRAIN + "--split train"),
         (WEIGHTS + VAL + "--data d", WEIGHTS + "--data d"),
     ],
-    PredictConfig: [("a.jpg " + WEIGHTS + each, "a.jpg " + WEIGHTS + other) for each, other in RUNTIME],
+    PredictOptions: [("a.jpg " + WEIGHTS + each, "a.jpg " + WEIGHTS + other) for each, other in RUNTIME],
     TraceOptions: [
         ("--no-buckets", "--no-buckets --data shapes:64"),
         *WORKLOAD[1:],
@@ -69,8 +71,14 @@ CASES: dict[type, list[tuple[str, str]]] = {
 """For each row of a table a command line that it refuses, and the nearest one that passes."""
 
 
-def idle_of(options_type: Any) -> tuple[Idle, ...]:
-    return options_type.idle
+def idle_of(options_type: type[Options]) -> list[tuple[type[Options], Idle]]:
+    """The rows of its own table and of its groups', each with whose it is."""
+    parts = [options_type, *(kind for kind in get_type_hints(options_type).values() if is_group(kind))]
+    return [(part, one) for part in parts for one in part.idle]
+
+
+def is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Options)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +91,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def answer(options_type: type, arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code and the message of a command that does nothing."""
-    default: Callable | None = default_options if options_type is TrainConfig else None
+    default: Callable | None = default_options if options_type is TrainOptions else None
     with pytest.raises(SystemExit) as ending:
         run(lambda options: 0, options_type, default, arguments.split())
     return int(str(ending.value.code)), capsys.readouterr().err
@@ -97,13 +105,13 @@ def test_each_row_of_the_tables_refuses_its_option(options_type: type, capsys: p
         assert code == 2, refused
         messages.append(message.removeprefix("error: ").strip())
         assert answer(options_type, passed, capsys) == (0, ""), passed
-    assert set(messages) == {one.message() for one in idle_of(options_type)}
+    assert set(messages) == {one.message() for _, one in idle_of(options_type)}
 
 
 def test_a_table_names_options_that_there_are_and_says_what_to_do() -> None:
     for options_type in CASES:
-        for one in idle_of(options_type):
-            assert one.option in {each.name for each in fields(options_type)}
+        for part, one in idle_of(options_type):
+            assert one.option in part.field_types()
             assert len(one.why.split(":")) == 2 and one.message().endswith(f"or leave --{name_of(one)} out.")
 
 
@@ -113,23 +121,23 @@ def name_of(one: Idle) -> str:
 
 def test_what_is_not_given_is_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """The recipes' own combinations, and values that look like options' names."""
-    assert answer(TrainConfig, "--schedule cosine --output lr-drop --model detr_tiny", capsys) == (0, "")
-    assert answer(TrainConfig, "--no-object-weight 0.2 --no-tune", capsys) == (0, "")
+    assert answer(TrainOptions, "--schedule cosine --output lr-drop --model detr_tiny", capsys) == (0, "")
+    assert answer(TrainOptions, "--no-object-weight 0.2 --no-tune", capsys) == (0, "")
 
 
 def test_every_command_with_a_table_is_tried() -> None:
-    for module, name in profiling.COMMANDS.items():
-        options_type = getattr(__import__(f"detr_profiling.{module}", fromlist=[name]), name)
-        assert options_type in CASES or not hasattr(options_type, "idle")
+    for command in profiling.COMMANDS.values():
+        options_type = getattr(import_module(command.module), str(command.options))
+        assert options_type in CASES or not idle_of(options_type)
 
 
 @pytest.mark.parametrize(
     ("options_type", "arguments"),
     [
-        *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateConfig, PredictConfig)),
-        *((CheckDataConfig, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
+        *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateOptions, PredictOptions)),
+        *((CheckDataOptions, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
         *((kind, "--no-tune") for kind in (TraceOptions, LadderOptions)),
-        *((kind, "--sizes mixed") for kind in (TraceOptions, ParityOptions)),
+        *((kind, "--size-mix mixed") for kind in (TraceOptions, ParityOptions)),
         *((ParityOptions, arguments) for arguments in ("--no-buckets", "--dropout 0.1")),
         (LadderOptions, "--no-capture"),
         (RaceOptions, "--no-leave-one-out"),
@@ -144,17 +152,13 @@ def test_an_option_that_never_has_an_effect_is_not_there(options_type: type, arg
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        *(
-            (kind, values)
-            for kind in (TrainConfig, EvaluateConfig)
-            for values in ({"image_size": 128}, {"max_size": 32})
-        ),
-        (EvaluateConfig, {"image_size": 0}),
+        *((kind, values) for kind in (TrainOptions, DataOptions) for values in ({"image_size": 128}, {"max_size": 32})),
+        (DataOptions, {"image_size": 0}),
     ],
 )
 def test_an_image_size_above_the_largest_is_refused(kind: Any, values: dict[str, int], shapes_root: Path) -> None:
-    options = kind(data=str(shapes_root), **values, **({"weights": "w"} if kind is EvaluateConfig else {}))
+    options = kind.of(data=str(shapes_root), **values)
     model = default_options(["--model", "detr_tiny"])
     for split in ("train", "val"):
         with pytest.raises(UserError, match=r"image_size \d+ must be between 1 and max_size \d+"):
-            build_dataset(options, split, MODELS[model.model])
+            build_dataset(options, split, MODELS[model.network.model])

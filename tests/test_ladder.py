@@ -160,7 +160,7 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
-    mixed = replace(OPTIONS, sizes="mixed")
+    mixed = replace(OPTIONS, size_mix="mixed")
     entries = build_entries(mixed)
     assert [entry.name for entry in entries[:3]] == ["reference", "buckets", "freed memory kept"]
     assert [entry.configuration.options.buckets for entry in entries] == [False] + [True] * (len(entries) - 1)
@@ -245,13 +245,13 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
 
     monkeypatch.setattr(rounds, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
-        ladder.main(replace(OPTIONS, out=str(tmp_path)))
+        ladder.main(replace(OPTIONS, output=str(tmp_path)))
     assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 9
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
     for mode in ("training", "inference", "training"):
-        assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, out=str(tmp_path))) == 0
+        assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, output=str(tmp_path))) == 0
     rows = read_rows(tmp_path / "ladder.csv")
     assert [row.mode for row in rows] == ["inference"] * 11 + ["training"] * 12
     last = rows[-1]
@@ -273,17 +273,17 @@ FILLED: dict[Any, Any] = {float | None: 2.5, bool | None: False, tuple[float, ..
 
 
 def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer, tmp_path: Path) -> None:
-    options = replace(OPTIONS, sizes="mixed", rounds=1, leave_one_out=False)
+    options = replace(OPTIONS, size_mix="mixed", rounds=1, leave_one_out=False)
     entries = build_entries(options)
     list(measuring(entries, options, QUIET).run())
     write_rows(rows_of(entries, options), tmp_path / "ladder.csv")
     rows = read_rows(tmp_path / "ladder.csv")
     assert [row.padding for row in rows] == [1.5] + [1.04] * (len(rows) - 1)
-    assert {row.sizes for row in rows} == {"mixed"}
+    assert {row.size_mix for row in rows} == {"mixed"}
     results = load_results(tmp_path)
     shown = Console(width=100, record=True, file=io.StringIO())
     show(ladder_sections(results.ladder), shown)
     assert re.search(r"overhead,(.*\n){1,3}.*reference.* 50 .*\n.*buckets.* 4\.0 ", shown.export_text())
     assert [row.padding for row in results.ladder[:2]] == [1.5, 1.04]
     assert "64x96 px, mixed sizes, batch size 1" in readme_table(results)
-    assert f"ladder --out {tmp_path} --size 64x96 --sizes mixed" in render_markdown(make_report(results))
+    assert f"ladder --output {tmp_path} --size 64x96 --size-mix mixed" in render_markdown(make_report(results))

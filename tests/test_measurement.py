@@ -50,7 +50,7 @@ def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
 
 
 def test_of_mixed_sizes_a_steps_time_is_the_mean_over_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(INFERENCE, model="detr_tiny", sizes="mixed", batch_size=2)
+    options = replace(INFERENCE, model="detr_tiny", size_mix="mixed", batch_size=2)
     monkeypatch.setattr("detr_profiling.measuring.measurement.measure", lambda *_, **__: Timing((100.0, 80.0)))
     for buckets in (False, True):
         each = replace(options, buckets=buckets)

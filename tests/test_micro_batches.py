@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr_fast.config import RECIPES, TrainConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR, Predictions
+from detr_fast.options import RECIPES, TrainOptions
 from detr_fast.train import main
 from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
 from detr_fast.training.distributed import World
@@ -21,7 +22,9 @@ from tests import factories
 from tests.factories import TINY, make_batch, run_processes
 from tests.stand_in import StandIn
 
-OPTIONS = TrainConfig(model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32")
+OPTIONS = TrainOptions.of(
+    model="detr_tiny", train_sizes=(64,), max_size=64, batch_size=4, device="cpu", precision="fp32"
+)
 EXTREMES = Extremes(objects=10, mixed=False, padded=False)
 
 
@@ -146,9 +149,9 @@ def test_a_run_says_that_its_memory_ran_out(shapes_root: Path, tmp_path: Path, m
         return predict_layers(self, images, mask)
 
     monkeypatch.setattr(DETR, "predict_layers", bounded)
-    options = replace(RECIPES["detr_tiny"], data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)
+    options = RECIPES["detr_tiny"].but(data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)
     with pytest.warns(match="from now on each batch is computed in 2 micro-batches") as warned:
-        assert main(replace(options, device="cpu", precision="fp32")) == 0
+        assert main(options.but(device="cpu", precision="fp32")) == 0
     assert sum("The memory ran out" in str(each.message) for each in warned) == 1
 
 
@@ -162,19 +165,19 @@ def test_a_run_says_that_its_memory_ran_out(shapes_root: Path, tmp_path: Path, m
 def test_the_largest_batch_is_as_large_as_training_can_ask_for(
     extremes: Extremes, padded_size: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    options = replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3)
+    options = OPTIONS.but(train_sizes=(480, 800), max_size=1333, batch_size=3)
     largest = largest_batch(options, TINY, extremes)
     assert largest.padded_size == padded_size and set(largest.images.sizes) == {size} and len(largest.images) == 3
     assert largest.padded == extremes.padded and largest.targets.labels.shape == (3, extremes.objects)
 
 
 def test_what_training_can_meet_is_known_from_the_annotations(shapes_root: Path) -> None:
-    options = replace(RECIPES["detr_tiny"], data=str(shapes_root), model="detr_tiny")
+    options = RECIPES["detr_tiny"].but(data=str(shapes_root), model="detr_tiny")
     train_set, _, _ = make_data(options)
     most = max(len(record.labels) for record in train_set.records)
     assert extremes_of(options, train_set, 256) == (most, False, False)
     assert extremes_of(options, train_set, 256 + 3) == (most, True, False)
-    several = replace(options, train_sizes=(48, 64), buckets=False)
+    several = options.but(train_sizes=(48, 64), buckets=False)
     assert extremes_of(several, train_set, 256) == (most, True, True)
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from detr_fast.config import MODELS, RuntimeOptions
+from detr_fast.config import MODELS
 from detr_fast.data.batch import Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.options import RuntimeOptions
 from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import choose_runtime
 

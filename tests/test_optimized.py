@@ -13,11 +13,12 @@ from detr_profiling.tracing.allocations import living_tensors_mib
 from torch import Tensor, nn
 
 from detr_fast import DETR, export_state_dict, load_model
-from detr_fast.config import MODELS, RuntimeOptions, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.detector import Detector
 from detr_fast.model.backends import select_backends
 from detr_fast.model.normalization import FoldedConvolution, FrozenBatchNorm2d
 from detr_fast.model.optimized import OptimizedDETR, optimized
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import choose_runtime, multiplies_bf16
 
 CONFIGS = {

@@ -252,7 +252,7 @@ def run_main(
     """Of one variant, with the reference's side that is there already, and a curve of few images."""
     monkeypatch.setattr(parity, "build_variants", lambda options: [variant])
     monkeypatch.setattr(parity, "OutputParity", lambda options: outputs)
-    code = main(ParityOptions(**OPTIONS.to_dict(), out=str(out), data=str(data), steps=2))
+    code = main(ParityOptions(**OPTIONS.to_dict(), output=str(out), data=str(data), steps=2))
     return code, json.loads((out / "parity.json").read_text())
 
 

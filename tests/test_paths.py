@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_fast.config import DataOptions, UserError
+from detr_fast.config import UserError
 from detr_fast.data.photographs import find_images
 from detr_fast.data.splits import find_split
+from detr_fast.options import DataOptions
 from detr_fast.paths import kind_of
 from detr_fast.training.resuming import load_resumed, resumed_path
 from detr_fast.tuning import entries_of

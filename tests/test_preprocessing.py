@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from detr_fast import DETR, Detector, build_model, load_model
 from detr_fast.config import UserError
 from detr_fast.data.annotations import Category
-from detr_fast.export import ExportConfig, main, write_weights
+from detr_fast.export import ExportOptions, main, write_weights
 from detr_fast.weights import load_for_fine_tuning
 
 PETS = (Category(3, "Dog"), Category(8, "parrot"), Category(9, "CAT"))
@@ -33,7 +33,7 @@ def exported(model: DETR, folder: Path, categories: tuple[Category, ...] | None 
     """The folder that export writes for `model`."""
     write_weights(Detector(model, categories), folder / "own.safetensors", "detr_fast")
     out = folder / "exported"
-    assert main(ExportConfig(weights=str(folder / "own.safetensors"), out=str(out), naming="huggingface")) == 0
+    assert main(ExportOptions(weights=str(folder / "own.safetensors"), output=str(out), naming="huggingface")) == 0
     return out
 
 

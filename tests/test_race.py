@@ -55,7 +55,7 @@ def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
 def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
     measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = RaceOptions(**{**vars(OPTIONS), "out": str(tmp_path), "rounds": 2})
+    options = RaceOptions(**{**vars(OPTIONS), "output": str(tmp_path), "rounds": 2})
     assert race.main(options) == 1  # one baseline is not there
     assert measured == ["reference", "hf-eager", "hf-sdpa", "reference", "detr_fast"] * 2
     assert "4.50 times the fastest eager baseline" in capsys.readouterr().out

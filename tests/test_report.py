@@ -206,7 +206,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
     for absent in parts:
         place = absent.capitalize()
         folder = write_results(tmp_path / absent, **{name: part for name, part in parts.items() if name != absent})
-        command = f"python -m detr_profiling {absent} --out {folder}"
+        command = f"python -m detr_profiling {absent} --output {folder}"
         assert under_headings(page_of(folder), command) == [place, "Commands"]
         twin = Twin(render_markdown(load_results(folder)))
         assert under_headings(twin, command) == [place, "Commands"]
@@ -379,11 +379,11 @@ def test_commands_make_the_parts_again(cpu: Path) -> None:
     rows = page_of(cpu).tables["What makes each part"][1:]
     size = "--size 320x427 --batch-size 1"
     assert [row[1] for row in rows] == [
-        f"python -m detr_profiling ladder --out {cpu} {size} --threads 2",
-        f"python -m detr_profiling ladder --out {cpu} --mode inference {size} --threads 2",
-        f"python -m detr_profiling trace --out {cpu} {size} --device cpu --precision bf16 --compile --steps 3",
-        f"python -m detr_profiling parity --out {cpu} {size} --device cpu",
-        f"python -m detr_profiling report --out {cpu}",
+        f"python -m detr_profiling ladder --output {cpu} {size} --threads 2",
+        f"python -m detr_profiling ladder --output {cpu} --mode inference {size} --threads 2",
+        f"python -m detr_profiling trace --output {cpu} {size} --device cpu --precision bf16 --compile --steps 3",
+        f"python -m detr_profiling parity --output {cpu} {size} --device cpu",
+        f"python -m detr_profiling report --output {cpu}",
     ]
 
 

@@ -48,7 +48,7 @@ def test_whatever_is_there(tmp_path: Path) -> None:
 def test_damaged_file_is_named(tmp_path: Path, name: str, content: str | bytes) -> None:
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     command = name.partition(".")[0]
-    with pytest.raises(UserError, match=rf"{name} cannot be used: .*python -m detr_profiling {command} --out"):
+    with pytest.raises(UserError, match=rf"{name} cannot be used: .*python -m detr_profiling {command} --output"):
         main(ReportOptions(str(tmp_path)))
 
 

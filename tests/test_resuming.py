@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from detr_fast.config import MODELS, RECIPES, TrainConfig, UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.options import RECIPES, TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, main
 from detr_fast.training import checkpoint
@@ -63,12 +64,12 @@ OTHERWISE: dict[str, Any] = {
 """For every option whose value matters on resuming, one that the run below does not have."""
 
 
-def begun(root: Path, **options: Any) -> TrainConfig:
+def begun(root: Path, **options: Any) -> TrainOptions:
     small = {"data": str(root), "batch_size": 8, "accumulate": 1, "epochs": 1, "device": "cpu", "warmup_steps": 2}
-    return replace(RECIPES["detr_tiny"], **(small | options))
+    return RECIPES["detr_tiny"].but(**(small | options))
 
 
-def state_of(options: TrainConfig, processes: int = 1) -> TrainingState:
+def state_of(options: TrainOptions, processes: int = 1) -> TrainingState:
     """What last.pt holds after three steps, without weights and moments."""
     train_set, val_set, config = make_data(options)
     return TrainingState(
@@ -82,9 +83,9 @@ def state_of(options: TrainConfig, processes: int = 1) -> TrainingState:
     )
 
 
-def ask(state: TrainingState, processes: int = 1, **asked: Any) -> TrainConfig:
+def ask(state: TrainingState, processes: int = 1, **asked: Any) -> TrainOptions:
     """The options that a run resumed from `state` has, where `asked` are given."""
-    options = located(replace(stored_defaults(state, Path("last.pt"), data_asked=False), **asked))
+    options = located(stored_defaults(state, Path("last.pt"), data_asked=False).but(**asked))
     train_set, val_set, config = make_data(options)
     check_resumed(state, options, config, train_set, val_set)
     return with_batches(continued(options, state, processes), config, "cpu", processes, len(train_set))
@@ -92,7 +93,7 @@ def ask(state: TrainingState, processes: int = 1, **asked: Any) -> TrainConfig:
 
 def test_every_option_has_one_rule_and_the_readme_has_them_all() -> None:
     listed = [name for group in ON_RESUMING.values() for name in group]
-    assert sorted(listed) == sorted(each.name for each in fields(TrainConfig))
+    assert sorted(listed) == sorted(TrainOptions.field_types())
     assert options_table() in README.read_text()
 
 
@@ -100,9 +101,10 @@ def test_every_option_has_one_rule_and_the_readme_has_them_all() -> None:
 def test_what_may_change_is_what_runs_and_is_told(shapes_root: Path, name: str) -> None:
     state = state_of(begun(shapes_root))
     asked = ask(state, **{name: OTHERWISE[name]})
-    assert getattr(asked, name) == OTHERWISE[name] != getattr(state.options, name)
+    stored = state.options.to_dict()[name]
+    assert asked.to_dict()[name] == OTHERWISE[name] != stored
     assert changes(state, asked).count("(was ") == 1
-    before = spelt(name, getattr(state.options, name))
+    before = spelt(name, stored)
     assert f", {spelt(name, OTHERWISE[name])} (was {before})" in changes(state, asked)
 
 
@@ -120,12 +122,12 @@ def test_a_fixed_option_spelt_out_is_no_change(shapes_root: Path) -> None:
     ask(state_of(begun(shapes_root)), **spelt)
 
 
-def param_groups(options: TrainConfig, state: Any) -> tuple[Any, Any]:
+def param_groups(options: TrainOptions, state: Any) -> tuple[Any, Any]:
     """The step's optimizer after one update, or as it goes on from `state`."""
     torch.manual_seed(0)
     model = DETR(replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=1))
-    model.backbone.requires_grad_(options.lr_backbone > 0)
-    runtime = choose_runtime(options)
+    model.backbone.requires_grad_(options.optimizer.lr_backbone > 0)
+    runtime = choose_runtime(options.runtime)
     step = make_step(place(model, runtime), options, runtime, World(), state)
     if state is None:
         for parameter in model.parameters():
@@ -136,14 +138,14 @@ def param_groups(options: TrainConfig, state: Any) -> tuple[Any, Any]:
 
 def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path) -> None:
     """With a backbone that is frozen or thawed on the way, and an average that begins or ends, too."""
-    trained = TrainConfig(model="detr_tiny", batch_size=8, accumulate=1, device="cpu", precision="fp32", ema=0.9)
-    for before in (trained, replace(trained, lr_backbone=0.0, ema=0.0)):
+    trained = TrainOptions.of(model="detr_tiny", batch_size=8, accumulate=1, device="cpu", precision="fp32", ema=0.9)
+    for before in (trained, trained.but(lr_backbone=0.0, ema=0.0)):
         step, _ = param_groups(before, None)
         average = step.ema.state_dict() if step.ema else None
         state = SimpleNamespace(optimizer=step.optimizer.state_dict(), scaler={}, ema=average)
         for asked in (
-            replace(before, lr=7e-6, lr_backbone=3e-6, weight_decay=0.5, ema=0.5),
-            replace(before, lr=7e-6, lr_backbone=0.0, weight_decay=0.5, ema=0.0),
+            before.but(lr=7e-6, lr_backbone=3e-6, weight_decay=0.5, ema=0.5),
+            before.but(lr=7e-6, lr_backbone=0.0, weight_decay=0.5, ema=0.0),
         ):
             resumed, groups = param_groups(asked, state)
             assert [group["base_lr"] for group in groups] == [7e-6, 3e-6][: len(groups)]
@@ -153,7 +155,7 @@ def test_the_optimizer_goes_on_with_the_rates_that_are_asked_for(tmp_path: Path)
                 assert moments["step"] == 1 and moments["exp_avg"].shape == parameter.shape
             kept = min(len(groups), len(state.optimizer["param_groups"]))
             assert len(resumed.optimizer.state) == sum(len(group["params"]) for group in groups[:kept])
-            assert (resumed.ema is not None) == (asked.ema > 0)
+            assert (resumed.ema is not None) == (asked.optimizer.ema > 0)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_an_update_keeps_its_images(
             ask(state, processes, **asked)
     else:
         resumed = ask(state, processes, **asked)
-        assert (resumed.batch_size, resumed.accumulate) == expected
+        assert (resumed.optimizer.batch_size, resumed.optimizer.accumulate) == expected
 
 
 def rewritten(root: Path, into: Path, change: Callable[[dict[str, Any], str], object]) -> Path:
@@ -249,7 +251,7 @@ def test_data_is_known_by_its_classes_and_content(
 ) -> None:
     state, other = state_of(begun(shapes_root)), str(rewritten(shapes_root, tmp_path / "other", change))
     if told is None:
-        assert ask(state, data=other).data == other
+        assert ask(state, data=other).dataset.data == other
     else:
         with pytest.raises(UserError, match=told):
             ask(state, data=other)
@@ -259,7 +261,7 @@ def test_the_content_tells_what_evaluation_reads_as_well(shapes_root: Path, tmp_
     def crowds(document: dict[str, Any], split: str) -> None:
         document["annotations"][0]["iscrowd"] = 1
 
-    other = replace(begun(shapes_root), data=str(rewritten(shapes_root, tmp_path / "other", crowds)))
+    other = begun(shapes_root).but(data=str(rewritten(shapes_root, tmp_path / "other", crowds)))
     one, two = (digests(*make_data(options)[:2]) for options in (begun(shapes_root), other))
     assert all(one[split].digest != two[split].digest for split in ("train", "val"))
 
@@ -273,8 +275,9 @@ def test_what_a_resumed_run_takes_for_granted(
     stored = begun(shapes_root, output="gone", lr=3e-4, train_images=images, train_annotations=file)
     state = replace(state_of(begun(shapes_root)), options=stored)
     kept = stored_defaults(state, place, data_asked=False)
-    assert (kept.lr, kept.output, kept.train_images) == (3e-4, str(tmp_path / "moved"), images)
-    assert {getattr(stored_defaults(state, place, True), name) for name in ON_RESUMING[SAME_CONTENT][1:]} == {None}
+    assert (kept.optimizer.lr, kept.output, kept.dataset.train_images) == (3e-4, str(tmp_path / "moved"), images)
+    elsewhere = stored_defaults(state, place, True).to_dict()
+    assert {elsewhere[name] for name in ON_RESUMING[SAME_CONTENT][1:]} == {None}
     assert stored_defaults(state, tmp_path / "copied.pt", False).output == "gone"
     (tmp_path / "moved" / "checkpoints").mkdir(parents=True)
     for here, output in (("moved/checkpoints", ".."), ("moved", "."), (".", "moved")):
@@ -284,10 +287,10 @@ def test_what_a_resumed_run_takes_for_granted(
 
 def test_stored_paths_hold_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    options = located(TrainConfig(data="base/", weights="w.pth", backbone_weights="imagenet", output="runs/one"))
-    assert (options.data, options.weights) == (str(tmp_path / "base"), str(tmp_path / "w.pth"))
-    assert (options.backbone_weights, options.output) == ("imagenet", "runs/one")
-    assert located(TrainConfig(data="shapes:64")).data == "shapes:64"
+    options = located(TrainOptions.of(data="base/", weights="w.pth", backbone_weights="imagenet", output="runs/one"))
+    assert (options.dataset.data, options.network.weights) == (str(tmp_path / "base"), str(tmp_path / "w.pth"))
+    assert (options.network.backbone_weights, options.output) == ("imagenet", "runs/one")
+    assert located(TrainOptions.of(data="shapes:64")).dataset.data == "shapes:64"
 
 
 def test_weights_that_are_not_read_any_more_may_lie_elsewhere(shapes_root: Path) -> None:
@@ -303,14 +306,14 @@ def test_the_advice_for_a_new_run_makes_one(shapes_root: Path, tmp_path: Path) -
     assert main(begun(shapes_root, output=str(tmp_path / "run"))) == 0
     fewer = rewritten(shapes_root, tmp_path / "fewer", fewer_images)
     for number, asked in enumerate(({"seed": 7}, {"batch_size": 5}, {"data": str(fewer)})):
-        refused = replace(default_options(["--resume", str(last)]), resume=str(last), **asked)
+        refused = default_options(["--resume", str(last)]).but(resume=str(last), **asked)
         with pytest.raises(UserError) as told:
             main(refused)
-        new = replace(begun(shapes_root, output=str(tmp_path / str(number))), **asked)
+        new = begun(shapes_root, output=str(tmp_path / str(number))).but(**asked)
         words = str(told.value).split("--weights ")
         for word in ("leave --resume out", "another --output"):
             assert word in words[0] or number == 1
-        assert main(replace(new, weights=words[1].rstrip(".") if len(words) > 1 else None)) == 0
+        assert main(new.but(weights=words[1].rstrip(".") if len(words) > 1 else None)) == 0
 
 
 def test_a_finished_run_makes_up_for_what_was_not_written(
@@ -319,7 +322,7 @@ def test_a_finished_run_makes_up_for_what_was_not_written(
     assert main(begun(shapes_root, output=str(tmp_path))) == 0
     read: list[Path] = []
     monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
-    resumed = replace(default_options(["--resume", str(tmp_path)]), resume="auto")
+    resumed = default_options(["--resume", str(tmp_path)]).but(resume="auto")
     evaluation, last = tmp_path / "evaluation.json", tmp_path / "checkpoints" / "last.pt"
     step = read_container(last)["progress"]["step"]
     evaluation.unlink()
@@ -327,7 +330,7 @@ def test_a_finished_run_makes_up_for_what_was_not_written(
     assert len(read) == 1  # by the command for its options, and by its run
     evaluation.write_text("old")
     assert main(resumed) == 0 and evaluation.read_text() == "old"
-    assert main(replace(resumed, image_size=48)) == 0 and evaluation.read_text() != "old"
+    assert main(resumed.but(image_size=48)) == 0 and evaluation.read_text() != "old"
     assert read_container(last)["progress"]["step"] == step
 
 
@@ -371,7 +374,7 @@ def test_a_command_reads_its_checkpoint_once(stored: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
     resumed = resumed_options(stored, data_asked=False)
     state = load_resumed(stored)
-    assert state is not None and state.options.lr == resumed.lr and len(read) == 1
+    assert state is not None and state.options.optimizer.lr == resumed.optimizer.lr and len(read) == 1
     load_resumed(stored)
     assert len(read) == 2  # it was handed over, not kept
     resumed_options(stored, data_asked=False)
@@ -394,7 +397,7 @@ def test_a_run_goes_on_as_asked_from_another_folder(
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
     argv = ["--resume", "../run", "--data", "../copy"]
-    resumed = replace(default_options(argv), data="../copy", resume=argv[1], epochs=2, lr=1e-6, image_size=48)
+    resumed = default_options(argv).but(data="../copy", resume=argv[1], epochs=2, lr=1e-6, image_size=48)
     assert main(resumed) == 0
     assert "resumed after step 6, --epochs 2 (was --epochs 1), --lr 1e-06 (was --lr 0.0005)" in capsys.readouterr().out
     with (run / "metrics.csv").open() as file:
@@ -405,8 +408,8 @@ def test_a_run_goes_on_as_asked_from_another_folder(
     assert read_container(run / "checkpoints" / "last.pt")["options"]["lr"] == 1e-6
     assert read_container(run / "checkpoints" / "best.pt")["step"] == 12 > best
     with pytest.raises(UserError, match=r"--epochs 1: .* has done 12 steps, .* have 6\. Give more --epochs"):
-        main(replace(resumed, epochs=1))
+        main(resumed.but(epochs=1))
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match="--capture"):
-        main(replace(resumed, epochs=3, capture=True))
+        main(resumed.but(epochs=3, capture=True))
     assert (run / "config.json").read_bytes() == before

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from detr_fast.config import DataOptions, TrainConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.data.coco import build_dataset
 from detr_fast.data.splits import find_split
+from detr_fast.options import DataOptions, TrainOptions
 from tests.coco_files import document
 
 
@@ -30,7 +31,7 @@ def test_splits_in_both_layouts(tmp_path: Path) -> None:
         coco / "annotations/instances_val2017.json",
     )
     with pytest.raises(UserError, match=r"No train split.*train.json.*instances_train2017.json.*--train-images"):
-        build_dataset(TrainConfig(data=str(coco)), "train")
+        build_dataset(TrainOptions.of(data=str(coco)), "train")
 
 
 def test_test_stands_in_for_val_and_says_so(tmp_path: Path) -> None:

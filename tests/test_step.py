@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detr_fast.config import MODELS, ModelConfig, RuntimeOptions, UserError
+from detr_fast.config import MODELS, ModelConfig, UserError
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module
 from detr_fast.training.criterion import build_criterion

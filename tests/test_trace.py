@@ -40,7 +40,7 @@ BLOCK = {
 
 def tiny_options(out: Path, **changes: Any) -> TraceOptions:
     named: dict[str, Any] = {"model": "detr_tiny", "size": "64x64", "batch_size": 2, "precision": "fp32", "threads": 1}
-    return TraceOptions(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "out": str(out)} | changes))
+    return TraceOptions(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "output": str(out)} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,10 @@ def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> 
 def test_a_size_leaves_no_room_for_the_recipes_crops(tmp_path: Path) -> None:
     bounded = training_options(tiny_options(tmp_path, model="detr_r50", size="48x32"), "somewhere")
     recipe = training_options(tiny_options(tmp_path, model="detr_r50", size="auto"), "somewhere")
-    assert (bounded.train_sizes, bounded.crop_sizes, bounded.max_size) == ((32,), (), 48)
-    assert recipe.crop_sizes == (400, 500, 600)
-    assert bounded.backbone_weights == "none", "nothing is downloaded"
+    drawn = bounded.augmentation
+    assert (drawn.train_sizes, drawn.crop_sizes, bounded.dataset.max_size) == ((32,), (), 48)
+    assert recipe.augmentation.crop_sizes == (400, 500, 600)
+    assert bounded.network.backbone_weights == "none", "nothing is downloaded"
 
 
 def test_the_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

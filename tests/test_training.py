@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,9 @@ import pytest
 import torch
 
 from detr_fast import load_model
-from detr_fast.config import RECIPES, TrainConfig, UserError
+from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
+from detr_fast.options import RECIPES, TrainOptions
 from detr_fast.train import default_options, last_line, main
 from detr_fast.training.build import make_data
 from detr_fast.training.checkpoint import Progress
@@ -33,9 +33,9 @@ STEPS = 12
 """Two epochs of 48 images in batches of 8."""
 
 
-def options(root: Path, output: Path, **changes: Any) -> TrainConfig:
+def options(root: Path, output: Path, **changes: Any) -> TrainOptions:
     small = {"data": str(root), "output": str(output), "epochs": 2, "batch_size": 8, "log_every": 1, "eval_every": 2}
-    return replace(RECIPES["detr_tiny"], **(small | {"device": "cpu", "warmup_steps": 2} | changes))
+    return RECIPES["detr_tiny"].but(**(small | {"device": "cpu", "warmup_steps": 2} | changes))
 
 
 def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
@@ -216,13 +216,15 @@ def test_fine_tuning_keeps_what_the_classes_share(
 
 
 def test_defaults_follow_the_data_and_the_model() -> None:
-    assert default_options([]).model == "detr_tiny"
+    assert default_options([]).network.model == "detr_tiny"
     shapes = default_options(["--data", "shapes:128"])
-    assert (shapes.model, shapes.image_size, shapes.train_sizes) == ("detr_tiny", 128, (128,))
+    found = shapes.network.model, shapes.dataset.image_size, shapes.augmentation.train_sizes
+    assert found == ("detr_tiny", 128, (128,))
     for arguments in (["--data", "some/folder"], ["--data", "shapes_of/mine"], ["--train-images", "some/folder"]):
-        assert default_options(arguments).model == "detr_r50", arguments
+        assert default_options(arguments).network.model == "detr_r50", arguments
     own = default_options(["--data", "some/folder"])
-    assert (own.model, own.epochs, own.lr, own.image_size) == ("detr_r50", 300, 1e-4, None)
+    assert (own.network.model, own.dataset.image_size) == ("detr_r50", None)
+    assert (own.optimizer.epochs, own.optimizer.lr) == (300, 1e-4)
 
 
 def test_a_best_checkpoint_is_for_use_and_says_so_when_resumed(one_epoch: Path) -> None:
@@ -287,7 +289,7 @@ def test_two_processes_leave_one_run_that_one_continues(
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6"]
     assert "AP" in json.loads((tmp_path / "evaluation.json").read_text())
     resumed = default_options(["--resume", str(tmp_path)])
-    assert main(replace(resumed, resume="auto", epochs=2)) == 0
+    assert main(resumed.but(resume="auto", epochs=2)) == 0
     assert "8 x 1 accumulated x 1 processes = 8 images a step" in capsys.readouterr().out
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6", "8", "10", "12"]
 
@@ -330,7 +332,7 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
     loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0
     loop.step.world.size = 1
-    loop.options = replace(TrainConfig(), accumulate=1)
+    loop.options = TrainOptions().but(accumulate=1)
     for progress.step, ap in enumerate(aps, 1):
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)
         loop._evaluate()

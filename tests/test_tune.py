@@ -17,8 +17,9 @@ from detr_profiling.measuring.turns import Turns
 from detr_profiling.tune import TuneOptions, Tuner, main, tune
 from detr_profiling.workload import WorkloadOptions
 
-from detr_fast.config import RECIPES, UserError
+from detr_fast.config import UserError
 from detr_fast.data.shapes import write_split
+from detr_fast.options import RECIPES
 from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data
@@ -135,7 +136,7 @@ def test_the_command_writes_what_auto_reads(
 ) -> None:
     monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr("detr_profiling.tune.switches", lambda options: [Switch("precision", ("fp32",))])
-    assert main(replace(OPTIONS, minutes=5, out=str(tmp_path / "out"))) == 0
+    assert main(replace(OPTIONS, minutes=5, output=str(tmp_path / "out"))) == 0
     entry = find(torch.device("cpu"), OPTIONS.case())
     assert entry is not None and [trial.switch for trial in entry.parsed_trials()] == ["precision"]
     assert Tuning.from_dict(json.loads((tmp_path / "out" / "tune.json").read_text())["inference"]) == entry
@@ -197,9 +198,11 @@ def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
     write_split(tmp_path, "val", 1, 64, 5)
     options = TuneOptions(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
-    config = replace(RECIPES["detr_tiny"], data=str(tmp_path), device="cpu")
+    config = RECIPES["detr_tiny"].but(data=str(tmp_path), device="cpu")
     train_set, _, model = make_data(config)
     run = with_batches(config, model, "cpu", 1, len(train_set))
-    assert options.case() == Case.of(model, "training", run.batch_size, *typical_size(train_set), options=run)
+    assert options.case() == Case.of(
+        model, "training", run.optimizer.batch_size, *typical_size(train_set), options=run.runtime
+    )
     with pytest.raises(UserError, match="--data is for training"):
         TuneOptions(data="shapes:64", mode="inference")

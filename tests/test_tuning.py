@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-import tyro
 from detr_profiling.tune import TuneOptions
 from rich.console import Console
 
 from detr_fast import load_model, machine, tuning
-from detr_fast.command import spelled_out
-from detr_fast.config import MODELS, RuntimeOptions, TrainConfig, UserError
+from detr_fast.command import parsed, spelled_out
+from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import build_dataset
 from detr_fast.data.shapes import write_split
 from detr_fast.detector import Detector, place
 from detr_fast.doctor import check_measured
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR
+from detr_fast.options import RuntimeOptions, TrainOptions, TrainRuntimeOptions
 from detr_fast.paths import cache_folder
 from detr_fast.runtime import choose_runtime, runtime_for_inference
 from detr_fast.training import autotune
@@ -29,7 +29,7 @@ from detr_fast.tuning import Case, Trial, Tuning, entry_path, find, keep
 
 CPU = torch.device("cpu")
 CONFIG = replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1)
-OPTIONS = TrainConfig()
+OPTIONS = TrainRuntimeOptions()
 CASE = Case.of(CONFIG, "training", 2, 320, 427, OPTIONS)
 TRIALS = (
     Trial(
@@ -98,12 +98,12 @@ def test_images_of_nearly_one_size_are_one_case() -> None:
 )
 def test_what_was_measured_without_an_option_says_nothing_of_runs_with_it(asked: dict[str, Any]) -> None:
     keep(CPU, make())
-    case = Case.of(CONFIG, "training", 2, 320, 427, replace(OPTIONS, **asked))
+    case = Case.of(CONFIG, "training", 2, 320, 427, OPTIONS.but(**asked))
     assert find(CPU, case) is None
     keep(CPU, make(case))
     assert find(CPU, case) is not None
-    passed = list(autotune.arguments(replace(OPTIONS, batch_size=2, **asked), CONFIG, (320, 427)))
-    assert tyro.cli(TuneOptions, args=list(spelled_out(passed, TuneOptions))).case() == case
+    passed = list(autotune.arguments(TrainOptions.of(batch_size=2, **asked), CONFIG, (320, 427)))
+    assert parsed(TuneOptions, passed).case() == case
 
 
 def test_the_doctor_names_the_entries_that_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ CHOSEN = {
 
 def test_auto_takes_what_was_measured_and_says_so() -> None:
     entry = make(**CHOSEN)
-    runtime = choose_runtime(TrainConfig(device="cpu"), entry)
+    runtime = choose_runtime(TrainRuntimeOptions(device="cpu"), entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.float32, False, True)
     model = place(DETR(CONFIG), runtime)
     names = ("frozen_batch_norm", "convolution")
@@ -186,15 +186,15 @@ def test_auto_takes_what_was_measured_and_says_so() -> None:
 
 def test_what_is_asked_for_by_name_runs() -> None:
     entry = make(**CHOSEN)
-    options = TrainConfig(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
-    runtime = choose_runtime(options, entry)
+    options = TrainOptions.of(device="cpu", precision="bf16", channels_last=True, capture=False, attention="ref")
+    runtime = choose_runtime(options.runtime, entry)
     assert (runtime.dtype, runtime.channels_last, runtime.capture) == (torch.bfloat16, True, False)
     assert place(DETR(CONFIG), runtime).selection.backend("attention", training=True) == "ref"
 
 
 @pytest.mark.parametrize("options", [{"kernels": "ref"}, {"tune": False}])
 def test_nothing_measured_is_used_where_it_is_not_wanted(options: dict[str, Any]) -> None:
-    runtime = choose_runtime(TrainConfig(device="cpu", **options), make(**CHOSEN))
+    runtime = choose_runtime(TrainRuntimeOptions(device="cpu", **options), make(**CHOSEN))
     assert runtime.channels_last and runtime.capture is None and not runtime.measured
     assert "measured" not in runtime.reasons
 
@@ -204,7 +204,7 @@ def test_what_cannot_run_any_more_is_left_out_and_named(monkeypatch: pytest.Monk
     monkeypatch.setattr("detr_kernels.launch.why_not_triton", lambda device: "Triton needs a C compiler")
     entry = make(attention="xformers", layer_norm="triton", compile=True, frozen_batch_norm="ref")
     with pytest.warns(UserWarning, match="measured to be fastest, but") as warned:
-        runtime = choose_runtime(TrainConfig(device="cpu"), entry)
+        runtime = choose_runtime(TrainRuntimeOptions(device="cpu"), entry)
     assert {str(warning.message).split(" was ")[0] for warning in warned} == {
         *("attention xformers", "layer norm triton", "compile True")
     }
@@ -231,7 +231,7 @@ def test_a_model_loaded_to_be_fast_reads_it_as_the_commands_do(tmp_path: Path) -
 
 def test_switches_that_are_left_open_keep_their_flags() -> None:
     given = ["--compile", "--no-capture", "--data", "--x", "--channels-last", "False", "--no-buckets", "--no_compile"]
-    assert list(spelled_out(given, TrainConfig)) == [
+    assert list(spelled_out(given, TrainOptions)) == [
         *("--compile", "True", "--capture", "False", "--data", "--x", "--channels-last", "False"),
         *("--no-buckets", "--compile", "False"),
     ]
@@ -239,7 +239,7 @@ def test_switches_that_are_left_open_keep_their_flags() -> None:
 
 def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
-    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    options = TrainOptions.of(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     train_set, config = build_dataset(options, "train"), MODELS["detr_tiny"]
     asked: list[list[str]] = []
     monkeypatch.setattr(autotune, "measure", lambda arguments, console: asked.append(arguments) or True)
@@ -247,7 +247,7 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
     console = Console(quiet=True)
 
     def look(device: str, **changes: Any) -> Tuning | None:
-        changed = replace(options, **changes)
+        changed = options.but(**changes)
         return autotune.find_or_measure(changed, train_set, config, torch.device(device), console)
 
     for quiet in ({"tune": False}, {"kernels": "ref"}, {"kernels": "triton"}):
@@ -261,7 +261,7 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
 
 def test_measuring_that_failed_is_not_paid_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
-    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    options = TrainOptions.of(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     times: list[int] = []
     monkeypatch.setattr(autotune, "measure", lambda arguments, console: bool(times.append(1)))
     monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU"})
@@ -279,11 +279,11 @@ def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monke
     monkeypatch.setattr(autotune, "find_or_measure", lambda *_: "anew")
 
     def look(state: Any, **asked: Any) -> Any:
-        options = TrainConfig(**asked)
+        options = TrainOptions.of(**asked)
         return autotune.tuning_of(state, options, None, CONFIG, CPU, World(), Console())
 
     stored = began_with and json.loads(json.dumps(began_with.to_dict()))
-    state = SimpleNamespace(tuning=stored, options=TrainConfig())
+    state = SimpleNamespace(tuning=stored, options=TrainOptions())
     assert look(state) == began_with
     assert look(None) == look(state, tune=False) == look(state, kernels="ref") == "anew"
     if began_with:
@@ -295,7 +295,7 @@ def test_a_cache_that_cannot_be_written_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
-    options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
+    options = TrainOptions.of(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     train_set = build_dataset(options, "train")
     monkeypatch.setenv("DETR_FAST_CACHE", "/dev/null/nowhere")
     monkeypatch.setattr(autotune, "measure", lambda arguments, console: False)
@@ -325,8 +325,9 @@ def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: 
     monkeypatch.setattr(autotune, "MINUTES", 0.01)
     monkeypatch.setattr(autotune, "GRACE_S", 600)
     config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
-    options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
+    output = str(cache / "run")
+    options = TrainOptions.of(model="detr_tiny", batch_size=2, device="cpu", output=output, precision="fp32")
     assert autotune.measure(list(autotune.arguments(options, config, (40, 56))), Console(quiet=True))
-    entry = find(CPU, Case.of(config, "training", 2, 40, 56, options))
+    entry = find(CPU, Case.of(config, "training", 2, 40, 56, options.runtime))
     assert entry is not None and entry.first_guess_ms and not entry.choices
     assert (cache / "run" / "profile" / "tune.json").exists()

@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from detr_fast.config import MODELS, Attention, Kernels
+from detr_fast.config import MODELS
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.options import Attention, Kernels
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
 from detr_fast.config import UserError, model_config
 from detr_fast.data.annotations import Category
-from detr_fast.export import ExportConfig, main, write_weights
+from detr_fast.export import ExportOptions, main, write_weights
 from detr_fast.weights import load_for_fine_tuning, read_state_dict
 from detr_fast.weights.class_head import coco_categories, fit_class_head
 from detr_fast.weights.container import write_container
@@ -95,7 +95,7 @@ def test_timm_backbone_that_looks_like_a_resnet(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     model, file, folder = build_model("resnet50d", **SMALL), tmp_path / "weights.safetensors", tmp_path / "folder"
     write_weights(Detector(model), file, "huggingface")
-    main(ExportConfig(weights=str(file), out=str(folder), naming="huggingface"))
+    main(ExportOptions(weights=str(file), output=str(folder), naming="huggingface"))
     for path in (file, folder):
         loaded = load_model(path)
         assert loaded.config.backbone == "resnet50d"
@@ -246,7 +246,7 @@ def test_missing_keys_are_named(model: DETR) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_export_command(naming: Naming, suffix: str, upstream_file: Path, model: DETR, tmp_path: Path) -> None:
     out = tmp_path / f"exported{suffix}"
-    assert main(ExportConfig(weights=str(upstream_file), out=str(out), naming=naming)) == 0
+    assert main(ExportOptions(weights=str(upstream_file), output=str(out), naming=naming)) == 0
     assert naming_of(read_state_dict(out)) == naming
     loaded = load_model(out)
     assert_same_weights(model, loaded)
@@ -256,8 +256,8 @@ def test_export_command(naming: Naming, suffix: str, upstream_file: Path, model:
 
 
 def test_export_refuses_other_suffixes() -> None:
-    with pytest.raises(UserError, match="--out"):
-        ExportConfig(weights="a.pth", out="b.onnx")
+    with pytest.raises(UserError, match="--output"):
+        ExportOptions(weights="a.pth", output="b.onnx")
 
 
 def head(state_dict: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

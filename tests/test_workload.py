@@ -96,7 +96,7 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
 @pytest.mark.parametrize("name", ["detr_fast", "reference", "hf-sdpa"])
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode: Any) -> None:
-    options = replace(OPTIONS, sizes="mixed", mode=mode, model="detr_tiny")
+    options = replace(OPTIONS, size_mix="mixed", mode=mode, model="detr_tiny")
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
         options = replace(options, model="detr_r50")
@@ -114,7 +114,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
 
 
 def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
-    mixed = replace(OPTIONS, sizes="mixed", batch_size=4)
+    mixed = replace(OPTIONS, size_mix="mixed", batch_size=4)
     random, bucketed = (make_batches(replace(mixed, buckets=buckets), 91) for buckets in (False, True))
     for options, batches in ((replace(mixed, buckets=False), random), (mixed, bucketed)):
         shapes = batch_shapes(options)
@@ -130,7 +130,7 @@ def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
 
 
 def test_what_is_compared_has_one_size() -> None:
-    mixed = replace(OPTIONS, sizes="mixed")
+    mixed = replace(OPTIONS, size_mix="mixed")
     for options in (mixed, replace(mixed, buckets=False)):
         assert torch.equal(observed_batch(options, 91).images.buffer, observed_batch(OPTIONS, 91).images.buffer)
 
@@ -156,7 +156,7 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
 
 @pytest.mark.parametrize("name", ["detr_fast", "reference"])
 def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
-    options = replace(INFERENCE, model="detr_tiny", sizes="mixed")
+    options = replace(INFERENCE, model="detr_tiny", size_mix="mixed")
     workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     padded_sizes: list[tuple[int, ...]] = []
     workload.model.register_forward_pre_hook(lambda _, given: padded_sizes.append(tuple(given[0].shape[2:])))
@@ -211,7 +211,7 @@ def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
         build_baseline("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
     with pytest.raises(UserError, match="fasterrcnn resizes"):
-        build_baseline("fasterrcnn", replace(OPTIONS, sizes="mixed"))
+        build_baseline("fasterrcnn", replace(OPTIONS, size_mix="mixed"))
     with pytest.raises(UserError, match="Did you mean 'reference'"):
         build_baseline("referense", OPTIONS)
 

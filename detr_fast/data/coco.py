@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detr_fast.config import DataOptions, ModelConfig, TrainConfig, UserError, model_config, require
+from detr_fast.config import ModelConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.batch import Sample
 from detr_fast.data.categories import choose_categories, label_map
@@ -29,6 +29,7 @@ from detr_fast.data.transforms import (
     Transform,
     boxes_within,
 )
+from detr_fast.options import DataOptions, TrainOptions
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -204,28 +205,28 @@ def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[i
 
 
 def build_dataset(
-    options: DataOptions,
+    options: DataOptions | TrainOptions,
     split: str,
     model: ModelConfig | None = None,
     *,
     categories: Sequence[Category] | None = None,
     raw_ids: bool = False,
 ) -> CocoDataset:
-    """Build the split that `options` lead to, augmented where `options` are a TrainConfig and `split` is train.
+    """Build the split that `options` lead to, augmented where `options` are a TrainOptions and `split` is train.
 
-    `model` says the image sizes where `options` do not; default: the model that a TrainConfig names, else DETR's.
-    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset. Raises UserError as that does, for
+    `model` says the image sizes where `options` do not; default: the model that a TrainOptions names, else DETR's.
+    `categories`, `raw_ids` and a TrainOptions's `num_classes` as in CocoDataset. Raises UserError as that does, for
     images without a file, and for an image size above the largest.
     """
-    folder, file = require_split(options, split)
-    training = options if isinstance(options, TrainConfig) else None
+    training, place = (options, options.dataset) if isinstance(options, TrainOptions) else (None, options)
+    folder, file = require_split(place, split)
     if model is None:
-        model = model_config(training.model) if training else ModelConfig()
-    asked = {name: value for name in ("image_size", "max_size") if (value := getattr(options, name)) is not None}
-    model = replace(model, **asked)
+        model = model_config(training.network.model) if training else ModelConfig()
+    model = replace(model, **place.sizes_given())
     transform: Transform = EvaluationTransform(model.image_size, model.max_size)
     if training and split == "train":
-        transform = TrainTransform(training.train_sizes, model.max_size, training.crop_sizes, training.crop_range)
+        drawn = training.augmentation
+        transform = TrainTransform(drawn.train_sizes, model.max_size, drawn.crop_sizes, drawn.crop_range)
     dataset = CocoDataset(
         folder,
         file,
@@ -233,9 +234,9 @@ def build_dataset(
         seed=training.seed if training else 0,
         categories=categories,
         raw_ids=raw_ids,
-        num_classes=training.num_classes if training else None,
-        on_bad_image=options.on_bad_image,
-        follow_links=options.follow_links,
+        num_classes=training.network.num_classes if training else None,
+        on_bad_image=place.on_bad_image,
+        follow_links=place.follow_links,
     )
     require_images(dataset)
     for fault in dataset.silent_faults():

@@ -4,9 +4,10 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from detr_fast.config import DataLocation, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.data.corrections import shortened
 from detr_fast.data.shapes import ensure_shapes, is_shapes, parse_shapes
+from detr_fast.options import LocationOptions
 from detr_fast.paths import kind_of, require_kind
 
 Split = Literal["train", "val", "test"]
@@ -14,7 +15,7 @@ Location = tuple[Path, Path]
 """The images' folder and the annotation file."""
 
 
-def find_split(options: DataLocation, split: str) -> Location | None:
+def find_split(options: LocationOptions, split: str) -> Location | None:
     """Find where `split` lies; None where the data set has no such split. Without val, test stands in, with a warning.
 
     Raises UserError where a root, or one half of a split, is missing.
@@ -36,7 +37,7 @@ def find_split(options: DataLocation, split: str) -> Location | None:
     return found
 
 
-def require_split(options: DataLocation, split: str) -> Location:
+def require_split(options: LocationOptions, split: str) -> Location:
     """Find `split` as `find_split` does. Raises UserError that lists what was looked for where there is none."""
     found = find_split(options, split)
     if found is not None:
@@ -58,7 +59,7 @@ def listed(folder: Path) -> str:
     return f"{folder} has {shortened(names, 5)}. " if names else ""
 
 
-def explicit_location(options: DataLocation, split: str) -> Location | None:
+def explicit_location(options: LocationOptions, split: str) -> Location | None:
     given = {
         "train": (options.train_images, options.train_annotations),
         "val": (options.val_images, options.val_annotations),

@@ -1,13 +1,14 @@
 """The data set that a detector is evaluated on, with labels that are the detector's."""
 
-from detr_fast.config import EvaluateConfig, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.data.categories import UnknownCategories, spelling
 from detr_fast.data.checks import warn_before_evaluation
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.detector import Detector
+from detr_fast.options import EvaluateOptions
 
 
-def evaluation_dataset(detector: Detector, options: EvaluateConfig) -> CocoDataset:
+def evaluation_dataset(detector: Detector, options: EvaluateOptions) -> CocoDataset:
     """Read the split that `options` name, labelled as the detector's classes are.
 
     Raises UserError where the data has classes that it does not know.
@@ -15,7 +16,7 @@ def evaluation_dataset(detector: Detector, options: EvaluateConfig) -> CocoDatas
     raw_ids = detector.categories is None
     try:
         dataset = build_dataset(
-            options, options.split, detector.config, categories=detector.categories, raw_ids=raw_ids
+            options.dataset, options.split, detector.config, categories=detector.categories, raw_ids=raw_ids
         )
     except UnknownCategories as error:
         raise UserError(f"{error} {ways_on(detector, error)}") from error

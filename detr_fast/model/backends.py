@@ -11,7 +11,8 @@ from detr_kernels import OPERATIONS, Facts, Selection
 from detr_kernels.registry import select
 from torch import nn
 
-from detr_fast.config import Attention, Kernels, ModelConfig, UserError
+from detr_fast.config import ModelConfig, UserError
+from detr_fast.options import Attention, Kernels
 
 OF_THE_LOSS = ("match_cost", "assignment", "set_loss")
 

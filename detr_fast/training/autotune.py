@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detr_fast.config import ModelConfig, TrainConfig, UserError
+from detr_fast.config import ModelConfig, UserError
 from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
+from detr_fast.options import TrainOptions
 from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
 from detr_fast.tuning import NAMED, Case, Tuning, find, keep
@@ -36,7 +37,7 @@ def typical_size(train_set: CocoDataset) -> tuple[int, int]:
 
 def tuning_of(
     state: TrainingState | None,
-    options: TrainConfig,
+    options: TrainOptions,
     train_set: CocoDataset,
     config: ModelConfig,
     device: torch.device,
@@ -52,22 +53,24 @@ def tuning_of(
     if not world.is_main:
         return world.broadcast(None)
     stored = state.tuning if state else None
-    as_before = state and all(getattr(state.options, name) == getattr(options, name) for name in ("tune", "kernels"))
+    as_before = state and all(
+        getattr(state.options.runtime, name) == getattr(options.runtime, name) for name in ("tune", "kernels")
+    )
     if as_before and (stored is None or stored["environment"] == environment(device)):
         return world.broadcast(Tuning.from_dict(stored) if stored else None)
     return world.broadcast(find_or_measure(options, train_set, config, device, console))
 
 
 def find_or_measure(
-    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, console: Console
+    options: TrainOptions, train_set: CocoDataset, config: ModelConfig, device: torch.device, console: Console
 ) -> Tuning | None:
     """Look up the entry of a run's case; on a GPU without one, measure first. None where no tuning is wanted."""
-    if not options.tune or options.kernels == "ref":
+    if not options.runtime.tune or options.runtime.kernels == "ref":
         return None
     size = typical_size(train_set)
-    case = Case.of(config, "training", options.batch_size, *size, options=options)
+    case = Case.of(config, "training", options.optimizer.batch_size, *size, options=options.runtime)
     found = find(device, case)
-    if found is None and device.type == "cuda" and options.kernels == "auto":
+    if found is None and device.type == "cuda" and options.runtime.kernels == "auto":
         console.print(
             f"Nothing was measured here for {case.text()}: measuring, about {MINUTES:.0f} minute (--no-tune)."
         )
@@ -85,20 +88,20 @@ def remember_failure(device: torch.device, case: Case, console: Console) -> None
         console.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 
 
-def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
+def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
     """Yield the words with which `tune` measures the same step."""
     height, width = size
     values = {
-        "model": options.model,
+        "model": options.network.model,
         **{name: getattr(config, name) for name in ("num_classes", "num_queries", "encoder_layers", "decoder_layers")},
         "dropout": config.dropout,
         "source_position": config.source_position,
         "size": f"{height}x{width}",
-        "batch_size": options.batch_size,
-        "device": options.device,
-        **{name: getattr(options, name, None) for name in NAMED},
+        "batch_size": options.optimizer.batch_size,
+        "device": options.runtime.device,
+        **{name: getattr(options.runtime, name, None) for name in NAMED},
         "minutes": MINUTES,
-        "out": str(Path(options.output, "profile")),
+        "output": str(Path(options.output, "profile")),
     }
     for name, value in values.items():
         if value is not None:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from detr_fast.config import RECIPE_BATCH, ModelConfig, TrainConfig, require
+from detr_fast.config import ModelConfig, require
+from detr_fast.options import RECIPE_BATCH, OptimizerOptions, TrainOptions
 
 MOST_IMAGES = 32
 """Images of a batch on one device: more would not make a GPU busier, and images of like shape are then
@@ -12,7 +13,7 @@ CPU_PX = 2 * 800 * 1333
 its memory does."""
 
 
-def with_batches(options: TrainConfig, config: ModelConfig, device: str, processes: int, images: int) -> TrainConfig:
+def with_batches(options: TrainOptions, config: ModelConfig, device: str, processes: int, images: int) -> TrainOptions:
     """Return the options with a `batch_size` and `accumulate` of at least 1, for `images` training images.
 
     With a batch size alone, these are what was asked for. Else batch_size x accumulate x `processes` is the effective
@@ -20,21 +21,22 @@ def with_batches(options: TrainConfig, config: ModelConfig, device: str, process
     which changes no number but live batch norm's. Where none is asked for and all epochs together have too few images
     for one update of the recipe's size, it is smaller. Raises UserError where it cannot be divided evenly.
     """
-    if options.batch_size and not options.effective_batch:
-        return replace(options, accumulate=options.accumulate or 1)
-    given = (options.batch_size or 1) * (options.accumulate or 1) * processes
-    largest = options.effective_batch or RECIPE_BATCH
-    for effective in range(largest, 0 if not options.effective_batch else largest - 1, -given):
-        chosen = shared_out(options, effective, given, config, device, processes, images)
-        if options.epochs * (images // (chosen.batch_size * processes)) >= chosen.accumulate:
-            return chosen
-    return shared_out(options, largest, given, config, device, processes, images)
+    asked = options.optimizer
+    if asked.batch_size and not asked.effective_batch:
+        return options.but(accumulate=asked.accumulate or 1)
+    given = (asked.batch_size or 1) * (asked.accumulate or 1) * processes
+    largest = asked.effective_batch or RECIPE_BATCH
+    most = min(most_images(options, config, device), images // processes)
+    for effective in range(largest, 0 if not asked.effective_batch else largest - 1, -given):
+        chosen = shared_out(asked, effective, given, processes, most)
+        if asked.epochs * (images // (chosen.batch_size * processes)) >= chosen.accumulate:
+            return replace(options, optimizer=chosen)
+    return replace(options, optimizer=shared_out(asked, largest, given, processes, most))
 
 
-def shared_out(
-    options: TrainConfig, effective: int, given: int, config: ModelConfig, device: str, processes: int, images: int
-) -> TrainConfig:
-    """Return the options with `effective` images an update, of which those asked for make `given`."""
+def shared_out(options: OptimizerOptions, effective: int, given: int, processes: int, most: int) -> OptimizerOptions:
+    """Return the options with `effective` images an update, of which those asked for make `given`; a batch whose size
+    is free has at most `most`."""
     own, rest = divmod(effective, given)
     asked = f"--batch-size {options.batch_size} --accumulate {options.accumulate} (0: free)"
     require(
@@ -47,14 +49,14 @@ def shared_out(
     elif options.accumulate:
         batch_size, accumulate = own, options.accumulate
     else:
-        batch_size = largest_divisor(own, min(most_images(options, config, device), images // processes))
+        batch_size = largest_divisor(own, most)
         accumulate = own // batch_size
     return replace(options, batch_size=batch_size, accumulate=accumulate, effective_batch=effective)
 
 
-def most_images(options: TrainConfig, config: ModelConfig, device: str) -> int:
+def most_images(options: TrainOptions, config: ModelConfig, device: str) -> int:
     """Return the most images of a batch on one device, where no number is asked for."""
-    image_px = max(options.train_sizes) * (options.max_size or config.max_size)
+    image_px = max(options.augmentation.train_sizes) * (options.dataset.max_size or config.max_size)
     return MOST_IMAGES if device == "cuda" else min(MOST_IMAGES, CPU_PX // image_px)
 
 
@@ -62,7 +64,7 @@ def largest_divisor(number: int, most: int) -> int:
     return next((each for each in range(min(most, number), 1, -1) if number % each == 0), 1)
 
 
-def lr_factor(options: TrainConfig, processes: int) -> float:
+def lr_factor(options: OptimizerOptions, processes: int) -> float:
     """Return the factor of the learning rates: 1, or with --scale-lr the effective batch over the recipe's.
 
     (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1.)
@@ -71,7 +73,7 @@ def lr_factor(options: TrainConfig, processes: int) -> float:
     return effective / RECIPE_BATCH if options.scale_lr else 1.0
 
 
-def batch_line(options: TrainConfig, processes: int, micro_batches: int) -> str:
+def batch_line(options: OptimizerOptions, processes: int, micro_batches: int) -> str:
     """Describe an update's batches, and how they differ from the recipe."""
     effective = options.batch_size * options.accumulate * processes
     factor = lr_factor(options, processes)

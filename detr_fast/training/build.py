@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detr_fast.config import ModelConfig, TrainConfig, model_config
+from detr_fast.config import ModelConfig, model_config
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets
@@ -15,6 +15,7 @@ from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.loader import on_device, train_loader
 from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
+from detr_fast.options import OptimizerOptions, TrainOptions
 from detr_fast.runtime import Runtime
 from detr_fast.training.batch_size import lr_factor
 from detr_fast.training.checkpoint import TrainingState
@@ -25,12 +26,11 @@ from detr_fast.training.step import TrainStep
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
 
 
-def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
+def make_data(options: TrainOptions) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
     """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
-    shared = ModelConfig.__dataclass_fields__.keys() & TrainConfig.__dataclass_fields__.keys() - {"num_classes"}
-    changes = {name: value for name in shared if (value := getattr(options, name)) is not None}
-    config = model_config(options.model, num_classes=train_set.num_classes, **changes)
+    given = options.network.sizes_given() | options.dataset.sizes_given()
+    config = model_config(options.network.model, num_classes=train_set.num_classes, **given)
     train_set.warn_if_queries_are_few(config.num_queries)
     val_set = build_dataset(options, "val", config, categories=train_set.categories)
     warn_before_training(train_set, val_set)
@@ -38,40 +38,40 @@ def make_data(options: TrainConfig) -> tuple[CocoDataset, CocoDataset, ModelConf
 
 
 def make_model(
-    config: ModelConfig, options: TrainConfig, train_set: CocoDataset, state: TrainingState | None, out: Console
+    config: ModelConfig, options: TrainOptions, train_set: CocoDataset, state: TrainingState | None, out: Console
 ) -> DETR:
     """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
     if state:
         load_state_dict(model, state.model)
-    elif options.weights:
-        kept = load_for_fine_tuning(model, options.weights, train_set.categories)
-        for line in kept.lines(options.weights, config.num_classes):
+    elif weights := options.network.weights:
+        kept = load_for_fine_tuning(model, weights, train_set.categories)
+        for line in kept.lines(weights, config.num_classes):
             out.print(line)
     else:
-        load_backbone_weights(model.backbone, config.backbone, options.backbone_weights)
-    if options.lr_backbone == 0:
+        load_backbone_weights(model.backbone, config.backbone, options.network.backbone_weights)
+    if options.optimizer.lr_backbone == 0:
         model.backbone.requires_grad_(False)
-    model.transformer.checkpoint_activations = options.checkpoint_activations
+    model.transformer.checkpoint_activations = options.runtime.checkpoint_activations
     return model
 
 
 def make_step(
-    model: DETR, options: TrainConfig, runtime: Runtime, world: World, state: TrainingState | None
+    model: DETR, options: TrainOptions, runtime: Runtime, world: World, state: TrainingState | None
 ) -> TrainStep:
     """Make the step of a model that is on its device already."""
-    criterion = build_criterion(model.config.num_classes, LossWeights(no_object=options.no_object_weight))
-    factor = lr_factor(options, world.size)
+    asked, factor = options.optimizer, lr_factor(options.optimizer, world.size)
+    criterion = build_criterion(model.config.num_classes, LossWeights(no_object=asked.no_object_weight))
     step = TrainStep(
         model=model,
         criterion=criterion,
-        optimizer=build_optimizer(model, options.lr * factor, options.lr_backbone * factor, options.weight_decay),
+        optimizer=build_optimizer(model, asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay),
         runtime=runtime,
         world=world,
-        clip=options.clip,
-        ema=copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None,
-        ema_decay=options.ema,
+        clip=asked.clip,
+        ema=copy.deepcopy(model).eval().requires_grad_(False) if asked.ema else None,
+        ema_decay=asked.ema,
     )
     if state:
         restore_moments(step.optimizer, state.optimizer)
@@ -104,7 +104,7 @@ def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:
+def make_schedule(options: OptimizerOptions, batches_per_epoch: int) -> Schedule:
     def steps(epochs: int) -> int:
         return epochs * batches_per_epoch // options.accumulate
 
@@ -122,17 +122,17 @@ class Extremes(NamedTuple):
     """Images may be smaller than their batch."""
 
 
-def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
+def extremes_of(options: TrainOptions, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
     """Bound a run's batches by its annotations alone.
 
     A group of few batches, as the rest of an epoch may be, mixes shapes even where batches are arranged by shape.
     """
-    records = train_set.records
+    records, asked = train_set.records, options.augmentation
     sizes = {(record.height, record.width) for record in records}
-    drawn = len(options.train_sizes) > 1 or bool(options.crop_sizes)
+    drawn = len(asked.train_sizes) > 1 or bool(asked.crop_sizes)
     return Extremes(
         objects=max(len(record.labels) for record in records),
-        mixed=not options.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
+        mixed=not asked.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
         padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.augmentation(0, 0).size),
     )
 
@@ -141,9 +141,9 @@ LEAST_ARRANGED = 16
 """Arranged groups of at least this many batches have none larger than the largest image, in steps of 64 pixels."""
 
 
-def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
+def largest_batch(options: TrainOptions, config: ModelConfig, extremes: Extremes) -> Batch:
     """Make the largest batch that training can meet: gray images, with as many rows of targets as any needs."""
-    sides = max(options.train_sizes), options.max_size or config.max_size
+    sides = max(options.augmentation.train_sizes), options.dataset.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
     if extremes.mixed:
         height = width
@@ -156,7 +156,7 @@ def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes)
         original_size=size,
         size=size,
     )
-    return collate([sample] * options.batch_size, padded_size=(height, width))
+    return collate([sample] * options.optimizer.batch_size, padded_size=(height, width))
 
 
 SHAPE_STEP_PX = 64
@@ -169,7 +169,7 @@ def shape_step_px(device: str, compiled: bool) -> int:
 
 
 def make_batches(
-    options: TrainConfig, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
+    options: TrainOptions, train_set: CocoDataset, runtime: Runtime, world: World, first: tuple[int, int]
 ) -> Iterator[Batch]:
     """Yield this rank's batches without end, on its device, from (epoch, batch) `first` on."""
     epoch, batch = first
@@ -177,14 +177,14 @@ def make_batches(
     buckets = Buckets(lambda epoch, images: train_set.augmentations(epoch, images).sizes, step)
     batches = train_loader(
         train_set,
-        options.batch_size,
-        runtime.workers(options.workers),
+        options.optimizer.batch_size,
+        runtime.workers(options.dataset.workers),
         options.seed,
         rank=world.rank,
         world=world.size,
         start_epoch=epoch,
         start_batch=batch,
         pin_memory=runtime.device.type == "cuda",
-        buckets=buckets if options.buckets else None,
+        buckets=buckets if options.augmentation.buckets else None,
     )
     return on_device(batches, runtime.device)

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from detr_fast.config import Checked, ModelConfig, TrainConfig, require
+from detr_fast.config import Checked, ModelConfig, require
 from detr_fast.data.annotations import Category
+from detr_fast.options import TrainOptions
 from detr_fast.weights.container import read_container, write_container
 from detr_fast.weights.files import ModelDescription
 from detr_fast.weights.pickles import listed
@@ -58,7 +59,7 @@ class RunFacts:
     model_config: ModelConfig
     categories: tuple[Category, ...] | None
     """In label order."""
-    options: TrainConfig
+    options: TrainOptions
     tuning: dict[str, Any] | None = None
     """A `Tuning`, as plain values: those of another version are void."""
     data: dict[str, SplitDigest]
@@ -120,7 +121,7 @@ class TrainingState(RunFacts):
             **{name: content[name] for name in plain if name in content},
             model_config=ModelConfig.from_dict(content["model_config"]),
             categories=None if categories is None else tuple(Category(**each) for each in categories),
-            options=TrainConfig.from_dict(content["options"]),
+            options=TrainOptions.from_dict(content["options"]),
             data={split: SplitDigest.from_dict(digest) for split, digest in content["data"].items()},
             progress=Progress(**content["progress"]),
         )
@@ -131,7 +132,7 @@ PARSED = ("model_config", "categories", "options", "data", "progress")
 READ_OF = {
     "optimizer": ("state", "param_groups"),
     "data": ("train", "val"),
-    "options": tuple(each.name for each in fields(TrainConfig)),
+    "options": tuple(TrainOptions.field_types()),
     "model_config": tuple(each.name for each in fields(ModelConfig)),
 }
 """Keys that are read of the parts that are dictionaries."""

@@ -89,7 +89,7 @@ class TrainingLoop:
         """Make one optimizer step; a resumed run repeats its random numbers, which follow from (seed, step, rank)."""
         asked = time.perf_counter()
         with profiler_range("data wait"):
-            batches = [next(self.batches) for _ in range(self.options.accumulate)]
+            batches = [next(self.batches) for _ in range(self.options.optimizer.accumulate)]
         waited = time.perf_counter() - asked
         self._name_skipped(batches)
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
@@ -109,11 +109,11 @@ class TrainingLoop:
     @property
     def epoch(self) -> float:
         """Return the epochs done, with the fraction of the present one."""
-        return self.progress.step * self.options.accumulate / self.batches_per_epoch
+        return self.progress.step * self.options.optimizer.accumulate / self.batches_per_epoch
 
     def _ended_epoch(self) -> int:
         """Return the number of epochs done, if this step ended one, else 0."""
-        before = (self.progress.step - 1) * self.options.accumulate // self.batches_per_epoch
+        before = (self.progress.step - 1) * self.options.optimizer.accumulate // self.batches_per_epoch
         return int(self.epoch) if int(self.epoch) > before else 0
 
     def _due(self, every: int) -> bool:

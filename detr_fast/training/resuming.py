@@ -3,17 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detr_fast.config import ModelConfig, TrainConfig, UserError, require
+from detr_fast.config import ModelConfig, UserError, require
 from detr_fast.data.annotations import Category
 from detr_fast.data.categories import names
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.shapes import is_shapes
+from detr_fast.options import TrainOptions
 from detr_fast.paths import kind_of
 from detr_fast.training.checkpoint import SplitDigest, TrainingState
 from detr_fast.training.run_folder import RunFolder
@@ -103,7 +103,7 @@ def load_resumed(path: Path | None) -> TrainingState | None:
     return handed_over or TrainingState.load(path, from_weights(path))
 
 
-def resumed_options(path: Path, data_asked: bool) -> TrainConfig:
+def resumed_options(path: Path, data_asked: bool) -> TrainOptions:
     """Return the `stored_defaults` of `path`, and hand the rest over to `load_resumed`: a process reads it once.
 
     Raises UserError as `load_resumed` does.
@@ -127,7 +127,7 @@ def _file(path: Path) -> object:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def stored_defaults(state: TrainingState, path: Path, data_asked: bool) -> TrainConfig:
+def stored_defaults(state: TrainingState, path: Path, data_asked: bool) -> TrainOptions:
     """Return the defaults of all options on resuming from `path`: the run's own.
 
     Its output folder is the one that holds `path`, wherever that is now. `data_asked`: another --data replaces the
@@ -136,20 +136,21 @@ def stored_defaults(state: TrainingState, path: Path, data_asked: bool) -> Train
     options = state.options
     folder = path.absolute().parent.parent
     if path.absolute() == RunFolder(folder).last:
-        options = replace(options, output=str(folder) if path.is_absolute() else os.path.relpath(folder))
-    options = replace(options, batch_size=0, accumulate=0, effective_batch=0)  # so that others are asked for
+        options = options.but(output=str(folder) if path.is_absolute() else os.path.relpath(folder))
+    options = options.but(batch_size=0, accumulate=0, effective_batch=0)  # so that others are asked for
     if data_asked:
         nowhere: dict[str, Any] = dict.fromkeys(ON_RESUMING[SAME_CONTENT][1:])
-        options = replace(options, **nowhere)
+        options = options.but(**nowhere)
     return options
 
 
-def located(options: TrainConfig) -> TrainConfig:
+def located(options: TrainOptions) -> TrainOptions:
     """Return the options with absolute paths, which hold from any working directory."""
-    given = {name: value for name in PATHS if (value := getattr(options, name)) is not None}
+    values = options.to_dict()
+    given = {name: value for name in PATHS if (value := values[name]) is not None}
     files = [name for name, value in given.items() if value not in WORDS and not is_shapes(value)]
     absolute: dict[str, Any] = {name: str(Path(given[name]).absolute()) for name in files}
-    return replace(options, **absolute)
+    return options.but(**absolute)
 
 
 def digest(dataset: CocoDataset) -> SplitDigest:
@@ -169,24 +170,24 @@ def digests(train_set: CocoDataset, val_set: CocoDataset) -> dict[str, SplitDige
     return {name: digest(each) for name, each in (("train", train_set), ("val", val_set))}
 
 
-def continued(options: TrainConfig, state: TrainingState, processes: int) -> TrainConfig:
+def continued(options: TrainOptions, state: TrainingState, processes: int) -> TrainOptions:
     """Return the options with batches that make the stored run's updates, divided among `processes`.
 
     The batches are the run's own where nothing else is asked for; with another number of processes all together take
     the same images a batch, where they can be divided. Raises UserError where the images per update would change.
     """
-    before = state.options
+    before, now = state.options.optimizer, options.optimizer
     batch = before.batch_size * state.processes
     update = batch * before.accumulate
     require(
-        options.effective_batch in (0, before.effective_batch, update),
-        f"The run to resume has {update} images an update, asked for is --effective-batch {options.effective_batch}. "
+        now.effective_batch in (0, before.effective_batch, update),
+        f"The run to resume has {update} images an update, asked for is --effective-batch {now.effective_batch}. "
         f"Give --effective-batch {update}. {NEW_RUN}",
     )
-    asked: dict[str, Any] = {name: value for name in ("batch_size", "accumulate") if (value := getattr(options, name))}
+    asked: dict[str, Any] = {name: value for name in ("batch_size", "accumulate") if (value := getattr(now, name))}
     if not asked and batch % processes == 0:
         each = batch // processes
-        return replace(options, batch_size=each, accumulate=before.accumulate, effective_batch=before.effective_batch)
+        return options.but(batch_size=each, accumulate=before.accumulate, effective_batch=before.effective_batch)
     each, rest = divmod(update, processes * asked.get("batch_size", 1) * asked.get("accumulate", 1))
     words = " ".join(spelt(*one) for one in asked.items())
     require(
@@ -194,11 +195,11 @@ def continued(options: TrainConfig, state: TrainingState, processes: int) -> Tra
         f"The run to resume has {update} images an update: {words or 'batches'} on {processes} processes cannot make "
         "them. Give numbers whose product divides it.",
     )
-    return replace(options, **({"batch_size": 0, "accumulate": 0} | asked), effective_batch=update)
+    return options.but(**({"batch_size": 0, "accumulate": 0} | asked), effective_batch=update)
 
 
 def check_resumed(
-    state: TrainingState, options: TrainConfig, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
+    state: TrainingState, options: TrainOptions, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
 ) -> None:
     """Raise UserError where the options would not continue the checkpoint's run but start another one."""
     for before, now in differing(state, options, config):
@@ -218,11 +219,11 @@ def check_resumed(
         )
 
 
-def differing(state: TrainingState, options: TrainConfig, config: ModelConfig) -> Iterator[tuple[str, str]]:
+def differing(state: TrainingState, options: TrainOptions, config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Yield fixed options that would change, as stored and as asked for; the model's values where it has them."""
-    stored, stored_model = state.options.to_dict(), state.model_config.to_dict()
+    stored, wanted, stored_model = state.options.to_dict(), options.to_dict(), state.model_config.to_dict()
     for name in ON_RESUMING[FIXED]:
-        before, now = stored[name], getattr(options, name)
+        before, now = stored[name], wanted[name]
         if name in ("weights", "backbone_weights") and before and now:  # not read any more: may lie elsewhere
             before, now = Path(before).name, Path(now).name
         if name in stored_model and before != now:
@@ -231,7 +232,7 @@ def differing(state: TrainingState, options: TrainConfig, config: ModelConfig) -
             yield spelt(name, before), spelt(name, now)
     for name in stored_model.keys() - stored.keys():
         if stored_model[name] != getattr(config, name):
-            yield f"{name} {stored_model[name]}", f"--model {options.model} with {name} {getattr(config, name)}"
+            yield f"{name} {stored_model[name]}", f"--model {options.network.model} with {name} {getattr(config, name)}"
 
 
 def check_classes(before: Sequence[Category] | None, train_set: CocoDataset, advice: str) -> None:
@@ -246,7 +247,7 @@ def check_classes(before: Sequence[Category] | None, train_set: CocoDataset, adv
     )
 
 
-def changes(state: TrainingState, options: TrainConfig) -> str:
+def changes(state: TrainingState, options: TrainOptions) -> str:
     """List the options that differ from the stored run's and take effect."""
     before, now = state.options.to_dict(), options.to_dict()
     told = (*ON_RESUMING[TAKES_EFFECT], "batch_size", "accumulate")

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from itertools import count, takewhile
 from typing import Any
 
-from detr_fast.config import MODELS, ModelConfig, TrainConfig, UserError, model_config, require
+from detr_fast.config import MODELS, ModelConfig, UserError, model_config, require
 from detr_fast.model.backbone import DEPTHS
+from detr_fast.options import NetworkOptions
 from detr_fast.weights.files import WeightsFile
 from detr_fast.weights.naming import ANCHORS, HEAD_WEIGHTS, NamedWeights
 from detr_fast.weights.pickles import brief, listed
@@ -160,6 +161,6 @@ def agreeing_options(config: ModelConfig, visible: dict[str, Any]) -> list[str]:
             for name, preset in MODELS.items()
             if preset.backbone == backbone and preset.dilation == config.dilation
         ]
-    for name in [name for name in differing if name in TrainConfig.__dataclass_fields__]:
+    for name in [name for name in differing if name in NetworkOptions.field_types()]:
         options.append(f"--{name.replace('_', '-')} {differing.pop(name)}")
     return options + [f"{name}={value} (ModelConfig)" for name, value in differing.items()]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.config import HostAllocator, RuntimeOptions, UserError, model_config, require
+from detr_fast.config import UserError, model_config, require
 from detr_fast.detector import Detector
 from detr_fast.host_memory import choose_host_allocator, use_host_allocator
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR
+from detr_fast.options import HostAllocator, RuntimeOptions
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights.architecture import agreeing_options, infer_config, no_detr, visible_architecture
 from detr_fast.weights.backbone_weights import load_backbone_weights

@@ -1,44 +1,44 @@
 """`python -m detr_profiling COMMAND`: where time and memory go, and that the results did not move."""
 
 import sys
-from importlib import import_module
+from collections.abc import Sequence
 
-from detr_fast.command import run
-from detr_fast.config import unknown_name
+from detr_fast.command import Command, as_typed, dispatch
 
 COMMANDS = {
-    "trace": "TraceOptions",
-    "parity": "ParityOptions",
-    "ladder": "LadderOptions",
-    "race": "RaceOptions",
-    "tune": "TuneOptions",
-    "launches": "LaunchesOptions",
-    "report": "ReportOptions",
+    "trace": Command(
+        "detr_profiling.trace", "TraceOptions", "one step in a profiler: stages, kernels, waits, memory, roofline"
+    ),
+    "parity": Command(
+        "detr_profiling.parity",
+        "ParityOptions",
+        "how far every block, loss, gradient, training curve and AP is from the plain reference",
+    ),
+    "ladder": Command(
+        "detr_profiling.ladder",
+        "LadderOptions",
+        "from the plain reference to everything on, one technique a row",
+    ),
+    "race": Command("detr_profiling.race", "RaceOptions", "ours compared with baselines, in turns"),
+    "tune": Command(
+        "detr_profiling.tune",
+        "TuneOptions",
+        "which backends and switches are fastest here, for every auto to read",
+    ),
+    "launches": Command(
+        "detr_profiling.launches",
+        "LaunchesOptions",
+        "what a GPU would be told to do in a step, counted without one",
+    ),
+    "report": Command(
+        "detr_profiling.report", "ReportOptions", "one HTML page and its Markdown twin from what the others left"
+    ),
 }
-"""Each is a module here with a function `main` and this class of options."""
-
-USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
-
-  trace    one step in a profiler: stages, kernels, device synchronisations, memory, roofline
-  parity   how far every block, loss, gradient, training curve and AP is from the plain reference
-  ladder   from the plain reference to everything on, one technique a row
-  race     ours compared with baselines, in turns
-  tune     which backends and switches are fastest here, for every auto to read
-  launches what a GPU would be told to do in a step, counted without one
-  report   one HTML page and its Markdown twin from what the others left"""
 
 
-def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        sys.exit(0 if argv else 2)
-    name, *rest = argv
-    if name not in COMMANDS:
-        print(f"error: {unknown_name('command', name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
-        sys.exit(2)
-    module = import_module(f"detr_profiling.{name}")
-    run(module.main, getattr(module, COMMANDS[name]), argv=rest)
+def main(argv: Sequence[str], prog: str) -> None:
+    dispatch(COMMANDS, argv, prog)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], as_typed())

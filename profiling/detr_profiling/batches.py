@@ -22,7 +22,7 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
     """List one batch, the later half of whose images is an eighth narrower; or those that represent mixed sizes."""
     options = options.resolved()
     (height, width), images = options.height_width, options.batch_size or 1
-    if options.sizes == "same":
+    if options.size_mix == "same":
         narrow = [index >= (images + 1) // 2 for index in range(images)]
         return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
     step = shape_step_px(options.device, options.compile) if options.buckets else 1

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.techniques import start, techniques
@@ -96,7 +96,7 @@ def why_broken(entry: Entry) -> str | None:
 
 
 def main(options: LadderOptions) -> int:
-    console, out = Console(), Path(options.out)
+    console, out = Console(), Path(options.output)
     entries = build_entries(options, options.leave_one_out)
     rows = measure_into(LADDER_FILE, measuring(entries, options, console))
     show(ladder_sections(rows), console)

@@ -23,11 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detr_fast.config import Attention, Kernels, ModelConfig, model_config, require
+from detr_fast.config import ModelConfig, model_config, require
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.option_groups import Options
+from detr_fast.options import Attention, Kernels
 from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import build_criterion
@@ -49,7 +51,7 @@ COPIES = {aten._to_copy, aten.copy_}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchesOptions:
+class LaunchesOptions(Options):
     """Launches, device synchronisations and compiled graphs of a training step, counted on a GPU that is not there."""
 
     model: str = "detr_r50"

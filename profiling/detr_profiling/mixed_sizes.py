@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detr_fast.config import TrainConfig
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.draws import Draws
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Position
 from detr_fast.data.transforms import TrainTransform
+from detr_fast.options import AugmentationOptions
 
 COCO_SIZES = {
     **{(480, 640): 38, (427, 640): 22, (640, 480): 12, (640, 427): 8, (426, 640): 6},
     **{(640, 640): 3, (612, 612): 3, (375, 500): 3, (360, 640): 3, (500, 375): 2},
 }
 """(h, w) and how many of a hundred photographs have about that size in COCO."""
-RECIPE = TrainConfig()
+RECIPE = AugmentationOptions()
 LARGEST_PX = max(RECIPE.train_sizes)
 TRANSFORM = TrainTransform(RECIPE.train_sizes, 1333, RECIPE.crop_sizes, RECIPE.crop_range)
 PHOTOGRAPHS = np.repeat(list(COCO_SIZES), list(COCO_SIZES.values()), axis=0)

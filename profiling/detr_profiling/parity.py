@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 import torch
 import tyro
 
-from detr_fast.config import Idle, Precision, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
+from detr_fast.options import Output, Precision
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
@@ -42,12 +44,12 @@ class ParityOptions(WorkloadOptions):
             f"above {MOST_OBSERVED}, the images that are compared: give a smaller one",
         ),
     )
-    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    size_mix: tyro.conf.Suppress[Literal["same"]] = "same"
     """Padding itself changes a little of what DETR computes."""
     buckets: tyro.conf.Suppress[Literal[True]] = True
     dropout: tyro.conf.Suppress[None] = None
     """All that is compared is without it."""
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for parity.json."""
     data: str = "shapes:64"
     """For the training curve and AP: a folder in COCO layout, or shapes:SIDE, the embedded data set."""
@@ -172,7 +174,7 @@ def main(options: ParityOptions) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it leaves fp32 ten bits
     torch.set_num_threads(workload.threads or torch.get_num_threads())
     machine = describe_machine(torch.device(workload.device)).to_dict()
-    record = ParityRecord(Path(options.out) / PARITY_FILE, machine, {"name": "detr_fast", **workload.to_dict()})
+    record = ParityRecord(Path(options.output) / PARITY_FILE, machine, {"name": "detr_fast", **workload.to_dict()})
     parity = Parity(options, record)
     for compiled in (False, True):  # first what takes no minutes
         group = [variant for variant in variants if variant.options.compile == compiled]

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from detr_fast.config import Idle
 from detr_fast.console import Console
+from detr_fast.option_groups import Idle
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.batches import batch_shapes
@@ -91,5 +91,5 @@ def main(options: RaceOptions) -> int:
     if eager_ms and ours_ms:
         console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
         fraction = peak_fraction(options, ours_ms)
-        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.out) / RACE_FILE}")
+        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.output) / RACE_FILE}")
     return exit_code(rows)

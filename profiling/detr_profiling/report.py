@@ -8,6 +8,8 @@ from typing import Any
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import write_text
+from detr_fast.option_groups import Options
+from detr_fast.options import Output
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.pages.blocks import Block, Paragraph, Report, Section, Table, capital
 from detr_profiling.pages.html import render_html
@@ -40,10 +42,10 @@ PARTS: tuple[tuple[str, str, Callable[[Any], Iterable[Section]]], ...] = (
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """Make one HTML page and its Markdown twin from what the other commands left."""
 
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder with trace.json, parity.json and ladder.csv, or some of them; the report is written there."""
     readme: str | None = None
     """Also put the tables of ladder and race into this Markdown file, between its lines `<!-- measured: begin -->` and
@@ -76,7 +78,7 @@ def readme_table(results: Results) -> str:
     require(
         bool(results.ladder),
         f"There is no ladder.csv in {results.folder} to make the table of. Measure it: "
-        f"python -m detr_profiling ladder --out {results.folder}",
+        f"python -m detr_profiling ladder --output {results.folder}",
     )
     blocks = [block for part in (results.race, results.ladder) if part for block in readme_blocks(part)]
     return "\n".join([*block_lines(blocks), ""]).lstrip("\n")
@@ -112,7 +114,7 @@ def write_report(folder: Path) -> None:
 
 
 def main(options: ReportOptions) -> None:
-    folder = Path(options.out)
+    folder = Path(options.output)
     write_report(folder)
     if options.readme is not None:
         put_into_readme(readme_table(load_results(folder)), Path(options.readme))

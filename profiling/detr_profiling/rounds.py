@@ -15,6 +15,7 @@ import torch
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable
+from detr_fast.options import Output
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.measuring.measurement import (
     NO_TIME,
@@ -34,7 +35,7 @@ from detr_profiling.workload import WorkloadOptions
 class RoundOptions(WorkloadOptions):
     """Names a workload, and how often it is measured."""
 
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for the rows as CSV, and the report that shows them."""
     runs: int = 5
     """Timed runs of a row in each round."""
@@ -145,13 +146,13 @@ class Rounds:
 
 
 def measure_into(file: str, rounds: Rounds) -> list[LadderRow]:
-    """Measure, writing --out's `file` after each measurement and the report at the end; returns the rows.
+    """Measure, writing --output's `file` after each measurement and the report at the end; returns the rows.
 
     Rows of another mode stay in the file. Raises UserError where it cannot be read or written.
     """
-    options, path = rounds.options, Path(rounds.options.out) / file
+    options, path = rounds.options, Path(rounds.options.output) / file
     kept = [row for row in read_ladder(path, path.stem) if row.mode != options.mode]
-    require_writable("--out", path.parent)
+    require_writable("--output", path.parent)
     for _ in rounds.run():
         write_rows([*kept, *rows_of(rounds.entries, options)], path)
     write_report(path.parent)
@@ -168,7 +169,7 @@ def rows_of(entries: Sequence[Entry], options: WorkloadOptions) -> list[LadderRo
     options = options.resolved()
     machine = describe_machine(torch.device(options.device))
     place: dict[str, Any] = {
-        name: str(getattr(options, name)) for name in ("model", "size", "sizes", "batch_size", "threads")
+        name: str(getattr(options, name)) for name in ("model", "size", "size_mix", "batch_size", "threads")
     }
     place |= {name: getattr(machine, name) or "" for name in ("device", "commit", "date")}
     place["torch"] = machine.versions["torch"] or ""

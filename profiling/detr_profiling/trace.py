@@ -1,18 +1,20 @@
 """`python -m detr_profiling trace`: where a step's time and memory go, in tables, figures and a trace to look at."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
 
-from detr_fast.config import Idle, TrainConfig, require
+from detr_fast.config import require
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch
 from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
+from detr_fast.option_groups import Idle
+from detr_fast.options import Output, RuntimeOptions, TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.build import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
@@ -27,6 +29,11 @@ MOST_STEPS = 10
 LARGE_TRACE_MIB = 100
 SNAPSHOT_FILE = "memory_snapshot.pickle"
 SNAPSHOT_ENTRIES = 200_000
+RUN_ALIKE = (
+    *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout"),
+    *("batch_size", "buckets", "capture", "seed"),
+)
+"""Options that a training run takes as a workload has them, beside those of the runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +44,13 @@ class TraceOptions(WorkloadOptions):
         *WorkloadOptions.idle,
         Idle("objects", lambda o: o.data is not None, "beside --data, whose images have their own: give one of them"),
     )
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for trace.pt.json.gz, the trace itself, and trace.json, its figures."""
     steps: int = 3
     """Steps to record, 2 to 10: from the second on it shows whether memory grows."""
     warmup: int = 2
     """Steps before, with the profiler and without it."""
-    sizes: tyro.conf.Suppress[Literal["same"]] = "same"
+    size_mix: tyro.conf.Suppress[Literal["same"]] = "same"
     """One step again and again; images of several sizes are a data set's."""
     data: str | None = None
     """Train on this data, a folder in COCO layout or shapes:SIDE, so that waiting for data shows; default: one batch
@@ -85,22 +92,22 @@ class Feed:
         return batch
 
 
-def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
+def training_options(options: WorkloadOptions, data: str) -> TrainOptions:
     """Take the recipe of the model for `data`, from random weights; a --size bounds the shorter and the longer side."""
     recipe = recipe_of(options.model, data)
-    shared = {each.name for each in fields(TrainConfig)} & {each.name for each in fields(WorkloadOptions)}
-    changes: dict[str, Any] = {name: getattr(options.resolved(), name) for name in shared}
+    resolved = options.resolved()
+    changes: dict[str, Any] = {name: getattr(resolved, name) for name in (*RUN_ALIKE, *RuntimeOptions.field_types())}
     if options.size != "auto":
         shorter, longer = sorted(options.height_width)
         changes |= {"train_sizes": (shorter,), "crop_sizes": (), "image_size": shorter, "max_size": longer}
-    return replace(recipe, data=data, backbone_weights="none", **changes)
+    return recipe.but(data=data, backbone_weights="none", **changes)
 
 
 def build_fed_workload(options: TraceOptions, data: str) -> Workload:
     """Build a training step on the batches of `data`. Raises UserError for data that cannot be read."""
     config, resolved = training_options(options, data), options.resolved()
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
-    runtime, world = choose_runtime(config), World()
+    runtime, world = choose_runtime(config.runtime), World()
     train_set, _, architecture = make_data(config)
     model = place(make_model(architecture, config, train_set, None, Console()), runtime)
     step = make_step(model.train(), config, runtime, world, None)
@@ -119,8 +126,8 @@ def main(options: TraceOptions) -> int:
         not options.memory_snapshot or options.resolved().device == "cuda",
         "--memory-snapshot is of CUDA's allocator. Leave it out on a CPU: trace.json has the memory curve.",
     )
-    out, console = Path(options.out), Console()
-    require_writable("--out", out)  # before minutes are spent on figures that cannot be kept
+    out, console = Path(options.output), Console()
+    require_writable("--output", out)  # before minutes are spent on figures that cannot be kept
     workload = build_workload(options) if options.data is None else build_fed_workload(options, options.data)
     with explained(out):
         result = profile_workload(workload, out, options.steps, options.warmup)

@@ -21,9 +21,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from detr_fast.config import Idle, UserError, require
+from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
+from detr_fast.option_groups import Idle
+from detr_fast.options import Output
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
 from detr_fast.training.autotune import typical_size
@@ -76,7 +78,7 @@ class TuneOptions(WorkloadOptions):
     """Time for everything; candidates that do not fit are not tried, and the table says so."""
     turns: int = 4
     """Turns that a candidate and the best so far take."""
-    out: str = "runs/profile"
+    output: Output = "runs/profile"
     """Folder for tune.json, and the report that shows it."""
 
     def __post_init__(self) -> None:
@@ -95,13 +97,13 @@ class TuneOptions(WorkloadOptions):
         if self.data is None:
             return self
         config = training_options(replace(self, size="auto"), self.data)
-        train_set, _, model = make_data(replace(config, batch_size=0))
+        train_set, _, model = make_data(config.but(batch_size=0))
         device = self.resolved().device
-        batches = with_batches(replace(config, batch_size=self.batch_size or 0), model, device, 1, len(train_set))
+        batches = with_batches(config.but(batch_size=self.batch_size or 0), model, device, 1, len(train_set))
         height, width = typical_size(train_set)
         names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
         found = {name: getattr(model, name) for name in names}
-        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.batch_size, **found)
+        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.optimizer.batch_size, **found)
 
 
 @dataclass
@@ -304,12 +306,12 @@ def main(options: TuneOptions) -> int:
     require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options = options.on_its_data()
-    require_writable("--out", Path(options.out))
+    require_writable("--output", Path(options.output))
     require_keeping(torch.device(options.resolved().device), options.case())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry = tune(options, console.print)
     path = keep(torch.device(options.resolved().device), entry)
-    write_result(entry, options.mode, Path(options.out))
+    write_result(entry, options.mode, Path(options.output))
     show(tuning_sections({options.mode: entry.to_dict()}), console)
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
@@ -318,5 +320,5 @@ def main(options: TuneOptions) -> int:
         console.print(f"{number(gain)} times the speed of the first guess: {entry.summary()}")
     else:
         console.print("The first guess stays.")
-    console.print(f"Cached in {path}, which every `auto` reads; {Path(options.out, HTML_FILE)} shows it.")
+    console.print(f"Cached in {path}, which every `auto` reads; {Path(options.output, HTML_FILE)} shows it.")
     return 0

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
 from torch import nn
 
-from detr_fast.config import Idle, ModelConfig, RuntimeOptions, model_config, require
+from detr_fast.config import ModelConfig, model_config, require
 from detr_fast.data.batch import Batch
+from detr_fast.option_groups import Idle
+from detr_fast.options import RuntimeOptions
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import choose_device
 from detr_profiling.observation import Observation
@@ -29,7 +31,7 @@ class WorkloadOptions(RuntimeOptions):
         Idle(
             "buckets",
             lambda o: not o.mixes_sizes,
-            "where all images have one size: give --sizes mixed, or in trace --data",
+            "where all images have one size: give --size-mix mixed, or in trace --data",
         ),
         Idle("objects", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
         Idle("dropout", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
@@ -49,7 +51,7 @@ class WorkloadOptions(RuntimeOptions):
     size: str = "auto"
     """Height and width in pixels that the images are resized to, as in 800x1066, from 0.6 of it; auto: that on a GPU,
     320x427 on a CPU."""
-    sizes: Literal["same", "mixed"] = "same"
+    size_mix: Literal["same", "mixed"] = "same"
     """mixed: as in training on COCO, of which --size then gives the largest shorter side; four batches that stand for
     an epoch's are timed. What is compared with the reference always has one size."""
     batch_size: int | None = None
@@ -87,7 +89,7 @@ class WorkloadOptions(RuntimeOptions):
     @property
     def mixes_sizes(self) -> bool:
         """Tell whether batches are made of images of several sizes."""
-        return self.sizes == "mixed"
+        return self.size_mix == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
         """Return these options alone, without what a command adds, with device, size, batch and threads for `auto`.
@@ -96,14 +98,13 @@ class WorkloadOptions(RuntimeOptions):
         """
         device, _ = choose_device(self.device)
         size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
-        asked = {each.name: getattr(self, each.name) for each in fields(WorkloadOptions)}
-        found = {
-            "device": device.type,
-            "size": size if self.size == "auto" else self.size,
-            "batch_size": self.batch_size or images,
-            "threads": self.threads or torch.get_num_threads(),
-        }
-        return WorkloadOptions(**(asked | found))
+        return replace(
+            self.part(WorkloadOptions),
+            device=device.type,  # type: ignore[arg-type]
+            size=size if self.size == "auto" else self.size,
+            batch_size=self.batch_size or images,
+            threads=self.threads or torch.get_num_threads(),
+        )
 
     def observed(self) -> "WorkloadOptions":
         """Return the options of what is compared: at most 4 images, as float64 takes memory, all of one size.
@@ -111,7 +112,7 @@ class WorkloadOptions(RuntimeOptions):
         Padding itself changes a little of what DETR computes.
         """
         options = self.resolved()
-        return replace(options, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
+        return replace(options, size_mix="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -119,7 +120,8 @@ class WorkloadOptions(RuntimeOptions):
         return int(height), int(width)
 
     def architecture(self) -> ModelConfig:
-        asked = {name: getattr(self, name, None) for name in ModelConfig.__dataclass_fields__}
+        names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
+        asked = {name: getattr(self, name) for name in names}
         return model_config(self.model, **{name: value for name, value in asked.items() if value is not None})
 
 

@@ -70,7 +70,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
     module resizes on the device. Raises UserError for mixed sizes, which it would make one."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    require(options.sizes == "same", "fasterrcnn resizes all images to one size: leave out --sizes mixed.")
+    require(options.size_mix == "same", "fasterrcnn resizes all images to one size: leave out --size-mix mixed.")
     device, (height, width) = torch.device(options.device), options.height_width
     model = fasterrcnn_resnet50_fpn(
         weights=None,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_fast.config import EvaluateConfig, RuntimeOptions, UserError
+from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.loader import evaluation_loader
@@ -37,6 +37,7 @@ from detr_fast.evaluation.inference import (
     row_values,
 )
 from detr_fast.model.detr import DETR
+from detr_fast.options import EvaluateOptions, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.weights import read_detector
 from detr_profiling.baselines.plain_loop import PlainBatch
@@ -71,7 +72,7 @@ class Score:
 
 def checkpoint_and_images(weights: str, data: str) -> tuple[DETR, Images]:
     """Load the model of a checkpoint, and the validation images of `data`. Raises UserError where they do not fit."""
-    detector, options = read_detector(weights), EvaluateConfig(weights=weights, data=data, batch_size=8, workers=0)
+    detector, options = read_detector(weights), EvaluateOptions.of(weights=weights, data=data, batch_size=8, workers=0)
     dataset = evaluation_dataset(detector, options)
     return detector.network, Images(data, dataset, lambda: evaluation_loader(dataset, options.batch_size, workers=0))
 

@@ -14,18 +14,18 @@ step, a learning rate at the second.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from detr_fast.config import RuntimeOptions, TrainConfig
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch, collate
 from detr_fast.data.coco import CocoDataset
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.options import OptimizerOptions, RuntimeOptions, TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data, make_model, make_step
@@ -51,7 +51,7 @@ MOST_ALLOWED = 1.0
 class Task:
     """Names what is learned, and from what."""
 
-    config: TrainConfig
+    config: TrainOptions
     model: DETR
     """On the CPU, with its initial weights."""
     dataset: CocoDataset
@@ -64,19 +64,18 @@ def make_task(data: str, model: str, seed: int) -> Task:
     Raises UserError for data that cannot be read and for an unknown model.
     """
     recipe = recipe_of(model, data)
-    config = replace(recipe, data=data, model=model, seed=seed, dropout=0.0, backbone_weights="none")
+    config = recipe.but(data=data, model=model, seed=seed, dropout=0.0, backbone_weights="none")
     train_set, dataset, architecture = make_data(config)
     config = with_batches(config, architecture, "cpu", processes=1, images=len(train_set))
-    batch = collate([dataset[0, index] for index in range(min(config.batch_size, len(dataset)))])
+    batch = collate([dataset[0, index] for index in range(min(config.optimizer.batch_size, len(dataset)))])
     return Task(config, make_model(architecture, config, train_set, None, Console(quiet=True)), dataset, batch)
 
 
 def train_ours(task: Task, options: RuntimeOptions, steps: int) -> Losses:
     """Train by the step that training takes, with the backends that `options` ask for."""
-    config = replace(task.config, **{each.name: getattr(options, each.name) for each in fields(RuntimeOptions)})
-    runtime = choose_runtime(config)
+    runtime = choose_runtime(options.part(RuntimeOptions))
     model = place(copy.deepcopy(task.model), runtime).train()
-    step = make_step(model, config, runtime, World(), None)
+    step = make_step(model, task.config, runtime, World(), None)
     batch = task.batch.to(runtime.device)
     return [on_host(losses(step([batch]))) for _ in range(steps)]
 
@@ -86,7 +85,8 @@ def train_reference(task: Task, device: torch.device, precision: str, steps: int
     dtype = torch.float64 if precision == "fp64" else torch.float32
     reference = reference_of(task.model).to(device, dtype).train()
     placed = PlainBatch.of(task.batch, task.model.config, dtype).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(reference, task.config), weight_decay=task.config.weight_decay)
+    asked = task.config.optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(reference, asked), weight_decay=asked.weight_decay)
     found = []
     for _ in range(steps):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -94,18 +94,18 @@ def train_reference(task: Task, device: torch.device, precision: str, steps: int
         terms = reference_criterion(outputs if precision == "fp64" else in_float32(outputs), placed.targets)
         optimizer.zero_grad()
         terms["loss"].backward()
-        nn.utils.clip_grad_norm_(reference.parameters(), task.config.clip)
+        nn.utils.clip_grad_norm_(reference.parameters(), asked.clip)
         optimizer.step()
         found.append(on_host(terms))
     return found, reference
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
     """Make AdamW's groups, as the recipe has them."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
-        {"params": [parameter for name, parameter in named if "backbone" not in name], "lr": config.lr},
-        {"params": [parameter for name, parameter in named if "backbone" in name], "lr": config.lr_backbone},
+        {"params": [parameter for name, parameter in named if "backbone" not in name], "lr": options.lr},
+        {"params": [parameter for name, parameter in named if "backbone" in name], "lr": options.lr_backbone},
     ]
 
 
@@ -174,8 +174,8 @@ class TrainingCurve:
         """Give the curve's part of parity.json. `allowed`: by precision, relative, of each step's loss."""
         return {
             "steps": self.steps,
-            "model": self.task.config.model,
-            "data": self.task.config.data,
+            "model": self.task.config.network.model,
+            "data": self.task.config.dataset.data,
             "losses": {name: [finite(loss) for loss in found] for name, found in self.losses.items()},
             "reference": total(self.reference),
             "allowed": self.allowed,

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from detr_fast.config import Attention, Kernels, Precision, require
+from detr_fast.config import require
+from detr_fast.options import Attention, Kernels, Precision
 from detr_profiling.workload import WorkloadOptions
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -12,9 +12,10 @@ from typing import Any, Self
 
 import torch
 
-from detr_fast.config import Precision, UserError
+from detr_fast.config import UserError
 from detr_fast.files import atomic_write
 from detr_fast.host_memory import choose_host_allocator, use_host_allocator
+from detr_fast.options import Precision
 from detr_fast.runtime import choose_device
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.batches import batch_shapes

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from detr_fast.files import write_text
 
-CONDITIONS = ("model", "size", "sizes", "batch_size", "threads", "device", "torch", "commit", "date")
+CONDITIONS = ("model", "size", "size_mix", "batch_size", "threads", "device", "torch", "commit", "date")
 """The columns that tell under which conditions a row was measured."""
 
 
@@ -52,7 +52,7 @@ class LadderRow:
     precision: str = ""
     model: str = ""
     size: str = ""
-    sizes: str = ""
+    size_mix: str = ""
     batch_size: str = ""
     threads: str = ""
     device: str = ""

@@ -65,7 +65,7 @@ def techniques(top: WorkloadOptions) -> list[Technique]:
 def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
     facts = facts_of(top)
     on_gpu = facts.device.type == "cuda"
-    if top.sizes == "mixed" and top.buckets:
+    if top.size_mix == "mixed" and top.buckets:
         yield Technique("buckets", options={"buckets": True})
     if on_gpu:
         yield Technique("TF32", settings={"tf32": True})

@@ -68,7 +68,7 @@ def conditions_of(ladder: Sequence[LadderRow]) -> list[str]:
     lines = []
     for conditions, names in modes.items():
         known = {name: dict(conditions).get(name, formats.NOT_KNOWN) for name in CONDITIONS}
-        mixed = ", mixed sizes" if known["sizes"] == "mixed" else ""
+        mixed = ", mixed sizes" if known["size_mix"] == "mixed" else ""
         lines.append(
             "{model}, {size} px{mixed}, batch size {batch_size}, {modes}: {device}, {threads} threads, torch {torch}, "
             "{date}, commit {commit}.".format(modes=" and ".join(names), mixed=mixed, **known)

@@ -120,12 +120,12 @@ def options_of(results: Results, name: str, mode: str | None = None) -> dict[str
     if not found:
         return {}
     if isinstance(found, Mapping):
-        return {key: value for key, value in (found.get("workload") or {}).items() if key not in ("out", "name")}
+        return {key: value for key, value in (found.get("workload") or {}).items() if key not in ("output", "name")}
     first = next(row for row in found if mode in (row.mode, None))
     conditions = dict(first.conditions)
     return {
         "mode": first.mode,
-        **{key: conditions[key] for key in ("model", "size", "sizes", "batch_size", "threads") if key in conditions},
+        **{key: conditions[key] for key in ("model", "size", "size_mix", "batch_size", "threads") if key in conditions},
     }
 
 
@@ -178,7 +178,7 @@ def command_blocks(results: Results) -> list[Block]:
         made = origin(results, name) if has(results, name) else {}
         about = [plain(made.get(key)) for key in ("date", "commit")]
         rows += [cells(ALL_FILES[name], command(results, name, mode), *about) for mode in modes.get(name) or [None]]
-    rows.append(cells("report.html, report.md", f"python -m detr_profiling report --out {folder(results)}", "", ""))
+    rows.append(cells("report.html, report.md", f"python -m detr_profiling report --output {folder(results)}", "", ""))
     columns = [*words("file"), *code("command"), *figures("date", "commit")]
     return [Table("What makes each part", columns, rows)]
 
@@ -195,5 +195,5 @@ def command(results: Results, name: str, mode: str | None = None) -> str:
     """Return the command line of a part that is there, or of one that would go with the others."""
     own, shared = options_of(results, name, mode), WorkloadOptions().to_dict()
     options = own or {key: value for key, value in workload_options(results).items() if key in shared}
-    words = ["python -m detr_profiling", name, "--out", folder(results), shlex.join(arguments(options))]
+    words = ["python -m detr_profiling", name, "--output", folder(results), shlex.join(arguments(options))]
     return " ".join(words).strip()

@@ -30,7 +30,7 @@ class Results:
 
 def load_results(folder: Path) -> Results:
     """Read what is in `folder`. Raises UserError where it is no folder, or a file in it is not what it should be."""
-    require(folder.is_dir(), f"{folder} is no folder. Name one that trace, parity or ladder wrote to: --out FOLDER.")
+    require(folder.is_dir(), f"{folder} is no folder. Name one that trace, parity or ladder wrote to: --output FOLDER.")
     return Results(
         folder,
         read_object(folder / TRACE_FILE, "trace"),
@@ -60,7 +60,7 @@ def complete(path: Path, command: str) -> Iterator[None]:
 
 
 def damaged(path: Path, command: str, reason: str) -> UserError:
-    again = f"Make it anew with python -m detr_profiling {command} --out {path.parent}, or remove it."
+    again = f"Make it anew with python -m detr_profiling {command} --output {path.parent}, or remove it."
     return UserError(f"{path} cannot be used: {reason}. {again}")
 
 

@@ -1,0 +1,95 @@
+"""What classes of options have in common: groups whose flags have no prefix, and options without effect."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
+
+from detr_fast.config import Checked
+
+
+@dataclass(frozen=True)
+class Idle:
+    """An option that has no effect beside others: `detr_fast.command.run` refuses it where it is given by name."""
+
+    option: str
+    when: Callable[[Any], bool]
+    """Tells whether these options leave it without effect."""
+    why: str
+    """Names the other option, and after a colon what to do."""
+
+    def message(self) -> str:
+        name = f"--{self.option.replace('_', '-')}"
+        return f"{name} has no effect {self.why}, or leave {name} out."
+
+
+Part = TypeVar("Part", bound="Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of a command, or a group of them: a field is a flag of its name, or a group, which adds no prefix.
+
+    As a dict, and in a checkpoint, they are flat: by name, without the groups.
+    """
+
+    idle: ClassVar[tuple[Idle, ...]] = ()
+    """Those of its own fields; a group has its own."""
+
+    @classmethod
+    def field_types(cls) -> dict[str, Any]:
+        """Return the type of each option by its name, those of the groups too."""
+        found: dict[str, Any] = {}
+        for name, kind in super().field_types().items():
+            is_group = isinstance(kind, type) and issubclass(kind, Options)
+            found |= kind.field_types() if is_group else {name: kind}
+        return found
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Build from options by name, whatever group each is in."""
+        return cls(**cls.arguments(values))
+
+    @classmethod
+    def arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return `values`, by name, as the constructor takes them: in their groups."""
+        made = {each.name: default_of(each) for each in fields(cls)}
+        return _in_groups(cls, {name: each for name, each in made.items() if isinstance(each, Options)}, values)
+
+    def but(self, **changes: Any) -> Self:
+        """Return the same with `changes`, by name, whatever group each is in."""
+        return replace(self, **_in_groups(type(self), dict(self.groups()), changes))
+
+    def part(self, kind: type[Part]) -> Part:
+        """Return these as a `kind` that their class is derived from, without what it adds."""
+        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
+
+    def groups(self) -> Iterator[tuple[str, "Options"]]:
+        """Yield the groups that these are composed of, by name."""
+        for each in fields(self):
+            if isinstance(part := getattr(self, each.name), Options):
+                yield each.name, part
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, part in self.groups():
+            del own[name]
+            own |= part.to_dict()
+        return own
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return what a field holds where nothing is given; MISSING where it has to be."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _in_groups(kind: type[Options], groups: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` as arguments of `kind`: those that are a group's as that group with them."""
+    own = {each.name: values[each.name] for each in fields(kind) if each.name in values}
+    rest = {name: value for name, value in values.items() if name not in own}
+    for name, part in groups.items():
+        inside = {key: rest.pop(key) for key in part.field_types() if key in rest}
+        if inside:
+            own[name] = own.get(name, part).but(**inside)
+    if rest:
+        raise TypeError(f"{kind.__name__} has no option {', '.join(rest)}")
+    return own
