@@ -99,3 +99,13 @@ def test_the_version_is_one() -> None:
     assert version is not None
     assert f"\nversion: {version[1]}\n" in (CHECKOUT / "CITATION.cff").read_text()
     assert f" {version[1]} " in (CHECKOUT / "CHANGELOG.md").read_text()
+
+
+def test_the_files_on_an_images_way_are_those_that_there_are() -> None:
+    text = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\| (\d+) \| `([\w/]+)` \|", text, re.MULTILINE)
+    assert [int(number) for number, _ in files] == list(
+        range(1, len(files) + 1)
+    ) and f"passes {len(files)} files" in text
+    named = {name for _, name in files} | set(re.findall(r"`((?:training|weights|model|data|evaluation)/\w+)`", text))
+    assert [name for name in sorted(named) if not (CHECKOUT / "detr_fast" / f"{name}.py").exists()] == []
