@@ -86,7 +86,8 @@ def test_what_a_file_states_is_checked_before_it_is_used(
 
 
 def test_methods_are_not_what_a_file_says(model: DETR, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    inner, outer = collections.OrderedDict(weights), collections.OrderedDict[str, Any](model=None, args=None)
+    inner = collections.OrderedDict(weights)
+    outer: collections.OrderedDict[str, Any] = collections.OrderedDict(model=None, args=None)
     options = collections.OrderedDict(nheads=4)
     for each in (inner, outer, options):
         each.get = each.keys = each.values = 5  # type: ignore[method-assign, assignment]
