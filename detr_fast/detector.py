@@ -11,8 +11,13 @@ from detr_fast.config import ModelConfig, UserError
 from detr_fast.cuda_graphs import CudaCapturer, GraphCache
 from detr_fast.data.annotations import Category
 from detr_fast.data.batch import Batch
-from detr_fast.evaluation.postprocess import postprocess
-from detr_fast.evaluation.prediction import (
+from detr_fast.host_memory import use_host_allocator
+from detr_fast.model.backends import reasons, select_backends
+from detr_fast.model.detr import DETR
+from detr_fast.model.optimized import OptimizedDETR, optimized
+from detr_fast.out_of_memory import is_out_of_memory
+from detr_fast.postprocess import postprocess
+from detr_fast.prediction import (
     Detections,
     ImageLike,
     keep_best,
@@ -21,11 +26,6 @@ from detr_fast.evaluation.prediction import (
     read_pixels,
     require_threshold,
 )
-from detr_fast.host_memory import use_host_allocator
-from detr_fast.model.backends import reasons, select_backends
-from detr_fast.model.detr import DETR
-from detr_fast.model.optimized import OptimizedDETR, optimized
-from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.preprocessing import Preprocessing
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime

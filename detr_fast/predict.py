@@ -14,10 +14,10 @@ from detr_fast.data.annotations import Category
 from detr_fast.data.photographs import find_images
 from detr_fast.evaluation.fonts import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
-from detr_fast.evaluation.prediction import Detections, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
 from detr_fast.files import require_writable
 from detr_fast.options import PredictOptions
+from detr_fast.prediction import Detections, prediction_batches, read_pixels
 from detr_fast.runtime import runtime_for_inference
 from detr_fast.weights import read_detector
 from detr_fast.weights.pickles import listed

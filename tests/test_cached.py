@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from detr_kernels.cached import Cached, may_be_cached
 from detr_kernels.convolution.batch_norm import fold_frozen_bn, scale_weight, scale_weights
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from detr_fast.model.backbone import ResNet
+from detr_fast.model.cached import Cached, may_be_cached
 from detr_fast.model.normalization import FrozenBatchNorm2d, folded, folded_together
 
 

@@ -18,12 +18,12 @@ from detr_fast.data.coco import build_dataset
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import collect_detections
-from detr_fast.evaluation.prediction import Detections
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.options import DataOptions, RuntimeOptions
 from detr_fast.out_of_memory import is_out_of_memory
+from detr_fast.prediction import Detections
 from detr_fast.runtime import Runtime, choose_runtime
 from tests.stand_in import StandIn
 

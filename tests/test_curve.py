@@ -26,8 +26,8 @@ from detr_profiling.reference.weights import reference_of
 from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import UserError, model_config
-from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
+from detr_fast.postprocess import postprocess
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.build import make_step
 from detr_fast.training.distributed import World

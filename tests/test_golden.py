@@ -14,7 +14,7 @@ from detr_profiling.reference.name_seeded_weights import seeded_targets
 from torch import Tensor
 
 from detr_fast.data.batch import Targets
-from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.postprocess import postprocess
 from tests.exactness import (
     BEGIN,
     CASES,

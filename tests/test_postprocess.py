@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.postprocess import postprocess
 
 
 def logits_of(probabilities: list[float]) -> torch.Tensor:

@@ -14,9 +14,9 @@ from detr_fast.data.coco import Category, build_dataset
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
-from detr_fast.evaluation.prediction import Detections
 from detr_fast.model.backends import Selectable
 from detr_fast.options import DataOptions, RuntimeOptions
+from detr_fast.prediction import Detections
 from detr_fast.runtime import choose_runtime
 from detr_fast.weights import build_model
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from detr_kernels import OneDNNConvolution, Selection, conv_bias_act, fold_frozen_bn
-from detr_kernels.cached import Cached
 from detr_kernels.convolution.batch_norm import frozen_bn_scale_and_shift, scale_weight, scale_weights
 from torch import Tensor, nn
 
 from detr_fast.model.backends import Selectable
+from detr_fast.model.cached import Cached
 
 
 class FrozenBatchNorm2d(Selectable):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig
 from detr_fast.data.batch import Batch
-from detr_fast.evaluation.postprocess import postprocess
+from detr_fast.postprocess import postprocess
 from detr_fast.preprocessing import Preprocessing
 from detr_profiling.batches import copied_ahead
 from detr_profiling.workload import WorkloadOptions
