@@ -37,12 +37,12 @@ CPU = torch.device("cpu")
 BATCH_SIZE = 16
 SIZES_OF = partial(coco_sizes, 42)
 PRECISIONS = {"read": "uint8", "batch": "fp32"}
-FLOORS = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
+TOLERANCES = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
 """Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
 
 
 class OurPipeline:
-    """What a training run's workers do, and its step's normalisation, which is on the device there."""
+    """Does what a training run's workers do, and its step's normalisation, which is on the device there."""
 
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
@@ -130,7 +130,7 @@ def order_cases(size: Size) -> Iterator[OrderCase]:
 
 
 def bench_order(benchmark: BenchmarkFixture, order_case: OrderCase) -> None:
-    """Times what a thread beside the steps does, a whole group; and in the thread that launches them, a step's part."""
+    """Time what a thread beside the steps does, a whole group; note a step's part in the launching thread."""
     sampler = EpochSampler(
         4 * order_case.images, BATCH_SIZE, 42, world=order_case.processes, buckets=Buckets(SIZES_OF, 64)
     )
@@ -144,26 +144,30 @@ def bench_order(benchmark: BenchmarkFixture, order_case: OrderCase) -> None:
 
 
 def judge_order(group: Group, batches: Iterator[list[Position]]) -> Verdict:
-    """Batches are those of the group, and have room for their images, planned one by one. Raises AssertionError."""
-    for images, room, batch in zip(group.images[:20], group.rooms.tolist(), batches, strict=False):
-        assert [(position.image, list(position.room)) for position in batch] == [(image, room) for image in images]
-        assert all((SIZES_OF(group.epoch, [image])[0] <= room).all() for image in images)
-    return Verdict("rooms", 0, 0)
+    """Hold batches to their group: its images, in padded sizes that they fit into. Raises AssertionError."""
+    for images, padded_size, batch in zip(group.images[:20], group.padded_sizes.tolist(), batches, strict=False):
+        assert [(position.image, list(position.padded_size)) for position in batch] == [
+            (image, padded_size) for image in images
+        ]
+        assert all((SIZES_OF(group.epoch, [image])[0] <= padded_size).all() for image in images)
+    return Verdict("padded sizes", 0, 0)
 
 
 def judge(found: Any, exact: Any, pillow: Any, precision: str) -> Verdict:
-    """Each image's pixels, and of a batch mask and boxes, against what was never rounded. Raises AssertionError where
-    `found` is further off than twice Pillow's error and one level of 255 allow."""
+    """Compare each image's pixels, and of a batch mask and boxes, with those that were never rounded.
+
+    Raises AssertionError where `found` is further off than twice Pillow's error and one level of 255 allow.
+    """
     judged = []
-    for (name, result), (_, oracle), (_, plain) in zip(*map(quantities, (found, exact, pillow)), strict=True):
-        floor = FLOORS[f"pixels {precision}" if name == "pixels" else name]
-        judged.append((name, assert_close(result, oracle, plain, floor, name)))
+    for (name, result), (_, reference), (_, plain) in zip(*map(quantities, (found, exact, pillow)), strict=True):
+        tolerance = TOLERANCES[f"pixels {precision}" if name == "pixels" else name]
+        judged.append((name, assert_close(result, reference, plain, tolerance, name)))
     name, worst = max(judged, key=lambda pair: pair[1].error / (pair[1].allowed or 1))
     return Verdict(name, worst.error, worst.allowed)
 
 
 def quantities(result: PaddedBatch | Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
-    """A batch's, or the pixels (3, h, w) of each image of an earlier stage."""
+    """Yield names and values of a batch, or the pixels (3, h, w) of each image of an earlier stage."""
     if isinstance(result, PaddedBatch):
         yield "pixels", result.images
         yield "mask", torch.zeros_like(result.images[:, 0]) if result.mask is None else result.mask.float()

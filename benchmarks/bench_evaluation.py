@@ -1,9 +1,9 @@
-"""COCO's numbers from detections, and detections from a model: `pytest benchmarks/bench_evaluation.py
---benchmark-only`.
+"""COCO's numbers from detections, and detections from a model:
+`pytest benchmarks/bench_evaluation.py --benchmark-only`.
 
 hotcoco against pycocotools on synthetic detections: the twelve numbers must be equal, to the last bit. A model run over
-a small data set, from its JPEG files to the numbers: its scores and boxes must be as close to float64 as plain eager
-code's.
+a small data set, from its JPEG files to the numbers: its scores and boxes must be as close to float64 as those of plain
+eager code.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from detr_profiling.comparison.closeness import assert_close, relative_floor
-from detr_profiling.workload import WorkloadOptions, initial_model
+from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
+from detr_profiling.own_workload import initial_model
+from detr_profiling.workload import WorkloadOptions
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -57,8 +58,10 @@ def evaluator_cases(size: Size) -> Iterator[EvaluatorCase]:
 
 
 def synthetic_detections(images: int, categories: int) -> tuple[dict[str, Any], np.ndarray]:
-    """A COCO document, and rows (N, 7) as evaluators read them: each object found once, a little aside, and false
-    ones."""
+    """Draw a COCO document, and rows (N, 7) as evaluators read them.
+
+    Each object is found once, a little aside; other rows are false.
+    """
     rng = np.random.default_rng(0)
     corner, extent = rng.uniform(0, 400, (images, OBJECTS, 2)), np.exp(rng.uniform(2, 5.3, (images, OBJECTS, 2)))
     boxes, labels = np.concatenate((corner, extent), -1), rng.integers(1, categories + 1, (images, OBJECTS))
@@ -145,12 +148,12 @@ def load(dataset: CocoDataset, runtime: Runtime) -> Any:
 
 
 def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
-    """Scores and boxes of all images, against those of DETR's own order of operations in float64."""
+    """Compare scores and boxes of all images with those of DETR's own order of operations in float64."""
     plain = replace(options, kernels="ref", attention="ref")
     found, eager = (detections(build(each), dataset, torch.float32) for each in (options, plain))
     exact = detections(build(replace(plain, precision="fp32")), dataset, torch.float64)
     judged = [
-        (name, assert_close(a, b, c, relative_floor(b, 1e-5), name))
+        (name, assert_close(a, b, c, scaled_tolerance(b, 1e-5), name))
         for name, a, b, c in zip(("scores", "boxes"), found, exact, eager, strict=True)
     ]
     name, worst = max(judged, key=lambda pair: pair[1].error / pair[1].allowed)
@@ -158,8 +161,10 @@ def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
 
 
 def detections(detector: Detector, dataset: CocoDataset, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scores (N, Q) and boxes (N, Q, 4) in pixels, the model's weights in `dtype`. A class that changes between two
-    of like score does not show."""
+    """Return scores (N, Q) and boxes (N, Q, 4) in pixels, of the model's weights in `dtype`.
+
+    A class that changes between two of like score does not show.
+    """
     detector.network.to(dtype).register_forward_pre_hook(lambda _, given: (given[0].to(dtype), *given[1:]))
     found = [detector.detect(batch) for batch in load(dataset, detector.runtime)]
     scores, _, boxes = zip(*found, strict=True)

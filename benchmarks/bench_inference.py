@@ -1,8 +1,8 @@
 """Inference, from uint8 photographs on the host to boxes in pixels: `pytest benchmarks/bench_inference.py
 --benchmark-only`.
 
-Ours in its forms, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same photographs, which all of
-them resize on the device.
+Ours with several options, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same photographs, which
+all of them resize on the device.
 """
 
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.clock import Size
 from benchmarks.gate import PlainObservations
 from benchmarks.workload_cases import (
-    FORMS,
+    OWN_OPTIONS,
     WorkloadCase,
     baseline_cases,
     compiles,
@@ -23,7 +23,7 @@ from benchmarks.workload_cases import (
 
 def cases(size: Size) -> list[WorkloadCase]:
     options = workload_options("inference", size)
-    return [*baseline_cases(options, size), *own_cases(options, FORMS, precisions(), compiles(size))]
+    return [*baseline_cases(options, size), *own_cases(options, OWN_OPTIONS, precisions(), compiles(size))]
 
 
 def bench_inference(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:

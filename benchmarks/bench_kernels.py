@@ -1,12 +1,12 @@
-"""Each kernel against its plain form and against the compiled plain form: `pytest benchmarks/bench_kernels.py
+"""Each kernel against its reference and against the compiled reference: `pytest benchmarks/bench_kernels.py
 --benchmark-only`.
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
 float64 as plain torch is; what draws dropout in training is judged without it, and timed with it. What is timed is a
 call as eager code makes it, many issued back to back, and on a GPU also its CUDA graph: of the smallest kernels the
-host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_forms.py` and the
+host's work for a call takes longer than the device's, and a captured step does not pay it. `bench_backends.py` and the
 ladder decide. Images have one size here: with padding SDPA gets a mask, and takes longer. Without a GPU those of the
-CPU are timed, and of the others the plain forms alone, at one image: Triton's interpreter tests numbers, not speed.
+CPU are timed, and of the others the references alone, at one image: Triton's interpreter tests numbers, not speed.
 """
 
 import time
@@ -31,9 +31,9 @@ SIZES: dict[Size, tuple[int, int, int]] = (
 )
 """Images, their height and width in pixels."""
 QUERIES, TARGETS, CLASSES, LAYERS, DIM, HEADS = 100, 20, 91, 6, 256, 8
-FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Of the largest magnitude: what another order of summation, or one rounding to bf16, may make."""
-SCALE_FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+SCALE_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 P = 0.1
 """Dropout's probability."""
@@ -77,13 +77,13 @@ class KernelCase:
 
     kernel_name: str
     kernel: Kernel
-    form: str
+    backend: str
     images: int
     group: str
 
     @property
     def name(self) -> str:
-        return f"{self.kernel_name}-{self.form}"
+        return f"{self.kernel_name}-{self.backend}"
 
     @property
     def size(self) -> str:
@@ -103,7 +103,10 @@ def random_boxes(*shape: int) -> Tensor:
 
 
 def convolution(images: int, channels: int, out_channels: int, height: int, width: int, kernel_size: int) -> Kernel:
-    """As in a bottleneck, its weight and input learning, its bias a frozen norm's: with a residual where it widens."""
+    """Describe one as in a bottleneck, whose weight and input learn and whose bias is a frozen norm's.
+
+    Where it widens it has a residual.
+    """
 
     def make(dtype: torch.dtype) -> Sequence[Any]:
         x = noise(images, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
@@ -144,7 +147,7 @@ def layer_norm(images: int, tokens: int) -> Kernel:
 
 
 def residual_stage(images: int, channels: int, height: int, width: int) -> Kernel:
-    """layer2's first two blocks, with weights that keep the scale of what they see."""
+    """Describe layer2's first two blocks, with weights that keep the scale of what they see."""
     middle, outputs = channels // 2, 2 * channels
     first = (middle, channels, 1), (middle, middle, 3), (outputs, middle, 1), (outputs, channels, 1)
     shapes = (*first, (middle, outputs, 1), *first[1:3])
@@ -191,7 +194,7 @@ def cost_inputs(images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def set_kernels(images: int) -> dict[str, Kernel]:
-    """Those of matching and loss, on all layers at once."""
+    """Describe those of matching and loss, on all layers at once."""
     size, problems = f"{QUERIES}x{TARGETS}", LAYERS * images
 
     def assignment(dtype: torch.dtype) -> Sequence[Any]:
@@ -218,14 +221,14 @@ def pixels(images: int, height: int, width: int) -> Kernel:
     def make(dtype: torch.dtype) -> Sequence[Any]:
         photographs = [torch.randint(256, (480, 640, 3), dtype=torch.uint8) for _ in range(images)]
         sizes = [(height, width - 8 * index) for index in range(images)]
-        packed = detr_kernels.PackedImages.of_list(photographs, sizes).to(DEVICE)
+        packed = detr_kernels.PackedImages.from_list(photographs, sizes).to(DEVICE)
         return packed, height, width, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype
 
     return Kernel("preprocessing", detr_kernels.resize_normalize_pad, make, f"{height}x{width}", differentiable=0)
 
 
 def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
-    """At the shapes that they have in a step on such images."""
+    """Describe every kernel at the shapes that it has in a step on such images."""
     at = {stride: (-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32)}
     tokens = at[32][0] * at[32][1]
     kernels = {
@@ -249,35 +252,38 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
 
 
 def cases(size: Size) -> Iterator[KernelCase]:
-    """Ours where it runs. SciPy does not compile, and compiling for a CPU takes longer than all else here."""
+    """Yield each kernel with every backend that runs.
+
+    SciPy does not compile, and compiling for a CPU takes longer than all else here.
+    """
     images, height, width = SIZES[size]
     for name, kernel in make_kernels(images, height, width).items():
         compiled = (ON_GPU or size == "full") and kernel.baseline != "scipy"
-        forms = [*kernel.backends(), "plain"]
-        on_device = forms if ON_GPU and kernel.baseline != "scipy" else kernel.backends() if ON_GPU else []
-        replayed = [f"{form}{CAPTURED}" for form in on_device]
-        for form in (*forms, *(["compiled"] if compiled else []), *replayed):
-            yield KernelCase(name, kernel, form, images, name if len(forms) > 1 else "kernels, plain alone")
+        backends = [*kernel.backends(), "plain"]
+        on_device = backends if ON_GPU and kernel.baseline != "scipy" else kernel.backends() if ON_GPU else []
+        replayed = [f"{backend}{CAPTURED}" for backend in on_device]
+        for backend in (*backends, *(["compiled"] if compiled else []), *replayed):
+            yield KernelCase(name, kernel, backend, images, name if len(backends) > 1 else "kernels, plain alone")
 
 
 CAPTURED = "-captured"
-"""The end of a form's name."""
+"""The end of a case's name."""
 
 
 def total_cost(cost: Tensor, query_of_target: Tensor) -> Tensor:
-    """(P,) float64: of several optima, solvers may find different ones, but all cost the same."""
+    """Return the cost of each matching, (P,) float64: solvers may find different optima, but all cost the same."""
     chosen = cost.gather(1, query_of_target.clamp(min=0)[:, None])[:, 0]
     return torch.where(query_of_target >= 0, chosen, 0).double().sum(1)
 
 
 def judge_assignment(found: Tensor, expected: Tensor) -> Verdict:
-    """Total costs (P,) against SciPy's."""
+    """Compare total costs (P,) with SciPy's."""
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     return Verdict("total cost", (found - expected).abs().max().item(), 1e-5 * expected.abs().max().item())
 
 
 def judge_dropout(of_ones: Tensor, numbers_a_row: int) -> Verdict:
-    """Whatever is drawn, the mean of ones stays one: within ten deviations of so many independent numbers."""
+    """Hold the mean of ones to one, within ten deviations of so many independent numbers, whatever is drawn."""
     allowed = 10 * (P / (1 - P) / (of_ones[..., 0].numel() * numbers_a_row)) ** 0.5
     error = abs(of_ones.double().mean().item() - 1)
     assert error <= allowed, f"the mean of ones is off by {error:.3g}, allowed {allowed:.3g}"
@@ -285,7 +291,7 @@ def judge_dropout(of_ones: Tensor, numbers_a_row: int) -> Verdict:
 
 
 def judge(kernel: Kernel, timed: Callable[..., Any], plain: Callable[..., Any], inputs: Sequence[Any]) -> Verdict:
-    """Raises AssertionError where `timed` is further from float64 than plain torch's own error allows."""
+    """Raise AssertionError where `timed` is further from float64 than plain torch's own error allows."""
     if kernel.draws:
         return judge_dropout(timed(*inputs), inputs[0].shape[-2] if len(inputs) > 1 else inputs[0].shape[-1])
     if kernel.baseline == "scipy":
@@ -301,21 +307,24 @@ def judge(kernel: Kernel, timed: Callable[..., Any], plain: Callable[..., Any], 
     for index, values in enumerate(zip(found, exact, eager, strict=True)):
         if values[1].is_floating_point():
             assert values[0].dtype == values[2].dtype
-            judged |= judge_value(f"value {index}", *values, FLOORS[kernel.dtype], SCALE_FLOORS[kernel.dtype])
+            judged |= judge_value(f"value {index}", *values, TOLERANCES[kernel.dtype], SCALE_TOLERANCES[kernel.dtype])
     name = max(judged, key=lambda name: judged[name].error / judged[name].allowed)
     return Verdict(name, judged[name].error, judged[name].allowed)
 
 
 def judge_value(
-    name: str, found: Tensor, exact: Tensor, eager: Tensor, floor: float, scale_floor: float
+    name: str, found: Tensor, exact: Tensor, eager: Tensor, tolerance: float, scale_tolerance: float
 ) -> dict[str, Closeness]:
-    """The largest error, and how much too long it is as a whole: in bf16 rounding hides 1 % in each number, but not in
-    all of them. Gradients that cancel to nothing still carry their summands' rounding: no scale is less than 1."""
-    judged = {name: assert_close(found, exact, eager, floor * max(1.0, exact.abs().max().item()), name)}
+    """Judge the largest error, and how much too long a value is as a whole.
+
+    In bf16 rounding hides 1 % in each number, but not in all of them. Gradients that cancel to nothing still carry
+    their summands' rounding: no scale is less than 1.
+    """
+    judged = {name: assert_close(found, exact, eager, tolerance * max(1.0, exact.abs().max().item()), name)}
     if exact.any():
         name = f"scale of {name}"
         ours, plain = (off_scale(each, exact) for each in (found, eager))
-        judged[name] = assert_close(ours, torch.zeros_like(ours), plain, scale_floor, name)
+        judged[name] = assert_close(ours, torch.zeros_like(ours), plain, scale_tolerance, name)
     return judged
 
 
@@ -327,30 +336,30 @@ def forward_and_backward(timed: Callable[..., Any], inputs: Sequence[Any], wante
 
 
 def bench_kernel(benchmark: BenchmarkFixture, case: KernelCase) -> None:
-    """Output and gradients of one call, as a training step makes them."""
+    """Time output and gradients of one call, as a training step makes them."""
     kernel = case.kernel
     inputs = kernel.make(kernel.dtype)
-    judged, timed = (form_of(call, kernel, case.form) for call in (kernel.call, kernel.timed or kernel.call))
+    judged, timed = (called_by(call, kernel, case.backend) for call in (kernel.call, kernel.timed or kernel.call))
     leaves = inputs[: kernel.differentiable]
     wanted = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     began = time.perf_counter()
     forward_and_backward(timed, inputs, wanted)
-    compile_s = time.perf_counter() - began if case.form == "compiled" else None
-    verdict = judge(kernel, judged, form_of(kernel.call, kernel, "plain"), inputs)
+    compile_s = time.perf_counter() - began if case.backend == "compiled" else None
+    verdict = judge(kernel, judged, called_by(kernel.call, kernel, "plain"), inputs)
     run = partial(forward_and_backward, timed, inputs, wanted)
-    time_case(benchmark, case, verdict, captured(run) if case.form.endswith(CAPTURED) else run, compile_s=compile_s)
+    time_case(benchmark, case, verdict, captured(run) if case.backend.endswith(CAPTURED) else run, compile_s=compile_s)
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Captures a call that has run before as a CUDA graph, and returns what replays it."""
+    """Capture a call that has run before as a CUDA graph, and return what replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
 
 
-def form_of(call: Callable[..., Any], kernel: Kernel, form: str) -> Callable[..., Any]:
-    """Gives `call` the backend that `form` stands for, and compiles it where that says so."""
-    form = form.removesuffix(CAPTURED)
-    chosen = partial(call, backend=kernel.baseline if form in ("plain", "compiled") else form)
-    return torch.compile(chosen) if form == "compiled" else chosen
+def called_by(call: Callable[..., Any], kernel: Kernel, name: str) -> Callable[..., Any]:
+    """Give `call` the backend that `name` stands for, and compile it where that says so."""
+    name = name.removesuffix(CAPTURED)
+    chosen = partial(call, backend=kernel.baseline if name in ("plain", "compiled") else name)
+    return torch.compile(chosen) if name == "compiled" else chosen

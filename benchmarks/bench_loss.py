@@ -46,8 +46,8 @@ class LossCase:
 def cases(size: Size) -> Iterator[LossCase]:
     images = 16 if ON_GPU or size == "full" else 2
     compiled = (ON_GPU or size == "full") and missing_for_compile() is None
-    forms = ("reference", "hf", "auto", *(["triton"] if ON_GPU else []), *(["auto-compiled"] if compiled else []))
-    for name in forms:
+    names = ("reference", "hf", "auto", *(["triton"] if ON_GPU else []), *(["auto-compiled"] if compiled else []))
+    for name in names:
         yield LossCase(name, images)
 
 
@@ -60,7 +60,7 @@ def make_targets(images: int) -> list[dict[str, Tensor]]:
 
 
 def make_criterion(name: str, targets: Sequence[dict[str, Tensor]]) -> Criterion:
-    """Targets lie on the device beforehand, in the form that each takes."""
+    """Build the criterion `name`; targets lie on the device beforehand, laid out as it takes them."""
     if name == "reference":
         return lambda outputs: reference_criterion(outputs, targets)
     if name == "hf":
@@ -90,7 +90,7 @@ def hugging_face_criterion(targets: Sequence[dict[str, Tensor]]) -> Criterion:
 
 
 def observe(criterion: Criterion, logits: Tensor, boxes: Tensor) -> Observation:
-    """Every term, and the gradients of the logits (L, B, Q, C+1) and boxes (L, B, Q, 4)."""
+    """Return every term, and the gradients of the logits (L, B, Q, C+1) and boxes (L, B, Q, 4)."""
     leaves = logits.detach().requires_grad_(), boxes.detach().requires_grad_()
     *early, last = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(*leaves, strict=True)]
     terms = criterion({**last, "aux_outputs": early})

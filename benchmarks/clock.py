@@ -19,7 +19,7 @@ ENOUGH_S = 1.0
 
 
 class Case(Protocol):
-    """One benchmark. Its id is `NAME-PRECISION-SIZE-bIMAGES`, as in triton-bf16-800x1066-b2."""
+    """Describes one benchmark. Its id is `NAME-PRECISION-SIZE-bIMAGES`, as in triton-bf16-800x1066-b2."""
 
     @property
     def name(self) -> str: ...
@@ -27,14 +27,14 @@ class Case(Protocol):
     def precision(self) -> str: ...
     @property
     def size(self) -> str:
-        """HEIGHTxWIDTH of images in pixels, or of what a kernel works on."""
+        """Give HEIGHTxWIDTH of images in pixels, or of what a kernel works on."""
         ...
 
     @property
     def images(self) -> int: ...
     @property
     def group(self) -> str:
-        """Cases of one group stand in one table: they do the same work."""
+        """Name the table of this case; those of one group do the same work."""
         ...
 
 
@@ -44,7 +44,7 @@ def case_id(case: Case) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found before the clock may start: of all quantities the one nearest to what is allowed."""
+    """Holds what the gate found before the clock may start: of all quantities the one nearest to what is allowed."""
 
     quantity: str
     error: float | None = None
@@ -62,11 +62,11 @@ def time_case(
     device: torch.device = DEVICE,
     compile_s: float | None = None,
 ) -> None:
-    """Times `run` to the end of its work on `device`; on a GPU a round is several calls issued back to back, and its
-    time is that of one call.
+    """Time `run` to the end of its work on `device`.
 
-    `compile_s`: of the run that compiled it. On a CPU `peak_mib` is the whole process's resident set, with what earlier
-    benchmarks have left in it.
+    On a GPU a round is several calls issued back to back, and its time is that of one call. `compile_s`: seconds of
+    the run that compiled it. On a CPU `peak_mib` is the whole process's resident set, with what earlier benchmarks
+    have left in it.
     """
 
     rounds, calls = choose_rounds(run, device) if benchmark.enabled else (1, 1)
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def choose_rounds(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Chooses as many rounds as take `ENOUGH_S`, within bounds, and how many calls each is of, after warm-up calls."""
+    """Choose rounds, as many as take `ENOUGH_S` within bounds, and the calls of each, after warm-up calls."""
     steady = measure(run, lambda: synchronize(device), rounds=1, warmup=STEADY_AFTER[device.type] - 1)
     calls = calls_a_run(device.type, steady.median_ms)
     return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(1e3 * ENOUGH_S / (calls * steady.median_ms)))), calls

@@ -25,13 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--size",
         choices=("small", "full"),
         default="small",
-        help="small: all of it in 5 minutes on two CPU cores; full: DETR's own image sizes, and compiled forms too",
+        help="small: all of it in 5 minutes on two CPU cores; full: DETR's own image sizes, and compiled ones too",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark with an argument `case`, or `other_case`, runs once for each of its file's `cases(size)`, or
-    `other_cases(size)`."""
+    """Run a benchmark with an argument `case` for each of its file's `cases(size)`; likewise `other_case`."""
     for argument in metafunc.fixturenames:
         if argument == "case" or argument.endswith("_case"):
             cases = getattr(metafunc.module, f"{argument}s")(metafunc.config.getoption("size"))
@@ -39,15 +38,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """What the times depend on; dates and commits stand elsewhere in the file, and would make any two runs differ."""
+    """Note what the times depend on.
+
+    Dates and commits stand elsewhere in the file, and would make any two runs differ.
+    """
     machine = describe_machine(DEVICE).to_dict()
     machine_info["detr_profiling"] = {key: value for key, value in machine.items() if key not in ("date", "commit")}
 
 
 @pytest.fixture(autouse=True)
 def fresh_start() -> Iterator[None]:
-    """Nothing compiled is left of earlier benchmarks: past a limit of recompilations torch.compile would run eagerly,
-    and say nothing. TF32 is on where a case does not turn it off."""
+    """Drop what earlier benchmarks have compiled, and allow TF32, which a case may turn off.
+
+    Past a limit of recompilations torch.compile would run eagerly, and say nothing.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -65,7 +69,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> PlainObservations:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded data set at 64 pixels, a few images of it."""
+    """Write the embedded data set at 64 pixels, a few images of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         return ensure_shapes(64, sizes={"train": 64, "val": 64})
@@ -73,5 +77,5 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEG files of 640x480 pixels with COCO json."""
+    """Write JPEG files of 640x480 pixels with COCO json."""
     return write_photographs(tmp_path_factory.mktemp("photographs"))

@@ -13,17 +13,19 @@ from benchmarks.clock import NOT_COMPARABLE, Verdict
 
 
 class PlainObservations:
-    """What the plain reference computes from a workload's batch, in float64 and eager in the workload's own precision.
+    """Keeps what the plain reference computes from a workload's batch, in float64 and eager in its precision.
 
-    Each is made once a session and lies in a file since then, so that a benchmark's memory is its own.
+    Each observation is made once a session and lies in a file since then, so that a benchmark's memory is its own.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def judge(self, workload: Workload, tf32: bool) -> Verdict:
-        """`tf32`: what the workload was built with, which must still hold. Raises AssertionError where it is further
-        from float64 than twice the eager error allows."""
+        """Compare a workload with the reference; `tf32`: as it was built with, which must still hold.
+
+        Raises AssertionError where it is further from float64 than twice the eager error allows.
+        """
         if workload.observe is None:
             return NOT_COMPARABLE
         options = workload.options
@@ -42,7 +44,7 @@ class PlainObservations:
 
 
 def verdict_of(found: Observation, exact: Observation, eager: Observation) -> Verdict:
-    """Raises AssertionError, naming the quantities, where `found` is too far from `exact`."""
+    """Return the verdict. Raises AssertionError, naming the quantities, where `found` is too far from `exact`."""
     rows = judge(found, exact, eager)
     wrong = [f"{row.quantity}: error {row.error:.3g}, allowed {row.allowed:.3g}" for row in rows if not row.close]
     assert not wrong, f"{len(wrong)} of {len(rows)} quantities are wrong, such as {'; '.join(wrong[:3])}"

@@ -29,7 +29,7 @@ correctness)
     tests cuda 90 tests/test_cuda.py tests/test_absent_gpu.py
     tests kernels 100 -n 8 --dist loadfile tests/test_{layer_norm,assignment,matching_cost,set_loss,pixels}.py \
         tests/test_{convolution,conv_bias_act,convolution_library,batch_norm,packing,packed_attention,xformers_attention}.py
-    tests model 50 -n 8 --dist loadfile tests/test_{compile,golden,reference,step,graphed_step,cached}.py
+    tests model 50 -n 8 --dist loadfile tests/test_{compile,golden,reference,step,graphed_step,cached,optimized}.py
     ;;
 speed)
     profile tune_training 110 tune --model detr_r50 --minutes 1.3

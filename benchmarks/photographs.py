@@ -15,7 +15,7 @@ OBJECTS = 7
 
 
 def write_photographs(root: Path) -> Path:
-    """JPEG files and COCO json as train and as val split; about 100 kB a file, as COCO's have."""
+    """Write JPEG files and COCO json as train and as val split; about 100 kB a file, as COCO's have."""
     (root / "annotations").mkdir()
     (root / "train2017").mkdir()
     (root / "val2017").symlink_to(root / "train2017")
@@ -39,7 +39,7 @@ def write_photographs(root: Path) -> Path:
 
 
 def draw_photograph(rng: np.random.Generator) -> Image.Image:
-    """Soft large shapes, edges and a little grain."""
+    """Draw soft large shapes, edges and a little grain."""
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     middle = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     size = (WIDTH, HEIGHT)

@@ -51,7 +51,10 @@ class PaddedBatch:
 
 
 class PillowPipeline:
-    """Over all records of `dataset`, whose transform must be a TrainTransform; `exact`: the oracle of any pipeline."""
+    """Reads all records of `dataset`, whose transform must be a TrainTransform.
+
+    `exact`: never rounds; what the pixels of every pipeline are compared with.
+    """
 
     def __init__(self, dataset: CocoDataset, exact: bool = False) -> None:
         assert isinstance(dataset.transform, TrainTransform)
@@ -82,7 +85,7 @@ class PillowPipeline:
         return resize(item, draws.choice(SIZE, transform.sizes).item(), transform.max_size)
 
     def batch(self) -> PaddedBatch:
-        """All of the data set's images."""
+        """Make a batch of all of the data set's images."""
         images, boxes = zip(*(normalize(item) for item in self.augment()), strict=True)
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
         padded = images[0].new_zeros(len(images), 3, height, width)
@@ -94,7 +97,7 @@ class PillowPipeline:
 
 
 class OnePass(PillowPipeline):
-    """The same crop of each image, resized at once."""
+    """Makes the same crop of each image, resized at once."""
 
     def read(self) -> list[Picture]:
         return [self.cropped(index).image for index in range(len(self.dataset))]
@@ -112,7 +115,7 @@ class OnePass(PillowPipeline):
 
 
 def size_of(image: Picture) -> tuple[int, int]:
-    """(h, w)"""
+    """Return (h, w)."""
     _, height, width = F.get_dimensions(image)
     return height, width
 
@@ -142,7 +145,7 @@ def crop(item: LabelledPicture, top: int, left: int, height: int, width: int) ->
 
 
 def normalize(item: LabelledPicture) -> tuple[Tensor, Tensor]:
-    """The image as a normalised tensor, and its boxes as cxcywh relative to it."""
+    """Return the image as a normalised tensor, and its boxes as cxcywh relative to it."""
     height, width = size_of(item.image)
     pixels = item.image / 255 if isinstance(item.image, Tensor) else F.to_tensor(item.image)
     low, high = (item.boxes_xyxy_px / torch.tensor([width, height, width, height])).split(2, -1)

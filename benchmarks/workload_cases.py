@@ -1,4 +1,4 @@
-"""Whole models as cases: ours in its forms, and our baselines on the same weights and the same batch."""
+"""Whole models as cases: ours with several options, and our baselines on the same weights and the same batch."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +31,11 @@ SIZES: dict[tuple[Mode, Size], tuple[str, int]] = (
     }
 )
 """Height and width in pixels, and images."""
-FORMS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
-"""Ours as a whole: DETR's own sequence of operations, what is the default, and on a GPU every kernel of ours, and the
-default as a CUDA graph."""
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"ref": {"kernels": "ref"}, "auto": {}}
+"""Options of ours: DETR's own sequence of operations; the default; on a GPU also every kernel of ours, and the default
+as a CUDA graph."""
 if ON_GPU:
-    FORMS |= {"triton": {"kernels": "triton"}, "captured": {"capture": True}}
+    OWN_OPTIONS |= {"triton": {"kernels": "triton"}, "captured": {"capture": True}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WorkloadCase:
 
     @property
     def precision(self) -> str:
-        """tf32 is float32 as Tensor Cores multiply it."""
+        """Name the precision; tf32 is float32 as Tensor Cores multiply it."""
         precision = self.configuration.options.precision
         return "tf32" if ON_GPU and precision == "fp32" and self.configuration.tf32 else precision
 
@@ -66,13 +66,13 @@ class WorkloadCase:
 
 
 def precisions() -> Sequence[str]:
-    """That the device is made for, the fastest last."""
+    """List those that the device is made for, the fastest last."""
     exact = "tf32" if ON_GPU else "fp32"
     return (exact, "bf16") if multiplies_bf16(DEVICE) else (exact,)
 
 
 def compiles(size: Size) -> bool:
-    """Compiling a ResNet-50 detector for a CPU takes minutes."""
+    """Tell whether to time compiled models: for a CPU, compiling a ResNet-50 detector takes minutes."""
     return missing_for_compile() is None and (ON_GPU or size == "full")
 
 
@@ -82,13 +82,13 @@ def workload_options(mode: Mode, size: Size, **changes: Any) -> WorkloadOptions:
 
 
 def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) -> WorkloadCase:
-    """`changes`: other fields of Configuration."""
+    """Make a case; `changes`: other fields of Configuration."""
     options = replace(options, precision="bf16" if precision == "bf16" else "fp32")
     return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
 
 
 def baseline_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCase]:
-    """The plain reference, Hugging Face's DETR and Faster R-CNN; the reference also in full float32 on a GPU."""
+    """Yield the plain reference, Hugging Face's DETR and Faster R-CNN; on a GPU the reference in full float32 too."""
     if ON_GPU:
         yield case("reference", options, "fp32", implementation="reference")
     for precision in precisions():
@@ -100,24 +100,25 @@ def baseline_cases(options: WorkloadOptions, size: Size) -> Iterator[WorkloadCas
 
 
 def own_cases(
-    options: WorkloadOptions, forms: Mapping[str, Mapping[str, Any]], in_precisions: Sequence[str], compiled: bool
+    options: WorkloadOptions, changes: Mapping[str, Mapping[str, Any]], in_precisions: Sequence[str], compiled: bool
 ) -> Iterator[WorkloadCase]:
-    """Ours in each of `forms`, which are changes of the options or, under `forms`, of single operations.
+    """Yield ours by name with each of `changes` of the options, in each precision; under `backends` a change holds
+    those of single operations.
 
     With `compiled`, each but the plain `ref` also compiled, in the last of the precisions; a compiled inference cannot
     be captured.
     """
-    for name, form in forms.items():
-        changes = {key: value for key, value in form.items() if key != "forms"}
-        single = form.get("forms", {})
+    for name, change in changes.items():
+        changed = replace(options, **{key: value for key, value in change.items() if key != "backends"})
+        backends = change.get("backends", {})
         for precision in in_precisions:
-            yield case(name, replace(options, **changes), precision, forms=single)
-        if compiled and name != "ref" and not (options.mode == "inference" and changes.get("capture")):
-            yield case(f"{name}-compiled", replace(options, **changes, compile=True), in_precisions[-1], forms=single)
+            yield case(name, changed, precision, backends=backends)
+        if compiled and name != "ref" and not (options.mode == "inference" and changed.capture):
+            yield case(f"{name}-compiled", replace(changed, compile=True), in_precisions[-1], backends=backends)
 
 
 def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
-    """The gate, then the clock."""
+    """Pass the gate, then time."""
     workload, compile_s = case.configuration.build(), None
     if workload.options.compile:
         compile_s = time_first_run(workload)
@@ -128,7 +129,7 @@ def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainO
 
 
 def time_first_run(workload: Workload) -> float:
-    """Seconds of the run that compiles, fewer where inductor's cache holds the graph; the weights stay as they were."""
+    """Time the run that compiles, in seconds, fewer where inductor's cache holds the graph; the weights stay."""
     before = {name: value.clone() for name, value in workload.model.state_dict().items()}
     began = time.perf_counter()
     workload.run()

@@ -1,5 +1,4 @@
-"""A fast detection transformer, provably DETR: `build_model`, `load_model`, `build_criterion` and the weights'
-namings."""
+"""DETR, the detection transformer, made fast and provably equal: `load_model`, `build_model`, `build_criterion`."""
 
 from detr_fast.detector import Detector
 from detr_fast.model.detr import DETR

@@ -17,7 +17,7 @@ from detr_fast.data.categories import by_spelling, spelling_hint
 from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
 from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
 from detr_fast.data.corrections import shortened
-from detr_fast.data.doubles import find_doubles
+from detr_fast.data.duplicates import find_duplicates
 from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
@@ -67,8 +67,7 @@ class CheckedImage:
 
 
 def annotation_problems(dataset: CocoDataset, split: str, num_queries: int) -> Iterator[str]:
-    """Yield what reading the json had to mend, what training would not notice, and images with more objects than a
-    model can find."""
+    """Yield a line for each fault of the annotations that training would not notice or could not use."""
     reason = without_objects(dataset.annotations)
     if reason and split == "train":
         yield f"there is nothing to train on: {reason}"
@@ -85,7 +84,7 @@ def annotation_notes(dataset: CocoDataset, split: str) -> Iterator[str]:
         yield f"there is no object to find, so that no AP can be measured: {reason}"
     if limit:
         yield limit
-    yield from find_doubles(annotations).notes()
+    yield from find_duplicates(annotations).notes()
     yield from class_notes(annotations)
     small = annotations.corrections.below_pixel
     if small:

@@ -22,11 +22,11 @@ from detr_fast.out_of_memory import is_out_of_memory
 Call = Callable[[], Any]
 MEMORY_IS_FULL = "The memory holds no more CUDA graphs: other shapes run eagerly from now on."
 ALIGNMENT_BYTES = 512
-"""As torch's allocator aligns: kernels are specialised for what their pointers are multiples of."""
+"""The alignment of torch's allocator: Triton specialises kernels for the alignment of their pointers."""
 
 
 class Capturer(Protocol):
-    """The interface of what captures: `CudaCapturer` on a GPU, a stand-in in tests."""
+    """Interface of what captures calls: `CudaCapturer` on a GPU, a stand-in in tests."""
 
     def run(self, call: Call) -> Any:
         """Run `call` once, eagerly, on the stream that captures."""
@@ -56,13 +56,13 @@ class CapturedGraph(NamedTuple):
 
 @dataclass
 class GraphCache:
-    """Cache one CUDA graph per input shape of a function.
+    """Caches one CUDA graph per input shape of a function.
 
     The function is passed with each call, so that its owner can hold the cache without a reference cycle.
     """
 
     capturer: Capturer
-    most: int
+    max_graphs: int
     """Graphs that are captured; calls of other shapes run eagerly."""
     notice: str = ""
     """A warning for the first such call; "": none is given."""
@@ -73,7 +73,7 @@ class GraphCache:
     """Inputs of all shapes are copied into this one buffer, uint8."""
 
     def __post_init__(self) -> None:
-        self._begins_with = self.most, self.notice
+        self._begins_with = self.max_graphs, self.notice
 
     def __call__(self, function: Callable[[Any], Any], inputs: Any, warm_up: int = 1) -> Any:
         """Return function(inputs), a tree of tensors, for a tree of tensors and None; later replays leave it as it is.
@@ -104,13 +104,13 @@ class GraphCache:
         self.graphs.clear()
         self.eager_calls.clear()
         self.memory = None
-        self.most, self.notice = self._begins_with
+        self.max_graphs, self.notice = self._begins_with
         self.capturer.forget()
 
     def _is_due(self, shape: Any, warm_up: int) -> bool:
         if self.eager_calls[shape] < warm_up:
             return False
-        if len(self.graphs) < self.most:
+        if len(self.graphs) < self.max_graphs:
             return True
         if self.notice:
             warnings.warn(self.notice)
@@ -124,14 +124,14 @@ class GraphCache:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self.most, self.notice = len(self.graphs), ""
+            self.max_graphs, self.notice = len(self.graphs), ""
             warnings.warn(MEMORY_IS_FULL)
             return None
         self.graphs[shape] = graph
         return graph
 
     def _held(self, inputs: Any) -> Any:
-        """Memory for inputs of this shape, aligned alike in all calls, captured or not."""
+        """Make buffers for inputs of this shape, aligned alike in all calls, captured or not."""
         given = [leaf for leaf in tree_leaves(inputs) if leaf is not None]
         if not given:
             return inputs
@@ -145,7 +145,7 @@ class GraphCache:
 def laid_out_as(tensor: Tensor, memory: Tensor, start: int) -> Tensor:
     """Make a tensor of the same shape, dtype and strides in `memory`, uint8, from byte `start` on.
 
-    To autograd and torch.compile it is no view of anything.
+    Autograd and torch.compile do not take it for a view.
     """
     strides = torch.empty_like(tensor, device="meta").stride()
     return tensor.new_empty(0).set_(memory.untyped_storage(), start // tensor.itemsize, tensor.shape, strides)
@@ -173,8 +173,7 @@ class CudaCapturer:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Call) -> Any:
-        """Run `call` on the stream that captures: cuBLAS's workspace lies there, and a gradient is accumulated on one
-        and the same stream."""
+        """Run `call` on the capturing stream, which holds cuBLAS's workspace and accumulates gradients."""
         here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream), cudnn_benchmark(self.benchmark):
@@ -183,7 +182,7 @@ class CudaCapturer:
         return results
 
     def capture(self, call: Call) -> tuple[Callable[[], Any], Any]:
-        """Capture `call`. Raises UserError where the memory runs out in a way that leaves nothing to go on with."""
+        """Capture `call`. Raises UserError where the memory runs out so that CUDA cannot go on."""
         graph = torch.cuda.CUDAGraph()
         # other threads call the driver meanwhile: one pins the next batch's memory, NCCL's looks after its work
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
@@ -202,7 +201,7 @@ class CudaCapturer:
 
 @contextmanager
 def cudnn_benchmark(wanted: bool) -> Iterator[None]:
-    """Let cuDNN time which algorithm is fastest for each shape, where `wanted`; afterwards as before."""
+    """Let cuDNN time which algorithm is fastest for each shape, where `wanted`, until the context ends."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted or before
     try:

@@ -27,24 +27,24 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR, optimized
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.preprocessing import Preprocessing
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime
-from detr_fast.stages import stage
 
 Forward = Callable[[Tensor, Tensor | None], dict[str, Any]]
 """Images (B, 3, H, W) and mask (B, H, W) or None -> at least `pred_logits` and `pred_boxes`."""
 
 MOST_GRAPHS = 32
 SMALL_BATCH_PX = 4_000_000
-"""Pixels that a GPU takes as long for as the host for launching the forward pass, about 5 ms: four images of 800x1066.
-Such batches gain from a CUDA graph, larger ones little."""
+"""Pixels for which the GPU takes as long as the host takes to launch the forward pass, about 5 ms: four images of
+800x1066. Such batches gain from a CUDA graph, larger ones little."""
 WARM_UP_CALLS = {"small": 1, "large": 3}
-"""Of a shape, before it is captured, which costs as much as some forward passes (0.1 s)."""
+"""Eager calls of a shape before it is captured, which costs as much as some forward passes (0.1 s)."""
 
 
 class Detector:
-    """Finds objects: `predict` on photographs, `detect` on batches, and called like its network on normalised images.
+    """Finds objects: `predict` on photographs, `detect` on batches; called on normalised images, it is its network.
 
-    Move it by its own `to`: the CUDA graphs of its forward pass read the memory that the weights lie in.
+    Move it by its own `to`: the CUDA graphs of its forward pass read the weights' memory.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Detector:
         """Take a network as it is, or as `place` has placed it for `runtime`."""
         self.network = network
         self.categories = categories
-        """What each label stands for, in label order; None: labels are the data set's own ids."""
+        """The category of each label, in label order; None: labels are the data set's own ids."""
         self.notes = notes
         """Sentences on what was assumed where its file did not say it."""
         self.graphs: GraphCache | None = None
@@ -71,7 +71,7 @@ class Detector:
 
     @property
     def runtime(self) -> Runtime:
-        """Where and how it runs: as it was placed, else where the network is and in its own precision."""
+        """Return how it runs: as it was placed, else where the network is and in its own precision."""
         return self._runtime or runtime_of(self.network)
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Detector:
             return self.network(images, mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this memory: a copy's or a file's weights lie elsewhere."""
+        """Leave out CUDA graphs and the compiled network, which belong to these weights' memory."""
         return {**self.__dict__, "graphs": None, "_captured_with": None, "_compiled": None}
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -90,8 +90,10 @@ class Detector:
         return self
 
     def optimize(self, runtime: Runtime) -> Self:
-        """Place the network as `runtime` says and, unless that keeps to DETR's own operations, optimise it for
-        inference alone: see `detr_fast.model.optimized`."""
+        """Place the network for `runtime` and, unless that says not to, optimise it for inference alone.
+
+        See `detr_fast.model.optimized`: such a network cannot be trained.
+        """
         network = place(self.network.eval(), runtime)
         self._replace(optimized(network, runtime.dtype) if runtime.optimizes else network, runtime)
         return self
@@ -125,20 +127,20 @@ class Detector:
         A batch that does not fit into the memory is halved until it does. Raises UserError where one image does not.
         """
         runtime = self.runtime
-        with stage("copy"):
+        with profiler_range("copy"):
             batch = batch.to(runtime.device)
-        with stage("pixels"):
+        with profiler_range("pixels"):
             images, mask = Preprocessing.of(self.network, runtime)(batch)
-        with stage("forward"), runtime.autocast(), evaluation_mode(self.network):
+        with profiler_range("forward"), runtime.autocast(), evaluation_mode(self.network):
             logits, boxes = halved_to_fit(self.forward, images, mask, batch.image_ids)
-        with stage("postprocess"):
+        with profiler_range("postprocess"):
             return postprocess(logits, boxes, batch.original_sizes)
 
     @property
     def replays(self) -> bool:
-        """Whether forward passes are replayed as CUDA graphs: by itself on a GPU, where the network is optimised.
+        """Tell whether forward passes are replayed as CUDA graphs: on a GPU, where the network is optimised.
 
-        Not where it is compiled: that may compile anew at any call, which no capture could hold.
+        A compiled one is not: it may compile anew at any call, which no capture could hold.
         """
         runtime = self.runtime
         if runtime.compile or runtime.capture is False:
@@ -147,8 +149,10 @@ class Detector:
         return self.graphs is not None or (on_gpu and isinstance(self.network, OptimizedDETR))
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Compute at least `pred_logits` and `pred_boxes`, by the network's CUDA graphs or its compiled form where it
-        runs so. The network itself stays what hooks, profilers and exports need: a replay runs no Python."""
+        """Compute at least `pred_logits` and `pred_boxes`, by CUDA graph replay or compiled, where it runs so.
+
+        Call the network itself for hooks, profilers and exports: a replay runs no Python.
+        """
         if self.replays:
             return self._replayed(images, mask)
         if not self.runtime.compile:
@@ -158,7 +162,7 @@ class Detector:
         return self._compiled(images, mask)  # type: ignore[misc]
 
     def _replace(self, network: DETR, runtime: Runtime | None) -> None:
-        """Take another network or another place for it: what was made for the last one is void."""
+        """Set the network and its runtime; drop the graphs and the compiled network of the last one."""
         self.network, self._runtime = network, runtime
         self.graphs, self._captured_with, self._compiled = None, None, None
 
@@ -187,11 +191,10 @@ class Detector:
 def place(network: DETR, runtime: Runtime, named: Mapping[str, str] | None = None) -> DETR:
     """Move `network` to the device, in the memory order and with the backends that `runtime` chose; returns it.
 
-    `named`: backends of single operations, before what the options ask for.
-
-    What belongs to the whole process is settled with it: the host's allocator, and the threads of torch's operators.
+    `named`: backends of single operations, before what the options ask for. Settings of the whole process, the host's
+    allocator and the threads of torch's operators, are made as well.
     """
-    settle_process(runtime)
+    configure_process(runtime)
     memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
     network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
     selection = select_backends(
@@ -207,16 +210,15 @@ def place(network: DETR, runtime: Runtime, named: Mapping[str, str] | None = Non
     return network
 
 
-def settle_process(runtime: Runtime) -> None:
-    """Set what `runtime` chose for the whole process."""
+def configure_process(runtime: Runtime) -> None:
+    """Set the host's allocator and torch's threads, which `runtime` chose for the whole process."""
     use_host_allocator(runtime.host_allocator)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
 
 
 def runtime_of(network: nn.Module) -> Runtime:
-    """Describe a network where it is and as it is: nothing moved or compiled, autocast for half-precision weights
-    alone."""
+    """Describe a network where it is and as it is: not compiled, autocast for half-precision weights alone."""
     weight = next(network.parameters())
     half = weight.dtype in (torch.bfloat16, torch.float16)
     return Runtime(

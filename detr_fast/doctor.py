@@ -32,7 +32,7 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: what was looked at, what is there, what follows or what to do."""
+    """One row of the table: subject, what is there, and what follows or what to do."""
 
     subject: str
     found: str
@@ -110,7 +110,7 @@ def check_package(name: str, serves: str, without: str) -> Finding:
 
 
 def check_xformers() -> Finding:
-    """Tell whether its FlashAttention, which calls torch's kernels, is there. Its own extension need not load."""
+    """Tell whether xformers' FlashAttention, which calls torch's kernels, is there; its own extension need not load."""
     problem = why_not_xformers()
     if problem:
         return Finding("xformers", problem, f"--attention xformers cannot run: {INSTALL}", missing=True)

@@ -37,7 +37,7 @@ class ExportConfig(Checked):
 
 
 def main(options: ExportConfig) -> int:
-    """Raises UserError where the weights cannot be read, have no counterpart, or the file cannot be written."""
+    """Export a detector. Raises UserError where it cannot be read, has no counterpart there, or cannot be written."""
     detector = read_detector(options.weights, categories=options.categories)
     for note in detector.notes:
         print(note)
@@ -53,8 +53,10 @@ def main(options: ExportConfig) -> int:
 
 
 def write_weights(detector: Detector, out: Path, naming: Naming) -> None:
-    """Write the weights with, beside them, the architecture and the classes, which `load_model` reads and others
-    ignore. Raises UserError where the file cannot be written."""
+    """Write the weights with the architecture and the classes, which `load_model` reads and others ignore.
+
+    Raises UserError where the file cannot be written.
+    """
     state_dict = {key: value.contiguous() for key, value in export_state_dict(detector, naming).items()}
     description = ModelDescription.of(detector.config, detector.categories)
     if out.suffix == ".pth":

@@ -1,4 +1,4 @@
-"""Files as this project leaves them: whole or not at all, and with one message where they cannot be written.
+"""Writing of files: whole or not at all, with one message where one cannot be written.
 
 Nothing else opens a file for writing (tests/test_layout.py).
 """
@@ -54,8 +54,10 @@ def write_json(path: Path, content: Any, indent: int | None = 2, advice: str = F
 
 
 def open_growing(path: Path, append: bool = False, advice: str = FREE_SPACE) -> FileIO:
-    """Open, without a buffer, a file that others read while it grows: a log, a lock, a part of a folder that
-    `atomic_folder` makes. A new one, unless `append`. Raises UserError where it cannot be opened."""
+    """Open, without a buffer, a file that others read while it grows: a log, a lock, a part of `atomic_folder`.
+
+    An existing one is replaced unless `append`. Raises UserError where it cannot be opened.
+    """
     with explained(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileIO(path, "a" if append else "w")
@@ -82,7 +84,7 @@ def atomic_folder(path: Path, advice: str = FREE_SPACE) -> Iterator[Path]:
 
 
 def require_writable(option: str, folder: Path) -> None:
-    """Make `folder`, before the work whose results go there. Raises UserError where nothing can be written in it."""
+    """Make `folder` before the work whose results go there. Raises UserError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,6 @@
-"""The host's allocator: freed memory kept by the process, in large pages, or given back as glibc does by itself.
+"""The host's memory allocator: freed memory is kept by the process, in huge pages, or given back, as glibc does.
 
-This is process-wide: all that runs in the process has the same. It can be turned on at any time, and not be turned off
-again.
+The choice is process-wide. Keeping can be turned on at any time, and not off again.
 """
 
 import ctypes
@@ -36,7 +35,7 @@ PROCESS = Process()
 
 
 def choose_host_allocator(asked: HostAllocator, device: torch.device) -> tuple[Allocator | None, str]:
-    """Choose what `use_host_allocator` is to do, None for nothing, and say why.
+    """Choose what `use_host_allocator` is to do (None: nothing), and return it with the reason.
 
     `auto` keeps to what was decided for this process before. Raises UserError where what is asked for by name cannot be
     had: `system` in a process that keeps freed memory already, `keep` without glibc.
@@ -62,7 +61,7 @@ def choose_host_allocator(asked: HostAllocator, device: torch.device) -> tuple[A
 
 
 def use_host_allocator(choice: Allocator | None) -> None:
-    """Do as `choose_host_allocator` chose, for all that runs in this process from now on."""
+    """Apply the choice of `choose_host_allocator` to this process from now on."""
     if choice == "keep":
         keep_freed_memory()
     if choice is not None:
@@ -76,13 +75,12 @@ def why_not_kept() -> str | None:
 
 @cache
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again, instead of giving every large block back and asking for new pages, and
-    ask for large pages.
+    """Let malloc keep freed memory for this process, in one heap with huge pages, instead of unmapping large blocks.
 
-    glibc maps each block of megabytes by itself, and the kernel then clears all its pages anew: a fifth of a million
-    faults a training step on a CPU. What malloc takes instead is one range of addresses, the first 4 GiB of which are
-    asked for in pages of 2 MiB: what lies in pages of 4 KiB is found more slowly than it is read. Memory is used only
-    where it is written to. Where there is no glibc, nothing changes.
+    By default glibc maps each block of megabytes by itself, and the kernel then clears all its pages anew: a fifth of a
+    million page faults a training step on a CPU. Here the heap's first 4 GiB are advised to be pages of 2 MiB, since
+    with 4 KiB finding a page takes longer than reading it. Physical memory is used only where it is written to. Without
+    glibc nothing changes.
     """
     if why_not_kept() is not None:
         return

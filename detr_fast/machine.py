@@ -1,4 +1,4 @@
-"""What this machine is, as far as times depend on it: device, driver, versions, and the code that computes."""
+"""Description of this machine, as far as times depend on it: device, driver, versions, and the code that computes."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ COMPUTING = ("torch", "torchvision", "triton", "xformers")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """List what times on `device` depend on besides the model: its name, driver and libraries; of a CPU the cores."""
+    """Describe what times on `device` depend on besides the model: name, driver, libraries; a CPU's cores."""
     installed = {**{name: installed_version(name) for name in COMPUTING}, "code": code_version()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -33,10 +33,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """Hash the files that compute: what was measured does not outlive them."""
+    """Hash the files that compute: what was measured is void once one of them changes."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in computing_files())).hexdigest()[:12]
+
+
+def computing_files() -> list[Path]:
+    """List the files of the kernels, the network and the training step, those in subfolders too."""
     folders = (Path(detr_kernels.__file__).parent, Path(__file__).parent / "model", Path(__file__).parent / "training")
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def cores() -> int:
@@ -66,7 +70,7 @@ def driver_version() -> str | None:
 
 
 def processor_name() -> str:
-    """Read the processor's name as Linux has it, else the architecture."""
+    """Read the processor's name from Linux; elsewhere return the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

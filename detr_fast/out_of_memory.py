@@ -1,4 +1,4 @@
-"""Which errors say that the device's memory ran out: each library reports it in its own way."""
+"""Recognition of out-of-memory errors, which each library reports in its own way."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What lies at a path that someone gave, and the folder of what is made once and kept."""
+"""Checks of paths that a user gave, and the cache folder."""
 
 import os
 import stat
@@ -12,8 +12,7 @@ Kind = Literal["nothing", "file", "folder", "broken link", "special file"]
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Return what is at `path`, links followed. Raises UserError where the system does not tell, as of a name that is
-    too long or in a folder that may not be entered."""
+    """Return what is at `path`, links followed. Raises UserError where the system does not allow to look."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -27,15 +26,14 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def require_kind(kind: Kind, path: Path, given: str, advice: str = "") -> None:
-    """Raises UserError, which begins with `given` and ends with `advice`, where `path` is no `kind`; as `kind_of`."""
+    """Raise UserError, which begins with `given` and ends with `advice`, where `path` is no `kind`."""
     found = kind_of(path)
     wrong = f"there is no such {kind}" if found == "nothing" else f"it is a {found}, not a {kind}"
     require(found == kind, f"{given}: {wrong}.{f' {advice}' * bool(advice)}")
 
 
 def cache_folder() -> Path:
-    """Find where generated data is kept: DETR_FAST_CACHE, else the user's cache folder, else, of a user without a home,
-    one among temporary files."""
+    """Find the folder of generated data: DETR_FAST_CACHE, else the user's cache; without a home, a temporary folder."""
     if named := os.environ.get("DETR_FAST_CACHE"):
         return Path(named)
     if caches := os.environ.get("XDG_CACHE_HOME"):

@@ -12,7 +12,7 @@ from detr_fast.command import run
 from detr_fast.config import PredictConfig, UserError, require
 from detr_fast.data.annotations import Category
 from detr_fast.data.photographs import find_images
-from detr_fast.evaluation.lettering import class_names
+from detr_fast.evaluation.fonts import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.prediction import Detections, prediction_batches, read_pixels
 from detr_fast.evaluation.predictions_file import PredictionsFile
@@ -23,8 +23,7 @@ from detr_fast.weights.pickles import listed
 
 
 def main(options: PredictConfig) -> int:
-    """Find objects on every image. One that cannot be read or drawn is named, and makes the exit code 2; the others are
-    done all the same."""
+    """Find objects on every image; return the exit code, 2 where an image could not be read or drawn."""
     require(options.batch_size >= 1, f"--batch-size must be at least 1, got {options.batch_size}.")
     files, passed_over = find_images(Path(options.images))
     out = Path(options.out)
@@ -68,8 +67,7 @@ def older_pictures(pictures: Path, entries: Sequence[dict[str, Any]]) -> list[st
 
 
 def read_batches(batches: Iterable[list[Path]], bad: set[Path]) -> Iterator[list[tuple[Path, Tensor]]]:
-    """Yield each batch's files with their pixels uint8 (3, h, w); those that cannot be read are named, and go to
-    `bad`."""
+    """Yield each batch's files with their pixels uint8 (3, h, w); print and add to `bad` those that cannot be read."""
     for files in batches:
         batch = []
         for file in files:
@@ -81,7 +79,7 @@ def read_batches(batches: Iterable[list[Path]], bad: set[Path]) -> Iterator[list
 
 @contextmanager
 def named(file: Path, bad: set[Path]) -> Iterator[None]:
-    """Print a fault of one image, note the file in `bad`, and go on."""
+    """Print a UserError on one image, add the file to `bad`, and go on."""
     try:
         yield
     except UserError as error:
@@ -90,7 +88,7 @@ def named(file: Path, bad: set[Path]) -> Iterator[None]:
 
 
 def entry(file: Path, pixels: Tensor, detections: Detections) -> dict[str, Any]:
-    """Return what predictions.json says of an image."""
+    """Make the entry of an image in predictions.json."""
     height, width = pixels.shape[1:]
     return {"file_name": file.name, "width": width, "height": height, **detections.to_dict()}
 

@@ -14,7 +14,7 @@ from detr_fast.runtime import Runtime
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes a network's input of a batch: normalised as it expects, in one memory order, dtype and backend."""
+    """Makes a network's input from a batch: normalised as it expects, in one memory order, dtype and backend."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -35,12 +35,12 @@ class Preprocessing:
         )
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Make `(x / 255 - mean) / std` of each image, (B, 3, H, W), 0 where padded, and the padding mask.
+        """Compute `(x / 255 - mean) / std` of each image, (B, 3, H, W), 0 where padded, and the padding mask.
 
         The mask (B, H, W) is True where padded; None where no image is. Runs on the batch's device and reads nothing
         from it.
         """
-        height, width = batch.room
+        height, width = batch.padded_size
         images = resize_normalize_pad(batch.images, height, width, self.mean, self.std, self.dtype, self.backend)
         if not self.channels_last:
             images = images.contiguous()

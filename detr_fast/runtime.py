@@ -1,5 +1,7 @@
-"""Where and how a model runs: device, precision, memory order, implementation; each choice made here, with its reason,
-from options and hardware alone. `detr_fast.detector.place` does what was chosen."""
+"""Choice of device, precision, memory order and switches, each with its reason, from options and hardware alone.
+
+`detr_fast.detector.place` applies what was chosen.
+"""
 
 import os
 import platform
@@ -26,7 +28,7 @@ MOST_WORKERS = 16
 
 @dataclass(frozen=True)
 class Runtime:
-    """The choices of one run; `reasons` says for each why it was made."""
+    """The choices of one run; `reasons` has why each was made."""
 
     device: torch.device
     dtype: torch.dtype
@@ -37,19 +39,21 @@ class Runtime:
     attention: Attention
     reasons: dict[str, str]
     capture: bool | None = None
-    """Whether steps are replayed as CUDA graphs; None: training is not, optimised inference on a GPU is."""
+    """True: steps are replayed as CUDA graphs. None: optimised inference on a GPU is, training is not."""
     optimize: bool | None = None
-    """Whether inference folds and rounds weights once; None: unless --kernels ref."""
+    """True: inference folds and rounds weights once. None: it does, unless --kernels is ref."""
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
     host_allocator: Allocator | None = None
     """For the whole process; None: it stays as it is."""
     threads: int | None = None
-    """Of torch's operators on a CPU, for the whole process; None: as many as it has."""
+    """Threads of torch's operators on a CPU, for the whole process; None: torch's default."""
 
     def workers(self, asked: int | None) -> int:
-        """Return how many processes read images for this one: as asked, else on a CPU none, beside a GPU its share of
-        the cores that it may use, but for one to launch kernels, up to 16."""
+        """Return how many worker processes read images: as asked; else none on a CPU, and up to 16 beside a GPU.
+
+        Beside a GPU they are this process's part of the machine's cores, less one, which launches kernels.
+        """
         if asked is not None:
             return asked
         if self.device.type != "cuda":
@@ -62,12 +66,12 @@ class Runtime:
 
     @property
     def optimizes(self) -> bool:
-        """Whether inference folds and rounds weights once, instead of in every call."""
+        """Tell whether inference folds and rounds weights once, instead of in every call."""
         return self.optimize if self.optimize is not None else self.kernels != "ref"
 
 
 def choose_device(asked: Device) -> tuple[torch.device, str]:
-    """Choose the device, and say why. Raises UserError where a GPU is asked for and there is none."""
+    """Choose the device, with the reason. Raises UserError where a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
     require(asked != "cuda" or available, "--device cuda: torch finds no GPU. Use --device cpu, or see doctor.")
     if asked == "auto":
@@ -76,8 +80,7 @@ def choose_device(asked: Device) -> tuple[torch.device, str]:
 
 
 def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtype, str]:
-    """Choose the dtype of GEMMs and convolutions. Raises UserError for fp16 on a CPU, whose gradients would need a
-    scaler."""
+    """Choose the dtype of GEMMs and convolutions, with the reason. Raises UserError for fp16 on a CPU."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     require(asked != "fp16" or device.type == "cuda", "--precision fp16 needs a GPU. Use bf16 or fp32 on a CPU.")
     if asked != "auto":
@@ -88,7 +91,7 @@ def choose_precision(asked: Precision, device: torch.device) -> tuple[torch.dtyp
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Tell whether the device has instructions for bf16 products, not merely emulation."""
+    """Tell whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -107,7 +110,7 @@ def missing_for_compile() -> str | None:
 
 
 def with_reasons(measured: Measured) -> dict[str, str]:
-    """Word the choices as they are printed: "layer norm" -> "triton (measured here: ...)"."""
+    """Format the choices as they are printed: "layer norm" -> "triton (measured here: ...)"."""
     words = {True: "yes", False: "no"}
     return {
         name.replace("_", " "): f"{words[value] if isinstance(value, bool) else value} ({reason})"
@@ -118,8 +121,7 @@ def with_reasons(measured: Measured) -> dict[str, str]:
 def why_not_measured(
     switch: str, value: Any, device: torch.device, dtype: torch.dtype, head_dim: int, mode: Mode = "training"
 ) -> str | None:
-    """Say why `value` of a switch, an operation or an option, cannot run here, as far as that is known before it is
-    tried; None where nothing is known."""
+    """Say why a switch (an operation or an option) cannot have `value` here; None where no reason is known."""
     if switch in OPERATIONS:
         facts = Facts(device, dtype, training=mode == "training", dropout=0.1, head_dim=head_dim)
         return OPERATIONS[switch].why_not(value, facts)
@@ -127,8 +129,10 @@ def why_not_measured(
 
 
 def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.device) -> Measured:
-    """Take what `tuning` says of the switches that `options` leave open, and that can run on `device`; nothing with
-    --no-tune and --kernels ref."""
+    """Return what `tuning` measured for switches that `options` leave open, and that can run on `device`.
+
+    With --no-tune or --kernels ref that is nothing.
+    """
     if tuning is None or not options.tune or options.kernels == "ref":
         return {}
     left_open = {
@@ -155,9 +159,9 @@ USUAL_HEAD_DIM = 32
 
 
 def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Runtime:
-    """Choose what `options` ask for by name; else what `tuning` says was measured here; else the first guess.
+    """Choose what `options` ask for by name, else what `tuning` measured here, else a first guess.
 
-    Raises UserError where something asked for by name is not there.
+    Raises UserError where something asked for by name cannot be had.
     """
     device, device_reason = choose_device(options.device)
     measured = not_asked_for(options, tuning, device)
@@ -195,7 +199,6 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
 
 
 def runtime_for_inference(options: RuntimeOptions, config: ModelConfig, batch_size: int) -> Runtime:
-    """Choose as `choose_runtime` does, with what was measured here for a model of `config` on `batch_size` photographs
-    at once."""
+    """Choose as `choose_runtime`, with what was measured here for a model of `config` on `batch_size` images."""
     device, _ = choose_device(options.device)
     return choose_runtime(options, find(device, Case.of_inference(config, batch_size, options)))

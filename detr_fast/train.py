@@ -1,4 +1,4 @@
-"""`python -m detr_fast.train`: trains a detector, evaluates it, and leaves everything in one folder."""
+"""`python -m detr_fast.train`: training of a detector, with its evaluation, in one output folder."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ from detr_fast.data.batch import Batch
 from detr_fast.data.coco import CocoDataset
 from detr_fast.data.loader import evaluation_loader, on_device
 from detr_fast.data.sampler import batches_per_epoch
-from detr_fast.detector import Detector, place, settle_process
+from detr_fast.detector import Detector, configure_process, place
 from detr_fast.evaluation.coco_metrics import METRICS, UNLIMITED, Evaluation, evaluate_detector
 from detr_fast.evaluation.plots import draw_ap_curves, draw_loss_curves
 from detr_fast.evaluation.report import write_evaluation
@@ -25,7 +25,9 @@ from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.runtime import Runtime, choose_runtime
-from detr_fast.training.assembly import (
+from detr_fast.training.autotune import tuning_of
+from detr_fast.training.batch_size import batch_line, with_batches
+from detr_fast.training.build import (
     extremes_of,
     largest_batch,
     make_batches,
@@ -34,12 +36,10 @@ from detr_fast.training.assembly import (
     make_schedule,
     make_step,
 )
-from detr_fast.training.batch_size import batch_line, with_batches
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.data_rate import measure_data, training_rate
 from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.distributed import World, joined_world
-from detr_fast.training.first_minute import tuning_of
 from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
 from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import TrainingLoop
@@ -63,7 +63,7 @@ from detr_fast.training.step import TrainStep
 
 
 def default_options(argv: Sequence[str]) -> TrainConfig:
-    """Return what holds where an option is not given: a resumed run's own options, else the recipe of the model."""
+    """Return the defaults of all options: a resumed run's own options, else the recipe of the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--data", "--train-images", "--model", "--output", "--resume"):
         parser.add_argument(name)
@@ -91,7 +91,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
     per_epoch = batches_per_epoch(len(train_set), options.batch_size, world.size)
     schedule = make_schedule(options, per_epoch)
     if options.data_only:
-        settle_process(runtime)
+        configure_process(runtime)
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
         batches = make_batches(options, train_set, runtime, world, (0, 0))
         measure_data(batches, config, runtime, options.workers, console, rate)
@@ -143,7 +143,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
             interruption = stack.enter_context(deferred_interruption())
             stack.enter_context(loop.display)
             if options.profile and world.is_main:
-                profiled = ProfiledStep(wrapped, options.profile, folder, runtime.device, loop.display.say)
+                profiled = ProfiledStep(wrapped, options.profile, folder, runtime.device, loop.display.print)
                 loop.take_step = stack.enter_context(profiled)
             code = loop.run(interruption)
         if loop.evaluation and world.is_main:
@@ -153,7 +153,7 @@ def train(options: TrainConfig, runtime: Runtime, world: World) -> int:
 
 
 def progress_of(state: TrainingState | None, options: TrainConfig, config: ModelConfig, total_steps: int) -> Progress:
-    """Find where the run stands. Raises UserError where it has no step to make, or has made more than it is to make."""
+    """Return the progress to go on from. Raises UserError where the run has no step to make, or made too many."""
     progress = replace(state.progress) if state else Progress()
     require(
         total_steps > 0, "One update takes more batches than all epochs have: lower --accumulate or --effective-batch."
@@ -179,8 +179,10 @@ def last_line(folder: RunFolder, progress: Progress) -> str:
 
 
 def wrapped_step(step: TrainStep, options: TrainConfig, largest: Batch) -> MicroBatches | GraphedStep:
-    """Wrap `step`: in CUDA graphs where that is asked for or was measured to be faster, and in micro-batches, on a GPU
-    as many as it takes for `largest` to fit into its memory; a CPU's gives no warning."""
+    """Wrap `step` in micro-batches and, where asked for or measured to be faster, in CUDA graphs.
+
+    On a GPU the micro-batches are as small as it takes for `largest` to fit into memory.
+    """
     runtime, micro_batches = step.runtime, MicroBatches(step)
     problem = why_not_graphed(step) if runtime.capture else None
     require(problem is None or not options.capture, f"--capture cannot be done: {problem}. Or leave --capture out.")
@@ -197,7 +199,7 @@ def is_last_of(path: Path | None, output: str) -> bool:
 
 
 def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -> Callable[[], Evaluation]:
-    """Return what evaluates the weights to keep, uncompiled: compiling once more would take longer than it saves."""
+    """Return a function that evaluates the weights to keep, uncompiled: compiling would take longer than it saves."""
     runtime, world = replace(step.runtime, compile=False), step.world
     workers = runtime.workers(options.workers)
 
@@ -214,7 +216,7 @@ def evaluation_of(step: TrainStep, val_set: CocoDataset, options: TrainConfig) -
 
 @contextmanager
 def held_output(options: TrainConfig, world: World, model: DETR, resuming: bool) -> Iterator[RunFolder]:
-    """Hold the output folder in the main process, and give it to all: the others only know where it is."""
+    """Lock the output folder in the main process, and yield it in all."""
     root = Path(options.output)
     if not world.is_main:
         yield RunFolder(root)
@@ -255,7 +257,7 @@ def describe(
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:
-    """evaluation.json and the pictures."""
+    """Write evaluation.json and the pictures."""
     write_evaluation(evaluation, val_set, folder.root)
     draw_loss_curves(folder.metrics, folder.plots / "loss.png")
     draw_ap_curves(folder.metrics, folder.plots / "ap.png")

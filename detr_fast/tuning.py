@@ -1,9 +1,9 @@
-"""What was measured to be fastest on this machine: written by `python -m detr_profiling tune`, read by every `auto`.
+"""Cache of what was measured to be fastest on this machine: `python -m detr_profiling tune` writes, `auto` reads it.
 
-An entry is one JSON file in the cache folder. It belongs to a device with its driver and the versions of what computes
-there, to an architecture, a batch, the options given by name, and images of up to twice or half the size; it says which
-switches are to differ from the first guess, and what every candidate took. Where any of that is another there is no
-entry.
+An entry is one JSON file in the cache folder. It belongs to a device with its driver and the versions of what
+computes there, to an architecture, a batch, the options given by name, and images of up to twice or half the size; it
+says which switches are to differ from the first guess, and what every candidate took. Where any of that is another
+there is no entry.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from detr_fast.paths import cache_folder
 
 Mode = Literal["training", "inference"]
 FORMAT = 2
-"""Of the file; another one is void."""
+"""The version of the file's format; a file of another one is void."""
 
 
 RUNTIME_SWITCHES: dict[str, Any] = {
@@ -42,7 +42,7 @@ RUNTIME_SWITCHES: dict[str, Any] = {
 
 
 def checked_choices(choices: dict[str, Any]) -> dict[str, Any]:
-    """Return switch -> value as it is. Raises UserError for a switch or a value that this version does not know."""
+    """Return `choices`. Raises UserError for a switch or a value that this version does not know."""
     for name, value in choices.items():
         if name in OPERATIONS:
             require(value in OPERATIONS[name].names, f"{name} has no backend {value!r}")
@@ -71,21 +71,20 @@ def named(options: RuntimeOptions) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Case(Checked):
-    """What an entry is about: an architecture, what is done with it, its batches, and what was asked for by name."""
+    """The case that an entry is for: architecture, mode, batch, image size, and options asked for by name."""
 
     architecture: str
     mode: Mode
     batch_size: int
     pixels: int
-    """Of an image, on average."""
+    """Pixels of an image, on average."""
     named: str = ""
 
     @classmethod
     def of(
         cls, config: ModelConfig, mode: Mode, batch_size: int, height: int, width: int, options: RuntimeOptions
     ) -> Self:
-        """Build from a model's configuration and the size of its images in pixels; the number of classes, which next to
-        nothing depends on, is left out."""
+        """Build from a model's configuration and the size of its images in pixels, whatever the number of classes."""
         return cls(
             architecture=(
                 f"{config.backbone}{' DC5' * config.dilation}, {config.encoder_layers}+{config.decoder_layers} layers, "
@@ -105,7 +104,7 @@ class Case(Checked):
         return cls.of(config, "inference", batch_size, config.image_size, width, options)
 
     def distance(self, other: Self) -> float:
-        """Tell how far images are apart in size, as a factor of 1 or more; infinite where anything else differs."""
+        """Return the ratio of the image sizes, 1 or more; infinite where anything else differs."""
         if replace(self, pixels=other.pixels) != other:
             return math.inf
         return max(self.pixels, other.pixels) / min(self.pixels, other.pixels)
@@ -131,18 +130,18 @@ class Trial(Checked):
     ms: float | None = None
     """Median time of a step."""
     against_ms: float | None = None
-    """Of the best before it, in the same turns."""
-    spread_ms: float | None = None
-    """What a gain had to pass: the mean of both sides' interquartile ranges."""
+    """Median time of the best before it, in the same turns."""
+    iqr_ms: float | None = None
+    """Least gain that counts: the mean of both interquartile ranges."""
     error: float | None = None
-    """Of the quantity nearest to what is allowed, where it was compared with the reference."""
+    """Error of the quantity nearest to its limit, where it was compared with the reference."""
     allowed: float | None = None
 
     def outcome(self) -> str:
         return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
 
     def text(self) -> str:
-        """Tell the outcome with the times, in one line."""
+        """Format the outcome with the times, in one line."""
         times = (
             "" if self.ms is None or self.against_ms is None else f", {self.ms:.4g} against {self.against_ms:.4g} ms"
         )
@@ -160,15 +159,15 @@ class Tuning(Checked):
     first_guess_ms: float | None = None
     """None, as the next two: it could not be measured."""
     chosen_ms: float | None = None
-    spread_ms: float | None = None
+    iqr_ms: float | None = None
     """Mean of both interquartile ranges, in the turns that ended the measurement."""
     date: str
     commit: str | None = None
-    """Of the checkout that measured, where it was one."""
+    """Commit of the checkout that measured, where it was one."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        """Raises UserError for another format, and for a case, choices or trials that this version does not know."""
+        """Check the entry. Raises UserError for a format, case, choice or trial that this version does not know."""
         require(self.format == FORMAT, f"format {self.format}, known is {FORMAT}")
         require(self.parsed_case().pixels > 0, "images without pixels")
         checked_choices(self.choices)
@@ -178,7 +177,7 @@ class Tuning(Checked):
     def of(
         cls, device: torch.device, case: Case, choices: dict[str, Any], trials: Sequence[Trial], **measured: Any
     ) -> "Tuning":
-        """Make an entry of what was found on `device`; `measured`: the fields that are times, and the date."""
+        """Make an entry from what was found on `device`; `measured`: the fields that are times, and the date."""
         tried = tuple(trial.to_dict() for trial in trials)
         return cls(environment=environment(device), case=case.to_dict(), choices=choices, trials=tried, **measured)
 
@@ -194,13 +193,13 @@ class Tuning(Checked):
         return {name: (value, f"measured here: {won.get(name, 'won')}") for name, value in self.choices.items()}
 
     def summary(self) -> str:
-        """Tell in one line the gain over the first guess, when and among how many it was measured."""
+        """Describe in one line the gain over the first guess, when and among how many it was measured."""
         tried = sum(trial.verdict != "not tried" for trial in self.parsed_trials())
         if self.first_guess_ms is None or self.chosen_ms is None:
             return f"not measured, on {self.date}: the first guess"
         return (
-            f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (spread "
-            f"{self.spread_ms:.2g}), best of {tried + 1} measured on {self.date}"
+            f"{self.chosen_ms:.4g} ms a step against {self.first_guess_ms:.4g} of the first guess (IQR "
+            f"{self.iqr_ms:.2g}), best of {tried + 1} measured on {self.date}"
         )
 
 
@@ -248,7 +247,7 @@ CACHE_ADVICE = "Name another cache folder: DETR_FAST_CACHE."
 
 
 def keep(device: torch.device, entry: Tuning) -> Path:
-    """Write `entry` to where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
+    """Write `entry` where `find` looks for it; returns the file. Raises UserError where it cannot be written."""
     path = entry_path(device, Case.from_dict(entry.case))
     write_json(path, entry.to_dict(), advice=CACHE_ADVICE)
     return path

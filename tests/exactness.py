@@ -3,7 +3,7 @@
     python -m tests.exactness    measures on this machine and writes the table into README.md
 
 `golden/` holds what facebookresearch/detr computes from repeatable weights, images and targets
-(`detr_profiling.reference.keyed_weights`), on a CPU, for two sets of weights:
+(`detr_profiling.reference.name_seeded_weights`), on a CPU, for two sets of weights:
 
 conditioned: in float64, with tokens of standard deviation 1, as a trained model has them.
 sharp: in float32, with tokens of standard deviation 60 (R50) to 1,400 (R101). The first encoder layer's softmax is then
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
-from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets
+from detr_profiling.reference.name_seeded_weights import name_seeded_state_dict, seeded_batch, seeded_targets
 from torch import Tensor, nn
 
 from detr_fast import build_criterion, build_model, load_state_dict
@@ -122,12 +122,12 @@ def steps(case: str) -> dict[tuple[Program, Weights], Step]:
     preset, backbone, dilation = CASES[case]
     ours = build_model(preset, dropout=0.0).train()
     reference = ReferenceDETR(backbone, dilation, dropout=0.0).train()
-    keyed = keyed_state_dict(reference.state_dict(), golden("sharp")["salt"])
+    seeded = name_seeded_state_dict(reference.state_dict(), golden("sharp")["salt"])
     found: dict[tuple[Program, Weights], Step] = {}
     with two_threads():
         for program, weights in RUNS:
             scale = golden(weights)["cases"][case].get("token_scale", 1.0)
-            state_dict = {key: value * scale if "input_proj" in key else value for key, value in keyed.items()}
+            state_dict = {key: value * scale if "input_proj" in key else value for key, value in seeded.items()}
             if program == "reference":
                 reference.load_state_dict(state_dict)
                 found[program, weights] = train_step(reference, reference_criterion, weights)
@@ -143,7 +143,7 @@ def steps(case: str) -> dict[tuple[Program, Weights], Step]:
 def train_step(model: nn.Module, criterion: Callable[..., dict[str, Tensor]], weights: Weights) -> Step:
     """Make one on the golden batch, with the update where TABLE compares the loss after it."""
     given = golden(weights)
-    batch, targets = keyed_batch(given["sizes"], given["salt"]), keyed_targets(given["counts"], salt=given["salt"])
+    batch, targets = seeded_batch(given["sizes"], given["salt"]), seeded_targets(given["counts"], salt=given["salt"])
     model.zero_grad()
     outputs = model(*batch)
     terms = criterion(outputs, targets)

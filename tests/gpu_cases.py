@@ -39,8 +39,8 @@ FORMS: list[tuple[Kernels, Attention]] = [
 NAMES = ["-".join(forms) for forms in FORMS]
 FAST = FORMS[0], FORMS[2]
 ROOM = (96, 128)
-ROOMS = [(96 + 32 * (index % 5), 128 + 32 * (index % 4)) for index in range(10)]
-"""Ten rooms, both sides of which change at once."""
+PADDED_SIZES = [(96 + 32 * (index % 5), 128 + 32 * (index % 4)) for index in range(10)]
+"""Ten sizes of a batch, both sides of which change at once."""
 
 per_form = pytest.mark.parametrize(("kernels", "attention"), FORMS, ids=NAMES)
 ragged_or_not = pytest.mark.parametrize("padded", [True, False], ids=["ragged", "one size"])
@@ -77,7 +77,7 @@ def check_that_a_step_waits_for_nothing_and_launches_little(
 ) -> None:
     """Pixels, forward and backward pass, loss, AdamW and the average, in bf16."""
     launches = count_step(make_step(CONFIG, gpu, kernels, attention), make_batch(gpu, 2, ROOM, padded))
-    assert not launches.synchronisations and launches.ours == expected
+    assert not launches.synchronizations and launches.ours == expected
     assert sum(launches.totals().values()) <= most, launches.totals()
 
 
@@ -85,7 +85,7 @@ def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.Monk
     """DETR-R50, two ragged images; attention by xformers, as the fake device shows torch's attention in pieces."""
     monkeypatch.setitem(backbone.DEPTHS, "resnet50", (3, 4, 6, 3))
     launches = count_step(make_step(MODELS["detr_r50"], gpu, "auto", "xformers"), make_batch(gpu, 2, ROOM, True))
-    assert not launches.synchronisations
+    assert not launches.synchronizations
     most = {
         **{"pixels": 36, "forward": 28, "backbone": 182, "encoder": 182, "decoder": 267, "heads": 19},
         **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},
@@ -130,7 +130,7 @@ def check_that_model_and_loss_are_one_graph(
 def check_that_ten_shapes_are_two_graphs(kernels: Kernels, padded: bool, gpu: torch.device) -> None:
     """The first shape's own, and one for all others."""
     step = make_step(CONFIG, gpu, kernels)
-    batches = [make_batch(gpu, 2, room, padded) for room in ROOMS]
+    batches = [make_batch(gpu, 2, padded_size, padded) for padded_size in PADDED_SIZES]
     assert compile_at(step, batches, "eager") == {"graphs": 2, "breaks": 0}
 
 

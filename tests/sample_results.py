@@ -87,7 +87,7 @@ def ladder_rows(mode: str = "training", faster: float = 1.0) -> list[dict[str, A
 def stage_rows(times_ms: dict[str, float], gpu: bool) -> list[dict[str, Any]]:
     total = sum(times_ms.values())
     return [
-        {"name": name, "median_ms": ms, "q1_ms": 0.98 * ms, "q3_ms": 1.01 * ms, "runs": 3, "share": ms / total}
+        {"name": name, "median_ms": ms, "q1_ms": 0.98 * ms, "q3_ms": 1.01 * ms, "runs": 3, "fraction": ms / total}
         | {"device_ms": 1.7 * ms if gpu else None}
         for name, ms in times_ms.items()
     ]
@@ -107,23 +107,23 @@ def memory_block(stages: dict[str, float], gpu: bool, mib: float) -> dict[str, A
     }
 
 
-def roofline_block(stages: dict[str, float], copy_gb_s: float, product_tflop_s: float) -> dict[str, Any]:
+def roofline_block(stages: dict[str, float], bandwidth_gb_s: float, gemm_tflop_s: float) -> dict[str, Any]:
     work = {"pixels": (0.002, 1.6), "backbone": (27.4, 210), "encoder": (9.8, 160), "decoder": (4.9, 130)}
     work |= {"loss": (0.01, 2), "backward": (71.5, 900), "optimizer": (0.3, 640)}
-    scale = 16 if copy_gb_s > 100 else 1
+    scale = 16 if bandwidth_gb_s > 100 else 1
 
     def row(name: str, gflop: float, mib: float, ms: float) -> dict[str, Any]:
-        memory_ms, compute_ms = mib * 2**20 / copy_gb_s / 1e6, gflop / product_tflop_s
-        floor_ms = max(memory_ms, compute_ms)
+        memory_ms, compute_ms = mib * 2**20 / bandwidth_gb_s / 1e6, gflop / gemm_tflop_s
+        bound_ms = max(memory_ms, compute_ms)
         bound = "memory" if memory_ms > compute_ms else "compute"
-        return {"name": name, "gflop": gflop, "minimum_mib": mib, "ms": ms, "floor_ms": floor_ms, "bound": bound} | {
-            "distance": ms / floor_ms,
+        return {"name": name, "gflop": gflop, "minimum_mib": mib, "ms": ms, "bound_ms": bound_ms, "bound_by": bound} | {
+            "times_bound": ms / bound_ms,
             "mfu": compute_ms / ms,
         }
 
     rows = [row(name, scale * g, scale * m, stages[name] * 1.7) for name, (g, m) in work.items() if name in stages]
     total = row("total", sum(r["gflop"] for r in rows), sum(r["minimum_mib"] for r in rows), sum(r["ms"] for r in rows))
-    peaks = {"copy_gb_s": copy_gb_s, "product_tflop_s": product_tflop_s, "dtype": "bf16"}
+    peaks = {"bandwidth_gb_s": bandwidth_gb_s, "gemm_tflop_s": gemm_tflop_s, "dtype": "bf16"}
     return {"peaks": peaks, "stages": rows, "total": total}
 
 
@@ -133,13 +133,13 @@ def trace(gpu: bool = False) -> dict[str, Any]:
     names = ["convolution_backward", "mkldnn_convolution", "mm", "addmm", "native_layer_norm", "gelu", "relu_", "add_"]
     names += ["copy_", "_foreach_addcdiv_", "_scaled_dot_product_flash_attention", "cdist", "sigmoid", "index_select"]
     operators = [
-        {"name": f"aten::{name}", "calls": 53 - 2 * i, "cpu_ms": 90 / (i + 1), "share": 0.21 / (i + 1)}
+        {"name": f"aten::{name}", "calls": 53 - 2 * i, "cpu_ms": 90 / (i + 1), "fraction": 0.21 / (i + 1)}
         | {"device_ms": 5 / (i + 1) if gpu else None}
         for i, name in enumerate(names)
     ]
     kernels = [
         {"name": f"sm90_xmma_gemm_bf16bf16_{i}<float, {i}>", "calls": 12, "cpu_ms": None, "device_ms": 3 / (i + 1)}
-        | {"share": 0.3 / (i + 1)}
+        | {"fraction": 0.3 / (i + 1)}
         for i in range(5)
     ]
     waits = [{"operation": "detr_kernels::assignment_scipy", "stage": "matching", "per_step": 6.0}]
@@ -170,9 +170,9 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         "step_ms": {"median": step_ms, "q1": 0.99 * step_ms, "q3": 1.01 * step_ms, "runs": 5},
         "profiled_step_ms": {"median": 1.05 * step_ms, "q1": 1.04 * step_ms, "q3": 1.07 * step_ms, "runs": 3},
         "stages": stage_rows(stages, gpu),
-        "idle_share": 0.0413 if gpu else None,
-        "host_waits_per_step": 0.0 if gpu else 7.0,
-        "host_waits": [] if gpu else waits,
+        "idle_fraction": 0.0413 if gpu else None,
+        "synchronizations_per_step": 0.0 if gpu else 7.0,
+        "synchronizations": [] if gpu else waits,
         "launches_per_step": 1432.0,
         "launch_kind": "kernel launches" if gpu else "operators",
         "operators": operators,
@@ -180,7 +180,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         "memory": memory_block(stages, gpu, 24_310.5 if gpu else 1187.3),
         "gpu": telemetry | {"energy_joules": 251.4, "throttled": ["power cap"]} if gpu else None,
         "process": {"cpu_seconds_per_step": 0.79, "peak_rss_mib": 1633.7},
-        "forms": {
+        "backends": {
             "precision": "bf16 (the processor multiplies in it)",
             "attention": "sdpa (the default on a CPU)",
             "convolution": "folded (measured to be fastest on this device)",
@@ -215,9 +215,9 @@ def parity(gradients: int = 40) -> dict[str, Any]:
     ]
     for variant in variants:
         variant["close"] = all(row["close"] for row in variant["rows"])
-    oracle = random.normal(0, 2, 400)
+    exact = random.normal(0, 2, 400)
     logits = {
-        name: np.stack([oracle, oracle + 8 * s * random.normal(size=400)], 1).tolist() for name, s in scales.items()
+        name: np.stack([exact, exact + 8 * s * random.normal(size=400)], 1).tolist() for name, s in scales.items()
     }
     histogram = {}
     for name, scale in scales.items():

@@ -61,7 +61,7 @@ def pairs(found: np.ndarray, queries: int, count: int) -> tuple[np.ndarray, np.n
 def assert_optimal(cost: Tensor, count: list[int], found: np.ndarray, relative: float = 1e-5) -> None:
     """Each total is SciPy's to `relative`.
 
-    A sum that cancels also carries the rounding in float64 of what it is a sum of: that floor is allowed where there
+    A sum that cancels also carries the rounding in float64 of what it is a sum of: that much is allowed where there
     are negative costs.
     """
     exact = cost.double().numpy()
@@ -69,8 +69,8 @@ def assert_optimal(cost: Tensor, count: list[int], found: np.ndarray, relative: 
         table = exact[problem, :, :real]
         total = table[pairs(found[problem], cost.shape[1], real)].sum()
         least = table[linear_sum_assignment(table)].sum()
-        floor = 1e-13 * min(table.shape) * np.abs(table).max(initial=0) if (table < 0).any() else 0.0
-        assert abs(total - least) <= relative * abs(least) + floor, f"{total} is not {least}, problem {problem}"
+        tolerance = 1e-13 * min(table.shape) * np.abs(table).max(initial=0) if (table < 0).any() else 0.0
+        assert abs(total - least) <= relative * abs(least) + tolerance, f"{total} is not {least}, problem {problem}"
 
 
 def random_problems(problems: int, queries: int, targets: int) -> tuple[Tensor, list[int]]:

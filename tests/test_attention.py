@@ -6,7 +6,7 @@ from detr_kernels import Selection
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
 
-from detr_fast.model.attention import Layout, MultiheadAttention
+from detr_fast.model.attention import AttentionMask, MultiheadAttention
 
 DIM, HEADS = 64, 4
 BACKENDS = ["sdpa", "ref"]
@@ -40,7 +40,7 @@ def run(attention: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor | None) -
     if isinstance(attention, nn.MultiheadAttention):
         output, _ = attention(*inputs, key_padding_mask=mask)
     else:
-        output = attention(*inputs, Layout(mask))
+        output = attention(*inputs, AttentionMask(mask))
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
     grads = torch.autograd.grad((output * weight).sum(), [*inputs, *attention.parameters()])
     return [output, *grads]
@@ -61,10 +61,10 @@ def test_as_close_to_float64_as_torch(backend: str, shape: tuple[int, int], mask
     chosen = mask if masked else None
     results = run(attention, tuple(inputs), chosen)
     eager = run(as_torch(attention), tuple(inputs), chosen)
-    oracle = run(as_torch(attention).double(), tuple(x.double() for x in inputs), chosen)
-    for index, values in enumerate(zip(results, oracle, eager, strict=True)):
+    exact = run(as_torch(attention).double(), tuple(x.double() for x in inputs), chosen)
+    for index, values in enumerate(zip(results, exact, eager, strict=True)):
         scale = values[1].abs().max().item()
-        assert_close(*values, floor=TOLERANCE * max(1.0, scale), name=f"value {index}")
+        assert_close(*values, tolerance=TOLERANCE * max(1.0, scale), name=f"value {index}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -72,8 +72,8 @@ def test_one_projection_for_queries_and_keys_that_are_one(backend: str) -> None:
     attention = make_attention(backend)
     query, _, value, mask = make_inputs(33, 33)
     torch.testing.assert_close(
-        attention(query, query, value, Layout(mask)),
-        attention(query, query.clone(), value, Layout(mask)),
+        attention(query, query, value, AttentionMask(mask)),
+        attention(query, query.clone(), value, AttentionMask(mask)),
         atol=1e-5,
         rtol=0,
     )
@@ -84,7 +84,9 @@ def test_masked_keys_do_not_count(backend: str) -> None:
     attention = make_attention(backend)
     query, key, value, mask = make_inputs(5, 9)
     changed = [torch.where(mask[..., None], 1e4, x) for x in (key, value)]
-    assert torch.equal(attention(query, key, value, Layout(mask)), attention(query, *changed, Layout(mask)))
+    assert torch.equal(
+        attention(query, key, value, AttentionMask(mask)), attention(query, *changed, AttentionMask(mask))
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,7 +102,7 @@ def test_fully_padded_image_gives_zeros_and_finite_gradients(backend: str) -> No
     partly = mask.clone()
     partly[1] = False
     other_images = [0, 2]
-    expected = attention(*inputs, Layout(partly))[other_images]
+    expected = attention(*inputs, AttentionMask(partly))[other_images]
     torch.testing.assert_close(output[other_images], expected, atol=1e-6, rtol=0)
 
 
@@ -117,10 +119,10 @@ def test_dropout_is_on_the_weights_and_only_in_training(backend: str) -> None:
     attention = make_attention(backend)
     attention.dropout = 0.5
     *inputs, mask = make_inputs(40, 50)
-    plain = attention(*inputs, Layout(mask))
+    plain = attention(*inputs, AttentionMask(mask))
     attention.train()
     torch.manual_seed(2)
-    mean = torch.stack([attention(*inputs, Layout(mask)) for _ in range(400)]).mean(0)
-    assert not torch.equal(attention(*inputs, Layout(mask)), plain)
+    mean = torch.stack([attention(*inputs, AttentionMask(mask)) for _ in range(400)]).mean(0)
+    assert not torch.equal(attention(*inputs, AttentionMask(mask)), plain)
     # the third image has one key left, dropped or doubled: the mean's spread is the plain value over sqrt(400)
     torch.testing.assert_close(mean, plain, atol=0.25 * plain.abs().max().item(), rtol=0)

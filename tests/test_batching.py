@@ -51,7 +51,7 @@ def same(a: Batch, b: Batch) -> bool:
         (x.images.buffer, x.images.table, x.targets.labels, x.targets.boxes_cxcywh, x.targets.count, x.original_sizes)
         for x in (a, b)
     ]
-    alike = (a.image_ids, a.room, a.images.places) == (b.image_ids, b.room, b.images.places)
+    alike = (a.image_ids, a.padded_size, a.images.slots) == (b.image_ids, b.padded_size, b.images.slots)
     return alike and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
 
 
@@ -60,9 +60,9 @@ def test_collate_keeps_images_as_they_are_and_makes_room_for_the_largest() -> No
     batch = collate(samples)
     for image, one in zip(batch.images, samples, strict=True):
         assert torch.equal(image, one.image.permute(1, 2, 0))
-    assert batch.images.sizes == [(30, 50), (40, 20)] and batch.room == (40, 50) and batch.padded
-    assert batch.padding == pytest.approx(2 * 40 * 50 / (30 * 50 + 40 * 20))
-    assert collate(samples, (33, 64)).room == (40, 64)
+    assert batch.images.sizes == [(30, 50), (40, 20)] and batch.padded_size == (40, 50) and batch.padded
+    assert batch.padding_overhead == pytest.approx(2 * 40 * 50 / (30 * 50 + 40 * 20) - 1)
+    assert collate(samples, (33, 64)).padded_size == (40, 64)
     assert batch.image_ids == [8, 3] and batch.original_sizes.tolist() == [[60, 100], [80, 40]]
     assert batch.targets.count.tolist() == [2, 0]
 
@@ -102,7 +102,7 @@ def test_the_dataloader_would_call_our_pin_memory() -> None:
 def test_workers_change_nothing_and_fault_4_a_loader_started_anywhere_continues(shapes_root: Path) -> None:
     dataset = train_set(shapes_root)
     reference = first(train_loader(dataset, 5, workers=0, seed=42), 12)  # 9 batches an epoch
-    assert len({batch.room for batch in reference}) > 2
+    assert len({batch.padded_size for batch in reference}) > 2
     for workers in (1, 3):
         other = first(train_loader(dataset, 5, workers=workers, seed=42), 12)
         assert all(same(a, b) for a, b in zip(reference, other, strict=True)), workers
@@ -183,7 +183,7 @@ def test_evaluation_reads_by_shape(tmp_path: Path, workers: int) -> None:
     dataset = of_sizes(tmp_path, [WIDE, SQUARE, TALL, WIDE, WIDE, SQUARE, WIDE, WIDE, TALL])
     alone = list(evaluation_loader(dataset, 2, workers))
     assert [batch.image_ids for batch in alone] == [[1, 4], [5, 7], [8, 2], [6, 3], [9]]
-    assert [batch.room for batch in alone] == [(32, 48)] * 3 + [(48, 32)] * 2
+    assert [batch.padded_size for batch in alone] == [(32, 48)] * 3 + [(48, 32)] * 2
     assert [batch.padded for batch in alone] == [False, False, True, True, False]
     parts = [list(evaluation_loader(dataset, 2, workers, rank=rank, world=3)) for rank in range(3)]
     assert [len(part) for part in parts] == [2, 2, 1]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 
 from benchmarks import bench_kernels
 from benchmarks.clock import DEVICE, NOT_COMPARABLE
@@ -18,7 +19,7 @@ from benchmarks.gate import PlainObservations
 from detr_fast.runtime import multiplies_bf16
 
 CHECKOUT = Path(__file__).parents[1]
-FILES = ("data", "evaluation", "forms", "inference", "kernels", "loss", "training")
+FILES = ("data", "evaluation", "backends", "inference", "kernels", "loss", "training")
 ID = re.compile(r"benchmarks/bench_(\w+)\.py::bench_\w+\[[a-z0-9-]+-(fp32|tf32|bf16|fp64|uint8)-\d+x\d+-b\d+\]")
 FAST = ("read-ours-uint8-64x64", "hotcoco-fp64", "auto-fp32-100x20", "tiny-fp32-64x64-b16", "match-cost-plain-fp32")
 """A second or two each."""
@@ -114,7 +115,7 @@ def test_a_model_that_is_off_by_one_percent_does_not_pass(tmp_path: Path) -> Non
         workload.model.class_embed.weight.mul_(1.01)  # type: ignore[union-attr, operator]
     with pytest.raises(AssertionError, match="quantities are wrong, such as logits"):
         plain.judge(workload, tf32=True)
-    assert len(made) == 2 and sorted(tmp_path.iterdir()) == made  # the oracle and the eager errors are made once
+    assert len(made) == 2 and sorted(tmp_path.iterdir()) == made  # the exact and the eager errors are made once
     workload.observe = None
     assert plain.judge(workload, tf32=True) == NOT_COMPARABLE
 

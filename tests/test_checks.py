@@ -16,7 +16,7 @@ from detr_fast.data.box_formats import likely_formats
 from detr_fast.data.categories import label_map
 from detr_fast.data.checks import beyond_coco, check_files, class_notes, warn_before_training, without_objects
 from detr_fast.data.coco import CocoDataset
-from detr_fast.data.doubles import find_doubles
+from detr_fast.data.duplicates import find_duplicates
 from detr_fast.data.headers import UPRIGHT, orientation_of, read_header
 from detr_fast.data.transforms import EvaluationTransform
 
@@ -156,13 +156,13 @@ def test_doubles_are_told_from_near_ones_and_from_two_classes(tmp_path: Path) ->
         annotation(7, 1, [10, 10, 100, 90]),  # another object
         annotation(8, 2, [10, 10, 100, 50], iscrowd=1),
     ]
-    doubles = find_doubles(read(tmp_path, *rows))
-    assert doubles.equal.tolist() == [2, 3]
-    assert doubles.nearly_equal.tolist() == [4] and doubles.two_classes.tolist() == [5]
-    assert "2 annotations repeat" in next(doubles.problems()) and len(list(doubles.notes())) == 2
-    assert "(annotations 2, 3)" in next(doubles.problems())
+    duplicates = find_duplicates(read(tmp_path, *rows))
+    assert duplicates.equal.tolist() == [2, 3]
+    assert duplicates.nearly_equal.tolist() == [4] and duplicates.two_classes.tolist() == [5]
+    assert "2 annotations repeat" in next(duplicates.problems()) and len(list(duplicates.notes())) == 2
+    assert "(annotations 2, 3)" in next(duplicates.problems())
     rows[7]["id"] = 1  # as where two exports are joined: ids name nothing then
-    assert "(annotations number 1, number 2)" in next(find_doubles(read(tmp_path, *rows)).problems())
+    assert "(annotations number 1, number 2)" in next(find_duplicates(read(tmp_path, *rows)).problems())
 
 
 def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> 
     images, classes = rng.integers(1, 3, len(boxes)), rng.integers(1, 3, len(boxes))
     rows = [annotation(i + 1, int(images[i]), boxes[i].tolist(), int(classes[i])) for i in range(len(boxes))]
     annotations = read(tmp_path, *rows)
-    found = find_doubles(annotations)
+    found = find_duplicates(annotations)
     equal = {
         j + 1
         for j in range(len(boxes))
@@ -180,7 +180,7 @@ def test_doubles_are_found_as_comparing_all_pairs_finds_them(tmp_path: Path) -> 
         if images[i] == images[j] and classes[i] == classes[j] and (boxes[i] == boxes[j]).all()
     }
     assert set(found.equal.tolist()) == equal and len(equal) > 5
-    assert len(find_doubles(read(tmp_path)).equal) == 0
+    assert len(find_duplicates(read(tmp_path)).equal) == 0
 
 
 def test_doubles_among_many_boxes_of_one_sum_are_found(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_doubles_among_many_boxes_of_one_sum_are_found(tmp_path: Path) -> None:
     for step, extent in ((1, [8, 8]), (1.1, [8.125, 7.9])):
         boxes = [[step * i, step * (400 - i), *extent] for i in range(400)] * 2
         rows = [annotation(i, 1, box) for i, box in enumerate([[0, 0, 9e15, 5], *boxes], 1)]
-        assert find_doubles(read(tmp_path, *rows)).equal.tolist() == list(range(402, 802))
+        assert find_duplicates(read(tmp_path, *rows)).equal.tolist() == list(range(402, 802))
 
 
 def test_many_classes_cost_no_look_at_each_others(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_many_classes_cost_no_look_at_each_others(tmp_path: Path) -> None:
 
 def test_relative_boxes_are_no_doubles_for_being_small(tmp_path: Path) -> None:
     rows = [annotation(i, 1, [0.3, 0.3 + i / 1000, 0.2, 0.2]) for i in range(1, 9)]
-    assert not len(find_doubles(read(tmp_path, *rows)).equal)
+    assert not len(find_duplicates(read(tmp_path, *rows)).equal)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from detr_kernels import conv1x1_bias_act, conv1x1_bias_act_ref
+from detr_kernels.convolution import pointwise, pointwise_backward
 from detr_kernels.convolution import tiles as convolution_tiles
 from detr_kernels.convolution.tiles import Blocks, choose_blocks
 from detr_profiling.comparison.closeness import assert_close, assert_same_function
@@ -61,13 +62,13 @@ def test_random_values(dtype: torch.dtype) -> None:
 def test_other_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sweep would set: groups of tiles, the last smaller; parts of several steps, the last with fewer."""
     inputs = make_inputs((1, 40, 14, 15, 48), 1, False, torch.float32)
-    for product, blocks in {
-        (210, 48, 40, torch.float32, False): Blocks(32, 16, 16, 4, 2, group=2),
-        (210, 40, 48, torch.float32, True): Blocks(16, 32, 32, 4, 2, group=1),
-        (40, 48, 210, torch.float32, True): Blocks(32, 32, 16, 4, 2, splits=5, group=3),
-    }.items():
-        monkeypatch.setitem(convolution_tiles.TUNED, product, blocks)
-        assert choose_blocks(*product) == blocks
+    blocks = {
+        (210, 48, 40): Blocks(32, 16, 16, 4, 2, group=2),
+        (210, 40, 48): Blocks(16, 32, 32, 4, 2, group=1),
+        (40, 48, 210): Blocks(32, 32, 16, 4, 2, splits=5, group=3),
+    }
+    for module in (pointwise, pointwise_backward):
+        monkeypatch.setattr(module, "choose_blocks", lambda *size_and_dtype, **_: blocks[size_and_dtype[:3]])
     assert_same_function(fused, conv1x1_bias_act_ref, inputs, TOLERANCES[torch.float32])
 
 
@@ -79,7 +80,7 @@ def test_blocks_of_detrs_layers_fit_the_device() -> None:
             choose_blocks(inputs, outputs, pixels, torch.bfloat16, masked=True, split=True),
         ):
             assert min(blocks.rows, blocks.columns, blocks.inner) >= 16
-            assert 2 * blocks.stages * blocks.inner * (blocks.rows + blocks.columns) <= 163 * 1024
+            assert 2 * blocks.num_stages * blocks.inner * (blocks.rows + blocks.columns) <= 163 * 1024
         tiles = -(-inputs // blocks.rows) * -(-outputs // blocks.columns)
         assert 132 <= tiles * blocks.splits <= convolution_tiles.PROGRAMS
 

@@ -14,7 +14,8 @@ from detr_profiling.limits.counting import NOTHING
 from detr_profiling.limits.flops import has_products
 from detr_profiling.limits.roofline import Work, count_work
 from detr_profiling.measuring.techniques import REFERENCES
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detr_fast.config import model_config
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 FLOAT = 4
 """Bytes."""
@@ -72,13 +73,13 @@ def test_stages_of_a_training_step() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, foreach=False)
 
     def step() -> None:
-        with stage("forward"):
-            with stage("encoder"):
+        with profiler_range("forward"):
+            with profiler_range("encoder"):
                 y = layer(x)
             loss = y.exp().sum()
-        with stage("backward"):
+        with profiler_range("backward"):
             loss.backward()
-        with stage("optimizer"):
+        with profiler_range("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -137,9 +138,9 @@ def test_storages_are_told_apart_when_they_are_gone() -> None:
 
     def run() -> None:
         for _ in range(times):
-            with stage("forward"):
+            with profiler_range("forward"):
                 y = x.neg()
-            with stage("loss"):
+            with profiler_range("loss"):
                 y.exp()
 
     work = count_work(run)
@@ -151,11 +152,11 @@ def test_what_is_overwritten_in_another_stage() -> None:
     buffer = torch.zeros(100)
 
     def run() -> None:
-        with stage("forward"):
+        with profiler_range("forward"):
             buffer.fill_(1)
-        with stage("loss"):
+        with profiler_range("loss"):
             buffer[:40].fill_(2)
-        with stage("backward"):
+        with profiler_range("backward"):
             buffer.fill_(3)
 
     work = count_work(run)
@@ -217,7 +218,7 @@ def test_convolution_1x1(stride: int) -> None:
     x, weight = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(6, 3, 1, 1, requires_grad=True)
     bias = torch.randn(6)
     pixels = 2 * math.ceil(5 / stride) * math.ceil(4 / stride)
-    run = lambda: detr_kernels.conv1x1_bias_act(x, weight, bias, None, stride, backend="triton").sum().backward()  # noqa: E731
+    run = lambda: detr_kernels.conv1x1_bias_act(x, weight, bias, None, stride).sum().backward()  # noqa: E731
     assert flop_of(run) == 3 * 2 * pixels * 6 * 3
     weight.requires_grad_(False)
     assert flop_of(run) == 2 * 2 * pixels * 6 * 3
@@ -264,14 +265,14 @@ def training_step_flop(named: dict[str, str] | None, padded: bool, dropout: floa
         images, mask = torch.empty(1, 3, 800, 1066), torch.empty(1, 800, 1066, dtype=torch.bool) if padded else None
 
         def run() -> None:
-            with stage("forward"):
+            with profiler_range("forward"):
                 outputs = model(images, mask)
             loss = sum(
                 layer[name].sum()
                 for layer in (outputs, *outputs["aux_outputs"])
                 for name in ("pred_logits", "pred_boxes")
             )
-            with stage("backward"):
+            with profiler_range("backward"):
                 loss.backward()
 
         work = count_work(run)

@@ -112,7 +112,7 @@ def test_micro_batches_with_joined_normalizers_are_the_joined_batch(criterion: S
 
 def test_the_mapping_and_the_stacked_predictions_give_the_same(criterion: SetCriterion) -> None:
     outputs, targets = make_outputs(2, 7), make_targets([3, 2])
-    predictions = Predictions.of(outputs)
+    predictions = Predictions.from_dict(outputs)
     assert predictions.logits.shape == (3, 2, 7, NUM_CLASSES + 1) and predictions.boxes_cxcywh.shape == (3, 2, 7, 4)
     again = predictions.to_dict()
     for one, other in zip(leaves(outputs), leaves(again), strict=True):

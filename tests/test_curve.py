@@ -29,7 +29,7 @@ from detr_fast.config import UserError, model_config
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_step
+from detr_fast.training.build import make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.step import TrainStep
 from detr_fast.weights.container import write_container
@@ -83,8 +83,8 @@ def test_ours_learns_as_the_reference_does(curve: TrainingCurve) -> None:
         curve.add(name, replace(FP32, precision=name))
     result = curve.to_dict()
     assert result["close"] and result["losses"].keys() == {"reference", "reference bf16", "fp32", "bf16"}
-    assert result["oracle"][-1] < 0.95 * result["oracle"][0]
-    assert result["losses"]["fp32"][:2] == pytest.approx(result["oracle"][:2], rel=2e-4)
+    assert result["reference"][-1] < 0.95 * result["reference"][0]
+    assert result["losses"]["fp32"][:2] == pytest.approx(result["reference"][:2], rel=2e-4)
     assert result["allowed"]["fp32"][0] < 1.1e-5 < result["allowed"]["bf16"][0]
 
 
@@ -117,7 +117,7 @@ def test_another_recipe(
 
 
 def test_a_loss_that_is_not_finite_is_not_close(curve: TrainingCurve) -> None:
-    exact = [step["loss"].item() for step in curve.oracle]
+    exact = [step["loss"].item() for step in curve.reference]
     assert curve.judge(exact, curve.allowed["fp32"]) is None
     for value in (math.nan, math.inf):
         assert "step 3" in str(curve.judge([*exact[:2], value, exact[3]], curve.allowed["fp32"]))

@@ -13,7 +13,7 @@ from detr_fast.data.batch import Batch
 from detr_fast.data.loader import on_device
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import data_rate
-from detr_fast.training.assembly import make_batches, make_data
+from detr_fast.training.build import make_batches, make_data
 from detr_fast.training.distributed import World
 from tests.planted_clock import PlantedClock
 
@@ -38,7 +38,7 @@ def test_reading_is_compared_with_an_earlier_runs_training(tmp_path: Path) -> No
     """Its log has 80 images/s on two devices, where a fifth of the time went by waiting: without, each takes 50."""
     assert data_rate.training_rate(tmp_path / "none.csv", 1) is None
     log = tmp_path / "metrics.csv"
-    columns = "kind,epoch,step,seconds,images_per_second,data_wait_share"
+    columns = "kind,epoch,step,seconds,images_per_second,data_wait_fraction"
     log.write_text(f"{columns}\ntrain,1,1,1,80,0.2\nval,1,1,1,,\ntrain,1,2,2,80,0.2\n")
     assert data_rate.training_rate(log, 2) == pytest.approx(50)
     assert data_rate.verdict(60, 50) == "reading keeps up" and "--workers" in data_rate.verdict(40, 50)

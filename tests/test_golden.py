@@ -10,7 +10,7 @@ import pytest
 import torch
 from detr_kernels import batched_assignment, match_cost
 from detr_profiling.reference.detr import match_image
-from detr_profiling.reference.keyed_weights import keyed_targets
+from detr_profiling.reference.name_seeded_weights import seeded_targets
 from torch import Tensor
 
 from detr_fast.data.batch import Targets
@@ -64,7 +64,7 @@ def test_the_same_terms_and_trained_parameters(found: Found) -> None:
 
 def test_the_same_queries_are_matched(found: Found) -> None:
     given = golden("sharp")
-    targets = keyed_targets(given["counts"], salt=given["salt"])
+    targets = seeded_targets(given["counts"], salt=given["salt"])
     ours, reference = (found.steps[program, "sharp"].outputs for program in ("ref", "reference"))
     assert matched_by_ours(ours, targets) == given["cases"][found.case]["indices"]
     images = zip(reference["pred_logits"], reference["pred_boxes"], targets, strict=True)

@@ -17,7 +17,7 @@ from detr_fast.cuda_graphs import Call, cudnn_benchmark
 from detr_fast.data.batch import Batch
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
-from detr_fast.training.assembly import SHAPE_STEP_PX
+from detr_fast.training.build import SHAPE_STEP_PX
 from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import MOST_GRAPHS, GraphedStep, why_not_graphed
 from detr_fast.training.meter import Meter
@@ -40,11 +40,11 @@ def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
     return GraphedStep(MicroBatches(step), capturer)
 
 
-def batch(seed: int, size: tuple[int, int], objects: int, room: bool = True, narrower: int = 8) -> Batch:
+def batch(seed: int, size: tuple[int, int], objects: int, pad_rows: bool = True, narrower: int = 8) -> Batch:
     """Two images, the second one narrower by so many pixels."""
     made = make_batch([size, (size[0], size[1] - narrower)], [objects, objects], 2 * seed)
-    # as a captured step has them: with another room sums are in another order
-    return replace(made, targets=made.targets.with_room()) if room else made
+    # as a captured step has them: with other rows of padding sums are in another order
+    return replace(made, targets=made.targets.pad_rows()) if pad_rows else made
 
 
 WIDE, HIGH = (48, 64), (64, 48)
@@ -114,7 +114,7 @@ def test_the_same_numbers_as_without(accumulate: int) -> None:
 
 def test_room_for_targets_changes_no_term() -> None:
     torch.manual_seed(0)
-    expected, found = (make_step()([batch(1, WIDE, 3, room)]) for room in (False, True))
+    expected, found = (make_step()([batch(1, WIDE, 3, pad_rows)]) for pad_rows in (False, True))
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
 
@@ -184,7 +184,7 @@ def test_an_optimizer_that_was_captured_goes_on_without() -> None:
 def test_shapes_without_end_are_run_as_they_are() -> None:
     capturer = StandIn()
     step = graphed(make_step(), capturer)
-    step.gradient_graphs.most = 1
+    step.gradient_graphs.max_graphs = 1
     for size in (WIDE, WIDE, HIGH):
         step([batch(1, size, 3)])
     with pytest.warns(UserWarning, match="of other shapes run uncaptured"):
@@ -216,7 +216,7 @@ def test_the_largest_shape_comes_first_and_nothing_is_trained() -> None:
     before = {name: value.clone() for name, value in inner.model.state_dict().items()}
     captured = graphed(inner, capturer)
     numbers = torch.get_rng_state()
-    captured.find_micro_batch_size(batch(1, WIDE, 20, room=False))
+    captured.find_micro_batch_size(batch(1, WIDE, 20, pad_rows=False))
     assert (capturer.ran, capturer.captured, capturer.replayed) == (2, 1, 1)
     assert all(torch.equal(value, before[name]) for name, value in inner.model.state_dict().items())
     assert torch.equal(numbers, torch.get_rng_state()) and not inner.optimizer.state
@@ -225,7 +225,7 @@ def test_the_largest_shape_comes_first_and_nothing_is_trained() -> None:
         for step in (plain, captured):
             torch.manual_seed(number)
             schedule(step, number)
-            found = step([batch(number, WIDE, 3, room=False, narrower=narrower)])
+            found = step([batch(number, WIDE, 3, pad_rows=False, narrower=narrower)])
             terms.append({name: value.item() for name, value in found.items()})
         assert terms[1] == pytest.approx(terms[0], rel=1e-4, abs=1e-6)
     assert (capturer.captured, capturer.replayed) == (1 + 1, 1 + 2 + 1)
@@ -300,7 +300,7 @@ def test_what_does_not_fit_beside_its_graph_is_halved() -> None:
     """The batch's own graph, made and replayed, takes the memory for running it: its halves fit."""
     capturer = Full(run=2)
     step = graphed(make_step(), capturer)
-    step.find_micro_batch_size(batch(1, WIDE, 3, room=False))
+    step.find_micro_batch_size(batch(1, WIDE, 3, pad_rows=False))
     assert step.micro_batches.count == 2 and capturer.forgotten > 1
     assert not step.gave_up and len(step.gradient_graphs.graphs) == 1
 
@@ -308,9 +308,9 @@ def test_what_does_not_fit_beside_its_graph_is_halved() -> None:
 def test_a_graph_that_does_not_fit_when_it_is_tried_out_is_of_half_the_batch() -> None:
     step = graphed(make_step(), Full(capture=1))
     with pytest.warns(UserWarning, match="holds no more"):
-        step.find_micro_batch_size(batch(1, WIDE, 3, room=False))
+        step.find_micro_batch_size(batch(1, WIDE, 3, pad_rows=False))
     assert step.micro_batches.count == 2 and not step.gave_up
-    assert len(step.gradient_graphs.graphs) == 1 and step.gradient_graphs.most == MOST_GRAPHS
+    assert len(step.gradient_graphs.graphs) == 1 and step.gradient_graphs.max_graphs == MOST_GRAPHS
 
 
 class NoRoom(StandIn):
@@ -321,7 +321,7 @@ class NoRoom(StandIn):
 def test_where_no_graph_fits_single_images_may_without() -> None:
     step = graphed(make_step(), NoRoom())
     with pytest.warns(UserWarning, match="from now on steps run uncaptured"):
-        step.find_micro_batch_size(batch(1, WIDE, 3, room=False))
+        step.find_micro_batch_size(batch(1, WIDE, 3, pad_rows=False))
     assert step.gave_up and step.micro_batches.count == 1
     assert step([batch(1, WIDE, 3)])["loss"].isfinite()
 
@@ -329,8 +329,10 @@ def test_where_no_graph_fits_single_images_may_without() -> None:
 def test_a_shape_of_many_sizes_stays_below_what_is_captured() -> None:
     """Two groups of DETR's augmentation of COCO; benchmarks/NOTES.md has whole epochs."""
     for batch_size in (4, 16):
-        rooms = {shape.in_steps(SHAPE_STEP_PX).room for seed in range(2) for shape in order_of(batch_size, seed, True)}
-        assert len(rooms) < MOST_GRAPHS
+        padded_sizes = {
+            shape.in_steps(SHAPE_STEP_PX).padded_size for seed in range(2) for shape in order_of(batch_size, seed, True)
+        }
+        assert len(padded_sizes) < MOST_GRAPHS
 
 
 def test_cudnn_measures_only_where_asked() -> None:

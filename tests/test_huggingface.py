@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.reference.keyed_weights import keyed_batch, mild_state_dict
+from detr_profiling.reference.name_seeded_weights import perturbed_state_dict, seeded_batch
 from torch import nn
 
 from detr_fast import DETR, Detector, build_model, export_state_dict, load_model, load_state_dict
@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'detr-fas
 SIZES = [(96, 128), (80, 64)]
 
 
-def build_peer(backbone: str, dilation: bool = False) -> Any:
+def build_baseline(backbone: str, dilation: bool = False) -> Any:
     common = {"num_labels": 91, "auxiliary_loss": False}
     if backbone == "native":
         resnet = transformers.ResNetConfig(out_features=["stage4"])
@@ -32,42 +32,42 @@ def build_peer(backbone: str, dilation: bool = False) -> Any:
 def build_ours(name: str) -> DETR:
     """Its norms and biases are not 1 and 0, as they are at initialisation, where several mistakes would not show."""
     model = build_model(name)
-    load_state_dict(model, mild_state_dict(export_state_dict(model, "facebook"), salt=7))
+    load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), salt=7))
     return model.eval()
 
 
-def assert_same_predictions(model: DETR, peer: nn.Module) -> None:
-    images, mask = keyed_batch(SIZES, salt=2)
+def assert_same_predictions(model: DETR, baseline: nn.Module) -> None:
+    images, mask = seeded_batch(SIZES, salt=2)
     with torch.inference_mode():
-        ours, theirs = model(images, mask), peer(images, (~mask).long())
+        ours, theirs = model(images, mask), baseline(images, (~mask).long())
     torch.testing.assert_close(ours["pred_logits"], theirs.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(ours["pred_boxes"], theirs.pred_boxes, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "dilation"), [("detr_r50", False), ("detr_r50_dc5", True)])
 def test_our_weights_in_their_model(name: str, dilation: bool) -> None:
-    model, peer = build_ours(name), build_peer("resnet50", dilation)
+    model, baseline = build_ours(name), build_baseline("resnet50", dilation)
     exported = export_state_dict(model, "huggingface")
     assert len(exported) == 530
-    peer.load_state_dict(exported, strict=True)
-    assert_same_predictions(model, peer)
+    baseline.load_state_dict(exported, strict=True)
+    assert_same_predictions(model, baseline)
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "native"])
 def test_their_weights_in_our_model(backbone: str) -> None:
-    peer = build_peer(backbone)
-    peer.load_state_dict(mild_state_dict(peer.state_dict(), salt=9))
+    baseline = build_baseline(backbone)
+    baseline.load_state_dict(perturbed_state_dict(baseline.state_dict(), salt=9))
     model = build_model("detr_r50").eval()
-    load_state_dict(model, peer.state_dict())
-    assert_same_predictions(model, peer)
+    load_state_dict(model, baseline.state_dict())
+    assert_same_predictions(model, baseline)
 
 
 def test_their_folder_is_read(tmp_path: Path) -> None:
-    peer = build_peer("resnet50", dilation=True)
-    peer.save_pretrained(tmp_path)
+    baseline = build_baseline("resnet50", dilation=True)
+    baseline.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert model.config.dilation and model.config.backbone == "resnet50"
-    assert_same_predictions(model, peer)
+    assert_same_predictions(model, baseline)
 
 
 def test_our_folder_is_read_by_them(tmp_path: Path) -> None:

@@ -42,21 +42,21 @@ class Measurer:
 
     asked: list[Configuration] = field(default_factory=list)
     broken: str = ""
-    broken_forms: dict[str, Any] = field(default_factory=dict)
-    wrong_forms: dict[str, Any] = field(default_factory=dict)
+    broken_backends: dict[str, Any] = field(default_factory=dict)
+    wrong_backends: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+    def __call__(self, configuration: Configuration, runs: int, references: Path | None, limit_s: Any) -> Measurement:
         self.asked.append(configuration)
         options = configuration.options
         if options.precision == self.broken:
             raise UserError("out of memory")
-        if configuration.forms.items() & self.broken_forms.items():
+        if configuration.backends.items() & self.broken_backends.items():
             raise UserError("no such kernel")
         ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
-        ms -= sum(value not in ("ref", "scipy") for value in configuration.forms.values())
+        ms -= sum(value not in ("ref", "scipy") for value in configuration.backends.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
-        close = not configuration.forms.items() & self.wrong_forms.items()
-        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if oracle else {}
+        close = not configuration.backends.items() & self.wrong_backends.items()
+        error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if references else {}
         error["padding"] = 1.04 if options.buckets else 1.5
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)
 
@@ -65,7 +65,7 @@ class Measurer:
 def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
     stand_in = Measurer()
     monkeypatch.setattr(rounds, "measure_in_process", stand_in)
-    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "write_references_in_process", lambda *_: None)
     yield stand_in
 
 
@@ -75,11 +75,11 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
     operations = ["frozen batch norm: folded", "convolution: onednn", "residual stage: onednn"]
     operations += ["attention: sdpa", "attention: blocked", "dropout: pcg64"]
     assert [entry.name for entry in entries] == [*names, *operations, "compile"]
-    assert [entry.configuration.keeps_memory for entry in entries] == [False] + [True] * 11
+    assert [entry.configuration.options.host_allocator for entry in entries] == ["system"] + ["keep"] * 11
     first, top = entries[0].configuration, entries[-1].configuration
     assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
     assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
-    assert top.options.precision == "bf16" and top.forms["attention"] == "blocked"
+    assert top.options.precision == "bf16" and top.backends["attention"] == "blocked"
     assert all(Configuration.from_dict(entry.configuration.to_dict()) == entry.configuration for entry in entries)
     assert all(a.configuration != b.configuration for a, b in itertools.pairwise(entries))
 
@@ -96,7 +96,14 @@ def test_what_a_later_row_replaces_is_not_left_out() -> None:
     entries = {entry.name: entry for entry in build_entries(replace(OPTIONS, compile=False))}
     assert entries["attention: sdpa"].without is None
     without = entries["attention: blocked"].without
-    assert isinstance(without, Configuration) and without.forms["attention"] == "sdpa"
+    assert isinstance(without, Configuration) and without.backends["attention"] == "sdpa"
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_model_has_rows_of_its_own_operations_alone(mode: Any) -> None:
+    """detr_tiny's batch norm is live and its backbone is none of ours to fuse; it has no dropout."""
+    entries = build_entries(replace(OPTIONS, model="detr_tiny", mode=mode, compile=False))
+    assert [entry.name for entry in entries if ":" in entry.name] == ["attention: sdpa"]
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with all there is, as far as the ladder asks."""
     names = {"choose_device": (torch.device("cuda"), ""), "choose_precision": (torch.bfloat16, "")}
     for name, answer in names.items():
-        monkeypatch.setattr(f"detr_profiling.measuring.techniques.{name}", lambda *_, answer=answer: answer)
+        monkeypatch.setattr(f"detr_profiling.measuring.runnable.{name}", lambda *_, answer=answer: answer)
     monkeypatch.setattr("detr_kernels.launch.INTERPRETED", False)
     monkeypatch.setattr("detr_kernels.attention.xformers.why_not_xformers", lambda: None)
 
@@ -122,7 +129,7 @@ def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
     assert list(training)[-14:] == [*both, *attention, "layer norm: triton", *losses, "captured step"]
     folded_once = "weights folded and rounded once"
     assert list(inference)[-12:] == [*both, folded_once, *attention, "layer norm: triton", "captured inference"]
-    assert training["set loss: triton"].forms == {"set_loss": "triton"}
+    assert training["set loss: triton"].backends == {"set_loss": "triton"}
     ours = [each.name for each in techniques(replace(OPTIONS, kernels="triton", compile=False))]
     assert not {"attention: xformers", "convolution: cudnn"} & set(ours) and "attention: triton" in ours
     plain = [each.name for each in techniques(replace(OPTIONS, kernels="ref", compile=False))]
@@ -135,21 +142,21 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
     monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
     options = replace(OPTIONS, compile=False)
     entries = build_entries(options)
-    measurer.broken_forms, measurer.wrong_forms = {"layer_norm": "triton"}, {"preprocessing": "triton"}
+    measurer.broken_backends, measurer.wrong_backends = {"layer_norm": "triton"}, {"preprocessing": "triton"}
     list(measuring(entries, options, QUIET).run())
     found = {entry.name: entry for entry in entries}
     broken, wrong = found["layer norm: triton"], found["preprocessing: triton"]
     assert broken.measured is None and broken.note == "no such kernel; left out of the rows after it"
     assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
     top = entries[-1]
-    assert top.configuration.forms["layer_norm"] == top.configuration.forms["preprocessing"] == "ref"
-    assert top.configuration.forms["set_loss"] == "triton" and top.configuration.options.capture
+    assert top.configuration.backends["layer_norm"] == top.configuration.backends["preprocessing"] == "ref"
+    assert top.configuration.backends["set_loss"] == "triton" and top.configuration.options.capture
     others = [entry for entry in entries if entry not in (broken, wrong)]
     assert all(entry.measured and entry.measured.timing.runs == 4 and not entry.note for entry in others)
     assert top.measured_without == entries[-2].measured and broken.without is wrong.without is None
-    assert all(each.forms["preprocessing"] == "ref" for each in left_one_out(entries))
-    forms = [each.forms for each in measurer.asked]
-    assert sum(each.get("layer_norm") == "triton" for each in forms) == 1, "it is not tried again"
+    assert all(each.backends["preprocessing"] == "ref" for each in left_one_out(entries))
+    backends = [each.backends for each in measurer.asked]
+    assert sum(each.get("layer_norm") == "triton" for each in backends) == 1, "it is not tried again"
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
@@ -177,15 +184,13 @@ def test_without_a_technique_everything_else_is_on() -> None:
     entries = build_entries(OPTIONS)
     without = {entry.name: entry.without for entry in entries}
     assert without["reference"] is without["joint loss, fused AdamW"] is None  # there is no top without them
-    assert without["freed memory kept"] is None  # ours always keeps it
     assert without["compile"] is entries[-2]
-    for name, only in {"bf16": "precision", "channels-last": "channels_last"}.items():
+    plain = {"bf16": ("precision", "fp32"), "channels-last": ("channels_last", False)}
+    plain["freed memory kept"] = ("host_allocator", "system")
+    for name, (only, value) in plain.items():
         rest, top = without[name], build_entries(OPTIONS)[-1].configuration
-        assert (
-            isinstance(rest, Configuration)
-            and rest.forms == top.forms
-            and getattr(rest.options, only) in ("fp32", False)
-        )
+        assert isinstance(rest, Configuration) and rest.backends == top.backends
+        assert getattr(rest.options, only) == value
         assert replace(rest.options, **{only: getattr(top.options, only)}) == top.options
 
 
@@ -196,6 +201,8 @@ def test_options_lower_the_top() -> None:
         "freed memory kept",
         "joint loss, fused AdamW",
     ]
+    without_allocator = build_entries(replace(options, host_allocator="system"))
+    assert [entry.name for entry in without_allocator] == ["reference", "joint loss, fused AdamW"]
 
 
 def test_rows_take_turns(measurer: Measurer) -> None:

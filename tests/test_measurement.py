@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detr_profiling.batches import batch_shapes
 from detr_profiling.measuring import timing
 from detr_profiling.measuring.measurement import (
     Configuration,
@@ -15,13 +16,13 @@ from detr_profiling.measuring.measurement import (
     measure_in_process,
     measure_runs,
     measure_workload,
-    write_oracle,
-    write_oracle_in_process,
+    write_references,
+    write_references_in_process,
 )
 from detr_profiling.measuring.memory import Peak
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import Workload, WorkloadOptions, batch_shapes
+from detr_profiling.workload import Workload, WorkloadOptions
 from torch import nn
 
 from detr_fast.config import UserError
@@ -32,15 +33,15 @@ INFERENCE = replace(OPTIONS, mode="inference")
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("oracle")
-    write_oracle(INFERENCE, folder)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("references")
+    write_references(INFERENCE, folder)
     yield folder
 
 
 def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
-    write_oracle_in_process(OPTIONS, tmp_path)
-    found = measure_in_process(Configuration(OPTIONS, forms={"attention": "ref"}), runs=2, oracle=tmp_path)
+    write_references_in_process(OPTIONS, tmp_path)
+    found = measure_in_process(Configuration(OPTIONS, backends={"attention": "ref"}), runs=2, references=tmp_path)
     assert found.timing.runs == 2 and found.timing.median_ms > 0
     assert 300 < found.peak_mib < 10_000 and found.cpu_seconds_per_image > 0 and found.first_run_s > 0
     assert found.energy_j_per_image is None
@@ -97,10 +98,10 @@ def test_a_configuration_goes_through_text() -> None:
     assert Configuration.from_dict(configuration.to_dict()) == configuration
 
 
-def test_an_error_of_one_percent_is_seen(oracle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure_workload(Configuration(INFERENCE), 1, oracle).close
+def test_an_error_of_one_percent_is_seen(references: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_workload(Configuration(INFERENCE), 1, references).close
     monkeypatch.setattr("detr_fast.model.transformer.fused_add_layer_norm", wrong_layer_norm)
-    wrong = measure_workload(Configuration(INFERENCE), 1, oracle)
+    wrong = measure_workload(Configuration(INFERENCE), 1, references)
     assert wrong.close is False and wrong.error is not None and wrong.allowed is not None
     assert wrong.error > wrong.allowed
 

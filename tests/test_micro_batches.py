@@ -13,7 +13,7 @@ from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.train import main
-from detr_fast.training.assembly import Extremes, extremes_of, largest_batch, make_data
+from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
 from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import GraphedStep
 from detr_fast.training.micro_batches import MicroBatches
@@ -56,7 +56,7 @@ def test_a_split_batch_keeps_its_images_and_their_room() -> None:
     whole = batch()
     halves = whole.split(2)
     assert [half.image_ids for half in halves] == [[0, 1, 2], [3, 4]]
-    assert all(half.room == whole.room for half in halves)
+    assert all(half.padded_size == whole.padded_size for half in halves)
     assert all(
         torch.equal(a, b) for a, b in zip(whole.images, [x for half in halves for x in half.images], strict=True)
     )
@@ -153,18 +153,18 @@ def test_a_run_says_that_its_memory_ran_out(shapes_root: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("extremes", "room", "size"),
+    ("extremes", "padded_size", "size"),
     [
         (Extremes(20, mixed=False, padded=True), (832, 1344), (831, 1343)),
         (Extremes(0, mixed=True, padded=False), (1344, 1344), (1344, 1344)),
     ],
 )
 def test_the_largest_batch_is_as_large_as_training_can_ask_for(
-    extremes: Extremes, room: tuple[int, int], size: tuple[int, int]
+    extremes: Extremes, padded_size: tuple[int, int], size: tuple[int, int]
 ) -> None:
     options = replace(OPTIONS, train_sizes=(480, 800), max_size=1333, batch_size=3)
     largest = largest_batch(options, TINY, extremes)
-    assert largest.room == room and set(largest.images.sizes) == {size} and len(largest.images) == 3
+    assert largest.padded_size == padded_size and set(largest.images.sizes) == {size} and len(largest.images) == 3
     assert largest.padded == extremes.padded and largest.targets.labels.shape == (3, extremes.objects)
 
 

@@ -17,7 +17,7 @@ from detr_profiling.mixed_sizes import (
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.sampler import Position
 from detr_fast.data.transforms import EvaluationTransform
-from detr_fast.training.assembly import SHAPE_STEP_PX
+from detr_fast.training.build import SHAPE_STEP_PX
 
 
 def image_px(shapes: list[BatchShape]) -> float:
@@ -26,11 +26,11 @@ def image_px(shapes: list[BatchShape]) -> float:
 
 def test_padding_is_pixels_computed_over_pixels_of_images() -> None:
     shape = BatchShape.of([Position(0, 0), Position(0, 1)], lambda _, images: np.array([(2, 3), (4, 1)])[images])
-    assert (shape.sizes, shape.room) == ([(2, 3), (4, 1)], (4, 3))
+    assert (shape.sizes, shape.padded_size) == ([(2, 3), (4, 1)], (4, 3))
     assert padding([shape]) == 2 * 12 / (6 + 4)
     assert padding([shape, BatchShape([(5, 5)] * 2, (5, 5))]) == (24 + 50) / (10 + 50)
-    assert shape.in_steps(4).room == (4, 4)
-    assert BatchShape.of([Position(0, 0, (8, 8))], lambda *_: np.array([(2, 3)])).room == (8, 8)
+    assert shape.in_steps(4).padded_size == (4, 4)
+    assert BatchShape.of([Position(0, 0, (8, 8))], lambda *_: np.array([(2, 3)])).padded_size == (8, 8)
 
 
 def test_both_orders_have_the_same_images() -> None:

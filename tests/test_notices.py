@@ -11,14 +11,16 @@ import torch
 from detr_profiling import rounds
 from detr_profiling.ladder import LadderOptions, build_entries, measuring
 from detr_profiling.measuring import timing
-from detr_profiling.measuring.measurement import measure_workload, write_oracle
+from detr_profiling.measuring.measurement import Configuration, Measurement, measure_workload, write_references
 from detr_profiling.measuring.row import LadderRow
+from detr_profiling.own_workload import build_workload
 from detr_profiling.rounds import rows_of
 from detr_profiling.tracing.recording import profile_workload
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 from rich.console import Console
 from torch import Tensor
 
+from detr_fast import host_memory
 from detr_fast.training.step import TrainStep
 from tests.planted_clock import PlantedClock
 
@@ -27,13 +29,19 @@ SHORT = LadderOptions(
     **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},
     **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},
 )
-"""Three rows: the reference, once more with its memory kept, and ours in its plainest form."""
+"""Three rows: the reference, once more with its memory kept, and ours by references alone."""
 
 
 def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LadderRow]:
-    """The ladder, measured in this process, where things can be planted."""
-    monkeypatch.setattr(rounds, "measure_in_process", lambda *order: measure_workload(*order[:3]))
-    monkeypatch.setattr(rounds, "write_oracle_in_process", write_oracle)
+    """The ladder, measured in this process, where things can be planted, and whose allocator stays as it is."""
+
+    def measure(configuration: Configuration, runs: int, references: Path | None, limit_s: object) -> Measurement:
+        monkeypatch.setattr(host_memory, "PROCESS", host_memory.Process())
+        return measure_workload(configuration, runs, references)
+
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(rounds, "measure_in_process", measure)
+    monkeypatch.setattr(rounds, "write_references_in_process", write_references)
     entries = build_entries(SHORT)
     list(measuring(entries, SHORT, Console(quiet=True)).run())
     return rows_of(entries, SHORT)
@@ -75,7 +83,7 @@ def test_nothing_is_reported_where_nothing_was_planted(tmp_path: Path) -> None:
     assert not found["memory"]["leaking"]
     # the assignment of a CPU, which on a GPU is another one, and no other read: this also holds for the plain losses,
     # of which tests/test_waiting.py cannot see what torch itself does for tensors that have data
-    assert [wait["operation"] for wait in found["host_waits"]] == ["detr_kernels::assignment_scipy"]
+    assert [wait["operation"] for wait in found["synchronizations"]] == ["detr_kernels::assignment_scipy"]
 
 
 def test_a_leak(tmp_path: Path) -> None:
@@ -87,5 +95,5 @@ def test_a_leak(tmp_path: Path) -> None:
 def test_a_read_by_the_host(tmp_path: Path) -> None:
     plain = traced(tmp_path, lambda terms: None)
     found = traced(tmp_path, lambda terms: terms["loss"].item())
-    assert found["host_waits_per_step"] == plain["host_waits_per_step"] + 1
-    assert any("aten::item" in wait["operation"] and wait["per_step"] == 1 for wait in found["host_waits"])
+    assert found["synchronizations_per_step"] == plain["synchronizations_per_step"] + 1
+    assert any("aten::item" in wait["operation"] and wait["per_step"] == 1 for wait in found["synchronizations"])

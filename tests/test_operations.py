@@ -143,7 +143,7 @@ def costs(backend: str) -> Row:
 def images(backend: str) -> Row:
     """One enlarged and mirrored, one as it is; the pixels are no input that learns."""
     pixels = [(uniform(*size, 3, seed=seed) + 0.5).mul(255).byte() for seed, size in enumerate([(6, 8), (5, 4)])]
-    packed = PackedImages.of_list([each.cpu() for each in pixels], [(9, 12), (5, 4)], [True, False]).to(DEVICE)
+    packed = PackedImages.from_list([each.cpu() for each in pixels], [(9, 12), (5, 4)], [True, False]).to(DEVICE)
     return lambda: resize_normalize_pad(packed, 10, 12, (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), backend=backend), []
 
 

@@ -85,11 +85,11 @@ def test_as_exact_as_the_references_own_operations(name: str, dtype: torch.dtype
     if dtype == torch.bfloat16 and not multiplies_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bf16 products")
     model = make_model(name)
-    oracle = outputs(make_model(name, torch.float64), torch.float64)
+    exact = outputs(make_model(name, torch.float64), torch.float64)
     found = outputs(optimized(model, dtype), dtype)
     select_backends(model, "ref", "ref")
     eager = outputs(model, dtype)
-    for key, value in oracle.items():
+    for key, value in exact.items():
         assert_close(found[key], value, eager[key], 1e-5 * value.abs().max().item(), key)
 
 

@@ -106,7 +106,7 @@ def test_heads_that_do_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_tail_belongs_to_no_image(backend: str) -> None:
+def test_rows_of_padding_belong_to_no_image(backend: str) -> None:
     inputs = [x.requires_grad_() for x in make_inputs("cross", 16, torch.float32, heads=1)]
     spoilt = [torch.cat([x[:-TAIL], torch.full_like(x[-TAIL:], float("nan"))]) for x in inputs]
     out = packed("cross", backend)(*spoilt)
@@ -136,7 +136,7 @@ def test_nothing_to_attend_to(backend: str) -> None:
     assert (out == 0).all() and out.shape == q.shape
 
 
-def kept(q: Tensor, k: Tensor, p: float, seed: int) -> Tensor:
+def keep_mask(q: Tensor, k: Tensor, p: float, seed: int) -> Tensor:
     """Which weights (H, Mq, Mk) the kernels' forward pass keeps: those with which it adds rows of an identity."""
     columns = []
     for first in range(0, len(k), 64):
@@ -149,7 +149,7 @@ def kept(q: Tensor, k: Tensor, p: float, seed: int) -> Tensor:
 
 def test_dropouts_mask_is_the_same_in_all_passes() -> None:
     p, (q, k, v) = 0.3, make_inputs("dropout", 64, torch.float32)
-    mask = kept(q.bfloat16(), k.bfloat16(), p, 7)
+    mask = keep_mask(q.bfloat16(), k.bfloat16(), p, 7)
     torch.manual_seed(7)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = packed("dropout", "triton", dropout=p, training=True)(*inputs)
@@ -162,18 +162,18 @@ def test_dropouts_mask_is_the_same_in_all_passes() -> None:
     exact = [x.detach().double().requires_grad_() for x in inputs]
     scores = torch.einsum("qhd,khd->hqk", *exact[:2]) / 8
     weights = scores.masked_fill(elsewhere, float("-inf")).softmax(-1)
-    oracle = torch.einsum("hqk,khd->qhd", torch.where(mask, weights / (1 - p), 0), exact[2])[:-TAIL]
-    torch.testing.assert_close(out[:-TAIL].double(), oracle, atol=3e-6, rtol=1e-6)
-    oracles = torch.autograd.grad((oracle * weighting[:-TAIL]).sum(), exact)
-    for gradient, oracle in zip(gradients, oracles, strict=True):
-        torch.testing.assert_close(gradient.double(), oracle, atol=1e-5, rtol=1e-5)
+    reference = torch.einsum("hqk,khd->qhd", torch.where(mask, weights / (1 - p), 0), exact[2])[:-TAIL]
+    torch.testing.assert_close(out[:-TAIL].double(), reference, atol=3e-6, rtol=1e-6)
+    reference_gradients = torch.autograd.grad((reference * weighting[:-TAIL]).sum(), exact)
+    for gradient, reference in zip(gradients, reference_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), reference, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_keeps_each_weight_with_the_same_probability_and_independently() -> None:
     p, (q, k, _) = 0.3, make_inputs("dropout", 64, torch.bfloat16)
     spread = math.sqrt(p * (1 - p))
     # of the first image (heads, queries, keys), in standard deviations
-    once, again = ((kept(q, k, p, seed)[:, :70, :130].double() - (1 - p)) / spread for seed in (7, 8))
+    once, again = ((keep_mask(q, k, p, seed)[:, :70, :130].double() - (1 - p)) / spread for seed in (7, 8))
     heads, queries, keys = once.shape
     assert once.mean().abs() < 4 / math.sqrt(once.numel())
     assert once.mean(1).abs().max() < 5 / math.sqrt(queries)
@@ -188,7 +188,7 @@ def test_dropout_keeps_each_weight_with_the_same_probability_and_independently()
 
 def test_dropouts_mask_does_not_depend_on_the_dtypes_blocks() -> None:
     q, k, _ = make_inputs("dropout", 64, torch.float32, heads=1)
-    assert torch.equal(kept(q, k, 0.3, 7), kept(q.bfloat16(), k.bfloat16(), 0.3, 7))
+    assert torch.equal(keep_mask(q, k, 0.3, 7), keep_mask(q.bfloat16(), k.bfloat16(), 0.3, 7))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

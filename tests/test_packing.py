@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detr_kernels.attention.packing import Blank, Packing, images_of_rows
+from detr_kernels.attention.packing import Packing, ZeroRows, images_of_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,8 +38,8 @@ def test_real_tokens_come_first_in_their_images_order(name: str) -> None:
     assert packing.cu_seqlens.tolist() == [0, *lengths.cumsum(0).tolist()]
     assert (packing.images, packing.max_seqlen) == padding.shape
     assert torch.equal(packing.unpack(packed), x)
-    tail = len(x) * x.shape[1] - len(real)
-    expected = torch.arange(len(x), device=DEVICE).repeat_interleave(lengths).tolist() + [len(x)] * tail
+    padded = len(x) * x.shape[1] - len(real)
+    expected = torch.arange(len(x), device=DEVICE).repeat_interleave(lengths).tolist() + [len(x)] * padded
     assert images_of_rows(packing.cu_seqlens, padding.numel()).tolist() == expected
 
 
@@ -121,20 +121,20 @@ def test_a_packing_goes_in_and_out_of_a_compiled_function() -> None:
 
 
 @pytest.mark.parametrize("ends", [([3, 0, 4], [3, 0, 4]), ([3, 0, 4], [5, 1, 0]), ([5, 5, 5], [3, 0, 4])])
-def test_blank_rows_are_those_that_any_offsets_give(ends: tuple[list[int], list[int]]) -> None:
+def test_zero_rows_are_those_that_any_cu_seqlens_give(ends: tuple[list[int], list[int]]) -> None:
     """Also of images that have no token on one side, or on both."""
     queries, keys = (
         Packing.of(torch.arange(5, device=DEVICE) >= torch.tensor(each, device=DEVICE)[:, None]) for each in ends
     )
     for left, right in ((queries, keys), (keys, queries), (queries, queries)):
-        expected = Blank.of_cu_seqlens(left.cu_seqlens, right.cu_seqlens, 15, 15)
-        for found, rows in zip(left.blank(right), expected, strict=True):
+        expected = ZeroRows.from_cu_seqlens(left.cu_seqlens, right.cu_seqlens, 15, 15)
+        for found, rows in zip(left.zero_rows(right), expected, strict=True):
             assert found is not None and torch.equal(found, rows)
 
 
-def test_without_padding_only_an_image_without_keys_leaves_rows_blank() -> None:
+def test_without_padding_only_an_image_without_keys_has_zero_rows() -> None:
     uniform, keys = Packing.uniform(3, 4, DEVICE), Packing.of(mask("an image without tokens"))
-    assert uniform.blank(Packing.uniform(3, 9, DEVICE)) == (None, None)
-    blank, tail = uniform.blank(keys)
-    assert blank is not None and torch.equal(blank, mask("an image without tokens").all(1).repeat_interleave(4))
-    assert tail is keys.tail
+    assert uniform.zero_rows(Packing.uniform(3, 9, DEVICE)) == (None, None)
+    zero_rows, padding = uniform.zero_rows(keys)
+    assert zero_rows is not None and torch.equal(zero_rows, mask("an image without tokens").all(1).repeat_interleave(4))
+    assert padding is keys.padding

@@ -18,8 +18,9 @@ from detr_profiling.comparison.own_outputs import cost_above_least, equal_matche
 from detr_profiling.comparison.record import error_histogram, sampled
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.observation import Observation
+from detr_profiling.own_workload import build_workload
 from detr_profiling.parity import OutputParity, ParityOptions, main
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch import Tensor, nn
 
 from detr_fast.config import MODELS, UserError
@@ -56,7 +57,7 @@ def far(rows: list[Row]) -> list[str]:
 
 
 def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -> None:
-    rows = judge(found, outputs.oracle, outputs.eager_in("fp32"))
+    rows = judge(found, outputs.reference, outputs.eager_in("fp32"))
     kinds = {
         kind: [row.quantity for row in rows if row.kind == kind] for kind in dict.fromkeys(row.kind for row in rows)
     }
@@ -69,14 +70,14 @@ def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -
     assert {f"gradients of {name}" for name in (*groups, "all")} | {"scale of gradients"} == set(kinds["gradient"])
     assert {f"update of {name}" for name in groups} | {"losses after a step"} == set(kinds["update"])
     assert all(0 <= row.error <= row.allowed for row in rows) and worst(rows).fraction_used < 1
-    assert outputs.oracle["update loss"] < outputs.oracle["loss"]
-    assert all(outputs.oracle[name] > 0 for name in outputs.oracle if name.startswith("update of"))
+    assert outputs.reference["update loss"] < outputs.reference["loss"]
+    assert all(outputs.reference[name] > 0 for name in outputs.reference if name.startswith("update of"))
 
 
 def test_bf16_is_judged_by_what_bf16_does_to_the_reference(outputs: OutputParity) -> None:
     found, rows = outputs.compare(Variant("bf16", replace(OPTIONS, precision="bf16")))
     assert not far(rows)
-    as_fp32 = far(judge(found, outputs.oracle, outputs.eager_in("fp32")))
+    as_fp32 = far(judge(found, outputs.reference, outputs.eager_in("fp32")))
     assert {"logits", "encoder.layers.1", "gradients of all"} <= set(as_fp32)
 
 
@@ -101,8 +102,8 @@ def test_a_compiled_forward_has_no_blocks(outputs: OutputParity, monkeypatch: py
 def test_hugging_face_is_compared_in_inference(outputs: OutputParity, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
     (variant,) = [each for each in build_variants(OPTIONS) if each.baseline]
-    exact = outputs.oracle["logits"][-1:].float()
-    answer = {"logits": exact, "boxes": outputs.oracle["boxes"][-1:].float()}
+    exact = outputs.reference["logits"][-1:].float()
+    answer = {"logits": exact, "boxes": outputs.reference["boxes"][-1:].float()}
     stand_in = replace(build_workload(OPTIONS), observe=lambda: answer)  # its sizes are not cut: tests/test_workload.py
     build_baseline = parity.build_baseline
     monkeypatch.setattr(
@@ -148,8 +149,8 @@ def test_a_kernel_that_is_off_by_a_percent_once(
     monkeypatch.setattr(operation, nth_call(pkgutil.resolve_name(operation), number))
     found = observe_with_blocks(workload)
     blocks = [name for name in found if name.startswith("block ")]
-    oracle, eager = ({name: side[name] for name in blocks} for side in (outputs.oracle, outputs.eager_in(precision)))
-    wrong = far(judge({name: found[name] for name in blocks}, oracle, eager))
+    exact, eager = ({name: side[name] for name in blocks} for side in (outputs.reference, outputs.eager_in(precision)))
+    wrong = far(judge({name: found[name] for name in blocks}, exact, eager))
     assert wrong[0] == block if precision == "fp32" else "scale of blocks and outputs" in wrong
 
 
@@ -157,7 +158,7 @@ def test_a_step_that_is_one_percent_too_long(outputs: OutputParity, monkeypatch:
     def build_longer(model: nn.Module, lr: float, **others: float) -> torch.optim.AdamW:
         return build_optimizer(model, 1.01 * lr, **others)
 
-    monkeypatch.setattr("detr_profiling.workload.build_optimizer", build_longer)
+    monkeypatch.setattr("detr_profiling.own_workload.build_optimizer", build_longer)
     wrong = far(outputs.compare(FP32)[1])
     assert {f"update of {name}" for name in ("encoder", "decoder", "heads")} <= set(wrong)
     assert not any("backbone" in name or "gradient" in name for name in wrong)
@@ -193,15 +194,15 @@ Change = Callable[[Observation], object]
 def test_what_is_wrong_is_named(change: Change, wrong: set[str], outputs: OutputParity, found: Observation) -> None:
     spoilt = {name: value.clone() for name, value in found.items()}
     change(spoilt)
-    rows = judge(spoilt, outputs.oracle, outputs.eager_in("fp32"))
+    rows = judge(spoilt, outputs.reference, outputs.eager_in("fp32"))
     assert wrong <= set(far(rows)) and worst(rows).quantity in far(rows)
 
 
 def test_an_oracle_or_an_eager_form_that_is_broken_approves_nothing(outputs: OutputParity, found: Observation) -> None:
-    broken = {**outputs.oracle, "logits": outputs.oracle["logits"] * math.nan}
+    broken = {**outputs.reference, "logits": outputs.reference["logits"] * math.nan}
     eager = outputs.eager_in("fp32")
     assert "logits" in far(judge(found, broken, eager))
-    assert "logits" in far(judge(found, outputs.oracle, eager | {"logits": eager["logits"] * math.nan}))
+    assert "logits" in far(judge(found, outputs.reference, eager | {"logits": eager["logits"] * math.nan}))
 
 
 def test_matches_that_cost_the_same_are_equally_good() -> None:
@@ -280,7 +281,7 @@ def test_the_command_leaves_its_result(
 def test_the_command_fails_where_parity_does_not_hold(
     outputs: OutputParity, tmp_path: Path, shapes_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for side in (outputs.oracle, outputs.eager_in("fp32")):
+    for side in (outputs.reference, outputs.eager_in("fp32")):
         monkeypatch.setitem(side, "logits", side["logits"] * 1.01)
     code, result = run_main(tmp_path, monkeypatch, outputs, shapes_root)
     assert code == 1 and not result["close"] and not result["variants"][0]["close"] and result["curve"]["close"]

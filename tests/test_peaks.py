@@ -9,7 +9,7 @@ from torch import Tensor
 
 def test_peaks_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peaks_file.COPY_MIB, "cpu", 4)
-    monkeypatch.setitem(peaks_file.PRODUCT_SIDE, "cpu", 64)
+    monkeypatch.setitem(peaks_file.GEMM_SIDE, "cpu", 64)
     monkeypatch.setattr(peaks_file, "best_s", lambda run, device: [run(), 0.5][1])
     found = measure_peaks(torch.device("cpu"), torch.bfloat16)
     assert found == Peaks(2 * 4 * 2**20 / 0.5 / 1e9, 2 * 64**3 / 0.5 / 1e12, "bf16")
@@ -42,6 +42,6 @@ def test_matrices_are_random_and_copies_smaller_where_memory_is_full(monkeypatch
 
     monkeypatch.setattr(torch, "rand", full)
     monkeypatch.setattr(peaks_file, "best_s", lambda run, device: 1.0)
-    assert peaks_file.copy_gb_s(torch.device("cpu")) == 2 * 4000 / 1e9
+    assert peaks_file.bandwidth_gb_s(torch.device("cpu")) == 2 * 4000 / 1e9
     assert asked == [1024, 512, 256]
     assert copied[0].std() > 0.1

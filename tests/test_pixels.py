@@ -53,11 +53,11 @@ def exact(packed: PackedImages, height: int, width: int) -> Tensor:
     """(B, 3, H, W) in float64, resized without any rounding, normalised, padded."""
     batch = torch.zeros(len(packed), 3, height, width, dtype=torch.float64)
     mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (MEAN, STD))
-    for row, image, place in zip(batch, packed, packed.places, strict=True):
+    for row, image, place in zip(batch, packed, packed.slots, strict=True):
         size = place.new_height, place.new_width
         pixels = image.permute(2, 0, 1)[None].double()
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
-        row[:, : size[0], : size[1]] = ((pixels.flip(-1) if place.mirrored else pixels) / 255 - mean) / std
+        row[:, : size[0], : size[1]] = ((pixels.flip(-1) if place.hflip else pixels) / 255 - mean) / std
     return batch
 
 
@@ -66,7 +66,7 @@ def exact(packed: PackedImages, height: int, width: int) -> Tensor:
 def test_an_image_that_keeps_its_size_keeps_its_numbers(shapes: list[tuple[int, int]], backend: str) -> None:
     images = make_images(shapes)
     height, width = largest(shapes)
-    batch = run(PackedImages.of_list(images), height, width, backend)
+    batch = run(PackedImages.from_list(images), height, width, backend)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
     expected = torch.zeros(len(images), 3, height, width)
@@ -78,7 +78,7 @@ def test_an_image_that_keeps_its_size_keeps_its_numbers(shapes: list[tuple[int, 
 @pytest.mark.parametrize("mean, std", [(MEAN, STD), ((0.0, 0.5, 1.0), (1.0, 0.5, 1 / 3)), ((0.1, 0.7, 0.3), (3, 7, 9))])
 def test_every_level_in_every_channel_is_torchs_to_the_last_bit(mean: tuple, std: tuple) -> None:
     image = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3)
-    packed = PackedImages.of_list([image]).to(DEVICE)
+    packed = PackedImages.from_list([image]).to(DEVICE)
     batch = resize_normalize_pad(packed, 16, 16, mean, std, backend="triton")
     plain, (m, s) = image.permute(2, 0, 1).float() / 255, (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
     assert torch.equal(batch[0].cpu(), (plain - m) / s)
@@ -91,11 +91,11 @@ def test_a_resized_image_is_exact_to_half_a_level(
     shape: tuple[int, int], size: tuple[int, int], mirrored: bool, dtype: torch.dtype
 ) -> None:
     images = make_images([shape, (3, 2)])
-    packed = PackedImages.of_list(images, [size, (3, 2)], [mirrored, False])
+    packed = PackedImages.from_list(images, [size, (3, 2)], [mirrored, False])
     height, width = largest([size, (4, 5)])
-    batch, oracle = run(packed, height, width, dtype=dtype).cpu().double(), exact(packed, height, width)
-    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype] * oracle.abs().max().item()
-    assert (batch - oracle).abs().max() <= 0.501 * LEVEL + rounding
+    batch, reference = run(packed, height, width, dtype=dtype).cpu().double(), exact(packed, height, width)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype] * reference.abs().max().item()
+    assert (batch - reference).abs().max() <= 0.501 * LEVEL + rounding
     inside = torch.zeros(2, 1, height, width, dtype=torch.bool)
     inside[0, :, : size[0], : size[1]] = inside[1, :, :3, :2] = True
     assert torch.equal(batch.masked_select(~inside), torch.zeros(int((~inside).sum()) * 3, dtype=torch.float64))
@@ -104,10 +104,10 @@ def test_a_resized_image_is_exact_to_half_a_level(
 @pytest.mark.parametrize("shape, size", RESIZED)
 def test_plain_torch_and_pillow_are_within_a_level(shape: tuple[int, int], size: tuple[int, int]) -> None:
     (image,) = make_images([shape])
-    packed = PackedImages.of_list([image], [size])
+    packed = PackedImages.from_list([image], [size])
     plain, fused = (run(packed, *size, backend).cpu() for backend in ("ref", "triton"))
     resized = Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-    pillow = resize_normalize_pad_ref(PackedImages.of_list([torch.from_numpy(np.array(resized))]), *size, MEAN, STD)
+    pillow = resize_normalize_pad_ref(PackedImages.from_list([torch.from_numpy(np.array(resized))]), *size, MEAN, STD)
     for ours in (plain, fused):
         assert (ours - pillow).abs().max() <= 1.001 * LEVEL
         assert (ours - pillow).abs().mean() <= 0.5 * LEVEL
@@ -116,7 +116,7 @@ def test_plain_torch_and_pillow_are_within_a_level(shape: tuple[int, int], size:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_as_exact_as_eager(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    packed, (height, width) = PackedImages.of_list(make_images(shapes)), largest(shapes)
+    packed, (height, width) = PackedImages.from_list(make_images(shapes)), largest(shapes)
     batch, plain = (run(packed, height, width, form, dtype=dtype).cpu() for form in ("triton", "ref"))
     assert batch.dtype == plain.dtype == dtype
     oracle = exact(packed, height, width)
@@ -127,9 +127,9 @@ def test_as_exact_as_eager(shapes: list[tuple[int, int]], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("backend", ["triton", "ref"])
 def test_a_batch_larger_than_its_images_and_bytes_that_are_none_of_theirs(backend: str) -> None:
-    packed = PackedImages.of_list(make_images([(5, 7), (9, 4)]), [(10, 7), (9, 8)])
+    packed = PackedImages.from_list(make_images([(5, 7), (9, 4)]), [(10, 7), (9, 8)])
     expected = run(packed, 10, 8, backend)
-    shifted = [place._replace(offset=place.offset + 90) for place in packed.places]
+    shifted = [place._replace(offset=place.offset + 90) for place in packed.slots]
     buffer = torch.cat([packed.buffer.new_full((90,), 255), packed.buffer, packed.buffer.new_full((900,), 255)])
     wide = run(PackedImages(buffer, torch.tensor(shifted), tuple(shifted)), 14, 190, backend)
     assert torch.equal(wide[:, :, :10, :8], expected)
@@ -139,41 +139,41 @@ def test_a_batch_larger_than_its_images_and_bytes_that_are_none_of_theirs(backen
 def test_views_that_are_not_contiguous() -> None:
     images = [image[1::2, ::3].transpose(0, 1) for image in make_images([(10, 21), (8, 33)])]
     assert not images[0].is_contiguous()
-    packed, copied = PackedImages.of_list(images), PackedImages.of_list([image.contiguous() for image in images])
+    packed, copied = PackedImages.from_list(images), PackedImages.from_list([image.contiguous() for image in images])
     assert torch.equal(run(packed, 11, 5), run(copied, 11, 5))
     assert all(torch.equal(one, image) for one, image in zip(packed, images, strict=True))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     images = make_images([(5, 7), (9, 4)])
-    packed = PackedImages.of_list(images)
+    packed = PackedImages.from_list(images)
     with pytest.raises(ValueError, match="no images"):
-        PackedImages.of_list([])
+        PackedImages.from_list([])
     with pytest.raises(ValueError, match=r"larger than the batch's \(8, 7\).*\(9, 4\)"):
         run(packed, 8, 7)
     with pytest.raises(ValueError, match=r"\(3, 9, 4\)"):
-        PackedImages.of_list([images[0], images[1].permute(2, 0, 1)])
+        PackedImages.from_list([images[0], images[1].permute(2, 0, 1)])
     with pytest.raises(ValueError, match="float32"):
-        PackedImages.of_list([images[0].float()])
+        PackedImages.from_list([images[0].float()])
     with pytest.raises(ValueError, match="no pixels"):
-        PackedImages.of_list([images[0][:0]])
+        PackedImages.from_list([images[0][:0]])
     with pytest.raises(ValueError, match="at least 1 x 1"):
-        PackedImages.of_list(images, [(5, 7), (0, 4)])
+        PackedImages.from_list(images, [(5, 7), (0, 4)])
     with pytest.raises(ValueError, match="float64"):
         run(packed, 9, 7, dtype=torch.float64)
     with pytest.raises(ValueError, match="3 values"):
         resize_normalize_pad(packed, 9, 7, MEAN[:2], STD)
     with pytest.raises(ValueError, match="contiguous uint8"):
-        PackedImages(packed.buffer[::2], packed.table, packed.places)
+        PackedImages(packed.buffer[::2], packed.table, packed.slots)
     with pytest.raises(ValueError, match="table must be"):
-        PackedImages(packed.buffer, packed.table[:1], packed.places)
+        PackedImages(packed.buffer, packed.table[:1], packed.slots)
 
 
 def test_shapes_dtype_and_layout_are_known_without_a_gpu() -> None:
-    packed = PackedImages.of_list(make_images([(5, 7), (9, 4)]), [(10, 7), (9, 8)])
+    packed = PackedImages.from_list(make_images([(5, 7), (9, 4)]), [(10, 7), (9, 8)])
     with FakeTensorMode(allow_non_fake_inputs=True):
         buffer, table = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (packed.buffer, packed.table))
-        fake = PackedImages(buffer, table, packed.places)
+        fake = PackedImages(buffer, table, packed.slots)
         by_kernel = forward_op(buffer, table, 10, 8, MEAN, STD, torch.bfloat16)
         for batch in (by_kernel, resize_normalize_pad(fake, 10, 8, MEAN, STD, torch.bfloat16)):
             assert (batch.device.type, batch.dtype, batch.shape) == ("cuda", torch.bfloat16, (2, 3, 10, 8))

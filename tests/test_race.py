@@ -11,8 +11,8 @@ from detr_profiling.limits.peaks import Peaks
 from detr_profiling.measuring.measurement import Configuration, Measurement
 from detr_profiling.measuring.row import LadderRow, read_rows
 from detr_profiling.measuring.timing import Timing
+from detr_profiling.own_workload import build_workload
 from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fastest_eager_ms, peak_fraction
-from detr_profiling.workload import build_workload
 
 from detr_fast.config import UserError
 
@@ -25,14 +25,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Who was measured, in order; no process runs."""
     asked: list[str] = []
 
-    def measure(configuration: Configuration, runs: int, oracle: Path | None, limit_s: object) -> Measurement:
+    def measure(configuration: Configuration, runs: int, references: Path | None, limit_s: object) -> Measurement:
         asked.append(configuration.implementation)
         if configuration.implementation == "hf-sdpa":
             raise UserError("not installed")
         return Measurement(Timing((TIMES_MS[configuration.implementation],) * runs), 1000.0, 0.1, None, 3.0)
 
     monkeypatch.setattr(rounds, "measure_in_process", measure)
-    monkeypatch.setattr(rounds, "write_oracle_in_process", lambda *_: None)
+    monkeypatch.setattr(rounds, "write_references_in_process", lambda *_: None)
     monkeypatch.setattr(race, "peak_fraction", lambda *_: 0.5)
     yield asked
 
@@ -44,9 +44,9 @@ def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
         options = entries[name].options
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
     assert entries["detr_fast"].options.precision == "bf16" and entries["detr_fast"].options.channels_last
-    assert all(each.keeps_memory for each in entries.values())
+    assert {each.options.host_allocator for each in entries.values()} == {"auto"}
     as_they_come = build_entries(replace(OPTIONS, same_settings=False))
-    assert [entry.configuration.keeps_memory for entry in as_they_come] == [False] * 4 + [True]
+    assert [entry.configuration.options.host_allocator for entry in as_they_come] == ["system"] * 4 + ["auto"]
     sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in entries.values()}
     assert len(sizes) == 1
     assert [options.buckets for options in (each.options for each in entries.values())] == [False] * 4 + [True]
@@ -72,5 +72,5 @@ def test_a_compiled_baseline_is_no_eager_one() -> None:
 def test_the_share_of_the_peak_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
     flop = sum(work.flop for work in count_work(build_workload(options).run).values())
-    monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(copy_gb_s=20.0, product_tflop_s=0.5, dtype="fp32"))
+    monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(bandwidth_gb_s=20.0, gemm_tflop_s=0.5, dtype="fp32"))
     assert peak_fraction(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)

@@ -1,4 +1,4 @@
-"""A trace of a real step: its ranges nest as detr_fast.stages says and add up (figures: test_timeline.py)."""
+"""A trace of a real step: its ranges nest as detr_fast.profiler_ranges says and add up (figures: test_timeline.py)."""
 
 import gzip
 import json
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.own_workload import build_workload
 from detr_profiling.tracing.allocations import memory_use
 from detr_profiling.tracing.breakdown import (
     operator_usage,
@@ -15,7 +16,7 @@ from detr_profiling.tracing.breakdown import (
 from detr_profiling.tracing.recording import Profiled, record
 from detr_profiling.tracing.synchronizations import synchronizations
 from detr_profiling.tracing.timeline import Timeline, read_timeline
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 from torch import Tensor, nn
 
 MIB = 2**20
@@ -73,7 +74,7 @@ def test_ranges_nest_as_the_step_does(traced: Timeline) -> None:
 
 
 def test_the_split_adds_up_to_the_step(traced: Timeline) -> None:
-    assert sum(row.share for row in stage_times(traced)) == pytest.approx(1)
+    assert sum(row.fraction for row in stage_times(traced)) == pytest.approx(1)
 
 
 def test_all_work_is_in_a_stage(traced: Timeline) -> None:
@@ -114,5 +115,5 @@ def test_the_trace_finds_the_dearest_operators(profiled: Profiled) -> None:
     rows = operator_usage(profiled.averages, profiled.timeline)
     assert len(rows) == 25
     assert "aten::convolution_backward" in [row.name for row in rows[:5]]
-    assert 0.5 < sum(row.share for row in rows) < 1
+    assert 0.5 < sum(row.fraction for row in rows) < 1
     assert torch.get_num_threads() == 1, "one thread, or own times of operators would hide the others'"

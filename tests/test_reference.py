@@ -12,7 +12,12 @@ import pytest
 import torch
 from detr_profiling.comparison.closeness import largest_error
 from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
-from detr_profiling.reference.keyed_weights import keyed_batch, keyed_state_dict, keyed_targets, mild_state_dict
+from detr_profiling.reference.name_seeded_weights import (
+    name_seeded_state_dict,
+    perturbed_state_dict,
+    seeded_batch,
+    seeded_targets,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -77,12 +82,12 @@ def make_pair(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]], batch
     reference = ReferenceDETR(num_queries=NUM_QUERIES, dropout=0.0, **LAYERS)
     reference.load_state_dict(state_dict)
     sizes, counts = BATCHES[batch]
-    return Pair(ours.eval(), reference.eval(), keyed_batch(sizes, salt=1), keyed_targets(counts, salt=1))
+    return Pair(ours.eval(), reference.eval(), seeded_batch(sizes, salt=1), seeded_targets(counts, salt=1))
 
 
 @pytest.fixture(scope="module", params=BATCHES)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return make_pair(keyed_state_dict, request.param)
+    return make_pair(name_seeded_state_dict, request.param)
 
 
 def assert_same_gradients(grads: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -139,7 +144,7 @@ def moved(pair: Pair, seed: int) -> Pair:
     return double
 
 
-@pytest.mark.parametrize("fill", [keyed_state_dict, mild_state_dict])
+@pytest.mark.parametrize("fill", [name_seeded_state_dict, perturbed_state_dict])
 def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str, Tensor]]) -> None:
     """Keyed weights amplify roundings: the floors are what a single one in each convolution moves in float64."""
     pair = make_pair(fill, "ragged")
@@ -154,8 +159,8 @@ def test_fast_path_in_float32(fill: Callable[[dict[str, Tensor], int], dict[str,
 def errors(step: Step, exact: Step) -> dict[str, float]:
     """The largest of logits and boxes, and that of all gradients together as a part of their norm."""
     found = {name: largest_error(step[0][name], exact[0][name]) for name in ("pred_logits", "pred_boxes")}
-    oracle = joined(exact[2])
-    return found | {"gradients": ((joined(step[2]) - oracle).norm() / oracle.norm()).item()}
+    in_float64 = joined(exact[2])
+    return found | {"gradients": ((joined(step[2]) - in_float64).norm() / in_float64.norm()).item()}
 
 
 def joined(grads: dict[str, Tensor]) -> Tensor:
@@ -165,7 +170,7 @@ def joined(grads: dict[str, Tensor]) -> Tensor:
 def test_twenty_training_steps() -> None:
     """The same loss curve. AdamW makes full steps of gradients that are rounding noise, so the curves may part by a
     percent; the first steps agree closely."""
-    pair = make_pair(mild_state_dict, "ragged")
+    pair = make_pair(perturbed_state_dict, "ragged")
     ours = curve(pair.ours, build_criterion(), pair)
     reference = curve(pair.reference, reference_criterion, pair)
     assert ours[:2] == pytest.approx(reference[:2], rel=1e-6)
@@ -192,11 +197,11 @@ def test_with_dropout_the_reference_order_of_operations_draws_the_same_numbers()
     which is (B, N, D) here and (N, B, D) in DETR: other entries are dropped.)"""
     torch.manual_seed(3)
     ours = build_model("detr_r50", num_queries=NUM_QUERIES, dropout=0.1, **LAYERS)
-    weights = mild_state_dict(export_state_dict(ours, "facebook"), 7)
+    weights = perturbed_state_dict(export_state_dict(ours, "facebook"), 7)
     load_state_dict(ours, weights)
     reference = ReferenceDETR(num_queries=NUM_QUERIES, dropout=0.1, **LAYERS)
     reference.load_state_dict(weights)
-    pair = Pair(ours.train(), reference.train(), keyed_batch([(96, 128)], salt=1), keyed_targets([3], salt=1))
+    pair = Pair(ours.train(), reference.train(), seeded_batch([(96, 128)], salt=1), seeded_targets([3], salt=1))
     steps, numbers = [], []
     for run in (lambda: pair.step_ours("ref"), pair.step_reference):
         torch.manual_seed(11)

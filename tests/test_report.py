@@ -236,7 +236,7 @@ def test_an_empty_folder_gives_a_report(tmp_path: Path) -> None:
 def hostile(value: Any) -> Any:
     """Every text in it, and every name that the measured one chose, is one that a browser would run."""
     if isinstance(value, dict):
-        chosen = ("forms", "losses", "samples", "error_histogram", "versions")
+        chosen = ("backends", "losses", "samples", "error_histogram", "versions")
         return {
             key: {f"{HOSTILE}{name}": hostile(each) for name, each in part.items()} if key in chosen else hostile(part)
             for key, part in value.items()
@@ -388,7 +388,13 @@ def test_commands_make_the_parts_again(cpu: Path) -> None:
 
 
 def test_parts_that_a_trace_may_lack(tmp_path: Path) -> None:
-    bare = trace() | {"memory": None, "roofline": None, "forms": {}, "host_waits": [], "host_waits_per_step": 0.0}
+    bare = trace() | {
+        "memory": None,
+        "roofline": None,
+        "backends": {},
+        "synchronizations": [],
+        "synchronizations_per_step": 0.0,
+    }
     text = render_markdown(load_results(write_results(tmp_path, trace=bare)))
     assert "The trace has no allocations" in text and "n/a: this trace has none" in text
     unfinished = parity() | {"variants": [], "curve": None, "ap": None, "samples": {}, "error_histogram": {}}
@@ -397,7 +403,7 @@ def test_parts_that_a_trace_may_lack(tmp_path: Path) -> None:
 
 
 def test_a_trace_without_the_gpus_events_is_not_read_as_a_cpus(tmp_path: Path) -> None:
-    host_alone = trace(gpu=True) | {"idle_share": None, "kernels": [], "roofline": None, "problem": "no events here"}
+    host_alone = trace(gpu=True) | {"idle_fraction": None, "kernels": [], "roofline": None, "problem": "no events here"}
     folder = write_results(tmp_path / "lacking", trace=host_alone)
     shown = render_markdown(load_results(folder))
     assert shown.count("NOT complete: no events here") == 2, "in the summary, and beside the figures"

@@ -12,7 +12,7 @@ from detr_profiling.report import ReportOptions, main
 
 from detr_fast.config import UserError
 
-TRACE_WITHOUT_STAGES: dict[str, Any] = {"machine": {}, "workload": {}, "idle_share": None, "steps": 2}
+TRACE_WITHOUT_STAGES: dict[str, Any] = {"machine": {}, "workload": {}, "idle_fraction": None, "steps": 2}
 
 
 def test_ladder_rows(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, main
 from detr_fast.training import checkpoint
-from detr_fast.training.assembly import make_data, make_step
 from detr_fast.training.batch_size import with_batches
+from detr_fast.training.build import make_data, make_step
 from detr_fast.training.checkpoint import VERSION, Progress, TrainingState
 from detr_fast.training.distributed import World
 from detr_fast.training.resuming import (

@@ -106,10 +106,10 @@ def test_little_is_padding_in_buckets_of_a_mix_of_sizes() -> None:
 def test_batches_of_a_step_have_few_shapes_that_hold_their_images() -> None:
     batches = epoch_of(Buckets(sizes_of, 64), 0)
     for batch in batches:
-        (room,) = {position.room for position in batch}
-        assert all(side % 64 == 0 for side in room)
-        assert (sizes_of(0, np.array([position.image for position in batch])) <= room).all()
-    assert len({batch[0].room for batch in batches}) <= 100
+        (padded_size,) = {position.padded_size for position in batch}
+        assert all(side % 64 == 0 for side in padded_size)
+        assert (sizes_of(0, np.array([position.image for position in batch])) <= padded_size).all()
+    assert len({batch[0].padded_size for batch in batches}) <= 100
 
 
 def test_the_order_does_not_depend_on_the_step() -> None:
@@ -120,7 +120,7 @@ def test_the_order_does_not_depend_on_the_step() -> None:
 def test_an_image_meets_others_and_at_another_time_every_epoch() -> None:
     """Batches of like shape come in random order, and an image's companions change as they do without buckets."""
     first, second = epoch_of(Buckets(sizes_of), 0), epoch_of(Buckets(sizes_of), 1)
-    areas = [batch[0].room[0] * batch[0].room[1] for batch in first]
+    areas = [batch[0].padded_size[0] * batch[0].padded_size[1] for batch in first]
     assert abs(np.corrcoef(areas, np.arange(len(areas)))[0, 1]) < 0.2
 
     def companions(batches: list[list[Position]]) -> set[tuple[int, int]]:
@@ -151,10 +151,10 @@ def test_the_thread_that_launches_steps_does_not_plan() -> None:
     next(batches)
     sys.setprofile(lambda *_: next(calls))
     try:
-        rooms = {batch[0].room for batch in itertools.islice(batches, BATCHES_A_GROUP)}
+        padded_sizes = {batch[0].padded_size for batch in itertools.islice(batches, BATCHES_A_GROUP)}
     finally:
         sys.setprofile(None)
-    assert len(rooms) > 10 and planned_in and all(name.startswith("one ahead") for name in planned_in)
+    assert len(padded_sizes) > 10 and planned_in and all(name.startswith("one ahead") for name in planned_in)
     assert next(calls) < 6 * 16 * BATCHES_A_GROUP  # calls and returns
 
 

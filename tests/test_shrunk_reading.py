@@ -37,7 +37,7 @@ def dataset_of(folder: Path, suffix: str, transform: Transform, width: int = WID
 
 def distance_px(sample: Sample) -> float:
     """Between the box and the white pixels that it should enclose, in what a model sees."""
-    packed = PackedImages.of_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.hflip])
+    packed = PackedImages.from_list([sample.image.permute(1, 2, 0)], [sample.size], [sample.hflip])
     pixels = resize_normalize_pad(packed, *sample.size, (0, 0, 0), (1, 1, 1), backend="ref")[0, 0]
     rows, columns = torch.nonzero(pixels > 0.5, as_tuple=True)
     white = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)).float()
@@ -46,10 +46,12 @@ def distance_px(sample: Sample) -> float:
     return (white - told).abs().max().item()
 
 
-@pytest.mark.parametrize(("size", "shrunk"), [(800, 1), (300, 2), (150, 4), (60, 8)])
-def test_a_jpeg_is_decoded_smaller_and_its_box_stays(size: int, shrunk: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "draft_scale"), [(800, 1), (300, 2), (150, 4), (60, 8)])
+def test_a_jpeg_is_decoded_smaller_and_its_box_stays(size: int, draft_scale: int, tmp_path: Path) -> None:
     sample = dataset_of(tmp_path, ".jpg", EvaluationTransform(size, 2 * size))[0, 0]
-    assert abs(sample.image.shape[1] - HEIGHT / shrunk) <= 1 and abs(sample.image.shape[2] - WIDTH / shrunk) <= 1
+    assert (
+        abs(sample.image.shape[1] - HEIGHT / draft_scale) <= 1 and abs(sample.image.shape[2] - WIDTH / draft_scale) <= 1
+    )
     assert sample.original_size == (HEIGHT, WIDTH) and min(sample.size) == size
     assert distance_px(sample) <= 1.0
 
@@ -65,7 +67,7 @@ def test_other_files_are_read_whole(tmp_path: Path) -> None:
     sample = dataset_of(tmp_path, ".png", EvaluationTransform(150, 300))[0, 0]
     assert sample.image.shape == (3, HEIGHT, WIDTH) and distance_px(sample) <= 1.0
     decoded = decode_file(tmp_path / "photo.png", 4)
-    assert (decoded.shrunk, decoded.size) == (1, (HEIGHT, WIDTH))
+    assert (decoded.draft_scale, decoded.size) == (1, (HEIGHT, WIDTH))
 
 
 def test_a_wrong_size_in_the_json_is_seen_all_the_same(tmp_path: Path) -> None:

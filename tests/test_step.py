@@ -14,8 +14,8 @@ from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import criterion as criterion_module
 from detr_fast.training.criterion import build_criterion
-from detr_fast.training.forward_state import live_buffers
 from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.snapshot import batch_norm_statistics
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import build_model
 from tests import factories
@@ -117,9 +117,9 @@ def test_the_average_follows_its_formula() -> None:
 def test_what_training_does_not_change_is_not_copied() -> None:
     """A frozen batch norm's four buffers, 53 times in a ResNet-50, are neither averaged nor sent to other ranks."""
     model = DETR(replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1, hidden_dim=32, feedforward_dim=32))
-    assert len(list(model.buffers())) == 212 and live_buffers(model) == []
+    assert len(list(model.buffers())) == 212 and batch_norm_statistics(model) == []
     tiny = DETR(TINY)
-    assert len(live_buffers(tiny)) == len(list(tiny.buffers())) > 0
+    assert len(batch_norm_statistics(tiny)) == len(list(tiny.buffers())) > 0
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for() -> None:

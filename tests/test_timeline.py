@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from detr_profiling.tracing.allocations import MOST_POINTS, memory_use
 from detr_profiling.tracing.breakdown import (
-    idle_share,
+    idle_fraction,
     kernel_usage,
     launches_per_step,
     merged,
@@ -123,7 +123,7 @@ def test_stages_leave_out_what_is_within_them(gpu: Timeline) -> None:
     assert list(rows) == list(expected), "in the order of a step, those alone that occur"
     for name, times_us in expected.items():
         assert rows[name].timing.runs_ms == tuple(time / 1e3 for time in times_us), name
-        assert rows[name].share == pytest.approx(sum(times_us) / 2200), name
+        assert rows[name].fraction == pytest.approx(sum(times_us) / 2200), name
 
 
 def test_the_device_works_for_the_stage_that_launched(gpu: Timeline) -> None:
@@ -143,7 +143,7 @@ def test_the_device_works_for_the_stage_that_launched(gpu: Timeline) -> None:
 
 def test_idle_is_what_no_stream_uses(gpu: Timeline) -> None:
     busy_us = (20 + 270 + 12 + 290, 190 + 10 + 4 + 10)  # 130 to 400 is two kernels, 440 to 452 a kernel and a copy
-    assert idle_share(gpu) == pytest.approx(((1 - busy_us[0] / 1000) + (1 - busy_us[1] / 1200)) / 2)
+    assert idle_fraction(gpu) == pytest.approx(((1 - busy_us[0] / 1000) + (1 - busy_us[1] / 1200)) / 2)
     assert merged([(5, 9), (0, 3), (1, 2), (3, 4)]) == [(0, 4), (5, 9)]
 
 
@@ -214,13 +214,13 @@ def test_dearest_operators_and_kernels(gpu: Timeline) -> None:
     addmm, convolution = operators["aten::addmm"], operators["aten::cudnn_convolution"]
     assert (addmm.calls, addmm.cpu_ms, addmm.device_ms) == (1, 0.04, 0.055)
     assert (convolution.calls, convolution.cpu_ms, convolution.device_ms) == (0.5, 0.01, 0.085)
-    assert convolution.share == pytest.approx(170 / total_us)
+    assert convolution.fraction == pytest.approx(170 / total_us)
     kernels = kernel_usage(found, steps=2)
     assert [(row.name, row.calls, row.cpu_ms, row.device_ms) for row in kernels] == [
         *(("conv_backward", 0.5, None, 0.145), ("conv", 0.5, None, 0.085)),
         ("gemm", 0.5, None, 0.055),
     ]
-    assert sum(row.share for row in kernels) == pytest.approx(1)
+    assert sum(row.fraction for row in kernels) == pytest.approx(1)
 
 
 def nested(*names: str, start_us: float, track: tuple[int, int] = MAIN) -> list[Event]:
@@ -253,13 +253,13 @@ def test_reads_on_a_cpu_are_counted_once_and_named_by_where_they_are() -> None:
 
 def test_without_a_gpu_operators_are_counted_and_nothing_is_idle() -> None:
     timeline = make_timeline([*HOST, *OPERATORS])
-    assert idle_share(timeline) is None
+    assert idle_fraction(timeline) is None
     operators = operator_usage(averages(("ConvBackward0", 45, ()), ("aten::add", 22, ())), timeline)
     assert kernel_usage(averages(("ConvBackward0", 45, ())), steps=2) == []
     assert launches_per_step(timeline) == (2, "operators"), "four in step 2; autograd's nodes are none"
     assert all(row.device_ms is None for row in operators)
     assert all(row.device_ms is None for row in stage_times(timeline))
-    assert [row.share for row in operators] == [pytest.approx(45 / 2200), pytest.approx(22 / 2200)]
+    assert [row.fraction for row in operators] == [pytest.approx(45 / 2200), pytest.approx(22 / 2200)]
 
 
 def test_own_ranges_named_step_will_do_and_none_will_not() -> None:

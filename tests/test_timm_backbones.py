@@ -89,7 +89,7 @@ def test_a_model_for_inference_is_as_exact_as_eager_code(name: str, dtype: torch
     if dtype == torch.bfloat16 and not multiplies_bf16(torch.device("cpu")):
         pytest.skip("this processor has no bf16 products")
     _, model = make_pair(name)
-    oracle = outputs(model, torch.float64)
+    exact = outputs(model, torch.float64)
     eager, found = outputs(model.float(), dtype), outputs(optimized(model, dtype), dtype)
-    for key, value in oracle.items():
+    for key, value in exact.items():
         assert_close(found[key], value, eager[key], 1e-5 * value.abs().max().item(), key)

@@ -10,21 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
 from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
 from detr_profiling.tracing.timeline import Nesting, Span, Timeline, read_timeline
-from detr_profiling.workload import Workload, build_workload
+from detr_profiling.workload import Workload
 
 from detr_fast.config import UserError
 from detr_fast.console import Console
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 BLOCK = {
-    *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_share", "host_waits"),
-    *("host_waits_per_step", "launches_per_step", "launch_kind", "operators", "kernels", "memory", "gpu", "process"),
-    *("forms", "roofline", "problem", "trace_file", "trace_mib", "trace_unpacked_mib"),
+    *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_fraction", "synchronizations"),
+    *(
+        "synchronizations_per_step",
+        "launches_per_step",
+        "launch_kind",
+        "operators",
+        "kernels",
+        "memory",
+        "gpu",
+        "process",
+    ),
+    *("backends", "roofline", "problem", "trace_file", "trace_mib", "trace_unpacked_mib"),
 }
 
 
@@ -61,20 +71,20 @@ def stage_ms(result: dict[str, Any]) -> dict[str, float]:
 
 def test_the_block_is_whole_and_adds_up(result: dict[str, Any]) -> None:
     assert result.keys() == BLOCK
-    assert sum(row["share"] for row in result["stages"]) == pytest.approx(1)
+    assert sum(row["fraction"] for row in result["stages"]) == pytest.approx(1)
     assert result["stages"][0]["name"] == "data wait"
     assert result["steps"] == 3 == result["stages"][0]["runs"] == result["profiled_step_ms"]["runs"]
     assert result["step_ms"]["runs"] == 5, "without the profiler"
-    assert result["host_waits_per_step"] == sum(row["per_step"] for row in result["host_waits"])
-    assert (result["idle_share"], result["gpu"], result["kernels"]) == (None, None, [])
+    assert result["synchronizations_per_step"] == sum(row["per_step"] for row in result["synchronizations"])
+    assert (result["idle_fraction"], result["gpu"], result["kernels"]) == (None, None, [])
     assert result["process"]["cpu_seconds_per_step"] > 0
     assert result["workload"]["model"] == "detr_tiny"
-    assert result["forms"]["assignment"].startswith("scipy")
+    assert result["backends"]["assignment"].startswith("scipy")
 
 
 def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
     def sleep() -> None:
-        with stage("pixels"):
+        with profiler_range("pixels"):
             time.sleep(0.3)
 
     slow = figures(tampered(tiny, sleep), tmp_path)
@@ -103,26 +113,28 @@ def test_a_leak_of_a_graph_is_found(tiny: Workload, tmp_path: Path) -> None:
 
 def test_a_read_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path) -> None:
     def read() -> None:
-        with stage("loss"):
+        with profiler_range("loss"):
             bool(torch.ones(1) > 0)
 
     waits = figures(tampered(tiny, read), tmp_path)
-    assert waits["host_waits_per_step"] == result["host_waits_per_step"] + 1
-    assert {"operation": "aten::is_nonzero", "stage": "loss", "per_step": 1.0} in waits["host_waits"]
+    assert waits["synchronizations_per_step"] == result["synchronizations_per_step"] + 1
+    assert {"operation": "aten::is_nonzero", "stage": "loss", "per_step": 1.0} in waits["synchronizations"]
 
 
 def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="auto")
-    workload, fetch = build_fed_workload(options, str(shapes_root))
+    workload = build_fed_workload(options, str(shapes_root))
 
     def slow() -> None:
         time.sleep(0.02)
-        fetch()
+        workload.fetch()
 
-    fed = profile_workload(workload, tmp_path, steps=2, warmup=1, fetch=slow, with_roofline=False)
+    fed = profile_workload(replace(workload, fetch=slow), tmp_path, steps=2, warmup=1, with_roofline=False)
     assert fed["workload"]["data"] == str(shapes_root)
     assert stage_ms(fed)["data wait"] > 20
-    assert "data wait" not in [row["stage"] for row in fed["host_waits"]], "what is read there is on the host anyway"
+    assert "data wait" not in [row["stage"] for row in fed["synchronizations"]], (
+        "what is read there is on the host anyway"
+    )
     timeline = read_timeline(tmp_path / fed["trace_file"])
     decoded = [span for span in timeline.stages.spans if span.name == "data wait"]
     assert len(decoded) == 2
@@ -130,12 +142,11 @@ def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path)
 
 def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="32x48")
-    workload, fetch = build_fed_workload(options, str(shapes_root))
-    sizes = []
-    handle = workload.model.get_submodule("backbone").register_forward_pre_hook(
-        lambda _module, inputs: sizes.append(inputs[0].shape[2:])
-    )
-    fetch()
+    workload = build_fed_workload(options, str(shapes_root))
+    sizes: list[torch.Size] = []
+    backbone = workload.model.get_submodule("backbone")
+    handle = backbone.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
+    workload.fetch()
     workload.run()
     handle.remove()
     assert sizes == [(32, 32)], "square images of 64 pixels, the shorter side at 32"
@@ -171,12 +182,12 @@ def test_a_large_trace_is_warned_about(result: dict[str, Any], tmp_path: Path) -
 
 def test_what_a_gpu_adds_is_shown_and_no_name_is_markup(result: dict[str, Any]) -> None:
     name = "void [bold]kernel<float>" + "x" * 300
-    kernel = {"name": name, "calls": 2.0, "cpu_ms": None, "device_ms": 1.0, "share": 0.5}
+    kernel = {"name": name, "calls": 2.0, "cpu_ms": None, "device_ms": 1.0, "fraction": 0.5}
     seen = {"mean": 321.0, "max": 654.0}
     names = ("utilisation_percent", "memory_mib", "power_watts", "sm_clock_mhz", "temperature_celsius")
-    waits = result["host_waits_per_step"]
+    waits = result["synchronizations_per_step"]
     gpu = dict.fromkeys(names, seen) | {"energy_joules": 12.5, "throttled": ["power cap"], "memory_mib": None}
-    on_gpu = result | {"idle_share": 0.25, "kernels": [kernel], "gpu": gpu, "launch_kind": "kernel launches"}
+    on_gpu = result | {"idle_fraction": 0.25, "kernels": [kernel], "gpu": gpu, "launch_kind": "kernel launches"}
     console = Console(width=100, record=True)
     show(trace_sections(on_gpu), console)
     text = console.export_text()

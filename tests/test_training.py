@@ -21,7 +21,7 @@ from detr_fast import load_model
 from detr_fast.config import RECIPES, TrainConfig, UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
 from detr_fast.train import default_options, last_line, main
-from detr_fast.training.assembly import make_data
+from detr_fast.training.build import make_data
 from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.loop import TrainingLoop

@@ -57,23 +57,23 @@ def image_with_box(height: int, width: int, box: tuple[int, int, int, int]) -> T
     return image
 
 
-def seen(image: Tensor, augmentation: SampledAugmentation, shrunk: int = 1) -> Tensor:
-    """What `augmentation` makes of `image` (3, h, w), which is `shrunk` already: levels (3, h', w')."""
-    top, left, bottom, right = augmentation.on_grid(shrunk)
+def seen(image: Tensor, augmentation: SampledAugmentation, draft_scale: int = 1) -> Tensor:
+    """What `augmentation` makes of `image` (3, h, w), which is `draft_scale` already: levels (3, h', w')."""
+    top, left, bottom, right = augmentation.on_grid(draft_scale)
     region = image[:, top:bottom, left:right].permute(1, 2, 0)
-    packed = PackedImages.of_list([region], [augmentation.size], [augmentation.hflip])
+    packed = PackedImages.from_list([region], [augmentation.size], [augmentation.hflip])
     return resize_normalize_pad(packed, *augmentation.size, (0, 0, 0), (1 / 255,) * 3, backend="ref")[0].round()
 
 
 def boxes_px(
-    augmentation: SampledAugmentation, *boxes: tuple[float, float, float, float], shrunk: int = 1
+    augmentation: SampledAugmentation, *boxes: tuple[float, float, float, float], draft_scale: int = 1
 ) -> tuple[Tensor, list[int]]:
     """The boxes xyxy in pixels of what `augmentation` makes of their image, and which of them are left."""
     height, width = augmentation.size
     kept, labels = boxes_within(
-        torch.tensor(boxes, dtype=torch.float32) / shrunk,
+        torch.tensor(boxes, dtype=torch.float32) / draft_scale,
         torch.arange(len(boxes)),
-        augmentation.on_grid(shrunk),
+        augmentation.on_grid(draft_scale),
         augmentation.hflip,
     )
     return cxcywh_to_xyxy(kept) * torch.tensor([width, height, width, height]), labels.tolist()
@@ -204,11 +204,11 @@ def test_one_resize_shows_what_detrs_two_show() -> None:
 def test_a_jpeg_is_shrunk_where_twice_the_pixels_are_left() -> None:
     whole = (0, 0, 3000, 4000)
     sizes = {(3000, 4000): 1, (1501, 2001): 1, (750, 1000): 2, (749, 1000): 2, (375, 500): 4, (180, 240): 8, (9, 12): 8}
-    assert {size: SampledAugmentation(whole, size).shrinkage() for size in sizes} == sizes
-    assert SampledAugmentation((0, 0, 600, 800), (800, 1066)).shrinkage() == 1
-    assert SampledAugmentation((1000, 1000, 1800, 2000), (400, 500)).shrinkage() == 1  # what counts is the crop box
+    assert {size: SampledAugmentation(whole, size).draft_scale() for size in sizes} == sizes
+    assert SampledAugmentation((0, 0, 600, 800), (800, 1066)).draft_scale() == 1
+    assert SampledAugmentation((1000, 1000, 1800, 2000), (400, 500)).draft_scale() == 1  # what counts is the crop box
     augmentation = SampledAugmentation((200, 400, 1400, 2000), (300, 400))
-    boxes, _ = boxes_px(augmentation, (400, 200, 1200, 800), shrunk=augmentation.shrinkage())
+    boxes, _ = boxes_px(augmentation, (400, 200, 1200, 800), draft_scale=augmentation.draft_scale())
     assert augmentation.on_grid(2) == (100, 200, 700, 1000) and boxes[0].tolist() == [0, 0, 200, 150]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
-from detr_profiling.measuring.measurement import Configuration, write_oracle
+from detr_profiling.measuring.measurement import Configuration, write_references
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.measuring.turns import Turns
@@ -19,9 +19,9 @@ from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import RECIPES, UserError
 from detr_fast.data.shapes import write_split
-from detr_fast.training.assembly import make_data
+from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
-from detr_fast.training.first_minute import typical_size
+from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Tuning, checked_choices, find
 
 OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)
@@ -41,15 +41,15 @@ class Planted(Candidate):
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("oracle")
-    write_oracle(compared(first_guess(OPTIONS).options), folder)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("references")
+    write_references(compared(first_guess(OPTIONS).options), folder)
     return folder
 
 
-def test_planted_candidates_are_refused_with_their_reason(oracle: Path) -> None:
+def test_planted_candidates_are_refused_with_their_reason(references: Path) -> None:
     said: list[str] = []
-    tuner = Tuner(OPTIONS, oracle, said.append, Planted)
+    tuner = Tuner(OPTIONS, references, said.append, Planted)
     turns = tuner.search([Switch("threads", tuple(KINDS))])
     outcomes = {KINDS[int(trial.value)]: trial for trial in tuner.trials}
     assert {kind: trial.verdict for kind, trial in outcomes.items()} == {
@@ -103,9 +103,9 @@ def test_a_candidate_that_is_parked_is_built_again() -> None:
     [
         ([[10, 11], [10, 11]], [[8, 9], [8, 9]], None),
         ([[10, 11], [10, 11]], [[12, 11], [13, 12]], "slower"),
-        ([[10, 14], [10, 14]], [[9, 13], [9, 13]], "within the spread"),
+        ([[10, 14], [10, 14]], [[9, 13], [9, 13]], "within the IQR"),
         ([[10, 10], [10, 10]], [[9.95, 9.95], [9.95, 9.95]], "less than 1%"),
-        ([[10, 10, 10], [8, 8, 8]], [[6, 6, 6], [9, 9, 9]], "within the spread"),
+        ([[10, 10, 10], [8, 8, 8]], [[6, 6, 6], [9, 9, 9]], "within the IQR"),
         ([[10, 10, 10, 10, 10], [7, 7]], [[5, 5, 5, 5, 5], [8, 8]], "not faster in every turn"),
     ],
 )
@@ -171,8 +171,8 @@ class Dying(Planted):
         return super().time(runs, limit_s, calls)
 
 
-def test_a_best_that_dies_beside_a_candidate_begins_again(oracle: Path) -> None:
-    tuner = Tuner(OPTIONS, oracle, new=Dying)
+def test_a_best_that_dies_beside_a_candidate_begins_again(references: Path) -> None:
+    tuner = Tuner(OPTIONS, references, new=Dying)
     turns = tuner.search([Switch("threads", (7, 8))])
     assert [trial.verdict for trial in tuner.trials] == ["failed", "won"]
     assert "does not run beside it: crashed: SIGKILL" in tuner.trials[0].reason

@@ -23,7 +23,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR
 from detr_fast.paths import cache_folder
 from detr_fast.runtime import choose_runtime, runtime_for_inference
-from detr_fast.training import first_minute
+from detr_fast.training import autotune
 from detr_fast.training.distributed import World
 from detr_fast.tuning import Case, Trial, Tuning, entry_path, find, keep
 
@@ -38,7 +38,7 @@ TRIALS = (
         verdict="won",
         ms=8.0,
         against_ms=10.0,
-        spread_ms=0.5,
+        iqr_ms=0.5,
         error=1e-6,
         allowed=1e-5,
     ),
@@ -48,7 +48,7 @@ TRIALS = (
 
 
 def make(case: Case = CASE, **choices: Any) -> Tuning:
-    times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "spread_ms": 0.5, "date": "2026-11-28"}
+    times = {"first_guess_ms": 10.0, "chosen_ms": 8.0, "iqr_ms": 0.5, "date": "2026-11-28"}
     return Tuning.of(CPU, case, choices, TRIALS, **times)
 
 
@@ -102,7 +102,7 @@ def test_what_was_measured_without_an_option_says_nothing_of_runs_with_it(asked:
     assert find(CPU, case) is None
     keep(CPU, make(case))
     assert find(CPU, case) is not None
-    passed = list(first_minute.arguments(replace(OPTIONS, batch_size=2, **asked), CONFIG, (320, 427)))
+    passed = list(autotune.arguments(replace(OPTIONS, batch_size=2, **asked), CONFIG, (320, 427)))
     assert tyro.cli(TuneOptions, args=list(spelled_out(passed, TuneOptions))).case() == case
 
 
@@ -123,6 +123,11 @@ def test_a_changed_version_voids_it(name: str, monkeypatch: pytest.MonkeyPatch) 
     before = machine.installed_version
     monkeypatch.setattr(machine, "installed_version", lambda package: "9.9" if package == name else before(package))
     assert find(CPU, CASE) is None
+
+
+def test_what_was_measured_is_void_once_any_kernel_changes() -> None:
+    found = {path.name for path in machine.computing_files()}
+    assert {"set_loss.py", "triton_forward.py", "attention.py", "step.py"} <= found
 
 
 def test_so_do_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,13 +242,13 @@ def test_a_gpu_without_an_entry_measures_before_the_first_step(tmp_path: Path, m
     options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     train_set, config = build_dataset(options, "train"), MODELS["detr_tiny"]
     asked: list[list[str]] = []
-    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: asked.append(arguments) or True)
-    monkeypatch.setattr(first_minute, "find", lambda device, case: make(case) if asked else None)
-    say = Console(quiet=True)
+    monkeypatch.setattr(autotune, "measure", lambda arguments, console: asked.append(arguments) or True)
+    monkeypatch.setattr(autotune, "find", lambda device, case: make(case) if asked else None)
+    console = Console(quiet=True)
 
     def look(device: str, **changes: Any) -> Tuning | None:
         changed = replace(options, **changes)
-        return first_minute.find_or_measure(changed, train_set, config, torch.device(device), say)
+        return autotune.find_or_measure(changed, train_set, config, torch.device(device), console)
 
     for quiet in ({"tune": False}, {"kernels": "ref"}, {"kernels": "triton"}):
         assert look("cuda", **quiet) is None
@@ -258,10 +263,10 @@ def test_measuring_that_failed_is_not_paid_for_again(tmp_path: Path, monkeypatch
     write_split(tmp_path, "train", 0, 64, 20)
     options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     times: list[int] = []
-    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: bool(times.append(1)))
+    monkeypatch.setattr(autotune, "measure", lambda arguments, console: bool(times.append(1)))
     monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU"})
     for _ in range(2):
-        found = first_minute.find_or_measure(
+        found = autotune.find_or_measure(
             options, build_dataset(options, "train"), MODELS["detr_tiny"], torch.device("cuda"), Console(quiet=True)
         )
         assert found is not None and not found.choices and "not measured" in found.summary()
@@ -271,11 +276,11 @@ def test_measuring_that_failed_is_not_paid_for_again(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("began_with", [None, make(precision="fp32")])
 def test_a_resumed_run_keeps_what_it_began_with(began_with: Tuning | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that was made since would change its numbers; on another machine it is looked for anew."""
-    monkeypatch.setattr(first_minute, "find_or_measure", lambda *_: "anew")
+    monkeypatch.setattr(autotune, "find_or_measure", lambda *_: "anew")
 
     def look(state: Any, **asked: Any) -> Any:
         options = TrainConfig(**asked)
-        return first_minute.tuning_of(state, options, None, CONFIG, CPU, World(), Console())
+        return autotune.tuning_of(state, options, None, CONFIG, CPU, World(), Console())
 
     stored = began_with and json.loads(json.dumps(began_with.to_dict()))
     state = SimpleNamespace(tuning=stored, options=TrainConfig())
@@ -293,10 +298,10 @@ def test_a_cache_that_cannot_be_written_costs_no_run(
     options = TrainConfig(data=str(tmp_path), model="detr_tiny", train_sizes=(64,), crop_sizes=(), batch_size=4)
     train_set = build_dataset(options, "train")
     monkeypatch.setenv("DETR_FAST_CACHE", "/dev/null/nowhere")
-    monkeypatch.setattr(first_minute, "measure", lambda arguments, say: False)
+    monkeypatch.setattr(autotune, "measure", lambda arguments, console: False)
     monkeypatch.setattr(tuning, "environment", lambda device: {"device": "a GPU"})
-    say = Console(soft_wrap=True)
-    found = first_minute.find_or_measure(options, train_set, MODELS["detr_tiny"], torch.device("cuda"), say)
+    console = Console(soft_wrap=True)
+    found = autotune.find_or_measure(options, train_set, MODELS["detr_tiny"], torch.device("cuda"), console)
     assert found is None and "DETR_FAST_CACHE" in capsys.readouterr().out
 
 
@@ -310,18 +315,18 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_measuring_that_fails_costs_no_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    assert not first_minute.measure(["--size", "nonsense"], Console(soft_wrap=True))
+    assert not autotune.measure(["--size", "nonsense"], Console(soft_wrap=True))
     assert "Not measured (exit code 2): the first guess is taken" in capfd.readouterr().out
 
 
 def test_what_training_measures_is_what_it_then_finds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measuring process builds the same case from its options as training from its data."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(first_minute, "MINUTES", 0.01)
-    monkeypatch.setattr(first_minute, "GRACE_S", 600)
+    monkeypatch.setattr(autotune, "MINUTES", 0.01)
+    monkeypatch.setattr(autotune, "GRACE_S", 600)
     config = replace(MODELS["detr_tiny"], num_classes=3, num_queries=12, encoder_layers=1, dropout=0.1)
     options = TrainConfig(model="detr_tiny", batch_size=2, device="cpu", output=str(cache / "run"), precision="fp32")
-    assert first_minute.measure(list(first_minute.arguments(options, config, (40, 56))), Console(quiet=True))
+    assert autotune.measure(list(autotune.arguments(options, config, (40, 56))), Console(quiet=True))
     entry = find(CPU, Case.of(config, "training", 2, 40, 56, options))
     assert entry is not None and entry.first_guess_ms and not entry.choices
     assert (cache / "run" / "profile" / "tune.json").exists()

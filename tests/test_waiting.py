@@ -18,7 +18,7 @@ import pytest
 import torch
 from detr_kernels import PackedImages, Selection
 from detr_kernels.launch import launches_to
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels.preprocessing.resize import Slot
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -113,9 +113,9 @@ def make_batch(device: torch.device, padded: bool) -> Batch:
         torch.zeros(2, 5, 4, device=device),
         torch.zeros(2, dtype=torch.int64, device=device),
     )
-    places = tuple(Place(index * 48 * 64 * 3, 48, 64, 96, 120 if padded else 128, index) for index in (0, 1))
+    slots = tuple(Slot(index * 48 * 64 * 3, 48, 64, 96, 120 if padded else 128, index) for index in (0, 1))
     buffer = torch.zeros(2 * 48 * 64 * 3, dtype=torch.uint8, device=device)
-    images = PackedImages(buffer, torch.zeros(2, 6, dtype=torch.int64, device=device), places)
+    images = PackedImages(buffer, torch.zeros(2, 6, dtype=torch.int64, device=device), slots)
     return Batch(images, (96, 128), targets, [1, 2], torch.zeros(2, 2, dtype=torch.int64, device=device))
 
 

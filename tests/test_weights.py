@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from detr_profiling.reference.keyed_weights import keyed_state_dict
+from detr_profiling.reference.name_seeded_weights import name_seeded_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +28,7 @@ PETS = (Category(3, "Dog"), Category(8, "parrot"), Category(9, "CAT"))
 def model() -> DETR:
     """A ResNet-50 detector with a short transformer and weights that differ everywhere."""
     model = build_model("detr_r50", **SMALL)
-    load_state_dict(model, keyed_state_dict(export_state_dict(model, "facebook"), salt=1))
+    load_state_dict(model, name_seeded_state_dict(export_state_dict(model, "facebook"), salt=1))
     return model.eval()
 
 

@@ -128,7 +128,7 @@ def test_dictionaries_are_followed_to_a_depth() -> None:
     chain: dict[str, Any] = {}
     for _ in range(50):
         chain = {"a": chain, "weight": torch.zeros(1)}
-    assert [len(found.place) for found in state_dicts(chain)] == list(range(DEEPEST + 1))
+    assert [len(found.keys) for found in state_dicts(chain)] == list(range(DEEPEST + 1))
 
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".bin", ".safetensors", ""])

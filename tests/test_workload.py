@@ -9,18 +9,13 @@ import torch
 from detr_kernels import resize_normalize_pad
 from detr_profiling.baselines.build import BASELINES, build_baseline
 from detr_profiling.baselines.plain_loop import plain_feed
-from detr_profiling.comparison.closeness import assert_close, relative_floor
+from detr_profiling.batches import batch_shapes, make_batches, observed_batch
+from detr_profiling.comparison.closeness import assert_close, scaled_tolerance
 from detr_profiling.measuring import timing as timing_file
 from detr_profiling.measuring.timing import Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import (
-    MOST_OBSERVED,
-    WorkloadOptions,
-    batch_shapes,
-    build_workload,
-    make_batches,
-    observed_batch,
-)
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import MOST_OBSERVED, WorkloadOptions
 from torch import nn
 from torch.nn import functional as F
 
@@ -48,7 +43,7 @@ def test_ours_computes_what_the_reference_does(options: WorkloadOptions) -> None
     assert found.keys() == exact.keys()
     assert ("loss" in found) == (options.mode == "training")
     for name in ("logits", "boxes", *(name for name in found if name.startswith("loss"))):
-        assert_close(found[name], exact[name], eager[name], relative_floor(exact[name], 1e-5), name)
+        assert_close(found[name], exact[name], eager[name], scaled_tolerance(exact[name], 1e-5), name)
     if options.mode == "training":
         joined = [torch.cat([each[name].flatten() for name in found if "gradient" in name]) for each in (found, exact)]
         # a ReLU at its kink moves single gradients at once by a little
@@ -87,11 +82,11 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
     assert torch.equal(batch.images.buffer, again.images.buffer) and torch.equal(
         batch.targets.labels, again.targets.labels
     )
-    assert batch.padded and batch.room == (64, 96) and batch.images.sizes == [(64, 96), (64, 84)]
+    assert batch.padded and batch.padded_size == (64, 96) and batch.images.sizes == [(64, 96), (64, 84)]
     assert [image.shape[:2] for image in batch.images] == [(38, 58), (38, 50)], "0.6 of it: they have to be resized"
     assert batch.original_sizes.tolist() == [[38, 58], [38, 50]]
-    assert [place.mirrored for place in batch.images.places] == [0, 1]
-    assert not any(place.mirrored for place in make_batches(INFERENCE, 91)[0].images.places)
+    assert [place.hflip for place in batch.images.slots] == [0, 1]
+    assert not any(place.hflip for place in make_batches(INFERENCE, 91)[0].images.slots)
     embedded = make_batches(replace(OPTIONS, model="detr_tiny"), 91)[0]
     assert [image.shape[:2] for image in embedded.images] == embedded.images.sizes
     assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
@@ -115,7 +110,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
     hooked = workload.model.backbone if isinstance(workload.model, DETR) else workload.model
     hooked.register_forward_pre_hook(note, with_kwargs=True)
     workload.run()
-    assert seen == [(2, 3, *shape.room) for shape in workload.shapes] and len(set(seen)) == 4
+    assert seen == [(2, 3, *shape.padded_size) for shape in batch_shapes(workload.options)] and len(set(seen)) == 4
 
 
 def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
@@ -123,14 +118,14 @@ def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
     random, bucketed = (make_batches(replace(mixed, buckets=buckets), 91) for buckets in (False, True))
     for options, batches in ((replace(mixed, buckets=False), random), (mixed, bucketed)):
         shapes = batch_shapes(options)
-        assert [(batch.images.sizes, batch.room) for batch in batches] == shapes
+        assert [(batch.images.sizes, batch.padded_size) for batch in batches] == shapes
         assert padding(shapes) == pytest.approx(
-            sum(4 * h * w for h, w in (batch.room for batch in batches))
+            sum(4 * h * w for h, w in (batch.padded_size for batch in batches))
             / sum(h * w for batch in batches for h, w in batch.images.sizes)
         )
     assert padding(batch_shapes(replace(mixed, buckets=False))) > 1.3 * padding(batch_shapes(mixed))
     compiled = batch_shapes(replace(mixed, compile=True))
-    assert all(side % 64 == 0 for shape in compiled for side in shape.room)
+    assert all(side % 64 == 0 for shape in compiled for side in shape.padded_size)
     assert [shape.sizes for shape in compiled] == [shape.sizes for shape in batch_shapes(mixed)]
 
 
@@ -142,17 +137,17 @@ def test_what_is_compared_has_one_size() -> None:
 
 def test_what_is_compared_is_resized_without_rounding() -> None:
     batch = observed_batch(replace(OPTIONS, size="14x20"), 91)
-    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.places[1].mirrored
+    assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.slots[1].hflip
     assert [image.shape[:2] for image in batch.images] == [(7, 10), (7, 9)]
     odd = observed_batch(replace(OPTIONS, size="15x20", batch_size=1), 91)
     assert [image.shape[:2] for image in odd.images] == [(15, 10)]
-    images, arguments = batch.images, (*batch.room, (0.0,) * 3, (1 / 255,) * 3)
-    exact = torch.zeros(2, 3, *batch.room, dtype=torch.float64)
-    for row, image, place in zip(exact, images, images.places, strict=True):
+    images, arguments = batch.images, (*batch.padded_size, (0.0,) * 3, (1 / 255,) * 3)
+    exact = torch.zeros(2, 3, *batch.padded_size, dtype=torch.float64)
+    for row, image, place in zip(exact, images, images.slots, strict=True):
         pixels = image.permute(2, 0, 1)[None].double()
         size = (place.new_height, place.new_width)
         resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
-        row[:, : size[0], : size[1]] = resized.flip(-1) if place.mirrored else resized
+        row[:, : size[0], : size[1]] = resized.flip(-1) if place.hflip else resized
     assert torch.equal(exact, exact.round())
     for backend in ("ref", "triton"):
         found = resize_normalize_pad(images, *arguments, backend=backend)
@@ -163,13 +158,13 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
 def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     options = replace(INFERENCE, model="detr_tiny", sizes="mixed")
     workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
-    rooms: list[tuple[int, ...]] = []
-    workload.model.register_forward_pre_hook(lambda _, given: rooms.append(tuple(given[0].shape[2:])))
+    padded_sizes: list[tuple[int, ...]] = []
+    workload.model.register_forward_pre_hook(lambda _, given: padded_sizes.append(tuple(given[0].shape[2:])))
     assert workload.step is not None
     for _ in range(2):
         workload.run()
     workload.step(observed_batch(options, workload.options.architecture().num_classes))
-    assert rooms == [shape.room for shape in workload.shapes] * 2 + [(64, 96)]
+    assert padded_sizes == [shape.padded_size for shape in batch_shapes(workload.options)] * 2 + [(64, 96)]
 
 
 def test_baselines_get_the_same_pixels_as_ours() -> None:
@@ -185,7 +180,7 @@ def test_baselines_get_the_same_pixels_as_ours() -> None:
 def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     capturer = StandIn()
     options = replace(OPTIONS, mode=mode, model="detr_tiny")
-    monkeypatch.setattr("detr_profiling.workload.why_not_graphed", lambda _: None)
+    monkeypatch.setattr("detr_profiling.own_workload.why_not_graphed", lambda _: None)
     monkeypatch.setattr("detr_fast.training.graphed_step.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr("detr_fast.detector.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr(Detector, "replays", property(lambda detector: detector.runtime.capture))

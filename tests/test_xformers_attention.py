@@ -113,12 +113,12 @@ def test_the_state_of_dropout_reaches_the_backward_pass() -> None:
     torch.manual_seed(3)
     seed = int(torch.randint(1000, ()))
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    oracle = flash(*exact, *places()[:2], p, seed)
-    torch.testing.assert_close(out.float(), oracle.nan_to_num(0), atol=2e-3, rtol=1e-3)
+    reference = flash(*exact, *places()[:2], p, seed)
+    torch.testing.assert_close(out.float(), reference.nan_to_num(0), atol=2e-3, rtol=1e-3)
     weighting = torch.randn(out.shape).half()
     gradients = torch.autograd.grad(out, inputs, weighting)
-    oracles = torch.autograd.grad(oracle, exact, weighting.float())
-    for gradient, expected in zip(gradients, oracles, strict=True):
+    reference_gradients = torch.autograd.grad(reference, exact, weighting.float())
+    for gradient, expected in zip(gradients, reference_gradients, strict=True):
         torch.testing.assert_close(gradient.double(), expected, atol=2e-3, rtol=2e-3)
 
 

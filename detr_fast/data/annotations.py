@@ -1,4 +1,4 @@
-"""A COCO json read, checked and cleaned: what cannot be right is an error that names the id, what can be mended is."""
+"""COCO annotations, read, checked and cleaned: a fault is mended where it can be, else an error that names the id."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from detr_fast.data.rows import (
     Row,
     is_number,
     name_of,
-    refuse_double,
+    refuse_duplicates,
     refuse_negative,
     require_rows,
     whole_numbers,
@@ -34,7 +34,7 @@ class Category:
     name: str
 
     def __str__(self) -> str:
-        """Return both, as messages have them."""
+        """Write id and name, as messages have them."""
         return f"{self.id} {self.name!r:.100}"
 
 
@@ -82,7 +82,7 @@ class Annotations:
 
 
 def read_annotations(file: Path) -> Annotations:
-    """Raises UserError that names the file and the line, or the id of what is wrong."""
+    """Read, check and clean a COCO json. Raises UserError that names the file and the line, or the id that is wrong."""
     document = load_json(file)
     images = read_images(file, section(file, document, "images"))
     categories = read_categories(file, section(file, document, "categories"))
@@ -105,8 +105,8 @@ def read_annotations(file: Path) -> Annotations:
     columns["areas"], wrong_area = correct_areas(columns["areas"], boxes, sizes)
     formats = [(words, np.flatnonzero(listed)[which]) for words, which in likely_formats(boxes[listed], sizes[listed])]
     below_pixel = keep & (boxes[:, 2:] < 1).any(axis=1)
-    for _, places in formats:
-        below_pixel[places] = False
+    for _, positions in formats:
+        below_pixel[positions] = False
     corrections = Corrections(
         dropped_empty=ids_where(rows, listed & empty),
         dropped_unlisted=ids_where(rows, ~listed),
@@ -115,7 +115,7 @@ def read_annotations(file: Path) -> Annotations:
         defaulted_area=sum(row.get("area") is None for row in rows),
         renumbered=columns["ids"].tolist() != [row.get("id") for row in rows],
         corrected_area=ids_where(rows, keep & wrong_area),
-        likely_formats=tuple((words, names_of(rows, places)) for words, places in formats),
+        likely_formats=tuple((words, names_of(rows, positions)) for words, positions in formats),
         below_pixel=ids_where(rows, below_pixel),
         unnamed=sum(row.get("name") is None for row in document["categories"]),
     )
@@ -124,7 +124,7 @@ def read_annotations(file: Path) -> Annotations:
 
 
 def read_crowd(file: Path, rows: list[Row]) -> np.ndarray:
-    """Return (N,) bool. Raises UserError for an `iscrowd` that is neither 0 nor 1."""
+    """Read `iscrowd` as (rows,) bool. Raises UserError for an `iscrowd` that is neither 0 nor 1."""
     require_rows(file, "annotation", rows, lambda row: row.get("iscrowd", 0) in (0, 1), "iscrowd", "0 or 1")
     return np.array([row.get("iscrowd", 0) for row in rows], dtype=bool)
 
@@ -150,15 +150,15 @@ def load_json(file: Path) -> dict[str, Any]:
 
 
 def section(file: Path, document: dict[str, Any], key: str) -> list[Row]:
-    """Return the list of objects under `key`. Raises UserError where it is none."""
+    """Return the list of objects under `key`. Raises UserError where it is no such list."""
     rows = document.get(key)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: {key!r} must be a list of objects, as in COCO json.")
     return rows
 
 
-def names_of(rows: list[Row], places: np.ndarray) -> tuple[Any, ...]:
-    return tuple(name_of(rows[position], position) for position in places.tolist())
+def names_of(rows: list[Row], positions: np.ndarray) -> tuple[Any, ...]:
+    return tuple(name_of(rows[position], position) for position in positions.tolist())
 
 
 def ids_where(rows: list[Row], mask: np.ndarray) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ def distinct_ids(rows: list[Row]) -> np.ndarray:
 
 def read_images(file: Path, rows: list[Row]) -> tuple[ImageEntry, ...]:
     columns = [whole_numbers(file, rows, "image", key).tolist() for key in ("id", "width", "height")]
-    refuse_double(file, "image", columns[0])
+    refuse_duplicates(file, "image", columns[0])
     refuse_negative(file, "image", columns[0])
     require_rows(file, "image", rows, lambda row: is_text(row.get("file_name")), "file_name", "a name")
     for key in ("width", "height"):
@@ -190,9 +190,9 @@ def is_text(value: Any) -> bool:
 
 
 def read_categories(file: Path, rows: list[Row]) -> tuple[Category, ...]:
-    """Return them by ascending id; one without a name is called by its id."""
+    """Return the categories by ascending id; one without a name is called by its id."""
     ids = whole_numbers(file, rows, "category", "id").tolist()
-    refuse_double(file, "category", ids)
+    refuse_duplicates(file, "category", ids)
     require(len(ids) > 0, f"{file}: lists no categories.")
     refuse_negative(file, "category", ids)
     require_rows(
@@ -214,7 +214,7 @@ def refuse_unlisted_categories(
 
 
 def read_boxes(file: Path, rows: list[Row]) -> np.ndarray:
-    """Return (rows, 4) float64."""
+    """Read `bbox` as (rows, 4) float64. Raises UserError for one that is no box."""
     must = "four finite numbers x, y, width, height"
     if any(row.get("bbox") is None and row.get("segmentation") for row in rows):
         must += " (of a segmentation without one: its least x and y, and how far it reaches from there)"
@@ -227,7 +227,7 @@ def is_box(value: Any) -> bool:
 
 
 def read_areas(file: Path, rows: list[Row], boxes_xywh_px: np.ndarray) -> np.ndarray:
-    """Return (rows,) float64, from the boxes where the file has none."""
+    """Read `area` as (rows,) float64, from the boxes where the file has none."""
     good = lambda row: row.get("area") is None or is_number(row["area"])  # noqa: E731 (one line, used once)
     require_rows(file, "annotation", rows, good, "area", "a finite number")
     given = np.array([np.nan if row.get("area") is None else row["area"] for row in rows], dtype=np.float64)
@@ -235,8 +235,10 @@ def read_areas(file: Path, rows: list[Row], boxes_xywh_px: np.ndarray) -> np.nda
 
 
 def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return areas (N,) in which those that cannot be an object's are its box's, and which (N,) they are. Evaluation
-    sorts objects by area into small, medium and large."""
+    """Replace areas (N,) that cannot be an object's by its box's, and return which (N,) were replaced.
+
+    Evaluation sorts objects by area into small, medium and large.
+    """
     of_boxes, of_images = boxes_xywh_px[:, 2:].prod(axis=1), sizes_wh.astype(np.float64).prod(axis=1)
     relative = (areas < 1) & (of_boxes >= RELATIVE_AREA_LEAST_PX)
     wrong = ((areas <= 0) | relative | (areas > of_images)) & (areas != of_boxes)
@@ -244,7 +246,7 @@ def correct_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, sizes_wh: np.nda
 
 
 def clamp_boxes(boxes_xywh_px: np.ndarray, sizes_wh: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return corners (N, 4) float32 inside images of `sizes_wh` (N, 2), which were clamped, and which have no area."""
+    """Clamp boxes to images of `sizes_wh` (N, 2): corners (N, 4) float32, which were cut, and which are empty."""
     low, extent = np.split(boxes_xywh_px.astype(np.float32), 2, axis=1)
     corners = np.concatenate((low, low + extent), axis=1)
     inside = np.clip(corners, 0, np.tile(sizes_wh, 2)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Images on their way to the model: one as it was read, its targets, and a batch of them."""
+"""Samples as they are read, their targets, and batches of both."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from detr_kernels import PackedImages
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels.preprocessing.resize import Slot
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ class Sample:
     size: tuple[int, int]
     """(h, w) that the image is to have in the batch"""
     hflip: bool = False
-    """Whether the image is still to be flipped horizontally"""
+    """True: the image is still to be flipped horizontally"""
 
 
 PADDING_BOX = 0.5
@@ -37,16 +37,18 @@ PADDING_BOX = 0.5
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels (B, T) int64, boxes_cxcywh (B, T, 4) float32 in [0, 1], count (B,) int64; rows past an image's count are
-    padding."""
+    """Labels and boxes of a batch, padded to T rows an image."""
 
     labels: Tensor
+    """(B, T) int64"""
     boxes_cxcywh: Tensor
+    """(B, T, 4) float32 in [0, 1]"""
     count: Tensor
+    """(B,) int64: rows past an image's count are padding"""
 
     @classmethod
     def from_list(cls, targets: Sequence[dict[str, Tensor]]) -> Self:
-        """Build from one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} an image."""
+        """Build from one {"labels": (T,) int64, "boxes": (T, 4) cxcywh} per image."""
         device = targets[0]["labels"].device
         counts = [len(target["labels"]) for target in targets]
         labels = torch.zeros(len(targets), max(counts), dtype=torch.int64, device=device)
@@ -56,7 +58,7 @@ class Targets:
             boxes[row, :count] = target["boxes"]
         return cls(labels, boxes, torch.tensor(counts, device=device))
 
-    def with_room(self, least: int = 16) -> Self:
+    def pad_rows(self, least: int = 16) -> Self:
         """Pad to 16, 32, 64, ... rows an image, so that batches have few shapes."""
         rows = least
         while rows < self.labels.shape[1]:
@@ -76,10 +78,10 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step as they were read, with what is to become of them: `model_input` makes the pixels."""
+    """Images of one step as they were read, with the sizes that `Preprocessing` gives them."""
 
     images: PackedImages
-    room: tuple[int, int]
+    padded_size: tuple[int, int]
     """(H, W) that all are padded to, right and below"""
     targets: Targets
     image_ids: list[int]
@@ -107,16 +109,18 @@ class Batch:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between processes with the pixels as the only tensor: each is a file in shared memory, for which the
-        receiver has to connect to the worker."""
+        """Pickle with the pixels as the only tensor.
+
+        Each tensor is a file in shared memory, for which the receiving process connects to the worker.
+        """
         pixels, *small = self.tensors()
         values = [tensor.numpy() for tensor in small]
-        return received_batch, (pixels, values, self.images.places, self.room, self.image_ids, self.skipped)
+        return received_batch, (pixels, values, self.images.slots, self.padded_size, self.image_ids, self.skipped)
 
-    def split(self, parts: int) -> list["Batch"]:
-        """Split into up to `parts` micro-batches of like size, each padded as the whole."""
-        share = -(-len(self.images) // parts)
-        slices = [slice(start, start + share) for start in range(0, len(self.images), share)]
+    def split(self, count: int) -> list["Batch"]:
+        """Split into up to `count` micro-batches of like size, each padded as the whole."""
+        size = -(-len(self.images) // count)
+        slices = [slice(start, start + size) for start in range(0, len(self.images), size)]
         return [
             replace(
                 self,
@@ -136,39 +140,40 @@ class Batch:
 
     @property
     def padded(self) -> bool:
-        """Tell whether any image is smaller than the room."""
-        return any(size != self.room for size in self.images.sizes)
+        """Tell whether any image is smaller than the batch's padded size."""
+        return any(size != self.padded_size for size in self.images.sizes)
 
     @property
-    def padding(self) -> float:
-        """Return the pixels that are computed, over those that are not padding: 1 is no overhead."""
-        return len(self.images) * self.room[0] * self.room[1] / sum(h * w for h, w in self.images.sizes)
+    def padding_overhead(self) -> float:
+        """Return the pixels of padding as a fraction of the images' own: 0 where nothing is padded."""
+        computed = len(self.images) * self.padded_size[0] * self.padded_size[1]
+        return computed / sum(h * w for h, w in self.images.sizes) - 1
 
 
 def received_batch(
     pixels: Tensor,
     values: list[np.ndarray],
-    places: tuple[Place, ...],
-    room: tuple[int, int],
+    slots: tuple[Slot, ...],
+    padded_size: tuple[int, int],
     image_ids: list[int],
     skipped: tuple[str, ...],
 ) -> Batch:
-    """Put a batch together again, of what `Batch.__reduce__` gives."""
+    """Make a batch again from what `Batch.__reduce__` gives."""
     table, original_sizes, *targets = map(torch.tensor, values)
-    return Batch(PackedImages(pixels, table, places), room, Targets(*targets), image_ids, original_sizes, skipped)
+    return Batch(PackedImages(pixels, table, slots), padded_size, Targets(*targets), image_ids, original_sizes, skipped)
 
 
-def collate(samples: Sequence[Sample], room: tuple[int, int] = (1, 1)) -> Batch:
-    """Make a batch of at least one sample, padded to the largest, and to `room` at least."""
-    images = PackedImages.of_list(
+def collate(samples: Sequence[Sample], padded_size: tuple[int, int] = (1, 1)) -> Batch:
+    """Make a batch of at least one sample, padded to the largest, and to `padded_size` at least."""
+    images = PackedImages.from_list(
         [sample.image.permute(1, 2, 0) for sample in samples],
         [sample.size for sample in samples],
         [sample.hflip for sample in samples],
     )
-    heights, widths = zip(room, *images.sizes, strict=True)
+    heights, widths = zip(padded_size, *images.sizes, strict=True)
     return Batch(
         images=images,
-        room=(max(heights), max(widths)),
+        padded_size=(max(heights), max(widths)),
         targets=Targets.from_list([{"labels": s.labels, "boxes": s.boxes_cxcywh} for s in samples]),
         image_ids=[sample.image_id for sample in samples],
         original_sizes=torch.tensor([sample.original_size for sample in samples]),

@@ -62,7 +62,7 @@ ORDERS = (
 
 
 def likely_order(boxes_px: np.ndarray, sizes_wh: np.ndarray) -> str:
-    """Say in which other order almost all boxes (N, 4) would be right, where many are wrong in COCO's; "" if none."""
+    """Name the order in which almost all boxes (N, 4) would be right, where many are wrong in COCO's; "" if none."""
     if not len(boxes_px):
         return ""
     wrong = np.count_nonzero(~fit_as_coco(boxes_px, sizes_wh))
@@ -77,8 +77,11 @@ def likely_order(boxes_px: np.ndarray, sizes_wh: np.ndarray) -> str:
 
 
 def look_relative(boxes: np.ndarray, sizes_wh: np.ndarray) -> np.ndarray:
-    """Tell which boxes (N,) look relative to the image: all that lie within its first pixel, where nearly all do; else
-    those that are less than a pixel, and not cut off by the image's corner."""
+    """Tell which boxes (N,) look relative to the image.
+
+    Where nearly all boxes lie within the image's first pixel, these; else those that are less than a pixel, and not cut
+    off by the image's corner.
+    """
     inside = ((boxes >= 0) & (boxes <= 1.001)).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
     inside &= (sizes_wh >= RELATIVE_LEAST_SIDE_PX).all(axis=1)
     if inside.mean() <= 0.9:

@@ -42,8 +42,8 @@ class Buckets:
     sizes_of: Callable[[int, np.ndarray], np.ndarray]
     """Epoch and image indices (N,) to the sizes (N, 2), (h, w) in pixels, that the images will have then."""
     step: int = 1
-    """Sides of a batch are multiples of this many pixels, so that its shapes are few; the order does not depend on
-    it."""
+    """Sides of a batch are multiples of this many pixels, so that its shapes are few; the order does not
+    depend on it."""
 
     def arrange(self, epoch: int, group: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return `group`, image indices of N whole batches, as (N, batch_size), and the (H, W) of each, (N, 2)."""

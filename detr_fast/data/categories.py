@@ -45,7 +45,7 @@ def choose_categories(
 
 
 def label_map(annotations: Annotations, categories: Sequence[Category] | None) -> dict[int, int]:
-    """Map category ids to labels: the place in `categories`, or the id itself.
+    """Map category ids to labels: the index in `categories`, or the id itself.
 
     Raises UserError for a category that annotations use and `categories` lack.
     """
@@ -74,8 +74,7 @@ def by_spelling(categories: Sequence[Category]) -> dict[str, Category]:
 
 
 def spelling_hint(unknown: Sequence[Category], known: Mapping[str, Category]) -> str:
-    """Write a sentence on categories that differ from `known`, by spelling, in id, case or spaces alone; empty where
-    there are none."""
+    """Write a sentence on categories that differ from `known` in id, case or spaces alone; "" where there are none."""
     pairs = [(one, known[spelling(one.name)]) for one in unknown if spelling(one.name) in known]
     alike = [f"{one} and {other}" for one, other in pairs]
     return f" These differ in id, case or spaces alone: {shortened(alike, 5)}." if alike else ""

@@ -49,7 +49,7 @@ def beyond_coco(annotations: Annotations) -> str | None:
     crowded = np.unique(groups[counts > COCO_DETECTIONS] // len(annotations.categories)).tolist()
     if not crowded:
         return None
-    names = shortened([annotations.images[place].file_name for place in crowded], NAMED)
+    names = shortened([annotations.images[index].file_name for index in crowded], NAMED)
     return (
         f"{len(crowded)} images have more than {COCO_DETECTIONS} objects of one class (up to {counts.max()}; {names}): "
         f"COCO's numbers count an image's best {COCO_DETECTIONS} detections of a class, so that AP cannot reach 1. "
@@ -99,10 +99,9 @@ def trained_on(train_set: CocoDataset, val_set: CocoDataset) -> str | None:
 
 
 def check_files(dataset: CocoDataset) -> None:
-    """Find out before the first step what reading would find much later: of a few files whether they can be read, have
-    the annotations' size and stand upright.
+    """Check before the first step that a few files can be read, have the annotations' size and are upright.
 
-    Raises UserError where there is no going on; else warns.
+    Raises UserError where training could not go on; else warns.
     """
     file, records, skip = dataset.annotation_file, dataset.records, dataset.on_bad_image == "skip"
     some = [(record, read_header(record.path)) for record in records[:: -(-len(records) // MOST_HEADERS)]]
@@ -123,7 +122,7 @@ def check_files(dataset: CocoDataset) -> None:
 
 
 def require_usable(record: ImageRecord, header: Header | None) -> None:
-    """Raises UserError as reading the image would."""
+    """Raise UserError where reading the image would."""
     if header is None:
         decode_file(record.path)
     elif header.size != (record.height, record.width):

@@ -16,8 +16,8 @@ from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.batch import Sample
 from detr_fast.data.categories import choose_categories, label_map
 from detr_fast.data.decode import Decoded, decode_file
-from detr_fast.data.doubles import files_listed_twice, find_doubles
 from detr_fast.data.draws import Draws
+from detr_fast.data.duplicates import files_listed_twice, find_duplicates
 from detr_fast.data.file_names import ImageFolder, OutsideError
 from detr_fast.data.headers import read_header
 from detr_fast.data.splits import find_split, require_split
@@ -48,11 +48,10 @@ class ImageRecord:
     absent: str = ""
     """Why there was no such file, and what to do; empty where there was one."""
 
-    def decode(self, shrunk: int = 1) -> Decoded:
-        """Read the file as `decode_file` does. Raises UserError as that, and says what else there is for a file that is
-        missing."""
+    def decode(self, draft_scale: int = 1) -> Decoded:
+        """Read the file as `decode_file` does. Raises UserError, which for a missing file names similar ones."""
         require(not self.absent or os.path.exists(self.path), f"{self.path}: {self.absent}")
-        return decode_file(self.path, shrunk)
+        return decode_file(self.path, draft_scale)
 
 
 class CocoDataset(Dataset[Sample]):
@@ -76,9 +75,9 @@ class CocoDataset(Dataset[Sample]):
         Labels are indices in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
         `num_classes` is larger than all ids, the ids themselves.
 
-        Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image outside the
-        folder, to which with `follow_links` a symbolic link may lead. What is mended instead is in
-        `annotations.corrections`.
+        Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image
+        outside the folder, to which with `follow_links` a symbolic link may lead. What is mended instead
+        is in `annotations.corrections`.
         """
         self.annotation_file = annotation_file
         self.annotations = read_annotations(annotation_file)
@@ -86,7 +85,7 @@ class CocoDataset(Dataset[Sample]):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.categories = choose_categories(self.annotations, categories, raw_ids, num_classes)
-        """What each label stands for, in label order; None: labels are the ids."""
+        """The category of each label, in label order; None: labels are the ids."""
         self.label_of = label_map(self.annotations, self.categories)
         """Category id to label."""
         self.num_classes = max(self.label_of.values()) + 1 if self.categories is None else len(self.categories)
@@ -100,22 +99,22 @@ class CocoDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Read `place`, (epoch, index); the augmentation is drawn from these and the seed alone.
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Read the sample `key`, (epoch, index); the augmentation is drawn from these and the seed alone.
 
         Raises UserError for an image that is missing, cannot be decoded, or has another size than the annotations say.
         """
-        return self.read(place[1], self.augmentation(*place))
+        return self.read(key[1], self.augmentation(*key))
 
     def read(self, index: int, augmentation: SampledAugmentation) -> Sample:
-        """Read an image and make of it what `augmentation` says. Raises UserError as `[]`."""
+        """Read an image, cropped as `augmentation` says. Raises UserError as `[]` does."""
         record = self.records[index]
-        decoded = record.decode(augmentation.shrinkage())
+        decoded = record.decode(augmentation.draft_scale())
         if decoded.size != (record.height, record.width):
             raise UserError(size_mismatch(record, decoded.size))
-        top, left, bottom, right = crop_box = augmentation.on_grid(decoded.shrunk)
+        top, left, bottom, right = crop_box = augmentation.on_grid(decoded.draft_scale)
         boxes, labels = boxes_within(
-            torch.from_numpy(record.boxes_xyxy_px) / decoded.shrunk,
+            torch.from_numpy(record.boxes_xyxy_px) / decoded.draft_scale,
             torch.from_numpy(record.labels),
             crop_box,
             augmentation.hflip,
@@ -139,7 +138,7 @@ class CocoDataset(Dataset[Sample]):
     def silent_faults(self) -> Iterator[str]:
         """Yield a line for each kind of fault that neither reading nor training would notice."""
         yield from self.annotations.corrections.doubtful_formats()
-        yield from find_doubles(self.annotations).problems()
+        yield from find_duplicates(self.annotations).problems()
         ids, files = [record.id for record in self.records], [record.path for record in self.records]
         yield from files_listed_twice(ids, files)
 
@@ -182,7 +181,7 @@ def size_mismatch(record: ImageRecord, file_size: tuple[int, int]) -> str:
 
 
 def make_records(annotations: Annotations, folder: ImageFolder, label_of: dict[int, int]) -> list[ImageRecord]:
-    """Make one for each image. Raises UserError for a file name that leads out of `folder`."""
+    """Make a record for each image. Raises UserError for a file name that leads out of `folder`."""
     trained_on = np.flatnonzero(~annotations.crowd)
     rows = trained_on[np.argsort(annotations.image_ids[trained_on], kind="stable")]
     image_ids = [image.id for image in annotations.images]
@@ -215,8 +214,8 @@ def build_dataset(
     """Build the split that `options` lead to, augmented where `options` are a TrainConfig and `split` is train.
 
     `model` says the image sizes where `options` do not; default: the model that a TrainConfig names, else DETR's.
-    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset. Raises UserError as that, for images
-    without a file, and for an image size above the largest.
+    `categories`, `raw_ids` and a TrainConfig's `num_classes` as in CocoDataset. Raises UserError as that does, for
+    images without a file, and for an image size above the largest.
     """
     folder, file = require_split(options, split)
     training = options if isinstance(options, TrainConfig) else None
@@ -245,7 +244,7 @@ def build_dataset(
 
 
 def require_images(dataset: CocoDataset) -> None:
-    """Raises UserError, before anything is read, where images have no file: for one of them, or with "skip" for all."""
+    """Raise UserError, before anything is read, where an image has no file, or with "skip" where none has."""
     absent = dataset.absent_images()
     if absent is None:
         return

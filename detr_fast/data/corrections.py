@@ -63,7 +63,7 @@ class Corrections:
         return lines
 
     def lines(self) -> list[str]:
-        """Say all of it; nothing if the file was clean."""
+        """List faults and defaults; nothing if the file was clean."""
         return self.faults() + self.defaults()
 
 

@@ -36,14 +36,14 @@ for kind in (UserWarning, RuntimeWarning):
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What a file holds."""
+    """A decoded image file."""
 
     image: Tensor
     """uint8 (3, h, w), in channels-last memory, which torchvision resizes fastest"""
     size: tuple[int, int]
     """(h, w) of the file"""
-    shrunk: int = 1
-    """How many times smaller `image` is, each way; sides are rounded up."""
+    draft_scale: int = 1
+    """How many times smaller `image` is than the file's, each way: a JPEG's draft scale. Sides are rounded up."""
 
 
 def decode_image(path: Path) -> Tensor:
@@ -51,7 +51,7 @@ def decode_image(path: Path) -> Tensor:
     return decode_file(path).image
 
 
-def decode_file(path: Path, shrunk: int = 1) -> Decoded:
+def decode_file(path: Path, draft_scale: int = 1) -> Decoded:
     """Decode the image, or, of a JPEG, one 1, 2, 4 or 8 times smaller, which costs less than the whole.
 
     Raises UserError, naming the file, where it is missing, no image, truncated, corrupt or over `MOST_PIXELS`.
@@ -59,7 +59,7 @@ def decode_file(path: Path, shrunk: int = 1) -> Decoded:
     with faults_named(str(path)):
         if not S_ISREG(path.stat().st_mode):  # a pipe or a device may be read for ever
             raise ValueError("no regular file")
-        return decode_bytes(path.read_bytes(), shrunk)
+        return decode_bytes(path.read_bytes(), draft_scale)
 
 
 @contextmanager
@@ -76,20 +76,19 @@ def faults_named(image: str) -> Iterator[None]:
         ) from error
 
 
-def decode_bytes(data: bytes, shrunk: int = 1) -> Decoded:
-    """Do as `decode_file`, of a file's content. Raises what the decoders do."""
+def decode_bytes(data: bytes, draft_scale: int = 1) -> Decoded:
+    """Decode a file's content as `decode_file` does. Raises what the decoders do."""
     if not data:
         raise ValueError("the file is empty")
     if data.startswith(JPEG_START):
-        return decode_jpeg(data, shrunk)
+        return decode_jpeg(data, draft_scale)
     return decode_with_pillow(data)
 
 
-def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
-    """Decode strictly: whatever makes the decoder warn is an error, as a scan of garbage and a few stray bytes give the
-    same warning.
+def decode_jpeg(data: bytes, draft_scale: int) -> Decoded:
+    """Decode strictly: a warning is an error, since a garbled scan and a few stray bytes give the same one.
 
-    Forms that it does not know, as rare samplings of the colours, are Pillow's to read, or to say why not.
+    Pillow reads the JPEGs that this decoder does not know, such as those of rare colour subsampling.
     """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -97,7 +96,7 @@ def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
         return decode_rare_jpeg(data, error)
     refuse_bomb(height, width)
     cmyk = colorspace in ("CMYK", "YCCK")
-    least = {} if cmyk else {"min_height": -(-height // shrunk), "min_width": -(-width // shrunk)}
+    least = {} if cmyk else {"min_height": -(-height // draft_scale), "min_width": -(-width // draft_scale)}
     try:
         pixels = simplejpeg.decode_jpeg(data, "CMYK" if cmyk else "RGB", strict=True, **least)
     except ValueError as error:
@@ -106,11 +105,11 @@ def decode_jpeg(data: bytes, shrunk: int) -> Decoded:
         return decode_rare_jpeg(data, error)
     if cmyk:  # decoded for its errors alone: Pillow accepts a corrupt scan
         return decode_with_pillow(data)
-    return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), shrunk)
+    return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), (height, width), draft_scale)
 
 
 def decode_rare_jpeg(data: bytes, problem: Exception) -> Decoded:
-    """Decode what the usual decoder has a `problem` with, which is told where Pillow cannot read it either."""
+    """Decode by Pillow what the usual decoder has a `problem` with; raises ValueError with both where it cannot."""
     try:
         return decode_with_pillow(data)
     except (OSError, ValueError) as error:
@@ -144,7 +143,7 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
 
 
 def refuse_floats(image: Image.Image) -> None:
-    """Raises ValueError for an image whose range is not known: 1 may be white, or nearly black."""
+    """Raise ValueError for floating-point pixels, whose range is not known: 1 may be white, or nearly black."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of a range that is not known: scale them to 8 bits")
 

@@ -1,8 +1,8 @@
-"""Random numbers that are known by their place: of an image in an epoch, whatever is drawn before or beside them.
+"""Counter-based random numbers: an image's depend on seed, epoch and image alone, not on what is drawn before.
 
 They are those of SplitMix64 (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators"), whose n-th
-number is a hash of its start + n * GAMMA: an array of places takes a few passes over memory. Each epoch has a stream of
-its own, that begins where NumPy's SeedSequence puts (seed, epoch).
+number is a hash of its start + n * GAMMA: many are drawn in a few passes over arrays. Each epoch has a stream of its
+own, which begins where NumPy's SeedSequence puts (seed, epoch).
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ GAMMA = 0x9E3779B97F4A7C15
 
 
 class Draws:
-    """Gives numbers for each of N images; what an image gets depends on (seed, epoch, image, number) alone."""
+    """Draws numbers for each of N images; an image's depend on (seed, epoch, image, number) alone."""
 
     def __init__(self, seed: int, epoch: int, images: np.ndarray | Sequence[int]) -> None:
         """Begin an epoch's stream for `images` (N,), indices in the data set."""
         start = np.random.SeedSequence((seed % 2**64, epoch, 1)).generate_state(1, np.uint64)
-        places = np.asarray(images, dtype=np.uint64) * np.uint64(NUMBERS_AN_IMAGE) + np.uint64(1)
-        self._states = start + places * np.uint64(GAMMA)
+        counters = np.asarray(images, dtype=np.uint64) * np.uint64(NUMBERS_AN_IMAGE) + np.uint64(1)
+        self._states = start + counters * np.uint64(GAMMA)
 
     def __getitem__(self, some: np.ndarray) -> Self:
         """Draw for some of the images only: (M,) indices into the N."""
@@ -31,7 +31,7 @@ class Draws:
         return part
 
     def fraction(self, number: int) -> np.ndarray:
-        """Return each image's `number`-th, of `NUMBERS_AN_IMAGE`, as (N,) float64, uniform in [0, 1)."""
+        """Draw each image's `number`-th of `NUMBERS_AN_IMAGE`, (N,) float64, uniform in [0, 1)."""
         bits = self._states + np.uint64(number * GAMMA % 2**64)
         bits ^= bits >> np.uint64(30)
         bits *= np.uint64(0xBF58476D1CE4E5B9)
@@ -41,9 +41,9 @@ class Draws:
         return (bits >> np.uint64(11)) * 2.0**-53
 
     def below(self, number: int, limits: np.ndarray | int) -> np.ndarray:
-        """Return (N,) int64, uniform in [0, limit), with one limit or each image's own (N,), all far below 2**53."""
+        """Draw (N,) int64, uniform in [0, limit), with one limit or each image's own (N,), all far below 2**53."""
         return (self.fraction(number) * limits).astype(np.int64)
 
     def choice(self, number: int, values: Sequence[int]) -> np.ndarray:
-        """Return one of `values` for each image, (N,) int64."""
+        """Draw one of `values` for each image, (N,) int64."""
         return np.array(values, dtype=np.int64)[self.below(number, len(values))]

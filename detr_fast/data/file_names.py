@@ -1,4 +1,4 @@
-"""Which file a json's `file_name` means, however it is spelled; never one outside the images' folder."""
+"""Lookup of a json's `file_name`, however it is spelled; never a file outside the images' folder."""
 
 import errno
 import ntpath
@@ -20,7 +20,7 @@ class OutsideError(Exception):
 
 
 class Found(NamedTuple):
-    """Where an image lies."""
+    """The path of an image, whether or not there is a file."""
 
     path: Path
     absent: str = ""
@@ -99,8 +99,10 @@ class ImageFolder:
         return Found(Path(path))
 
     def _spellings(self, name: str) -> Iterator[str]:
-        """Yield what `name` may mean: first guesses, each of which costs a call of the file system; then the one file
-        of the folder, if there is but one, that has the name in a mixture of their forms."""
+        """Yield other spellings of `name`, each of which costs a call of the file system; last that of a listed file.
+
+        The last is yielded where just one file of the folder has the name in a mixture of the spellings.
+        """
         yield from spellings(name)
         alike = [path for path in self._listed.get(same_spelling(name), ()) if plain(path) == plain(name)]
         if len(alike) == 1:
@@ -182,15 +184,14 @@ def why_not_opened(path: str) -> str | None:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """Yield what may be meant: slashes for back-slashes (Windows), the composed and the decomposed form of Unicode
-    (macOS), and each without percent signs (Label Studio)."""
+    """Yield other spellings: slashes for back-slashes (Windows), both Unicode normal forms (macOS), percent-decoded."""
     for text in dict.fromkeys((name, without_percent(name))):
         slashed = text.replace("\\", "/")
         yield from dict.fromkeys((slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))))
 
 
 def without_percent(name: str) -> str:
-    """Return `name` without percent signs, in which bytes that are no UTF-8 are what they are in other file names."""
+    """Decode percent signs (Label Studio); bytes that are no UTF-8 become what `os.fsdecode` makes of them."""
     return unquote(name, errors="surrogateescape")
 
 
@@ -200,7 +201,7 @@ def plain(name: str) -> str:
 
 
 def same_spelling(name: str) -> str:
-    """Return the same without upper and lower case."""
+    """Return `plain(name)` without upper and lower case."""
     return plain(name).casefold()
 
 

@@ -23,9 +23,9 @@ class Header:
     orientation: int
     """1 to 8, EXIF's"""
     applied: bool
-    """Whether reading the image turns it by its orientation: of a TIFF, whose own tag it is; never of other files."""
+    """True where reading the image turns it by its orientation: for a TIFF, whose own tag it is, alone."""
     deep: bool = False
-    """Whether it is gray with more than 8 bits, of which the upper 8 of 16 are read"""
+    """True for gray images with more than 8 bits, of which the upper 8 of 16 are read."""
 
     @property
     def turned(self) -> bool:
@@ -34,8 +34,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header | None:
-    """Return what the file's header says, or None where it, or what it says of the pixels, cannot be read. Never raises
-    for what a file holds."""
+    """Read a file's header; None where it or the pixels cannot be read. Raises nothing, whatever a file holds."""
     try:
         if kind_of(path) != "file":
             return None

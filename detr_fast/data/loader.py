@@ -1,4 +1,4 @@
-"""From positions in a data set to batches on the device: one worker's read, the two loaders, the copies ahead."""
+"""Loaders: workers read samples, batches are collated, and copied to the device one ahead."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,12 +21,12 @@ WORKER_TIMEOUT_S = 600
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What reading one position gave. Errors travel as values, since the DataLoader would wrap what a worker raises."""
+    """The result of reading one position. Errors are values, since the DataLoader would wrap what a worker raises."""
 
     sample: Sample | None
     skipped: tuple[str, ...] = ()
     error: UserError | None = None
-    room: tuple[int, int] = (1, 1)
+    padded_size: tuple[int, int] = (1, 1)
     """(H, W) that the batch is to have at least."""
 
 
@@ -47,7 +47,7 @@ class TrainReader(Dataset[Read]):
             index = (position.image + offset) % len(self.dataset)
             try:
                 sample = self.dataset.read(index, augmentation) if offset == 0 else self.dataset[position.epoch, index]
-                return Read(sample, tuple(skipped), room=position.room)
+                return Read(sample, tuple(skipped), padded_size=position.padded_size)
             except UserError as error:
                 if self.dataset.on_bad_image == "error":
                     return Read(None, error=UserError(f"{error} {SKIPPING}"))
@@ -86,7 +86,7 @@ def collate_reads(reads: Sequence[Read]) -> Collated:
             return read.error
     skipped = tuple(path for read in reads for path in read.skipped)
     samples = [read.sample for read in reads if read.sample is not None]
-    return replace(collate(samples, reads[0].room), skipped=skipped) if samples else skipped
+    return replace(collate(samples, reads[0].padded_size), skipped=skipped) if samples else skipped
 
 
 def train_loader(
@@ -112,8 +112,9 @@ def train_loader(
 def evaluation_loader(
     dataset: CocoDataset, batch_size: int, workers: int, pin_memory: bool = False, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Yield every image once, in batches of like shape, the same for any number of ranks, of which each takes every
-    `world`-th batch. Raises as `train_loader`.
+    """Yield every image once, in batches of like shape; each rank takes every `world`-th batch.
+
+    The batches are the same for any number of ranks. Raises UserError as `train_loader` does.
 
     Sides are not rounded up, as they are in training: nothing is padded then where batches hold one image, or images of
     one size, and so the numbers are those of `predict`.
@@ -168,8 +169,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def received(batch: Batch, copied: "torch.cuda.Event") -> Batch:
-    """Hand a batch to the current stream, which waits for the copy; its memory is not reused before that stream is
-    done."""
+    """Let the current stream wait for the copy, and keep the batch's memory until that stream is done with it."""
     current = torch.cuda.current_stream(batch.original_sizes.device)
     current.wait_event(copied)
     for tensor in batch.tensors():

@@ -1,4 +1,4 @@
-"""A folder of photographs: what in it is an image, and why the rest is passed over."""
+"""Images in a folder of photographs, and why other files in it are passed over."""
 
 from pathlib import Path
 
@@ -13,14 +13,16 @@ IMAGE_ENDINGS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".mpo", ".png", ".gif", ".bmp"),
     *(".webp", ".tif", ".tiff", ".ppm", ".avif"),
 }
-"""Whatever ends so, in capitals too, is meant as an image: where it is none, that is an error. Of all else the content
-decides."""
+"""Whatever ends so, in capitals too, is meant as an image: where it is none, that is an error. Of all else
+the content decides."""
 NAMED_AT_MOST = 5
 
 
 def find_images(path: Path) -> tuple[list[Path], list[str]]:
-    """Return the file, or the images of a folder by name, without those of its subfolders; and what is passed over, one
-    line a reason. Raises UserError if there is no image."""
+    """Return the file, or a folder's images by name without subfolders, and a line for each reason to pass files over.
+
+    Raises UserError if there is no image.
+    """
     kind = kind_of(path)
     if kind != "folder":
         require(kind != "nothing", f"{path}: there is no such file or folder.")

@@ -1,4 +1,4 @@
-"""Rows of a COCO json: what each must have. The first that has it not is named once, with how many there are."""
+"""Checks of the rows of a COCO json: the message names the first row that is wrong, and how many there are."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def name_of(row: Row, position: int) -> int | str:
-    """Return what messages call a row: its id, or its place in the file, counted from 0."""
+    """Return what messages call a row: its id, or its position in the file, counted from 0."""
     id_ = row.get("id")
     if type(id_) is int and abs(id_) < LARGEST_NUMBER:
         return id_
@@ -26,8 +26,7 @@ def name_of(row: Row, position: int) -> int | str:
 
 
 def require_rows(file: Path, kind: str, rows: Sequence[Row], good: Callable[[Row], bool], key: str, must: str) -> None:
-    """Raises UserError where some of `rows` are not `good`: what the first one's `key` must be, what it is instead, and
-    how many there are."""
+    """Raise UserError where some of `rows` are not `good`: what the first one's `key` `must` be, is, and how many."""
     wrong = [position for position, row in enumerate(rows) if not good(row)]
     if wrong:
         first = rows[wrong[0]]
@@ -36,14 +35,16 @@ def require_rows(file: Path, kind: str, rows: Sequence[Row], good: Callable[[Row
 
 
 def refuse_row(file: Path, kind: str, rows: Sequence[Row], wrong: Sequence[int], fault: str) -> NoReturn:
-    """Raises UserError that names the first of the `wrong` places in `rows`, its `fault`, and how many there are."""
+    """Raise UserError that names the first of the `wrong` indices into `rows`, its `fault`, and how many there are."""
     more = f" So it is with {len(wrong)} of {len(rows)}." if len(wrong) > 1 else ""
     raise UserError(f"{file}: {kind} {name_of(rows[wrong[0]], wrong[0])}: {fault}{more}")
 
 
 def whole_numbers(file: Path, rows: Sequence[Row], kind: str, key: str) -> np.ndarray:
-    """Return (rows,) int64, also from floats without a fraction. Raises UserError naming the first row whose `key` is
-    missing or no whole number, and how many there are."""
+    """Read `key` of all rows as (rows,) int64, also from floats without a fraction.
+
+    Raises UserError that names the first row whose `key` is missing or no whole number, and how many there are.
+    """
     values = [row.get(key) for row in rows]
     if not all(type(value) is int and abs(value) < LARGEST_NUMBER for value in values):
         values = [whole(value) for value in values]
@@ -54,7 +55,7 @@ def whole_numbers(file: Path, rows: Sequence[Row], kind: str, key: str) -> np.nd
 
 
 def whole(value: Any) -> int | None:
-    """Return a whole number that float64 holds, of an int or a float; None for anything else."""
+    """Return `value` as an int, if it is a whole number that float64 holds; None for anything else."""
     if type(value) not in (int, float) or not abs(value) < LARGEST_NUMBER or value != int(value):
         return None
     return int(value)
@@ -75,9 +76,9 @@ def why_not_whole(value: Any, key: str) -> str:
     return f"must be a whole number, {'but is null or missing' if value is None else f'not {value!r:.100}'}."
 
 
-def refuse_double(file: Path, kind: str, ids: Iterable[int]) -> None:
-    double = [str(id_) for id_, count in Counter(ids).items() if count > 1]
-    require(not double, f"{file}: {kind} ids must be distinct; more than once: {shortened(double, 10)}.")
+def refuse_duplicates(file: Path, kind: str, ids: Iterable[int]) -> None:
+    duplicate = [str(id_) for id_, count in Counter(ids).items() if count > 1]
+    require(not duplicate, f"{file}: {kind} ids must be distinct; more than once: {shortened(duplicate, 10)}.")
 
 
 def refuse_negative(file: Path, kind: str, ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The order of training: endless, known from the seed alone, and to be entered at any batch of any epoch."""
+"""The order of training batches: endless, fixed by the seed alone, and enterable at any batch of any epoch."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,24 +19,24 @@ class Position(NamedTuple):
 
     epoch: int
     image: int
-    """Its index."""
-    room: tuple[int, int] = (1, 1)
+    """Its index in the data set."""
+    padded_size: tuple[int, int] = (1, 1)
     """(H, W) in pixels that its batch is padded to at least."""
 
 
 class Group(NamedTuple):
-    """One rank's part of N successive batches of an epoch."""
+    """N successive batches of an epoch, of which `images` holds one rank's part."""
 
     epoch: int
     images: np.ndarray
     """(N, batch size) indices"""
-    rooms: np.ndarray
+    padded_sizes: np.ndarray
     """(N, 2), the (H, W) in pixels to pad each batch to at least"""
 
 
 BATCHES_A_GROUP = 256
-"""From how many batches' images, drawn at random, batches of like shape are made: enough that little is padding, few
-enough that an image meets others every epoch."""
+"""Batches of like shape are made among the random images of this many batches: enough for little padding, few enough
+that an image meets others every epoch."""
 
 
 def batches_per_epoch(length: int, batch_size: int, world: int) -> int:
@@ -54,7 +54,7 @@ def batches_per_epoch(length: int, batch_size: int, world: int) -> int:
 
 
 class EpochSampler(Sampler[list[Position]]):
-    """Batches of positions without end.
+    """Yields batches of positions without end.
 
     Batch k of an epoch is a slice of a permutation drawn from (seed, epoch), of which each of `world` ranks takes its
     part, so the ranks together see the same images whatever their number, as long as `batch_size` times `world` stays.
@@ -88,13 +88,15 @@ class EpochSampler(Sampler[list[Position]]):
         self.buckets = buckets
 
     def __iter__(self) -> Iterator[list[Position]]:
-        for epoch, images, rooms in one_ahead(self.groups()):
-            for batch, (height, width) in zip(images, rooms.tolist(), strict=True):
+        for epoch, images, padded_sizes in one_ahead(self.groups()):
+            for batch, (height, width) in zip(images, padded_sizes.tolist(), strict=True):
                 yield [Position(epoch, image, (height, width)) for image in batch.tolist()]
 
     def groups(self) -> Iterator[Group]:
-        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end; of an epoch's last group what is
-        left, of the first what comes from `start_batch` on."""
+        """Yield this rank's part of `BATCHES_A_GROUP` batches at a time, without end, from `start_batch` on.
+
+        An epoch's last group has fewer.
+        """
         first = self.start_batch
         for epoch in itertools.count(self.start_epoch):
             rng = random_generator(self.seed, epoch)
@@ -103,27 +105,27 @@ class EpochSampler(Sampler[list[Position]]):
             for start in range(first - first % BATCHES_A_GROUP, self.batches_per_epoch, BATCHES_A_GROUP):
                 end = start + BATCHES_A_GROUP
                 group = order[start * self.global_batch_size : end * self.global_batch_size]
-                images, rooms = self._arranged(epoch, group, turns[start:end])
+                images, padded_sizes = self._arranged(epoch, group, turns[start:end])
                 own = images[:, self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
                 skipped = max(first - start, 0)
-                yield Group(epoch, own[skipped:], rooms[skipped:])
+                yield Group(epoch, own[skipped:], padded_sizes[skipped:])
             first = 0
 
     def _arranged(self, epoch: int, group: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Arrange all ranks' batches: image indices (N, global batch size), and the room of each (N, 2)."""
+        """Arrange all ranks' batches: image indices (N, global batch size), and the padded size of each (N, 2)."""
         if self.buckets is None:
             batches = group.reshape(-1, self.global_batch_size)
             return batches, np.ones((len(batches), 2), dtype=np.int64)
-        batches, rooms = self.buckets.arrange(epoch, group, self.global_batch_size)
+        batches, padded_sizes = self.buckets.arrange(epoch, group, self.global_batch_size)
         mixed = np.argsort(turns)
-        return batches[mixed], rooms[mixed]
+        return batches[mixed], padded_sizes[mixed]
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items of an endless iterator, which a thread makes while the one before is used.
+    """Yield the items of an endless iterator, each made by a thread while the one before is used.
 
-    So who takes an item finds it made. What goes wrong in the thread is raised here; the thread ends with this
-    iterator, and does not outlive the interpreter.
+    What goes wrong in the thread is raised here. The thread ends with this iterator, and does not
+    outlive the interpreter.
     """
     with ThreadPoolExecutor(1, "one ahead") as thread:
         coming = thread.submit(next, items)

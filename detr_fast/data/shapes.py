@@ -1,5 +1,4 @@
-"""The embedded data set: real JPEG files of drawn shapes with COCO json, made from a seed, written once to a cache
-folder.
+"""The embedded data set: JPEG files of drawn shapes with a COCO json, made from a seed, cached in a folder.
 
 Six shapes are the classes; colour, texture, size, rotation, overlap and clutter vary and tell nothing of the class.
 `shapes:64` is the easiest: objects span 16 to 36 pixels. At a larger side objects may still be 16 pixels small, so they
@@ -127,7 +126,7 @@ def draw_image(seed: int, index: int, side: int) -> Drawing:
         coverage = shape_coverage(rng, CLASSES[label], span)
         rows, columns = np.flatnonzero(coverage.max(1) > 0.3), np.flatnonzero(coverage.max(0) > 0.3)
         for _ in range(12):
-            left, top = (int(place) for place in rng.integers(0, side - span + 1, size=2))
+            left, top = (int(corner) for corner in rng.integers(0, side - span + 1, size=2))
             box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
             if all(overlap_fraction(box, other) < 0.25 for other in boxes):
                 break

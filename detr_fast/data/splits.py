@@ -1,4 +1,4 @@
-"""Where a data set's splits lie: the embedded one, folders given one by one, or a root in a known layout."""
+"""Lookup of a data set's splits: the embedded one, folders given one by one, or a root in a known layout."""
 
 import warnings
 from pathlib import Path
@@ -37,8 +37,7 @@ def find_split(options: DataLocation, split: str) -> Location | None:
 
 
 def require_split(options: DataLocation, split: str) -> Location:
-    """Find as `find_split` does. Raises UserError that lists what was looked for, and what there is, for want of
-    any."""
+    """Find `split` as `find_split` does. Raises UserError that lists what was looked for where there is none."""
     found = find_split(options, split)
     if found is not None:
         return found

@@ -1,8 +1,8 @@
 """Augmentation and the evaluation resize, as DETR's (Carion et al. 2020, section 4): crop box, size and flip.
 
-What is sampled is numbers alone, known before the image is read: the sampler forms batches of like shape from them, the
-decoder reads no more pixels than are needed, and the device resamples what is left in one pass. They are those of many
-images at once, in some passes over arrays: training on many devices arranges hundreds of thousands.
+An augmentation is sampled as numbers, before the image is read: so the sampler forms batches of like shape, the decoder
+reads no more pixels than are needed, and the device resamples once. Many images' are sampled at once, in some passes
+over arrays: training on many devices arranges hundreds of thousands.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ LONGEST_SIDE_BEFORE_CROP_PX = 16384
 
 @dataclass(frozen=True)
 class SampledAugmentation:
-    """What becomes of one image: cropped, resized, then flipped. Of an evaluation nothing is random."""
+    """The crop, size and flip of one image, in this order; in evaluation nothing is random."""
 
     crop_box: tuple[float, float, float, float]
     """Top, left, bottom, right in pixels of the image."""
@@ -30,30 +30,29 @@ class SampledAugmentation:
     hflip: bool = False
     """Flipped horizontally."""
 
-    def on_grid(self, shrunk: int) -> tuple[int, int, int, int]:
-        """Return the crop box in whole pixels of the image at one `shrunk`-th of its size; at least one each way.
+    def on_grid(self, draft_scale: int) -> tuple[int, int, int, int]:
+        """Round the crop box to whole pixels of the image `draft_scale` times smaller; at least one each way.
 
         DETR crops a resized copy, whose pixels lie between the image's own: the box moves by half a pixel at most,
         and boxes are taken from where it really is.
         """
-        top, left, bottom, right = (round(edge / shrunk) for edge in self.crop_box)
+        top, left, bottom, right = (round(edge / draft_scale) for edge in self.crop_box)
         return top, left, max(bottom, top + 1), max(right, left + 1)
 
-    def shrinkage(self) -> int:
-        """Return the largest of 1, 2, 4, 8 as which a JPEG can be decoded that much smaller and still has `SPARE` times
-        the pixels wanted, each way."""
+    def draft_scale(self) -> int:
+        """Choose how many times smaller a JPEG is decoded, 1, 2, 4 or 8: at least `SPARE` times the final size."""
         top, left, bottom, right = self.crop_box
         spare = min((bottom - top) / self.size[0], (right - left) / self.size[1]) / SPARE
-        return next(shrunk for shrunk in (8, 4, 2, 1) if shrunk <= max(spare, 1))
+        return next(scale for scale in (8, 4, 2, 1) if scale <= max(spare, 1))
 
 
 SPARE = 2
-"""As Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
+"""Like Pillow's reducing_gap: with twice the pixels wanted, the antialiased resize that follows decides the result."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampledAugmentations:
-    """The same of N images, as arrays."""
+    """The sampled augmentations of N images, as arrays."""
 
     crop_boxes: np.ndarray
     """(N, 4) float64"""
@@ -108,8 +107,7 @@ class TrainTransform:
         return SampledAugmentations(crop_boxes, sizes, hflip)
 
     def _cropped(self, image_sizes: np.ndarray, draws: Draws, hflip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in those of the resized copies that
-        they are cut from."""
+        """Sample crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in the resized images' pixels."""
         shorter = draws.choice(CROP_SIZE, self.crop_sizes)
         resized = resized_sizes(image_sizes, shorter, LONGEST_SIDE_BEFORE_CROP_PX)
         corner, size = random_crops(resized, self.crop_range, draws)
@@ -125,8 +123,9 @@ def whole(image_sizes: np.ndarray) -> np.ndarray:
 
 
 def resized_sizes(image_sizes: np.ndarray, size: np.ndarray | int, max_size: int) -> np.ndarray:
-    """Return (h, w) of images (N, 2) int64 with the shorter side `size`, one for all or (N,), or less so that the
-    longer is about `max_size`; never 0.
+    """Compute (h, w) (N, 2) int64 of images with the shorter side `size`, or less so that the longer fits `max_size`.
+
+    `size` is one for all or (N,). No side is 0.
 
     The roundings are DETR's: the longer side is cut to a whole number, and may so pass `max_size` by a little.
     """
@@ -140,22 +139,24 @@ def resized_sizes(image_sizes: np.ndarray, size: np.ndarray | int, max_size: int
 
 
 def random_crops(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-    """Return corners (top, left) and sizes (h, w), (N, 2) int64 each, of a crop of each image (N, 2), with sides in
-    `side_range`, or the image's where that is smaller."""
+    """Sample a crop of each image (N, 2): corners (top, left) and sizes (h, w), (N, 2) int64 each.
+
+    Sides are in `side_range`, or the image's where that is smaller.
+    """
     least, most = (np.minimum(side, image_sizes) for side in side_range)
     spare = most - least + 1
     size = least + np.stack((draws.below(CROP_HEIGHT, spare[:, 0]), draws.below(CROP_WIDTH, spare[:, 1])), axis=1)
-    places = image_sizes - size + 1
-    corner = np.stack((draws.below(CROP_TOP, places[:, 0]), draws.below(CROP_LEFT, places[:, 1])), axis=1)
+    choices = image_sizes - size + 1
+    corner = np.stack((draws.below(CROP_TOP, choices[:, 0]), draws.below(CROP_LEFT, choices[:, 1])), axis=1)
     return corner, size
 
 
 def boxes_within(
     boxes_xyxy_px: Tensor, labels: Tensor, crop_box: tuple[float, float, float, float], hflip: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return boxes (T, 4) and labels (T,) of what `crop_box` shows, as cxcywh relative to it, flipped with it.
+    """Clip boxes (T, 4) to `crop_box`; return them as cxcywh relative to it, flipped with it, and their labels (T,).
 
-    Boxes are clipped to it, and those that have nothing left go with their labels.
+    Boxes of which nothing is left are dropped, with their labels.
     """
     top, left, bottom, right = crop_box
     size = torch.tensor([right - left, bottom - top], dtype=torch.float32)

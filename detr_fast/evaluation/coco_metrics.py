@@ -38,7 +38,7 @@ Evaluator = Callable[[dict[str, Any], np.ndarray, int], Arrays]
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What keeping the detections with at least `threshold` as score gives, as a mean over the classes."""
+    """Precision, recall and F1 of the detections with at least `threshold` as score: means over the classes."""
 
     threshold: float
     precision: float
@@ -85,7 +85,7 @@ class PrecisionRecall:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation found. Numbers are in [0, 1], or ABSENT."""
+    """Results of an evaluation. Numbers are in [0, 1], or ABSENT."""
 
     metrics: dict[str, float]
     """The twelve METRICS."""
@@ -131,11 +131,11 @@ def without_absent(value: Any) -> Any:
 
 
 def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterable[Batch]) -> Evaluation:
-    """Hold the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
+    """Evaluate the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
 
     Images that no batch brought, because they could not be read, are left out with a warning. With several processes
-    each runs its own part, and all return the same. The network's mode is restored.
-    Raises UserError for outputs that are not finite and for classes that the data does not have.
+    each runs its own part, and all return the same. The network's mode is restored. Raises UserError for outputs that
+    are not finite and for classes that the data does not have.
     """
     detections = collect_detections(detector, batches, dataset.categories)
     evaluated = set(detections[:, IMAGE_ID].tolist())
@@ -151,11 +151,10 @@ def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterabl
 def evaluate_detections(
     document: dict[str, Any], detections: np.ndarray, evaluator: Evaluator | None = None
 ) -> Evaluation:
-    """Hold rows (N, 7) float64 (see inference.py) against a COCO document, with hotcoco unless `evaluator` is given. No
-    detections at all give 0.0.
+    """Evaluate rows (N, 7) float64 (see inference.py) against a COCO document, by hotcoco unless `evaluator` is given.
 
-    Detections of categories that the document does not list are left out, as COCO's tool does; objects of a crowd count
-    neither as found nor as missed.
+    No detections at all give 0.0. Detections of categories that the document does not list are left out, as COCO's tool
+    does; objects of a crowd count neither as found nor as missed.
     """
     evaluator = evaluator or run_hotcoco
     truth = clean_document(document)

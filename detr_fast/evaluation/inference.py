@@ -20,11 +20,10 @@ NAMED_AT_MOST = 10
 def collect_detections(
     detector: Detector, batches: Iterable[Batch], categories: Sequence[Category] | None
 ) -> np.ndarray:
-    """Return all queries of all images as rows (N, 7) float64, those of every process joined, no image twice, in
-    ascending order of image ids, whatever the batches and processes.
+    """Return all queries of all images, of every process, as rows (N, 7) float64 in ascending order of image ids.
 
-    `categories` says which category id a label stands for; without them labels are ids. The device is not waited for
-    between batches. Raises UserError for an output that is not finite, with the images' ids.
+    `categories` says which category id a label stands for; without them labels are ids. Batches do not wait
+    for the device. Raises UserError for an output that is not finite, with the images' ids.
     """
     image_ids: list[int] = []
     values: list[Tensor] = []

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from detr_fast.evaluation.lettering import one_line
+from detr_fast.evaluation.fonts import one_line
 from detr_fast.evaluation.plots import DOTS_PER_INCH, save_figure, shorten
 
 COLOURS = ("#ff5a5f", "#2ec4ff", "#ffb000", "#7dd957", "#e07bff", "#00d1b2", "#ff8a3d", "#a3a8ff", "#ffe04d")
@@ -40,8 +40,7 @@ class Picture:
 
 
 def draw_detections(pictures: Sequence[Picture], path: Path, columns: int = 4, note: str = "") -> None:
-    """Write a PNG of all `pictures` in a grid: true boxes dashed and white, predicted ones solid, in a colour of their
-    class.
+    """Write a PNG of all `pictures` in a grid: true boxes dashed white, predicted ones solid in their class's colour.
 
     `note` is added to the legend. Images are enlarged or reduced, so that the names on them are legible; all text is
     literal. Raises UserError if `path` cannot be written.
@@ -67,8 +66,8 @@ def draw_detections(pictures: Sequence[Picture], path: Path, columns: int = 4, n
     for i, picture in enumerate(pictures):
         left = GAP_PX + i % columns * cell_width
         top = 2 * LINE_PX + GAP_PX + sum(row_heights[: i // columns])
-        place = (left / width, 1 - (top + heights[i]) / height, widths[i] / width, heights[i] / height)
-        draw_picture(figure.add_axes(place), picture, scales[i], colours)
+        rectangle = (left / width, 1 - (top + heights[i]) / height, widths[i] / width, heights[i] / height)
+        draw_picture(figure.add_axes(rectangle), picture, scales[i], colours)
     save_figure(figure, path)
 
 
@@ -112,8 +111,7 @@ def draw_box(axes: Axes, box_xyxy: np.ndarray, **style: object) -> None:
 
 
 def draw_name(axes: Axes, box_xyxy: np.ndarray, scale: float, text: str, below: bool, **style: object) -> None:
-    """Draw `text` at the box's lower or upper edge: outside of it, or inside where the image ends; never past a
-    side."""
+    """Draw `text` at the box's lower or upper edge: outside of it, or inside where the image ends."""
     width, height = axes.get_images()[0].get_extent()[1:3]
     x0, y0, x1, y1 = (float(edge) for edge in box_xyxy)
     line = LINE_PX * 0.8 / scale  # in the image's pixels

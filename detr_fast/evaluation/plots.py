@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import Evaluation
-from detr_fast.evaluation.lettering import LETTERING, one_line
+from detr_fast.evaluation.fonts import FONTS, one_line
 from detr_fast.files import atomic_write
 
 DOTS_PER_INCH = 120
@@ -21,7 +21,7 @@ PRECISIONS = {
     "by the objects' size": {"APs": "small, below 32² px", "APm": "medium", "APl": "large, above 96² px"},
 }
 NAMED_CURVES = 20
-"""Of more classes than this, only the mean's curve is named."""
+"""Most classes whose curves are named; beyond, only the mean's is."""
 LONGEST_NAME = 24
 TRAIN_COLOUR, VAL_COLOUR = "#9ecae1", "#d95f02"
 SMOOTH_COLOUR = "#2171b5"
@@ -130,14 +130,14 @@ def finish_axes(axes: Axes, title: str, xlabel: str, legend_title: str | None = 
         axes.text(0.5, 0.5, "no values yet", transform=axes.transAxes, ha="center", va="center", color="grey")
         return
     if any(not str(line.get_label()).startswith("_") for line in axes.lines):
-        place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if legend_title else {"loc": "best"}
-        legend = axes.legend(fontsize=8, frameon=False, title=legend_title, **place)
+        position = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if legend_title else {"loc": "best"}
+        legend = axes.legend(fontsize=8, frameon=False, title=legend_title, **position)
         for text in legend.get_texts():
             text.set_parse_math(False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG. Raises UserError where it cannot be written."""
-    LETTERING.prepare(figure)
+    FONTS.prepare(figure)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

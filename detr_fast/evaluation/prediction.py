@@ -1,7 +1,7 @@
 """Photographs as batches, and scores and boxes as objects: the two ends of `Detector.predict`.
 
-Images are resized as at evaluation. EXIF rotation is ignored, as everywhere (see data/decode.py): boxes
-refer to the pixels as they are stored.
+Images are resized as in evaluation. EXIF rotation is ignored, as everywhere (see data/decode.py): boxes refer to the
+pixels as they are stored.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found on one image, best first; tensors lie on the CPU."""
+    """Objects found on one image, best first; tensors are on the CPU."""
 
     labels: Tensor
     """(N,) int64"""
@@ -62,7 +62,7 @@ def prediction_batches(config: ModelConfig, images: Sequence[ImageLike], batch_s
 
 
 def size_of(image: ImageLike) -> tuple[int, int]:
-    """Return (h, w); of a file what its header says. (1, 1) for what is no image: reading it will say why."""
+    """Return (h, w), a file's from its header; (1, 1) for what is no image, as reading it will say why."""
     if isinstance(image, str | Path):
         header = read_header(Path(image))
         return header.size if header else (1, 1)
@@ -71,7 +71,7 @@ def size_of(image: ImageLike) -> tuple[int, int]:
 
 
 def read_pixels(image: ImageLike) -> Tensor:
-    """Return uint8 (3, h, w). Raises UserError for what is no image."""
+    """Read an image as uint8 (3, h, w). Raises UserError for what is no image."""
     if isinstance(image, str | Path):
         return decode_image(Path(image))
     array = read_pil(image) if isinstance(image, Image.Image) else image
@@ -83,7 +83,7 @@ def read_pixels(image: ImageLike) -> Tensor:
 
 
 def read_pil(image: Image.Image) -> np.ndarray:
-    """Return (H, W, 3) uint8; a PIL image may not have been read from its file yet."""
+    """Read a PIL image, which may not have been loaded from its file yet, as (H, W, 3) uint8."""
     with faults_named(f"The PIL image {getattr(image, 'filename', '')}"):
         return rgb_pixels(image)
 

@@ -1,4 +1,4 @@
-"""predictions.json, which holds what was found so far at any time of a run."""
+"""predictions.json, which at any time of a run holds what was found so far."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ class PredictionsFile:
             self._file.close()
 
     def add(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Write entries of at least one image over the closing bracket, and that again, at once: a kill loses none."""
+        """Write entries of at least one image over the closing bracket, and the bracket again, in one write."""
         texts = [textwrap.indent(json.dumps(one, indent=2), "  ") for one in entries]
         text = (",\n" if self.entries else "[\n") + ",\n".join(texts)
         if self._file is None:

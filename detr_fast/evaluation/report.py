@@ -1,4 +1,4 @@
-"""What an evaluation leaves in an output folder: its numbers as json, its curves and its first images as pictures."""
+"""Files that an evaluation writes: its numbers as json, its curves and its first images as pictures."""
 
 import warnings
 from pathlib import Path
@@ -9,8 +9,8 @@ from detr_fast.config import UserError
 from detr_fast.data.coco import CocoDataset, ImageRecord
 from detr_fast.data.decode import decode_image
 from detr_fast.evaluation.coco_metrics import Evaluation, category_names
+from detr_fast.evaluation.fonts import class_names
 from detr_fast.evaluation.inference import CATEGORY_ID, HEIGHT, IMAGE_ID, SCORE, X
-from detr_fast.evaluation.lettering import class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 from detr_fast.evaluation.plots import draw_precision_recall
 from detr_fast.files import write_json

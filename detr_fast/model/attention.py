@@ -1,42 +1,42 @@
-"""Multi-head attention: the one place where queries meet keys, with `nn.MultiheadAttention`'s parameters."""
+"""Multi-head attention with `nn.MultiheadAttention`'s parameters, over padded or packed tokens."""
 
 from typing import NamedTuple
 
 import torch
-from detr_kernels import ROW_BACKENDS, Blank, Packing, packed_attention, padded_attention
+from detr_kernels import ROW_BACKENDS, Packing, ZeroRows, packed_attention, padded_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr_fast.model.backends import Selectable
 
 
-class Packed(NamedTuple):
-    """Where image b's queries and keys begin, counted over both dimensions, and which rows get zeros."""
+class Varlen(NamedTuple):
+    """Metadata of packed (variable-length) tokens: where each image begins, and which rows get zeros."""
 
     cu_seqlens_q: Tensor
     """(B + 1,) int32"""
     cu_seqlens_k: Tensor
-    blank: Blank
+    zero_rows: ZeroRows
 
 
-class Layout(NamedTuple):
-    """Where the queries (B, Nq, D) and keys (B, Nk, D) of B images lie.
+class AttentionMask(NamedTuple):
+    """Says which keys (B, Nk, D) the queries (B, Nq, D) of each image attend to.
 
-    Either image b has row b, and the keys where `padding` is True are not attended to; or all images' tokens lie one
-    after another, and the rest belongs to no image.
+    Either image b has row b, and keys where `padding` is True are not attended to; or the tokens are packed: those of
+    all images lie one after another, counted over both dimensions, and rows of padding come last.
     """
 
     padding: Tensor | None = None
     """(B, Nk) bool; None: no key is padding."""
-    packed: Packed | None = None
-    """None: each image has its row."""
+    varlen: Varlen | None = None
+    """Set where tokens are packed; None: each image has its row."""
 
     @classmethod
-    def of(cls, queries: Packing, keys: Packing) -> "Layout":
-        return cls(None, Packed(queries.cu_seqlens, keys.cu_seqlens, queries.blank(keys)))
+    def of(cls, queries: Packing, keys: Packing) -> "AttentionMask":
+        return cls(None, Varlen(queries.cu_seqlens, keys.cu_seqlens, queries.zero_rows(keys)))
 
 
-UNPADDED = Layout()
+UNPADDED = AttentionMask()
 
 
 class MultiheadAttention(Selectable):
@@ -55,11 +55,11 @@ class MultiheadAttention(Selectable):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout = UNPADDED) -> Tensor:
-        """(B, Nq, D), (B, Nk, D), (B, Nk, D) -> (B, Nq, D); `layout` says where the tokens lie.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask = UNPADDED) -> Tensor:
+        """Attend: query (B, Nq, D), key and value (B, Nk, D) -> (B, Nq, D).
 
         An image whose keys are all padding gets zeros before the output projection, where `nn.MultiheadAttention` gives
-        NaN. Packed forms take packed or unpadded tokens alone.
+        NaN. Raises ValueError where the backend takes packed tokens and `mask` has padding.
         """
         if query is key:
             (wqk, wv), (bqk, bv) = self._split(2)
@@ -73,37 +73,37 @@ class MultiheadAttention(Selectable):
         backend = self.backend("attention")
         if backend in ("auto", *ROW_BACKENDS):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            attended = None if layout.padding is None else ~layout.padding[:, None, None, :]
-            mixed = padded_attention(q, k, v, attended, self.dropout, self.training, backend).transpose(1, 2)
+            attn_mask = None if mask.padding is None else ~mask.padding[:, None, None, :]
+            mixed = padded_attention(q, k, v, attn_mask, self.dropout, self.training, backend).transpose(1, 2)
         else:
-            mixed = self._attend_packed(q, k, v, layout, backend)
+            mixed = self._attend_varlen(q, k, v, mask, backend)
         return self.out_proj(mixed.flatten(2))
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, backend: str) -> Tensor:
-        if layout.padding is not None:
+    def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> Tensor:
+        if mask.padding is not None:
             raise ValueError(f"attention by {backend} takes packed or unpadded tokens: see detr_kernels.Packing")
-        if layout.packed is None:
-            layout = Layout.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
-        assert layout.packed is not None
+        if mask.varlen is None:
+            mask = AttentionMask.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
+        assert mask.varlen is not None
         mixed = packed_attention(
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
-            layout.packed.cu_seqlens_q,
-            layout.packed.cu_seqlens_k,
+            mask.varlen.cu_seqlens_q,
+            mask.varlen.cu_seqlens_k,
             max_seqlen_q=q.shape[1],
             max_seqlen_k=k.shape[1],
             dropout=self.dropout,
             training=self.training,
             backend=backend,
-            blank=layout.packed.blank,
+            zero_rows=mask.varlen.zero_rows,
         )
         return mixed.view(q.shape)
 
-    def _split(self, parts: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The input projection's weight and bias, cut after `parts` of its three thirds.
+    def _split(self, thirds: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Split the input projection's weight and bias after `thirds` of its three thirds.
 
-        Under autocast they are cast whole: each slice would be by itself, and in every call.
+        Under autocast they are cast before: slices would be cast one by one, in every call.
         """
         weight: Tensor = self.in_proj_weight
         bias: Tensor = self.in_proj_bias
@@ -111,5 +111,5 @@ class MultiheadAttention(Selectable):
         if device != "meta" and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
             weight, bias = (each.to(torch.get_autocast_dtype(device)) for each in (weight, bias))
         dim = weight.shape[1]
-        sizes = [parts * dim, (3 - parts) * dim]
+        sizes = [thirds * dim, (3 - thirds) * dim]
         return weight.split(sizes), bias.split(sizes)

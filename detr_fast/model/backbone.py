@@ -19,7 +19,7 @@ DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm: type[nn.Module]) -> nn.Sequential | None:
-    """The projection of a block's input, where the block changes its shape."""
+    """Make the projection of a block's input, where the block changes its shape; None where it does not."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
@@ -42,12 +42,12 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(in_channels, out_channels, stride, norm)
 
     def convolutions(self) -> list[tuple[nn.Conv2d, nn.Module]]:
-        """Each with its norm; the shortcut's last."""
+        """List each convolution with its norm; the shortcut's is last."""
         shortcut = [] if self.downsample is None else [tuple(self.downsample)]
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), *shortcut]  # type: ignore[list-item]
 
     def forward(self, x: Tensor, folds: Sequence[Fold | None] = (None,) * 4) -> Tensor:
-        """`folds`: of its convolutions, where they were computed before."""
+        """Compute the block; `folds` are its convolutions' folded weights, where they were computed before."""
         identity = x
         if self.downsample is not None:
             identity = conv_norm_act(x, *self.downsample, relu=False, fold=folds[3])  # type: ignore[misc]
@@ -79,7 +79,7 @@ class Stage(nn.Sequential, Selectable):
 
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, W) to the last stage's features (B, out_channels, ceil(H/32), ceil(W/32)); DC5: stride 16."""
+    """ResNet: images (B, 3, H, W) to features (B, out_channels, ceil(H/32), ceil(W/32)); DC5: stride 16."""
 
     def __init__(self, depths: tuple[int, ...], dilation: bool = False) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class TinyResNet(nn.Module):
 
 
 def initialize_convolutions(module: nn.Module) -> None:
-    """He initialisation by fan-out, as torchvision initialises a ResNet."""
+    """Initialise convolutions by fan-out (He et al. 2015), as torchvision does a ResNet's."""
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
@@ -189,7 +189,7 @@ class TimmBackbone(nn.Module):
 
 
 def build_backbone(name: str, dilation: bool) -> nn.Module:
-    """A backbone with random weights and an `out_channels` attribute: resnet50, resnet101, tiny or a timm name."""
+    """Build resnet50, resnet101, tiny or a timm backbone with random weights and an `out_channels` attribute."""
     if name in DEPTHS:
         return ResNet(DEPTHS[name], dilation)
     if name == "tiny":

@@ -20,16 +20,16 @@ class Selectable(nn.Module):
     """Runs operations of the registry, each on the backend that was chosen for it."""
 
     operations: ClassVar[tuple[str, ...]] = ()
-    """Those that it runs itself."""
+    """Operations that it runs itself."""
     selection = Selection()
 
     def use(self, selection: Selection) -> None:
         self.selection = selection
 
     def backend(self, operation: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
-        """Return the backend to ask for in the mode, training or evaluation, that the module is in.
+        """Return the backend that was chosen for the mode, training or evaluation, that the module is in.
 
-        Where none was chosen, "auto"; or what that takes, for tensors of `dtype` on `device`.
+        Where none was chosen: "auto", or, for tensors of `dtype` on `device`, the backend that "auto" takes.
         """
         chosen = self.selection.backend(operation, self.training)
         if chosen != "auto" or device is None:
@@ -43,7 +43,7 @@ def selectable(root: nn.Module) -> Iterator[Selectable]:
 
 
 def hand_out(selection: Selection, root: nn.Module) -> None:
-    """Give every module of `root` its backends; weights are not touched."""
+    """Give every module of `root` its backends."""
     for module in selectable(root):
         module.use(selection)
 
@@ -51,8 +51,8 @@ def hand_out(selection: Selection, root: nn.Module) -> None:
 def backends_asked(kernels: Kernels, attention: Attention) -> dict[str, str]:
     """Translate --kernels and --attention into a backend for each operation that they name.
 
-    ref names the reference of all; triton our kernel where there is one; attention follows --kernels where it is not
-    named itself.
+    "ref" names the reference of all, "triton" our kernel where there is one; attention follows --kernels where
+    --attention is auto.
     """
     named = {}
     for name, operation in OPERATIONS.items():
@@ -96,12 +96,16 @@ def select_backends(
     return selection
 
 
+def operations_of(network: nn.Module) -> set[str]:
+    """Name the operations that `network` and its loss run, in training or in inference."""
+    names = {name for module in selectable(network) for name in module.operations}
+    names |= {"preprocessing", *OF_THE_LOSS}
+    return names if network.config.dropout else names - {"dropout"}  # type: ignore[union-attr]
+
+
 def reasons(network: nn.Module, selection: Selection, training: bool) -> dict[str, str]:
-    """Word what runs and why, for the operations that `network` and its loss have: "layer norm" -> "ref (...)"."""
-    own = {name for module in selectable(network) for name in module.operations}
-    own |= {"preprocessing", *OF_THE_LOSS}
-    if network.config.dropout == 0:  # type: ignore[union-attr]
-        own.discard("dropout")
+    """List what runs and why, for the operations of `network` and its loss: "layer norm" -> "ref (...)"."""
+    own = operations_of(network)
     chosen, elsewhere = (selection.training, "inference") if training else (selection.inference, "training")
     here = [operation for name in chosen if name in own and (operation := OPERATIONS[name]).mode != elsewhere]
     return {operation.title: str(chosen[operation.name]) for operation in here}

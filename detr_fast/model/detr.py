@@ -12,7 +12,7 @@ from detr_fast.model.backbone import build_backbone
 from detr_fast.model.backends import Selectable
 from detr_fast.model.position_encoding import sine_position_encoding
 from detr_fast.model.transformer import Transformer
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 
 class Predictions(NamedTuple):
@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
         return {**layers[-1], "aux_outputs": layers[:-1]}
 
     @classmethod
-    def of(cls, outputs: Mapping[str, Any]) -> Self:
+    def from_dict(cls, outputs: Mapping[str, Any]) -> Self:
         """Stack what `to_dict` gives, or another implementation's mapping of the same names."""
         layers = [*outputs["aux_outputs"], outputs]
         return cls(*(torch.stack([layer[name] for layer in layers]).float() for name in ("pred_logits", "pred_boxes")))
@@ -49,7 +49,7 @@ class BoxHead(nn.Module):
 
 
 class DETR(Selectable):
-    """Images in, a fixed set of class scores and boxes out."""
+    """DETR: images in, a fixed set of class scores and boxes out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class DETR(Selectable):
 
     def predict_layers(self, images: Tensor, mask: Tensor | None = None) -> Predictions:
         """Predict as `forward` does, with the decoder's layers stacked."""
-        with stage("backbone"):
+        with profiler_range("backbone"):
             features = self.input_proj(self.backbone(images))  # (B, D, h, w)
         size = features.shape[-2:]
         if mask is None:  # one position encoding for all images, (1, N, D)
@@ -92,5 +92,5 @@ class DETR(Selectable):
         if self.config.source_position:
             source = source + position
         states = self.transformer(source, padding, self.query_embed.weight, position)  # (L, B, Q, D)
-        with stage("heads"):
+        with profiler_range("heads"):
             return Predictions(self.class_embed(states).float(), self.bbox_embed(states).float().sigmoid())

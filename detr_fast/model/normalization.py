@@ -1,4 +1,4 @@
-"""Convolution with batch norm: the one place where the backbone normalises."""
+"""Convolution with batch norm, and the folding of one into the other."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,9 +16,8 @@ from detr_fast.model.backends import Selectable
 class FrozenBatchNorm2d(Selectable):
     """Batch norm with constant statistics and affine terms: y = x * scale + shift, eps 1e-5.
 
-    `conv_norm_act` computes it within the convolution before it, unless its backend is ref.
-
     All four tensors are buffers, under the names that torchvision's BatchNorm2d uses, so its weights load as they are.
+    `conv_norm_act` folds it into the convolution before it, unless its backend is ref.
     """
 
     operations = ("frozen_batch_norm", "convolution", "packed_convolution")
@@ -31,7 +30,8 @@ class FrozenBatchNorm2d(Selectable):
         super().__init__()
         self.eps = eps
         self.cached: dict[tuple[str, torch.dtype], Cached] = defaultdict(Cached)
-        """Keep what follows from the four tensors, and of a convolution's weight that does not learn, in each dtype."""
+        """Values computed from the four tensors, and the folded weight of a convolution that does not
+        learn, by dtype."""
         self.register_load_state_dict_post_hook(_refresh)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
@@ -47,36 +47,36 @@ class FrozenBatchNorm2d(Selectable):
         self.cached.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FrozenBatchNorm2d":
-        """Do what `to` and its like ask: what was cached lies elsewhere, in another dtype or order."""
+        """Move or cast the tensors, as `to` does; the cached values are void."""
         self.cached.clear()
         return super()._apply(*args, **kwargs)
 
     @property
     def folds(self) -> bool:
-        """Whether it is part of the convolution before it."""
+        """Tell whether it is folded into the convolution before it."""
         return self.backend("frozen_batch_norm") != "ref"
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.weight, self.bias, self.running_mean, self.running_var
 
     def scale_and_shift(self, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Give scale and shift (C,) in `dtype`, so that norm(x) = x * scale + shift."""
+        """Return scale and shift (C,) in `dtype`, so that norm(x) = x * scale + shift."""
         given = self.tensors()
         return self.cached["norm", dtype](given, lambda: frozen_bn_scale_and_shift(*given, self.eps, dtype))
 
     def shift(self, dtype: torch.dtype, rounded_to: torch.dtype) -> Tensor:
-        """Give the shift (C,) computed in `dtype` and rounded."""
+        """Return the shift (C,), computed in `dtype` and rounded."""
         shift = self.scale_and_shift(dtype)[1]
         return self.cached["shift", rounded_to](self.tensors(), lambda: [shift.to(rounded_to)])[0]
 
     def scale_like(self, weight: Tensor) -> Tensor:
-        """Give the scale in the shape, dtype and memory order of a convolution's weight (C, ., ., .)."""
+        """Return the scale in the shape, dtype and memory order of a convolution's weight (C, ., ., .)."""
         scale = self.scale_and_shift(weight.dtype)[0]
         expanded = lambda: [torch.empty_like(weight).copy_(scale[:, None, None, None])]  # noqa: E731
         return self.cached["scale", weight.dtype](self.tensors(), expanded)[0]
 
     def scaled(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Give the weight of a convolution before the norm times the scale, rounded to `dtype`."""
+        """Multiply the weight of the convolution before the norm by the scale, and round to `dtype`."""
         scale = self.scale_and_shift(torch.promote_types(weight.dtype, torch.float32))[0]
         if weight.requires_grad:
             return scale_weight(weight, scale, dtype, self.backend("frozen_batch_norm"))
@@ -88,7 +88,7 @@ class FrozenBatchNorm2d(Selectable):
 
 
 def _refresh(norm: FrozenBatchNorm2d, _: Any) -> None:
-    """Write what is kept anew at once: the replay of a captured graph asks nobody."""
+    """Recompute cached values in place after a state dict was loaded: the replay of a captured graph reads them."""
     for cached in norm.cached.values():
         cached.refresh()
 
@@ -100,7 +100,7 @@ Fold = tuple[Tensor, Tensor]
 def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> Fold:
     """Fold `norm`, FrozenBatchNorm2d, or BatchNorm2d as in evaluation mode, into the convolution before it.
 
-    Both are computed in float32 at least. The weight is rounded to `dtype`, and the bias is, but for our kernels.
+    Both are computed in float32 at least. The weight is rounded to `dtype`; so is the bias, except for our kernels.
     """
     if isinstance(norm, FrozenBatchNorm2d):
         return norm.scaled(conv.weight, dtype), norm.shift(wide(conv.weight), bias_dtype(conv, norm, dtype))
@@ -110,18 +110,18 @@ def folded(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> Fold:
 
 
 def wide(weight: Tensor) -> torch.dtype:
-    """Give the dtype in which a norm is folded into `weight`: float32 at least."""
+    """Return the dtype in which a norm is folded into `weight`: float32 at least."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def bias_dtype(conv: nn.Conv2d, norm: Any, dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype in which the bias is added: float32 in our kernels, that of their inputs in libraries."""
+    """Return the dtype in which the bias is added: float32 in our kernels, that of their inputs in libraries."""
     ours = isinstance(norm, Selectable) and norm.backend("convolution", conv.weight.device, dtype) == "triton"
     return wide(conv.weight) if ours else dtype
 
 
 def folded_together(pairs: Sequence[tuple[nn.Conv2d, FrozenBatchNorm2d]], dtype: torch.dtype) -> list[Fold]:
-    """Fold several norms into the convolutions before them: by `foreach`, where all weights learn, in few launches."""
+    """Fold several norms into the convolutions before them; `foreach`, where all weights learn, takes few launches."""
     weights = [conv.weight for conv, _ in pairs]
     learn = all(weight.requires_grad and weight.dtype == wide(weight) for weight in weights)
     backend = pairs[0][1].backend("frozen_batch_norm", weights[0].device, dtype)
@@ -166,7 +166,7 @@ class FoldedConvolution(Selectable):
 
 
 def computed_in(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of a convolution of x: its weight's, or autocast's."""
+    """Return the dtype of a convolution of x: its weight's, or autocast's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -181,11 +181,11 @@ def conv_norm_act(
     relu: bool = True,
     fold: Fold | None = None,
 ) -> Tensor:
-    """relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); without a residual or ReLU where so asked.
+    """Compute relu(norm(conv(x)) + residual), (B, C_in, H, W) -> (B, C_out, H', W'); residual and ReLU are optional.
 
     A folded norm becomes part of the convolution's weight and bias: the same function with the same gradients, one pass
-    over memory instead of two. Folded in float32 at least; a half-precision weight is rounded once, afterwards. `fold`:
-    what `folded` gives, where it was computed before.
+    over memory instead of two. It is folded in float32 at least; a half-precision weight is rounded once, afterwards.
+    `fold` is the result of `folded`, where it was computed before.
     """
     if isinstance(conv, FoldedConvolution):
         return conv(x, residual, relu)

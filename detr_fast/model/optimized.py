@@ -26,7 +26,7 @@ class OptimizedDETR(DETR):
 
 @torch.no_grad()
 def optimized(network: DETR, dtype: torch.dtype) -> OptimizedDETR:
-    """Copy `network` into one, in evaluation mode, that computes the same in `dtype`, faster.
+    """Copy `network`, in evaluation mode, into one that computes the same in `dtype`, faster.
 
     Batch norm is folded into the convolutions before it, exactly, and weights are rounded to `dtype` once instead of in
     every call; layer norms keep float32.

@@ -1,5 +1,4 @@
-"""Sine position encoding over two axes, normalised by the image's own extent (DETR, Carion et al. 2020, appendix
-A.4)."""
+"""Sine position encoding over two axes, relative to each image's own size (DETR, Carion et al. 2020, A.4)."""
 
 import math
 
@@ -20,8 +19,8 @@ def sine_position_encoding(mask: Tensor, dim: int) -> Tensor:
     period = TEMPERATURE ** (2 * channel.div(2, rounding_mode="floor") / half)
     encoded = []
     for axis in (1, 2):
-        place = inside.cumsum(axis)
-        extent = place.select(axis, -1).unsqueeze(axis) + 1e-6
-        angle = (place / extent * (2 * math.pi))[..., None] / period  # (B, h, w, half)
+        position = inside.cumsum(axis)
+        last = position.select(axis, -1).unsqueeze(axis) + 1e-6
+        angle = (position / last * (2 * math.pi))[..., None] / period  # (B, h, w, half)
         encoded.append(torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(3))
     return torch.cat(encoded, dim=3)

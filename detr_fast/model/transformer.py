@@ -5,13 +5,13 @@ from detr_kernels import ROW_BACKENDS, Packing, fused_add_layer_norm, relu_dropo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from detr_fast.model.attention import Layout, MultiheadAttention
+from detr_fast.model.attention import AttentionMask, MultiheadAttention
 from detr_fast.model.backends import Selectable
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 
 class PostNormLayer(Selectable):
-    """Shares between encoder and decoder layers: self-attention, feed-forward, a residual and a norm around each."""
+    """Base of encoder and decoder layers: self-attention, feed-forward, a residual and a norm around each."""
 
     operations = ("layer_norm", "dropout")
 
@@ -39,10 +39,10 @@ class PostNormLayer(Selectable):
 class EncoderLayer(PostNormLayer):
     """Self-attention over the image's tokens, then feed-forward."""
 
-    def forward(self, source: Tensor, position: Tensor, layout: Layout) -> Tensor:
-        """(B, N, D) with positions (B, N, D), both laid out as `layout` says -> (B, N, D)."""
-        placed = source + position
-        source = self.add_norm(self.self_attn(placed, placed, source, layout), source, self.norm1)
+    def forward(self, source: Tensor, position: Tensor, mask: AttentionMask) -> Tensor:
+        """Encode tokens (B, N, D) with positions (B, N, D), padded or packed as `mask` says."""
+        with_position = source + position
+        source = self.add_norm(self.self_attn(with_position, with_position, source, mask), source, self.norm1)
         return self.add_norm(self.feedforward(source), source, self.norm2)
 
 
@@ -59,17 +59,14 @@ class DecoderLayer(PostNormLayer):
         state: Tensor,
         query_position: Tensor,
         memory: Tensor,
-        placed_memory: Tensor,
-        among: Layout,
-        across: Layout,
+        memory_with_position: Tensor,
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
     ) -> Tensor:
-        """State (B, Q, D) and its positions (Q, D), memory (B, N, D) without and with positions -> (B, Q, D).
-
-        `among` says how the queries lie, `across` how queries and memory do.
-        """
-        placed = state + query_position
-        state = self.add_norm(self.self_attn(placed, placed, state, among), state, self.norm1)
-        attended = self.multihead_attn(state + query_position, placed_memory, memory, across)
+        """Decode the state (B, Q, D) over the memory (B, N, D), which is given without and with positions."""
+        with_position = state + query_position
+        state = self.add_norm(self.self_attn(with_position, with_position, state, self_mask), state, self.norm1)
+        attended = self.multihead_attn(state + query_position, memory_with_position, memory, cross_mask)
         state = self.add_norm(attended, state, self.norm2)
         return self.add_norm(self.feedforward(state), state, self.norm3)
 
@@ -106,38 +103,39 @@ class Transformer(Selectable):
 
     @property
     def packed(self) -> bool:
-        """Whether attention takes all images' tokens one after another, without padding."""
+        """Tell whether the attention backend takes packed tokens."""
         return self.backend("attention") not in ("auto", *ROW_BACKENDS)
 
     def forward(self, source: Tensor, padding: Tensor | None, query_position: Tensor, position: Tensor) -> Tensor:
-        """Tokens (B, N, D), padding (B, N), query positions (Q, D), positions (B, N, D) -> normed states (L, B, Q, D).
+        """Transform tokens (B, N, D) with padding (B, N) and query positions (Q, D) into normed states (L, B, Q, D).
 
-        Without padding positions may be (1, N, D), the same for every image.
-
-        Each layer's state is normed for the heads; the unnormed one goes on to the next layer. Where attention takes
-        packed tokens, the images' tokens are brought together once, here; nothing after the encoder needs their places.
+        `position` is (B, N, D), or without padding (1, N, D). Each layer's state is normed for the heads; the unnormed
+        one goes on to the next layer. Where attention takes packed tokens, they are packed once, here: nothing after
+        the encoder needs the order of the memory's tokens.
         """
-        within, among, across = Layout(padding), Layout(), Layout(padding)
-        with stage("encoder"):
+        encoder_mask, self_mask, cross_mask = AttentionMask(padding), AttentionMask(), AttentionMask(padding)
+        with profiler_range("encoder"):
             if self.packed:
                 images, count = source.shape[:2]
                 tokens = Packing.uniform(images, count, source.device) if padding is None else Packing.of(padding)
                 queries = Packing.uniform(images, len(query_position), source.device)
                 if padding is not None:
                     source, position = (tokens.pack(x).view(x.shape) for x in (source, position))
-                within, among, across = map(Layout.of, (tokens, queries, queries), (tokens, queries, tokens))
+                encoder_mask, self_mask, cross_mask = map(
+                    AttentionMask.of, (tokens, queries, queries), (tokens, queries, tokens)
+                )
             for layer in self.encoder.layers:
-                source = self._run(layer, source, position, within)
-        with stage("decoder"):
-            placed = source + position
+                source = self._run(layer, source, position, encoder_mask)
+        with profiler_range("decoder"):
+            with_position = source + position
             state = source.new_zeros(source.shape[0], *query_position.shape)
             states = []
             for layer in self.decoder.layers:
-                state = self._run(layer, state, query_position, source, placed, among, across)
+                state = self._run(layer, state, query_position, source, with_position, self_mask, cross_mask)
                 states.append(self.decoder.norm(state))
             return torch.stack(states)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | Layout) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | AttentionMask) -> Tensor:
         if self.checkpoint_activations and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

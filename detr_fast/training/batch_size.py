@@ -1,15 +1,15 @@
-"""How many images make an update: the recipe's number, whatever the devices, unless another is asked for."""
+"""Images per update: the recipe's number, whatever the devices, unless another is asked for."""
 
 from dataclasses import replace
 
 from detr_fast.config import RECIPE_BATCH, ModelConfig, TrainConfig, require
 
 MOST_IMAGES = 32
-"""Images of a batch on one device: more would not make a GPU busier, and images of like shape are then harder to
-find."""
+"""Images of a batch on one device: more would not make a GPU busier, and images of like shape are then
+harder to find."""
 CPU_PX = 2 * 800 * 1333
-"""Pixels of a batch on a CPU, two images of DETR's largest size: its time does not depend on the batch, its memory
-does."""
+"""Pixels of a batch on a CPU, two images of DETR's largest size: its time does not depend on the batch,
+its memory does."""
 
 
 def with_batches(options: TrainConfig, config: ModelConfig, device: str, processes: int, images: int) -> TrainConfig:
@@ -18,7 +18,7 @@ def with_batches(options: TrainConfig, config: ModelConfig, device: str, process
     With a batch size alone, these are what was asked for. Else batch_size x accumulate x `processes` is the effective
     batch, in batches as large as one device takes; what does not fit into a GPU's memory is computed in micro-batches,
     which changes no number but live batch norm's. Where none is asked for and all epochs together have too few images
-    for one update of the recipe's size, it is smaller. Raises UserError where it cannot be shared evenly.
+    for one update of the recipe's size, it is smaller. Raises UserError where it cannot be divided evenly.
     """
     if options.batch_size and not options.effective_batch:
         return replace(options, accumulate=options.accumulate or 1)
@@ -53,7 +53,7 @@ def shared_out(
 
 
 def most_images(options: TrainConfig, config: ModelConfig, device: str) -> int:
-    """Return how many images a batch on one device has at most where none are asked for."""
+    """Return the most images of a batch on one device, where no number is asked for."""
     image_px = max(options.train_sizes) * (options.max_size or config.max_size)
     return MOST_IMAGES if device == "cuda" else min(MOST_IMAGES, CPU_PX // image_px)
 
@@ -63,14 +63,16 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def lr_factor(options: TrainConfig, processes: int) -> float:
-    """Return what the learning rates are multiplied by: 1, or with --scale-lr the effective batch over the recipe's
-    (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1)."""
+    """Return the factor of the learning rates: 1, or with --scale-lr the effective batch over the recipe's.
+
+    (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1.)
+    """
     effective = options.batch_size * options.accumulate * processes
     return effective / RECIPE_BATCH if options.scale_lr else 1.0
 
 
 def batch_line(options: TrainConfig, processes: int, micro_batches: int) -> str:
-    """Say what makes an update, and what that is beside the recipe."""
+    """Describe an update's batches, and how they differ from the recipe."""
     effective = options.batch_size * options.accumulate * processes
     factor = lr_factor(options, processes)
     notes = [

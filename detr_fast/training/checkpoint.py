@@ -1,4 +1,4 @@
-"""What a run's checkpoints hold: each key is a field of a class here, or of the model's description.
+"""Schema of a run's checkpoints: each key is a field of a class here, or of the model's description.
 
 last.pt holds a `TrainingState`, with which a run goes on as if it had not stopped; best.pt holds weights to use.
 """
@@ -18,7 +18,7 @@ from detr_fast.weights.files import ModelDescription
 from detr_fast.weights.pickles import listed
 
 VERSION = 1
-"""Of `TrainingState`; counts up whenever an older state cannot be gone on with."""
+"""The version of `TrainingState`; counts up whenever an older state cannot be resumed."""
 ADVICE = (
     "Free some space or give another --output; the previous checkpoint is kept and --resume auto continues from it."
 )
@@ -26,7 +26,7 @@ ADVICE = (
 
 @dataclass
 class Progress:
-    """Where a run stands: with the seed, all that data order, augmentation, schedule and dropout depend on."""
+    """Progress of a run: with the seed, all that data order, augmentation, schedule and dropout depend on."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -53,7 +53,7 @@ class SplitDigest(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What is true of a run from its first step to its last."""
+    """Facts about a run that hold from its first step to its last."""
 
     model_config: ModelConfig
     categories: tuple[Category, ...] | None
@@ -62,18 +62,18 @@ class RunFacts:
     tuning: dict[str, Any] | None = None
     """A `Tuning`, as plain values: those of another version are void."""
     data: dict[str, SplitDigest]
-    """Of the splits train and val."""
+    """Digests of the splits train and val."""
     processes: int
 
     def description(self) -> ModelDescription:
         return ModelDescription.of(self.model_config, self.categories)
 
     def about(self) -> dict[str, Any]:
-        """Return what config.json says of the run."""
+        """Return the content of config.json."""
         return {"options": self.options.to_dict(), **vars(self.description())}
 
     def save_model(self, path: Path, weights: dict[str, Tensor], step: int) -> None:
-        """Replace `path`, in one step, by what is needed to use the model that optimizer step `step` has led to.
+        """Write the model as it is after optimizer step `step`, for use, to `path` in one step.
 
         Raises UserError where it cannot be written.
         """
@@ -95,7 +95,7 @@ class TrainingState(RunFacts):
     version: int = VERSION
 
     def save(self, path: Path) -> None:
-        """Replace `path` in one step. Raises UserError where it cannot be written."""
+        """Write the state to `path` in one step. Raises UserError where it cannot be written."""
         content = {
             **vars(self),
             **self.about(),
@@ -106,8 +106,7 @@ class TrainingState(RunFacts):
 
     @classmethod
     def load(cls, path: Path, advice: str) -> Self:
-        """Read what `save` wrote. Raises UserError, for another version's with `advice`, where no run can go on from
-        it."""
+        """Read what `save` wrote. Raises UserError that ends with `advice` where no run can be resumed from it."""
         content = read_container(path)
         require("optimizer" in content, f"--resume {path} has the weights alone. Resume a last.pt. {advice}")
         missing = list(lacking(content))
@@ -139,7 +138,7 @@ READ_OF = {
 
 
 def lacking(content: dict[str, Any]) -> Iterator[str]:
-    """Yield the keys of a `TrainingState` that `content` has not, or else those of its parts."""
+    """Yield the keys of a `TrainingState` that `content` lacks; where it lacks none, those that its parts lack."""
     needed = [each.name for each in fields(TrainingState) if each.default is MISSING]
     absent = [name for name in needed if name not in content]
     yield from absent

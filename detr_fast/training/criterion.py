@@ -11,7 +11,7 @@ from torch import Tensor
 from detr_fast.data.batch import Targets
 from detr_fast.model.backends import Selectable
 from detr_fast.model.detr import Predictions
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.training.matcher import MatchCosts, match
 
 
@@ -41,7 +41,7 @@ class Normalizers:
 
 
 class SetCriterion(Selectable):
-    """Gives every term under DETR's names, and `loss`, their weighted sum: see `forward`."""
+    """DETR's criterion: every term under its official name, and `loss`, their weighted sum. See `forward`."""
 
     def __init__(self, num_classes: int, weights: LossWeights, costs: MatchCosts) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class SetCriterion(Selectable):
         self.costs = costs
 
     def normalizers(self, targets: Targets, num_queries: int) -> Normalizers:
-        """Count one batch's boxes, and sum its class weights, which follow from how many queries get a target."""
+        """Count one batch's boxes, and sum the class weights of its queries, matched or not."""
         matched = targets.count.clamp(max=num_queries).sum().float()
         unmatched = targets.count.numel() * num_queries - matched
         return Normalizers(targets.count.sum().float(), matched + unmatched * self.weights.no_object)
@@ -61,20 +61,20 @@ class SetCriterion(Selectable):
         targets: Targets | Sequence[dict[str, Tensor]],
         normalizers: Normalizers | None = None,
     ) -> dict[str, Tensor]:
-        """Compute all terms of the network's predictions, or of the mapping that calling it gives, and the targets.
+        """Compute all terms of the predictions, given as the network's `Predictions` or as its output mapping.
 
-        `normalizers`: of the whole optimizer step; default: of this batch. Terms: `loss_ce`, `loss_bbox`, `loss_giou`,
-        `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of the earlier ones; `class_error` of the last;
-        `loss`; `nonfinite_costs`, the count of pairs whose cost had to be replaced.
+        `normalizers`: those of the whole optimizer step; default: of this batch. Terms: `loss_ce`, `loss_bbox`,
+        `loss_giou`, `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of the earlier ones; `class_error`
+        of the last; `loss`; `nonfinite_costs`, the count of pairs whose cost had to be replaced.
         """
         if not isinstance(predictions, Predictions):
-            predictions = Predictions.of(predictions)
+            predictions = Predictions.from_dict(predictions)
         if not isinstance(targets, Targets):
             targets = Targets.from_list(targets)
         logits, boxes_cxcywh = predictions  # (L, B, Q, C+1), (L, B, Q, 4)
         normalizers = normalizers or self.normalizers(targets, logits.shape[2])
         with torch.autocast(logits.device.type, enabled=False):
-            with stage("matching"):
+            with profiler_range("matching"):
                 query_of_target, nonfinite_costs = match(predictions, targets, self.costs, self.selection)
             losses = set_loss(
                 logits,

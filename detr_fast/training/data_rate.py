@@ -1,4 +1,4 @@
-"""How fast training images are read: `python -m detr_fast.train --data-only`."""
+"""Measurement of how fast training images are read: `python -m detr_fast.train --data-only`."""
 
 import time
 from collections.abc import Iterator
@@ -20,10 +20,9 @@ SECONDS = 10.0
 
 
 def training_rate(metrics: Path, processes: int) -> float | None:
-    """Return the images a second that each device trains on by an earlier run's log, were there always data; None
-    where there is no such log."""
+    """Return each device's images/s by an earlier run's log, without waits for data; None where there is none."""
     rows = [row for row in read_rows(metrics) if row["kind"] == "train"]
-    busy = [float(row["images_per_second"]) / max(1 - float(row["data_wait_share"]), 1e-3) for row in rows]
+    busy = [float(row["images_per_second"]) / max(1 - float(row["data_wait_fraction"]), 1e-3) for row in rows]
     return median(busy) / processes if busy else None
 
 
@@ -35,8 +34,10 @@ def measure_data(
     console: Console,
     wanted: float | None = None,
 ) -> None:
-    """Print images a second as read, and as read and made a model's input on the device, with the padding overhead; and
-    whether that is enough for training at `wanted` images a second, where that is known."""
+    """Print images/s read, and read and preprocessed on the device, with the padding overhead.
+
+    `wanted`: images/s of training, where they are known, to compare with.
+    """
     readers = runtime.workers(workers)
     cores = f"{readers} workers" if readers else "this process alone"
 
@@ -50,16 +51,16 @@ def measure_data(
     for name, use in (("read", lambda batch: None), ("read and prepared", prepare)):
         for _ in range(WARM_UP_BATCHES):
             use(next(batches))
-        images, padding, began = 0, [], time.perf_counter()
+        images, overheads, began = 0, [], time.perf_counter()
         while (elapsed := time.perf_counter() - began) < SECONDS:
             batch = next(batches)
             use(batch)
             images += len(batch.image_ids)
-            padding.append(batch.padding)
+            overheads.append(batch.padding_overhead)
         rate = images / elapsed
         console.print(
             f"{name:>18}  {rate:.0f} images/s ({cores}; {rate / max(readers, 1):.0f} a core), "
-            f"padding overhead {sum(padding) / len(padding) - 1:.1%}"
+            f"padding overhead {sum(overheads) / len(overheads):.1%}"
         )
     if wanted is not None:
         found = f"{wanted:.0f} images/s on this device, by the output folder's log: {verdict(rate, wanted)}"

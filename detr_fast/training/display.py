@@ -1,14 +1,14 @@
-"""What a run shows while it goes on: a bar with the figures that matter; plain lines where there is no terminal."""
+"""Display of a run's progress: a bar with the figures that matter; plain lines where there is no terminal."""
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 
 from detr_fast.console import Console
 
-FIGURES = "loss {loss:.3f}  {images_per_second:.0f} img/s  wait {data_wait_share:.0%}  {memory_mib:.0f} MiB"
+FIGURES = "loss {loss:.3f}  {images_per_second:.0f} img/s  wait {data_wait_fraction:.0%}  {memory_mib:.0f} MiB"
 
 
 class TrainingDisplay:
-    """Shows a bar while it is entered, as a context manager; `update` is called with every log line's values."""
+    """Context manager that shows a bar; `update` is called with every log line's values."""
 
     def __init__(self, console: Console, total_steps: int, done_steps: int, epochs: int) -> None:
         self.console = console
@@ -41,6 +41,6 @@ class TrainingDisplay:
         if not self.console.is_terminal:
             self.console.print(f"epoch {shown_epoch}  step {step}/{self.total_steps}  {figures}  ETA {eta}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text)

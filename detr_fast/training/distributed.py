@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: who we are, sums over all, and gradients averaged by DDP."""
+"""Distributed training as torchrun starts it: rank and world size, sums over all ranks, gradients averaged by DDP."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_fast.config import UserError
-from detr_fast.training.forward_state import live_buffers
+from detr_fast.training.snapshot import batch_norm_statistics
 
 Value = TypeVar("Value")
 
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `local_rank` counts on its own node."""
+    """This process's rank among `size`; `local_rank` counts on its own node."""
 
     rank: int = 0
     size: int = 1
@@ -34,17 +34,17 @@ class World:
         return self.rank == 0
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Add `value` up over all processes, in place."""
+        """Sum `value` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, here: bool, device: torch.device) -> bool:
-        """Tell whether it holds in any process; all ask, and the host waits for the answer."""
+        """Tell whether `here` holds in any process; all have to call it, and the host waits for the answer."""
         return bool(self.sum(torch.tensor(float(here), device=device)) > 0)
 
     def broadcast(self, value: Value) -> Value:
-        """Return the main process's `value`, on all."""
+        """Return the main process's `value` in all processes."""
         if self.size == 1:
             return value
         values = [value]
@@ -76,8 +76,7 @@ def joined_world(device: torch.device) -> Iterator[World]:
 
 
 def data_parallel(network: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Wrap `network` so that its gradients are averaged over all processes while the backward pass runs; one process
-    gets it as it is."""
+    """Wrap `network` in DDP, which averages gradients during the backward pass; with one process return it as it is."""
     if world.size == 1:
         return network
     devices = [world.local_rank] if device.type == "cuda" else None
@@ -85,14 +84,14 @@ def data_parallel(network: nn.Module, world: World, device: torch.device) -> nn.
 
 
 def all_reduce_later(network: nn.Module, later: bool) -> AbstractContextManager[None]:
-    """Leave the gradients of a backward pass to be averaged with those of a later one, where `later`."""
+    """Leave out the all-reduce of a backward pass, where `later`: a later one will average these gradients too."""
     if later and isinstance(network, DistributedDataParallel):
         return network.no_sync()
     return nullcontext()
 
 
 def share_buffers(network: nn.Module, world: World) -> None:
-    """Give every rank the main one's batch norm statistics: each has gathered those of its own batches."""
+    """Broadcast the main rank's batch norm statistics, as each rank has those of its own batches."""
     if world.size > 1:
-        for buffer in live_buffers(network):
+        for buffer in batch_norm_statistics(network):
             dist.broadcast(buffer, 0)

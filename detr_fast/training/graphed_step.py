@@ -1,9 +1,9 @@
 """The optimizer step as CUDA graphs: the gradients, one graph for each shape of a micro-batch, and the update.
 
-From the network's input to the last write of AdamW and the EMA model, with the assignment inside. Collectives stay
-outside the graphs: at the same step one rank may replay, and another, that meets a new shape, run eagerly. Gradients
-are therefore averaged by one all-reduce after the backward pass, where DistributedDataParallel exchanges the first
-while the last are still computed: 165 MB of float32 for a ResNet-50 detector, which nothing hides.
+They hold everything from the network's input to the last write of AdamW and the EMA model, the assignment included.
+Collectives stay outside the graphs: at the same step one rank may replay, and another, that meets a new shape, run
+eagerly. So gradients are averaged by one all-reduce after the backward pass, 165 MB of float32 for a ResNet-50
+detector, without the overlap that DistributedDataParallel has.
 """
 
 import warnings
@@ -19,10 +19,10 @@ from detr_fast.cuda_graphs import Capturer, CudaCapturer, GraphCache
 from detr_fast.data.batch import Batch
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.training.distributed import World
-from detr_fast.training.forward_state import ForwardState
 from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.snapshot import ForwardSnapshot
 from detr_fast.training.step import Terms, TrainStep
-from detr_fast.training.step_input import OneShape, StepInput, step_input
+from detr_fast.training.step_input import StaticShape, StepInput, step_input
 
 MOST_GRAPHS = 128
 """DETR's augmentation of COCO has about 90 shapes of batches, in steps of 64 pixels."""
@@ -34,10 +34,10 @@ MEMORY_RAN_OUT = (
 
 
 class GraphedStep:
-    """A `TrainStep` in micro-batches that is captured and replayed as CUDA graphs; the numbers stay the same.
+    """Captures a `TrainStep` in micro-batches, and replays it as CUDA graphs; the numbers stay the same.
 
-    The gradients of all shapes lie in one tensor, which is in no graph's memory: it is what several processes average,
-    and what the one graph of the update reads. A parameter that no loss depends on has gradient zero.
+    The gradients of all shapes are written to one tensor outside the graphs' memory, which several processes average,
+    and which the one graph of the update reads. A parameter that no loss depends on has gradient zero.
     """
 
     def __init__(self, micro_batches: MicroBatches, capturer: Capturer | None = None) -> None:
@@ -53,16 +53,16 @@ class GraphedStep:
             reason = "measures each shape's algorithms before it is captured (cudnn.benchmark)"
             self.step.runtime.reasons["cuDNN"] = reason
         self.capturer = capturer
-        self.shape: OneShape = OneShape()
+        self.shape: StaticShape = StaticShape()
         self.flat = flat_gradients(self.step.trained)
         self.gradient_graphs = GraphCache(capturer, MOST_GRAPHS, FULL)
         self.update_graph = GraphCache(capturer, 1)
         self.gave_up = False
-        """Whether the memory ran out, and steps run eagerly since."""
+        """True once the memory ran out: steps run eagerly since."""
 
     @property
     def count(self) -> int:
-        """Micro-batches of a batch."""
+        """Return the number of micro-batches of a batch."""
         return self.micro_batches.count
 
     def __call__(self, batches: Sequence[Batch]) -> Terms:
@@ -79,13 +79,13 @@ class GraphedStep:
         return self.micro_batches(batches)
 
     def find_micro_batch_size(self, batch: Batch) -> None:
-        """Do as `MicroBatches.find_micro_batch_size`, each micro-batch beside its graph.
+        """Find it as `MicroBatches.find_micro_batch_size` does, for a micro-batch beside its graph.
 
-        Its shape is captured first: all others then use its memory again. Later batches get as many rows of targets as
-        it has, and a mask if it has one, so that shapes are few. Where not even single images fit beside their graph,
-        one process gives the graphs up.
+        The largest shape is captured first: all others then reuse its memory. Later batches get as many rows of targets
+        as it has, and a mask if it has one, so that shapes are few. Where not even single images fit beside their
+        graph, a single process gives the graphs up.
         """
-        self.shape = OneShape.of(batch)
+        self.shape = StaticShape.of(batch)
         while not self.micro_batches.fits(batch, self._try_out, self.shape):
             if self.micro_batches.count >= len(batch.images) and self.step.world.size == 1:
                 self._give_up()
@@ -96,14 +96,14 @@ class GraphedStep:
             self._forget()
 
     def _gradients(self, batches: Sequence[Batch]) -> Terms | None:
-        """Compute a step's gradients; None, and all as before, where the memory runs out."""
+        """Compute a step's gradients; None, and the state restored, where the memory runs out."""
         step, before = self.step, None
         try:
             micro_batches = self.micro_batches.split(batches)
             inputs = [step_input(each, step.preprocessing, self.shape) for each in micro_batches]
             normalizers = step.normalizers(inputs)
             if any((given, normalizers) not in self.gradient_graphs for given in inputs):
-                before = ForwardState(step.model, step.runtime.device)  # a replay takes no more memory
+                before = ForwardSnapshot(step.model, step.runtime.device)  # a replay takes no more memory
             self.flat.zero_()
             terms = [self.gradient_graphs(self._of_micro_batch, (given, normalizers)) for given in inputs]
             if step.world.size > 1:
@@ -121,7 +121,7 @@ class GraphedStep:
         return self.step.micro_batch(*inputs)
 
     def _try_out(self, given: StepInput, normalizers: Tensor) -> None:
-        """Capture one micro-batch's gradients, and take the memory that it takes to run others beside the graph.
+        """Capture one micro-batch's gradients, and run one eagerly beside the graph, to take the memory that both need.
 
         Raises torch.OutOfMemoryError where either does not fit.
         """
@@ -147,7 +147,7 @@ class GraphedStep:
 
 
 def why_not_graphed(step: TrainStep) -> str | None:
-    """Say why a step cannot be CUDA graphs; None where it can."""
+    """Say why a step cannot be captured as CUDA graphs; None where it can."""
     device = step.runtime.device
     if device.type != "cuda":
         return f"CUDA graphs do not run on {device.type}"
@@ -164,7 +164,7 @@ ALIGNMENT = 128
 
 
 def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Make one tensor of zeros of which each parameter's `.grad` is a view from now on, in the parameter's order."""
+    """Make one tensor of zeros, and set each parameter's `.grad` to a view of it, in the parameter's memory order."""
     sizes = (-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters)
     *starts, total = accumulate(sizes, initial=0)
     flat = parameters[0].new_zeros(total)

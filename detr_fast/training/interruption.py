@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: asked once, a run finishes its step and saves; asked twice, it leaves at once."""
+"""SIGTERM and Ctrl-C: at the first a run finishes its step and saves, at the second it ends at once."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from types import FrameType
 
 @dataclass
 class Interruption:
-    """Says which signal has come, if any."""
+    """The signal that has come, if any."""
 
     signal_number: int | None = None
 
@@ -21,7 +21,7 @@ class Interruption:
 
 @contextmanager
 def deferred_interruption() -> Iterator[Interruption]:
-    """Note the first signal that comes inside, and do nothing; let the second act as if it had not been caught."""
+    """Only note the first signal that comes inside; let the second act as if it had not been caught."""
     interruption = Interruption()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

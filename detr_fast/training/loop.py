@@ -1,4 +1,4 @@
-"""The training loop: windows of batches to steps, steps to epochs; logs, evaluates, saves."""
+"""The training loop: batches to steps, steps to epochs; logs, evaluates, saves."""
 
 import math
 import signal
@@ -13,7 +13,7 @@ import torch
 from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
 from detr_fast.evaluation.coco_metrics import Evaluation
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.training.checkpoint import Progress, RunFacts, TrainingState
 from detr_fast.training.display import TrainingDisplay
 from detr_fast.training.distributed import share_buffers
@@ -57,7 +57,7 @@ class TrainingLoop:
         self._skipped: set[str] = set()
 
     def run(self, interruption: Interruption) -> int:
-        """Trains to the end or to a signal; returns the exit code."""
+        """Train to the end or to a signal; returns the exit code."""
         self.step.model.train()
         self.meter.restart()
         while True:
@@ -74,7 +74,7 @@ class TrainingLoop:
             if saving:
                 self._save()
             if stopping:
-                self.display.say(f"Stopped after step {self.progress.step}; --resume auto goes on from here.")
+                self.display.print(f"Stopped after step {self.progress.step}; --resume auto goes on from here.")
                 return interruption.exit_code or 128 + signal.SIGTERM  # another rank was asked to stop
 
     def _is_last(self) -> bool:
@@ -86,34 +86,33 @@ class TrainingLoop:
         return due and self.progress.evaluated_step != self.progress.step
 
     def _advance(self) -> None:
-        """One optimizer step. Random numbers in it depend on (seed, step, rank) alone, so that a resumed run repeats
-        them."""
+        """Make one optimizer step; a resumed run repeats its random numbers, which follow from (seed, step, rank)."""
         asked = time.perf_counter()
-        with stage("data wait"):
-            window = [next(self.batches) for _ in range(self.options.accumulate)]
+        with profiler_range("data wait"):
+            batches = [next(self.batches) for _ in range(self.options.accumulate)]
         waited = time.perf_counter() - asked
-        self._name_skipped(window)
+        self._name_skipped(batches)
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
-        self.take_step(window)
+        self.take_step(batches)
         self.progress.step += 1
-        padding = sum(batch.padding for batch in window) / len(window)
-        self.meter.add(sum(len(batch.image_ids) for batch in window), waited, padding)
+        padding_overhead = sum(batch.padding_overhead for batch in batches) / len(batches)
+        self.meter.add(sum(len(batch.image_ids) for batch in batches), waited, padding_overhead)
 
-    def _name_skipped(self, window: list[Batch]) -> None:
-        """Says once of each image that could not be read, with --on-bad-image skip."""
-        for path in {path for batch in window for path in batch.skipped} - self._skipped:
+    def _name_skipped(self, batches: list[Batch]) -> None:
+        """Print each image that could not be read once, with --on-bad-image skip."""
+        for path in {path for batch in batches for path in batch.skipped} - self._skipped:
             self._skipped.add(path)
-            self.display.say(f"skipped ({len(self._skipped)} so far), cannot be read: {path}")
+            self.display.print(f"skipped ({len(self._skipped)} so far), cannot be read: {path}")
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the part of the present one."""
+        """Return the epochs done, with the fraction of the present one."""
         return self.progress.step * self.options.accumulate / self.batches_per_epoch
 
     def _ended_epoch(self) -> int:
-        """The number of epochs done, if this step ended one, else 0."""
+        """Return the number of epochs done, if this step ended one, else 0."""
         before = (self.progress.step - 1) * self.options.accumulate // self.batches_per_epoch
         return int(self.epoch) if int(self.epoch) > before else 0
 
@@ -121,8 +120,7 @@ class TrainingLoop:
         return every > 0 and self.progress.step % every == 0
 
     def _agreed(self, interruption: Interruption) -> bool:
-        """Whether to stop: alone at any step; several ranks ask each other, at log lines, so that none goes on by
-        itself."""
+        """Tell whether to stop: one process at any step, several ranks at log lines, where they agree."""
         asked = interruption.signal_number is not None
         if self.step.world.size == 1:
             return asked
@@ -135,7 +133,7 @@ class TrainingLoop:
         return time.perf_counter() - self._began
 
     def _read(self) -> None:
-        """Reads the device's sums, checks them, and shows them."""
+        """Read the device's sums, check them, and show them."""
         if self.meter.steps == 0:
             return
         values = self.meter.read() | {"lr": float(self.step.optimizer.param_groups[0]["lr"])}
@@ -148,7 +146,7 @@ class TrainingLoop:
             self.display.update(self.epoch, self.progress.step, values, eta)
 
     def _check(self, values: dict[str, float]) -> None:
-        """Raises UserError where the run has nothing left to learn from; the last checkpoint is from before."""
+        """Raise UserError where loss, costs or gradients are not finite; the last checkpoint is from before."""
         self.progress.nonfinite_readings += values["nonfinite_costs"] > 0 or values["skipped"] > 0
         advice = "Lower --lr or use --precision fp32; --resume auto goes on from the last checkpoint."
         if not math.isfinite(values["loss"]):
@@ -166,7 +164,7 @@ class TrainingLoop:
         self.step.model.train()
         if self.log and self.folder:
             self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
-            self.display.say(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
+            self.display.print(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
                 model = self.step.ema or self.step.model
                 self.facts.save_model(self.folder.best, model.state_dict(), self.progress.step)
@@ -174,7 +172,7 @@ class TrainingLoop:
         self.meter.restart()
 
     def _save(self) -> None:
-        """What is needed to continue the run as if it had not stopped."""
+        """Save what is needed to continue the run as if it had not stopped."""
         share_buffers(self.step.model, self.step.world)
         if not self.folder:
             return

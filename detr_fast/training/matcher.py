@@ -1,5 +1,4 @@
-"""Bipartite matching of predictions and targets (DETR, Carion et al. 2020, section 3.1): all layers and images at
-once."""
+"""Bipartite matching of predictions and targets, all layers and images at once (Carion et al. 2020, section 3.1)."""
 
 from dataclasses import dataclass
 
@@ -24,8 +23,7 @@ class MatchCosts:
 def match(
     predictions: Predictions, targets: Targets, weights: MatchCosts, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """Match each layer anew; return query_of_target (L, B, T) int64, -1 for none, and the count of non-finite costs, a
-    scalar.
+    """Match each layer by itself: query_of_target (L, B, T) int64, -1 for none, and the count of non-finite costs.
 
     Pairs whose cost is not finite are matched last and counted on the device; the caller decides when to stop.
     """

@@ -12,10 +12,10 @@ from detr_fast.training.distributed import World
 
 @dataclass
 class TermSums:
-    """A step's terms added up, always in the same memory, so that a captured step adds them too."""
+    """Sums a step's terms, always in the same memory, so that a captured step adds them too."""
 
     sums: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    """Of the terms that come together, (N,) float32."""
+    """Sums (N,) float32 by the names of the N terms that are added together."""
 
     def add(self, terms: dict[str, Tensor]) -> None:
         names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])
@@ -35,8 +35,7 @@ class TermSums:
 
 @dataclass
 class Meter:
-    """Means of the terms that a step adds up in `terms`, rates of images, and the time spent waiting for data, since
-    the last reading."""
+    """Measures between two readings: means of a step's terms, images/s, and the fraction of time spent on data."""
 
     device: torch.device
     world: World
@@ -44,29 +43,26 @@ class Meter:
     steps: int = 0
     images: int = 0
     wait_seconds: float = 0.0
-    padding: float = 0.0
+    padding_overhead: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, images: int, wait_seconds: float, padding: float = 1.0) -> None:
-        """Count one step. `padding`: pixels computed over pixels that are an image's."""
+    def add(self, images: int, wait_seconds: float, padding_overhead: float = 0.0) -> None:
+        """Count one step. `padding_overhead`: pixels of padding as a fraction of the images' own."""
         self.steps += 1
         self.images += images
         self.wait_seconds += wait_seconds
-        self.padding += padding
+        self.padding_overhead += padding_overhead
 
     def read(self) -> dict[str, float]:
-        """Return means over steps and ranks, and rates over the time since the last reading, and start anew.
-
-        Waits for the device.
-        """
+        """Return means over steps and ranks and rates since the last reading, and start anew. Waits for the device."""
         names, sums = self.terms.read()
         means = self.world.sum(sums) / (self.steps * self.world.size)
         values = dict(zip(names, means.tolist(), strict=True))
         elapsed = time.perf_counter() - self.started
         values |= {
             "images_per_second": self.images * self.world.size / elapsed,
-            "data_wait_share": self.wait_seconds / elapsed,
-            "padding": self.padding / self.steps,
+            "data_wait_fraction": self.wait_seconds / elapsed,
+            "padding_overhead": self.padding_overhead / self.steps,
             "memory_mib": peak_memory_mib(self.device),
         }
         self.restart()
@@ -75,7 +71,7 @@ class Meter:
     def restart(self) -> None:
         """Forget what was added, and the time gone by."""
         self.terms.clear()
-        self.steps, self.images, self.wait_seconds, self.padding = 0, 0, 0.0, 0.0
+        self.steps, self.images, self.wait_seconds, self.padding_overhead = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""A run's numbers as CSV and TensorBoard: one row a log line or evaluation."""
+"""Log of a run's numbers as CSV and TensorBoard: a row for each log line or evaluation."""
 
 import csv
 import io
@@ -12,17 +12,16 @@ from detr_fast.paths import kind_of
 
 TRAIN_COLUMNS = (
     *("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "grad_norm", "lr"),
-    *("images_per_second", "data_wait_share", "padding", "memory_mib"),
+    *("images_per_second", "data_wait_fraction", "padding_overhead", "memory_mib"),
 )
-PLACE_COLUMNS = ("kind", "epoch", "step", "seconds")
+POSITION_COLUMNS = ("kind", "epoch", "step", "seconds")
 
 
 class MetricsLog:
-    """Appends rows to `csv_file` and the same numbers to TensorBoard; a resumed run first drops what came after its
-    step."""
+    """Appends rows to `csv_file` and TensorBoard; a resumed run first drops the rows after its step."""
 
     def __init__(self, csv_file: Path, tensorboard: Path, val_columns: tuple[str, ...], resumed_step: int) -> None:
-        self.columns = (*PLACE_COLUMNS, *TRAIN_COLUMNS, *val_columns)
+        self.columns = (*POSITION_COLUMNS, *TRAIN_COLUMNS, *val_columns)
         kept = [row for row in read_rows(csv_file) if int(row["step"]) <= resumed_step] if resumed_step else []
         self._path = csv_file
         begun = io.StringIO()
@@ -37,9 +36,9 @@ class MetricsLog:
     def write(self, kind: str, epoch: float, step: int, seconds: float, values: dict[str, float]) -> None:
         """Append one row; `kind` is train or val, `seconds` since the run began."""
         numbers = {name: f"{value:.6g}" for name, value in values.items()}
-        place = {"kind": kind, "epoch": f"{epoch:.4g}", "step": step, "seconds": f"{seconds:.1f}"}
+        position = {"kind": kind, "epoch": f"{epoch:.4g}", "step": step, "seconds": f"{seconds:.1f}"}
         with explained(self._path):
-            self._writer.writerow(place | numbers)
+            self._writer.writerow(position | numbers)
             self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -50,7 +49,7 @@ class MetricsLog:
 
 
 def read_rows(csv_file: Path) -> list[dict[str, str]]:
-    """Return the rows of an earlier log; none where there is no file. A torn last row, of a killed run, is left out.
+    """Read the rows of an earlier log; none where there is no file. A killed run's torn last row is left out.
 
     Raises UserError for a file that was changed since, so that no row is lost.
     """
@@ -63,8 +62,8 @@ def read_rows(csv_file: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{csv_file} cannot be read as a run's metrics: {error}. {advice}") from error
     require(
-        not rows or set(PLACE_COLUMNS) <= rows[0].keys(),
-        f"{csv_file} has not the columns {', '.join(PLACE_COLUMNS)}. {advice}",
+        not rows or set(POSITION_COLUMNS) <= rows[0].keys(),
+        f"{csv_file} has not the columns {', '.join(POSITION_COLUMNS)}. {advice}",
     )
     whole = [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
     torn = [row["step"] for row in rows if row not in whole]

@@ -1,4 +1,4 @@
-"""A step whose batches do not fit into the memory, in micro-batches that do: the same step, one after another."""
+"""The optimizer step of batches that do not fit into memory, computed in micro-batches that do."""
 
 import math
 import warnings
@@ -10,18 +10,18 @@ from torch import Tensor
 from detr_fast.config import require
 from detr_fast.data.batch import Batch
 from detr_fast.out_of_memory import is_out_of_memory
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.training.distributed import all_reduce_later
-from detr_fast.training.forward_state import ForwardState
+from detr_fast.training.snapshot import ForwardSnapshot
 from detr_fast.training.step import Terms, TrainStep
-from detr_fast.training.step_input import OneShape, StepInput, step_input
+from detr_fast.training.step_input import StaticShape, StepInput, step_input
 
 TryOut = Callable[[StepInput, Tensor], object]
-"""Computes the gradients of one micro-batch, by normalizers (2,): for the memory that it takes."""
+"""Computes the gradients of one micro-batch, by normalizers (2,), to see whether the memory suffices."""
 
 
 class MicroBatches:
-    """A `TrainStep` that computes each batch in `count` micro-batches, and in more once the memory runs out.
+    """Makes a `TrainStep` compute each batch in `count` micro-batches, and in more once the memory runs out.
 
     The step is the same, but for live batch norm, whose statistics are each micro-batch's own.
     """
@@ -30,17 +30,17 @@ class MicroBatches:
         self.step = step
         self.count = 1
         self.shortage = ""
-        """The error that said last that the memory ran out."""
+        """The text of the last out-of-memory error."""
 
     def __call__(self, batches: Sequence[Batch]) -> Terms:
         """Make one step: see `TrainStep`.
 
-        Where the memory runs out, `count` is doubled and the gradients are computed again, as if that had been so from
-        the step's beginning; UserError where single images do not fit. With several processes the error itself is
-        raised, as the others would wait for the gradients of one that begins again.
+        Where the memory runs out, `count` is doubled and the gradients are computed again from the same random state.
+        Raises UserError where single images do not fit, and with several processes the out-of-memory error itself:
+        the other ranks would wait for the gradients of one that starts again.
         """
-        with stage("forward"):
-            before = ForwardState(self.step.model, self.step.runtime.device)
+        with profiler_range("forward"):
+            before = ForwardSnapshot(self.step.model, self.step.runtime.device)
         count = self.count
         while True:
             try:
@@ -68,13 +68,13 @@ class MicroBatches:
         while not self.fits(batch, self.step.micro_batch):
             self.halve([batch])
 
-    def fits(self, batch: Batch, try_out: TryOut, shape: OneShape | None = None) -> bool:
-        """Tell whether `try_out` has memory for the micro-batches of `batch`, beside the optimizer's moments, on every
-        rank. Buffers and random numbers are as before afterwards.
+    def fits(self, batch: Batch, try_out: TryOut, shape: StaticShape | None = None) -> bool:
+        """Tell whether every rank has memory for `try_out` on the micro-batches of `batch`, beside AdamW's moments.
 
-        `shape`: that of a graphed step, whose gradients keep their memory.
+        Batch norm statistics and random state are restored. `shape`: that of a graphed step, whose gradients
+        keep their memory.
         """
-        step, before = self.step, ForwardState(self.step.model, self.step.runtime.device)
+        step, before = self.step, ForwardSnapshot(self.step.model, self.step.runtime.device)
         moments: list[Tensor] = []
         fits = True
         try:
@@ -94,7 +94,7 @@ class MicroBatches:
 
     def halve(self, batches: Sequence[Batch]) -> None:
         """Double `count`. Raises UserError where each micro-batch of `batches` is a single image already."""
-        height, width = max((batch.room for batch in batches), key=math.prod)
+        height, width = max((batch.padded_size for batch in batches), key=math.prod)
         require(
             self.count < max(len(batch.images) for batch in batches),
             f"A single image of {width}x{height} pixels does not fit into the memory in training. "
@@ -103,7 +103,7 @@ class MicroBatches:
         )
         self.count *= 2
 
-    def _release(self, before: ForwardState, gradients: bool = True) -> None:
+    def _release(self, before: ForwardSnapshot, gradients: bool = True) -> None:
         if gradients:
             self.step.optimizer.zero_grad(set_to_none=True)
         before.restore()

@@ -1,4 +1,4 @@
-"""The options that a model is trained with on some data, where nothing else is asked for."""
+"""Recipes: the options that a model is trained with on some data, where nothing else is asked for."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ from detr_fast.data.shapes import is_shapes, parse_shapes
 
 
 def recipe_of(model: str | None, data: str | None) -> TrainConfig:
-    """Return the recipe of `model` for `data`, a folder or shapes:SIDE; None stands for what is trained by default.
+    """Return the recipe of `model` for `data`, a folder or shapes:SIDE; None stands for the default.
 
-    Raises UserError for shapes of a side that there cannot be.
+    Raises UserError for a SIDE that is no number from 48 to 1024.
     """
     data = data or TrainConfig.data
     if not is_shapes(data):

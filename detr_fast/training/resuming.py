@@ -1,4 +1,4 @@
-"""Going on with a run: which options may change, what has to stay, and what the checkpoint says about both."""
+"""Resuming of a run: which options may change, which have to stay, and checks of both against the checkpoint."""
 
 import hashlib
 import os
@@ -93,7 +93,7 @@ def from_weights(path: Path) -> str:
 
 
 def load_resumed(path: Path | None) -> TrainingState | None:
-    """Return what `path` holds, if there is one: what `resumed_options` has read of it already, else read now.
+    """Return the state in `path`, if one is given: as `resumed_options` has read it already, else read now.
 
     Raises UserError where a run cannot be continued from it.
     """
@@ -119,7 +119,7 @@ _HANDED_OVER: dict[object, TrainingState] = {}
 
 
 def _file(path: Path) -> object:
-    """Return what is another value once another file lies at `path`."""
+    """Return a value that identifies the file at `path`, and changes when that is replaced."""
     try:
         found = path.stat()
     except OSError:
@@ -128,9 +128,9 @@ def _file(path: Path) -> object:
 
 
 def stored_defaults(state: TrainingState, path: Path, data_asked: bool) -> TrainConfig:
-    """Make what holds where an option is not given on resuming from `path`: the run's own options.
+    """Return the defaults of all options on resuming from `path`: the run's own.
 
-    Its output folder is the one that `path` lies in, wherever that is now. `data_asked`: another --data replaces the
+    Its output folder is the one that holds `path`, wherever that is now. `data_asked`: another --data replaces the
     stored run's folders and files, too.
     """
     options = state.options
@@ -170,10 +170,10 @@ def digests(train_set: CocoDataset, val_set: CocoDataset) -> dict[str, SplitDige
 
 
 def continued(options: TrainConfig, state: TrainingState, processes: int) -> TrainConfig:
-    """Return the options with batches that make the stored run's updates, shared by `processes`.
+    """Return the options with batches that make the stored run's updates, divided among `processes`.
 
-    The run's own where nothing else is asked for; on other processes the same images a batch of all, where they can be
-    shared. Raises UserError where the images an update would not stay.
+    The batches are the run's own where nothing else is asked for; with another number of processes all together take
+    the same images a batch, where they can be divided. Raises UserError where the images per update would change.
     """
     before = state.options
     batch = before.batch_size * state.processes
@@ -200,7 +200,7 @@ def continued(options: TrainConfig, state: TrainingState, processes: int) -> Tra
 def check_resumed(
     state: TrainingState, options: TrainConfig, config: ModelConfig, train_set: CocoDataset, val_set: CocoDataset
 ) -> None:
-    """Raises UserError where the options would not continue the checkpoint's run but start another one."""
+    """Raise UserError where the options would not continue the checkpoint's run but start another one."""
     for before, now in differing(state, options, config):
         raise UserError(f"{now} cannot be had on resuming: the run to resume has {before}. Keep to that. {NEW_RUN}")
     anew = (
@@ -219,8 +219,7 @@ def check_resumed(
 
 
 def differing(state: TrainingState, options: TrainConfig, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Yield options, as stored and as asked for, that are fixed and would change: as the model has them, where it has
-    them."""
+    """Yield fixed options that would change, as stored and as asked for; the model's values where it has them."""
     stored, stored_model = state.options.to_dict(), state.model_config.to_dict()
     for name in ON_RESUMING[FIXED]:
         before, now = stored[name], getattr(options, name)
@@ -236,7 +235,7 @@ def differing(state: TrainingState, options: TrainConfig, config: ModelConfig) -
 
 
 def check_classes(before: Sequence[Category] | None, train_set: CocoDataset, advice: str) -> None:
-    """Raises UserError, with their names, where the data's classes are not the run's, each with its id."""
+    """Raise UserError, with their names, where the data's classes are not the run's, each with its id."""
     stored = tuple(before or ())
     found = train_set.categories or ()
     gone, come = [each for each in stored if each not in found], [each for each in found if each not in stored]
@@ -248,7 +247,7 @@ def check_classes(before: Sequence[Category] | None, train_set: CocoDataset, adv
 
 
 def changes(state: TrainingState, options: TrainConfig) -> str:
-    """Say what is another than it was in the stored run, and takes effect."""
+    """List the options that differ from the stored run's and take effect."""
     before, now = state.options.to_dict(), options.to_dict()
     told = (*ON_RESUMING[TAKES_EFFECT], "batch_size", "accumulate")
     other = [name for name in told if name not in ("output", "resume") and now[name] != before[name]]
@@ -257,5 +256,5 @@ def changes(state: TrainingState, options: TrainConfig) -> str:
 
 
 def evaluates_otherwise(state: TrainingState, config: ModelConfig) -> bool:
-    """Tell whether images are evaluated in another size than before: the best AP so far is then no measure."""
+    """Tell whether images are evaluated in another size than before: the best AP so far is then not comparable."""
     return any(getattr(state.model_config, name) != getattr(config, name) for name in ("image_size", "max_size"))

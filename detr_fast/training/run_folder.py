@@ -1,4 +1,4 @@
-"""A run's output folder: its layout, held by one run at a time, checked before the first step."""
+"""A run's output folder: its layout, its lock, and checks before the first step."""
 
 import fcntl
 import re
@@ -18,7 +18,7 @@ BYTES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names the place of each thing that a run leaves behind."""
+    """Paths of everything that a run writes."""
 
     root: Path
 
@@ -57,9 +57,9 @@ class RunFolder:
 
 @contextmanager
 def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterator[RunFolder]:
-    """Make the folder, and lock it for this process until it ends, however it ends.
+    """Make the folder, and lock it until the context, or the process, ends.
 
-    Raises UserError where it cannot be written, has no room for the checkpoints, is held by another run, or holds an
+    Raises UserError where it cannot be written, has no space for the checkpoints, is held by another run, or holds an
     earlier run that is not being resumed.
     """
     folder = RunFolder(root)
@@ -76,11 +76,11 @@ def held_run_folder(root: Path, resuming: bool, checkpoint_bytes: int) -> Iterat
             f"--output {root} holds a run already. Continue it with --resume auto, or give another --output.",
         )
         sweep_partial(folder.last.parent)
-        check_room(root, checkpoint_bytes)
+        require_free_space(root, checkpoint_bytes)
         yield folder
 
 
-def check_room(root: Path, checkpoint_bytes: int) -> None:
+def require_free_space(root: Path, checkpoint_bytes: int) -> None:
     """Raise UserError where last.pt, its successor while it is written, and best.pt do not fit on the disk."""
     free, needed = shutil.disk_usage(root).free, 3 * checkpoint_bytes
     require(

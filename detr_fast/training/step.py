@@ -15,12 +15,12 @@ from detr_fast.data.batch import Batch
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.preprocessing import Preprocessing
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime
-from detr_fast.stages import stage
 from detr_fast.training.criterion import Normalizers, SetCriterion
 from detr_fast.training.distributed import World, all_reduce_later, data_parallel
-from detr_fast.training.forward_state import live_buffers
 from detr_fast.training.meter import TermSums
+from detr_fast.training.snapshot import batch_norm_statistics
 from detr_fast.training.step_input import StepInput, step_input
 
 Terms = dict[str, Tensor]
@@ -29,7 +29,7 @@ KINDS = ("losses", "errors")
 
 
 class LayerwiseNetwork(nn.Module):
-    """A DETR whose forward pass is `predict_layers`: what DistributedDataParallel and torch.compile wrap."""
+    """Makes `predict_layers` a forward pass, for DistributedDataParallel and torch.compile to wrap."""
 
     def __init__(self, network: DETR) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ class LayerwiseNetwork(nn.Module):
 
 @dataclass
 class TrainStep:
-    """Forward, loss and backward of several batches, then clip, AdamW and the EMA model. Reads nothing on the host.
+    """Makes an optimizer step: forward, loss and backward of several batches, then clip, AdamW and the EMA model.
 
-    The batches, on the device, and all ranks share one set of normalizers, so the step is that of their joined batch;
-    but for live batch norm, whose statistics are each batch's own. SciPy's assignment, where it is used on a GPU, is
-    the exception: it works on the host.
+    The batches, on the device, and all ranks have one set of normalizers, so the step is that of their joined batch,
+    except for live batch norm, whose statistics are each batch's own. Nothing waits for the device, unless SciPy's
+    assignment is asked for on a GPU.
     """
 
     model: DETR
@@ -72,12 +72,12 @@ class TrainStep:
         self.forward = torch.compile(self.synchronized) if self.runtime.compile else self.synchronized
 
     def __call__(self, batches: Sequence[Batch]) -> Terms:
-        """Make one step; returns its terms, of all its batches on this rank, and `grad_norm` before clipping."""
+        """Make one step; returns the terms of its batches on this rank, and `grad_norm` before clipping."""
         return self.gradients(batches) | self.update()
 
     def gradients(self, batches: Sequence[Batch]) -> Terms:
         """Compute a step's gradients into `.grad`, and add its terms to `sums`."""
-        with stage("optimizer"):
+        with profiler_range("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
         inputs = [step_input(batch, self.preprocessing) for batch in batches]
         normalizers, terms = self.normalizers(inputs), []
@@ -87,17 +87,17 @@ class TrainStep:
         return self.joined(terms)
 
     def micro_batch(self, given: StepInput, normalizers: Tensor) -> Terms:
-        """Add one micro-batch's gradients to what `.grad` holds; nothing here is read on the host or comes from it.
+        """Add one micro-batch's gradients to `.grad`, without reading or copying anything between host and device.
 
         Returns its `losses` (N,) and `errors` (M,), whose names are in `names` from then on.
         """
-        with stage("forward"), self.runtime.autocast():
+        with profiler_range("forward"), self.runtime.autocast():
             predictions = self.forward(given.images, given.mask)
-        with stage("loss"):
+        with profiler_range("loss"):
             terms = self.criterion(predictions, given.targets, Normalizers(*normalizers.unbind()))
-        with stage("backward"):
+        with profiler_range("backward"):
             self.scaler.scale(terms["loss"]).backward()
-        with stage("loss"):
+        with profiler_range("loss"):
             errors = [name for name in terms if "error" in name]
             losses = [name for name in terms if "error" not in name]
             self.names = (*losses, *errors)
@@ -109,7 +109,7 @@ class TrainStep:
 
         The scale of fp16's loss stays on the device as well: fused AdamW is told there whether to skip.
         """
-        with stage("optimizer"):
+        with profiler_range("optimizer"):
             self.scaler.unscale_(self.optimizer)
             clip = self.clip or float("inf")
             norm = nn.utils.get_total_norm([each.grad for each in self.trained if each.grad is not None])
@@ -129,18 +129,16 @@ class TrainStep:
         return terms
 
     def normalizers(self, inputs: Sequence[StepInput]) -> Tensor:
-        """Return those of all inputs and ranks together, (2,), divided by the ranks: the gradients are averaged over
-        them afterwards."""
+        """Sum normalizers (2,) over all inputs and ranks; divide by the ranks, as gradients are averaged."""
         queries = self.model.config.num_queries
-        with stage("loss"):
+        with profiler_range("loss"):
             first, *others = (self.criterion.normalizers(given.targets, queries) for given in inputs)
             joined = sum(others, first)
             return self.world.sum(torch.stack((joined.boxes, joined.class_weight))) / self.world.size
 
     def joined(self, of_micro_batches: Sequence[Terms]) -> Terms:
-        """Join the terms of a step's micro-batches: losses add up, as each is its part of the joined batch's, and
-        errors are averaged."""
-        with stage("loss"):
+        """Join the terms of micro-batches: add the losses, which have joint normalizers; average the errors."""
+        with profiler_range("loss"):
             losses, errors = (reduce(torch.add, [each[kind] for each in of_micro_batches]) for kind in KINDS)
             values = torch.cat((losses, errors / len(of_micro_batches)))
             terms = dict(zip(self.names, values.unbind(), strict=True))
@@ -152,5 +150,5 @@ class TrainStep:
 def update_ema(ema: DETR, model: DETR, decay: float) -> None:
     """Move `ema` towards `model`: weights by an exponential moving average, batch norm's statistics as they are."""
     get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), 0)
-    if statistics := live_buffers(model):
-        torch._foreach_copy_(live_buffers(ema), statistics)
+    if statistics := batch_norm_statistics(model):
+        torch._foreach_copy_(batch_norm_statistics(ema), statistics)

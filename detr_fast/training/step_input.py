@@ -1,4 +1,4 @@
-"""A micro-batch as a training step takes it: tensors on the device, whose shapes a graphed step keeps few."""
+"""Input of a training step: tensors on the device, of few shapes where the step is captured."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.preprocessing import Preprocessing
-from detr_fast.stages import stage
+from detr_fast.profiler_ranges import profiler_range
 
 
 class StepInput(NamedTuple):
@@ -31,27 +31,27 @@ class StepInput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OneShape:
-    """Gives all micro-batches of one size in pixels the same shapes, so that they are replays of one CUDA graph."""
+class StaticShape:
+    """Shape that all micro-batches of one size in pixels are given, so that they replay one CUDA graph."""
 
     targets: int = 16
     """Rows of targets an image, at least."""
     masked: bool = False
-    """They have a mask, which hides nothing where nothing is padded."""
+    """All have a mask, also where nothing is padded."""
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Make it of a batch that has as many targets as any, and padding if any has."""
-        return cls(batch.targets.with_room().labels.shape[1], batch.padded)
+        """Take the shape of a batch that has as many targets as any, and padding if any has."""
+        return cls(batch.targets.pad_rows().labels.shape[1], batch.padded)
 
 
-def step_input(batch: Batch, preprocessing: Preprocessing, shape: OneShape | None = None) -> StepInput:
-    """Make a step's input of a batch on the device; of `shape` where there is one."""
-    with stage("pixels"):
+def step_input(batch: Batch, preprocessing: Preprocessing, shape: StaticShape | None = None) -> StepInput:
+    """Preprocess a batch on the device into a step's input; of `shape` where one is given."""
+    with profiler_range("pixels"):
         images, mask = preprocessing(batch)
     targets = batch.targets
     if shape is not None:
-        targets = targets.with_room(shape.targets)
+        targets = targets.pad_rows(shape.targets)
         if shape.masked and mask is None:
-            mask = images.new_zeros((len(images), *batch.room), dtype=torch.bool)
+            mask = images.new_zeros((len(images), *batch.padded_size), dtype=torch.bool)
     return StepInput(images, mask, targets.labels, targets.boxes_cxcywh, targets.count)

@@ -1,4 +1,4 @@
-"""Weights in and out of a model: own, facebookresearch's, Hugging Face's, or a backbone's classifier's."""
+"""Reading and writing of weights: own, facebookresearch's, Hugging Face's, or a backbone's classifier's."""
 
 from detr_fast.weights.backbone_weights import load_backbone_weights
 from detr_fast.weights.files import read_state_dict

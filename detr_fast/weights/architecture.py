@@ -1,4 +1,4 @@
-"""Which architecture a file of weights belongs to, from what its tensors' shapes and its companions say."""
+"""Inference of a model's architecture from a file of weights: its tensors' shapes and the files beside it."""
 
 from collections.abc import Iterable
 from itertools import count, takewhile
@@ -38,12 +38,11 @@ def visible_architecture(weights: NamedWeights) -> dict[str, Any]:
 
 
 def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None = None) -> ModelConfig:
-    """Return the architecture of `weights`, read from `file`. Raises UserError where it is not DETR's or cannot be
-    told.
+    """Infer the architecture of `weights`, read from `file`.
 
-    What we wrote says it itself; a preprocessor_config.json says what becomes of images. Otherwise shapes say most of
-    it, and `dilation` (DC5) comes from the argument, else from the file's training options or config.json, else from
-    "dc5" in the path's last part.
+    Our own files state it, and a preprocessor_config.json how images are resized and normalised. Otherwise shapes give
+    most of it, and `dilation` (DC5) comes from the argument, else from the file's training options or config.json, else
+    from "dc5" in the file's name. Raises UserError where it is not DETR's or cannot be told.
     """
     require_detr(file, weights)
     if lacking := weights.lacking(HEAD_WEIGHTS):
@@ -67,14 +66,14 @@ def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None
 
 
 def require_detr(file: WeightsFile, weights: NamedWeights) -> None:
-    """Raises UserError for what is another model, by its config.json or by its names."""
+    """Raise UserError for another model than DETR, by its config.json or its names."""
     kind = file.huggingface_config.get("model_type", "detr")
     require(kind == "detr", f"{file.path} is a model of type {brief(kind)}, not a DETR: its config.json says so.")
     require(weights.is_detr, f"{file.path} {no_detr(weights)}")
 
 
 def no_detr(weights: NamedWeights) -> str:
-    """Say what weights are whose names are not DETR's, as the rest of a sentence."""
+    """Describe weights whose names are not DETR's, as the rest of a sentence."""
     return (
         f"does not look like a DETR: its first names are {listed(sorted(weights.tensors), 3)}; "
         f"facebookresearch/detr has such as {ANCHORS[0]}, Hugging Face {ANCHORS[1]}; "
@@ -83,14 +82,14 @@ def no_detr(weights: NamedWeights) -> str:
 
 
 def without_heads(lacking: Iterable[str]) -> str:
-    """Say what weights are that lack some of HEADS, as the rest of a sentence."""
+    """Describe weights that lack some of HEADS, as the rest of a sentence."""
     names = {"class_embed": "class head", "bbox_embed": "box head", "query_embed": "queries"}
     missing = ", ".join(f"{names[head]} ({head})" for head in lacking)
     return f"lacks DETR's {missing}: it can only be trained from, with train --weights."
 
 
 def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
-    """Make a ModelConfig with a backbone that exists; the file's name is in what it raises."""
+    """Make a ModelConfig with a backbone that exists. Raises UserError that names the file."""
     try:
         config = ModelConfig.from_dict(values)
         if config.backbone not in OWN_BACKBONES:
@@ -101,7 +100,7 @@ def make_config(file: WeightsFile, values: dict[str, Any]) -> ModelConfig:
 
 
 def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, Any]) -> None:
-    """Raises UserError where the stated configuration and the shapes contradict each other: before anything is built.
+    """Raise UserError, before anything is built, where the stated configuration and the shapes contradict each other.
 
     A timm backbone may well look like a ResNet.
     """

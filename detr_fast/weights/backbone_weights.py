@@ -1,4 +1,4 @@
-"""A backbone's weights before any detection: downloaded from ImageNet's classifiers, or from a file of one."""
+"""Pretrained weights of a backbone: an ImageNet classifier's, downloaded or from a file."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -13,11 +13,11 @@ from detr_fast.weights.wrappings import without_wrappers
 
 
 def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
-    """Fills `backbone` from `source`: "imagenet" (torchvision's for a ResNet, timm's otherwise), "none", or a file.
+    """Fill `backbone` from `source`: "imagenet" (torchvision's for a ResNet, timm's otherwise), "none", or a file.
 
     A file holds the classifier's state dict (torchvision, timm), or a detector's; what else is in it is left out.
-    Raises UserError where the download fails or the file does not fit: random weights are used only when asked for as
-    "none".
+    Raises UserError where the download fails or the file does not fit: random weights are used only when asked
+    for as "none".
     """
     if source == "none" or (source == "imagenet" and name == "tiny"):
         return
@@ -46,7 +46,7 @@ def download_weights(name: str) -> dict[str, Tensor]:
 
 
 def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads by name; where no name agrees, in order, as long as every shape does (ports that renamed the layers)."""
+    """Load by name; where no name agrees, in order, as long as every shape does (ports that renamed the layers)."""
     own = body.state_dict()
     state = inside(state, list(own))
     chosen = {key: state[key] for key in own if key in state}
@@ -66,8 +66,7 @@ def fill_backbone(body: nn.Module, state: dict[str, Tensor], source: str) -> Non
 
 
 def inside(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of the module that has `keys`, wherever wrappers and detectors put it; all where it is
-    not there."""
+    """Return the tensors of the module that has `keys`, under any prefix; all where it is not there."""
     plain = without_wrappers(state)
     prefixes = {name.removesuffix(keys[0]) for name in plain if f".{name}".endswith(f".{keys[0]}")}
     prefix = max(prefixes, key=lambda prefix: sum(prefix + key in plain for key in keys), default="")

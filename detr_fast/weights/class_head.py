@@ -1,4 +1,4 @@
-"""The class head: what its rows stand for, and how it is kept when a detector learns other classes."""
+"""The class head: the classes of its rows, and its reuse when a detector learns other classes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +24,7 @@ def fit_class_head(
     source_categories: Sequence[Category] | None,
     own_categories: Sequence[Category] | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return `state_dict`, in the naming it came in, with a class head for the model's classes; and the names of those
-    kept.
+    """Return `state_dict`, in its own naming, with a class head for the model's classes, and the names of those kept.
 
     A row of the source is kept where the class's name agrees, whatever the case; "no object" is always kept; the other
     rows are the model's own. Where either side's names are unknown and the sizes agree, the whole head is kept; a head
@@ -45,7 +44,7 @@ def fit_class_head(
 
 
 def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
-    """Tell whether the weights have rows for classes as the model's head, `own`, has: one of each of its tensors."""
+    """Tell whether the weights have a class head like the model's, `own`: the same tensors, with any number of rows."""
     if not all(key in weights and weights[key].dim() == value.dim() for key, value in own.items()):
         return False
     rows = {len(weights[key]) for key in own}
@@ -53,18 +52,17 @@ def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
 
 
 def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[int, int]:
-    """Map own rows to source rows of the classes whose names agree: the same row where it can be, as COCO has many
-    "N/A"."""
+    """Map own rows to source rows of classes whose names agree; of several, as COCO's "N/A", to the same row."""
     theirs = [spelling(category.name) for category in source]
-    place = {name: row for row, name in enumerate(theirs)}
+    row_of = {name: row for row, name in enumerate(theirs)}
     names = [spelling(category.name) for category in own]
     return {
-        row: row if name in theirs[row : row + 1] else place[name] for row, name in enumerate(names) if name in place
+        row: row if name in theirs[row : row + 1] else row_of[name] for row, name in enumerate(names) if name in row_of
     }
 
 
 def _fitted_rows(own: Tensor, source: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Return `own` with `rows` of `source` in it."""
+    """Copy `rows` of `source`, pairs of own and source row, into a copy of `own`."""
     fitted = own.clone()
     mine, theirs = (list(side) for side in zip(*rows, strict=True))
     fitted[mine] = source[theirs].to(own)
@@ -78,11 +76,11 @@ Given = str | Path | Sequence[Category] | None
 def class_names(
     file: WeightsFile, num_classes: int, given: Given = None
 ) -> tuple[tuple[Category, ...] | None, str | None]:
-    """Return what each label of the file's detector stands for, and how that was found where the file does not say it.
+    """Return the category of each label of the file's detector, and how it was found where the file does not state it.
 
     The file's own names count, with the ids of `given` where that has the same names; else `given`, whose ids are the
     labels; else COCO's names for 91 classes. None: labels are ids without names. Raises UserError for names that the
-    head has no room for.
+    head has no rows for.
     """
     stated = stated_categories(file, num_classes)
     if given is not None:
@@ -107,7 +105,7 @@ def class_names(
 
 
 def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ...] | None:
-    """Return what the file itself says of its labels. Raises UserError where that does not fit its head."""
+    """Return the categories that the file itself states. Raises UserError where they do not fit its head."""
     names = file.huggingface_config.get("id2label")
     names = names if isinstance(names, dict) else {}
     labels = tuple(Category(label, str(names.get(str(label), UNUSED))) for label in range(num_classes)) if names else ()
@@ -127,8 +125,7 @@ def stated_categories(file: WeightsFile, num_classes: int) -> tuple[Category, ..
 
 
 def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, ...]:
-    """Read the categories of a COCO json, or those given, in ascending order of ids. Raises UserError for another
-    file."""
+    """Return given categories, or those of a COCO json, by ascending id. Raises UserError where there are none."""
     if not isinstance(given, str | Path):
         require(len(given) > 0, "categories: none are given: give one for each class, or None.")
         return tuple(sorted(given, key=lambda category: category.id))
@@ -137,15 +134,17 @@ def given_categories(given: str | Path | Sequence[Category]) -> tuple[Category, 
 
 
 def with_ids(stated: Sequence[Category], categories: Sequence[Category]) -> tuple[Category, ...]:
-    """Return the stated classes under the ids that `categories` has for their names; under -1, which no data has, where
-    it lacks the name."""
+    """Return the stated classes with the ids that `categories` has for their names; NO_ID where it has none."""
     named = {spelling(category.name): category for category in categories}
     return tuple(named.get(spelling(one.name), Category(NO_ID, one.name)) for one in stated)
 
 
 def by_label(categories: Sequence[Category], num_classes: int, source: str) -> tuple[tuple[Category, ...], str]:
-    """Return a name for each label, and what labels are: ids where the head has room for all, as facebookresearch's;
-    else, where there are as many categories as labels, these in order. Raises UserError where it is neither."""
+    """Return a category for each label, and what labels are.
+
+    Labels are the ids where the head has rows for all, as facebookresearch's has; else, where there are as many
+    categories as labels, these in order. Raises UserError where neither holds.
+    """
     largest = categories[-1].id
     if largest >= num_classes:
         require(
@@ -161,8 +160,7 @@ def by_label(categories: Sequence[Category], num_classes: int, source: str) -> t
 
 
 def coco_categories() -> tuple[Category, ...]:
-    """Return COCO's classes by raw id, 0 to 90, as torchvision lists them; ids that COCO does not use are called
-    N/A."""
+    """Return COCO's classes by raw id, 0 to 90, as torchvision lists them; unused ids are called N/A."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -1,4 +1,4 @@
-"""Files of ours that hold weights: written whole or not at all, and read only if every byte is what was written.
+"""Our own files of weights: written whole or not at all, and read only if every byte is as it was written.
 
 A file is torch's own format; its sha256 stands in the archive's comment, so `torch.load` reads it too.
 """
@@ -33,8 +33,7 @@ def write_container(path: Path, content: dict[str, Any], advice: str = FREE_SPAC
 
 
 def read_container(path: Path) -> dict[str, Any]:
-    """Return what `write_container` wrote. Raises UserError where the file is missing, cut, changed, or none of
-    ours."""
+    """Read what `write_container` wrote. Raises UserError where the file is missing, cut, changed or another's."""
     require(kind_of(path) != "special file", f"Cannot read checkpoint {path}: it is no regular file.")
     try:
         data = path.read_bytes()
@@ -61,8 +60,7 @@ def is_container(path: Path) -> bool:
 
 
 def stored_digest(data: memoryview | bytes) -> tuple[int, str] | None:
-    """Find where the archive's comment length stands, and the digest in the comment; None where there is no such
-    comment."""
+    """Find the offset of the archive's comment length, and the digest in the comment; None where there is none."""
     tail = bytes(data[-(22 + len(MARK) + 64) :])
     if not tail.startswith(END_RECORD) or MARK not in tail:
         return None

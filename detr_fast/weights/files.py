@@ -32,7 +32,7 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What every file of ours says of a model besides its weights, as plain values; a field is a key."""
+    """Description of a model that every file of ours has beside the weights, as plain values; a field is a key."""
 
     model_config: dict[str, Any]
     """Fields of ModelConfig."""
@@ -44,7 +44,7 @@ class ModelDescription:
         return cls(config.to_dict(), None if categories is None else [vars(category) for category in categories])
 
     def with_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Any]:
-        """Return what a file holds that is there to use the model."""
+        """Return the content of a file that holds the model for use."""
         return {**vars(self), "model": state_dict}
 
 
@@ -53,14 +53,14 @@ DESCRIPTION = tuple(each.name for each in fields(ModelDescription))
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file, or a Hugging Face folder, holds: tensors under its own names, and what else it says about them."""
+    """Content of a file or a Hugging Face folder: tensors under its own names, and what it states about them."""
 
     path: Path
     state_dict: dict[str, Tensor]
     model_config: dict[str, Any] | None = None
-    """As `ModelDescription` has it, where we wrote the file."""
+    """That of `ModelDescription`, where we wrote the file."""
     categories: list[dict[str, Any]] | None = None
-    """As `ModelDescription` has them, where we wrote the file."""
+    """Those of `ModelDescription`, where we wrote the file."""
     args: dict[str, Any] = field(default_factory=dict)
     """facebookresearch's training options, where the file has them."""
     huggingface_config: dict[str, Any] = field(default_factory=dict)
@@ -72,14 +72,12 @@ class WeightsFile:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the weights in `path` under the file's own names, averaged ones (EMA) where it has them; see
-    `read_weights_file`."""
+    """Read the weights in `path`, EMA ones where it has them, under the file's own names: see `read_weights_file`."""
     return read_weights_file(path).state_dict
 
 
 def read_weights_file(path: Path) -> WeightsFile:
-    """Reads what torch saved (.pth, .pt, .ckpt, .bin, whatever the ending), .safetensors, or a folder as Hugging Face
-    saves it.
+    """Read what torch saved (.pth, .pt, .ckpt, .bin, whatever the ending), .safetensors, or a Hugging Face folder.
 
     Pickles are read with `weights_only=True` and nothing else: see `pickles.py`. Raises UserError that names the file.
     """
@@ -117,7 +115,7 @@ ARCHIVES = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"Rar!")
 
 
 def _something_else(start: bytes) -> str | None:
-    """Say what a file that begins so is, if it is no weights, as the rest of a sentence."""
+    """Describe a file that begins with `start`, if it is no weights, as the rest of a sentence."""
     if not start:
         return "is empty: copy or download it again"
     start = start.removeprefix(BOM_UTF8)
@@ -134,13 +132,12 @@ def _something_else(start: bytes) -> str | None:
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:
-    """Tell whether a file begins with the length of a header and the header, as those of safetensors do."""
+    """Tell whether a file begins with the length of a header and the header, as safetensors files do."""
     return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < size
 
 
 def _read_torch(path: Path) -> WeightsFile:
-    """Read one of our checkpoints, its sha256 checked; facebookresearch's {"model": ..., "args": ...}; a state dict,
-    plain or wherever it lies in the file."""
+    """Read one of our checkpoints, checked by its sha256, facebookresearch's, or a state dict anywhere in the file."""
     if zipfile.is_zipfile(path) and not _of_torch(path):
         raise UserError(f"{path} is a zip archive that torch.save did not write: unpack it, and give the file in it.")
     content = read_container(path) if is_container(path) else read_pickle(path)
@@ -152,8 +149,8 @@ def _read_torch(path: Path) -> WeightsFile:
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     ours = _described(path, content) if "model_config" in content else {}
     config, preprocessor = _beside(path, found.tensors)
-    place, *others = (".".join(map(brief, each)) or "no key" for each in (found.place, *found.passed_over))
-    notes = [f"{path}: the averaged weights are read, under {place}"] if found.averaged and not ours else []
+    place, *others = (".".join(map(brief, each)) or "no key" for each in (found.keys, *found.passed_over))
+    notes = [f"{path}: the averaged weights are read, under {place}"] if found.is_ema and not ours else []
     if others:
         notes.append(f"{path}: the weights under {place} are read, not those of the same names under {listed(others)}")
     return WeightsFile(
@@ -173,8 +170,7 @@ def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(path: Path, name: str, stated: Any) -> Any:
-    """Return what a file states, once it is known to be short to write: lists within lists can be endless. Raises
-    UserError."""
+    """Return `stated`. Raises UserError unless it is text and numbers, at most in a list or dict of lists."""
     for entry in stated if isinstance(stated, list) else [stated]:
         for value in (*entry.keys(), *entry.values()) if isinstance(entry, dict) else [entry]:
             for one in value if isinstance(value, list | tuple) else [value]:
@@ -203,8 +199,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
 
 
 def _beside(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json and preprocessor_config.json beside a file, where they belong to it: they are Hugging Face's,
-    and it is no DETR that is named otherwise."""
+    """Return config.json and preprocessor_config.json beside a file, unless its weights are not Hugging Face's."""
     weights = NamedWeights.recognise(tensors)
     if weights.is_detr and not weights.naming.startswith("huggingface"):
         return {}, {}
@@ -276,8 +271,7 @@ def _parse_json(path: Path, text: str) -> Any:
 
 
 def _require_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tensors`, once they are known to be whole weights. Raises UserError in one sentence that says what they
-    are."""
+    """Return `tensors`. Raises UserError where they are no whole weights: none, adapters, quantised or damaged."""
     if not tensors:
         raise UserError(f"{path} holds no tensors: save model.state_dict() in it.")
     if any(".lora_A." in name or ".lora_B." in name for name in tensors):

@@ -1,4 +1,4 @@
-"""A detector's weights as the start of another's training: what fits is kept, heads that do not fit are new."""
+"""Fine-tuning: weights of a detector as the start of another's training; heads that do not fit are new."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from detr_fast.weights.preprocessing import preprocessed
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The parts of a file that a model starts from."""
+class FineTuningReport:
+    """Report on which parts of a file a model starts from."""
 
     classes: list[str]
     """Names of those whose rows of the class head are kept."""
@@ -32,7 +32,7 @@ class Kept:
     """Sentences on what was assumed."""
 
     def lines(self, path: str, num_classes: int) -> list[str]:
-        """Say what is kept, what is new and what was assumed."""
+        """List what is kept, what is new and what was assumed."""
         first = f"{path}: the class head is kept for {len(self.classes)} of {num_classes} classes"
         if self.new:
             first += f"; new: {', '.join(self.new)}, the rest is kept"
@@ -41,7 +41,9 @@ class Kept:
         return [first, *self.notes]
 
 
-def load_for_fine_tuning(model: DETR, path: str | Path, categories: Sequence[Category] | None = None) -> Kept:
+def load_for_fine_tuning(
+    model: DETR, path: str | Path, categories: Sequence[Category] | None = None
+) -> FineTuningReport:
     """Fill `model`, whose labels stand for `categories`, from `path`.
 
     Backbone and transformer must fit; the class head is kept as far as the classes agree, queries as many as both have,
@@ -67,11 +69,11 @@ def load_for_fine_tuning(model: DETR, path: str | Path, categories: Sequence[Cat
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     notes = [*file.notes, *([assumed] if assumed and classes else []), *otherwise, *other_input(model, file)]
-    return Kept(classes, new if fits else ["class_embed", *new], [*weights.left_out, *outside], notes)
+    return FineTuningReport(classes, new if fits else ["class_embed", *new], [*weights.left_out, *outside], notes)
 
 
 def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the heads' tensors under the names of the file, for a model that has `own`; and which of them are new."""
+    """Return the heads' tensors for a model that has `own`, under the file's names, and which of them are new."""
     fitted: dict[str, Tensor] = {}
     new = []
     for head in HEADS:
@@ -91,8 +93,10 @@ def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[st
 
 
 def other_computation(model: DETR, file: WeightsFile) -> list[str]:
-    """Say what the file's detector computes otherwise with weights of the same shapes. Raises UserError where these
-    would be of no use to `model`."""
+    """List what the file's detector computes differently from `model` with weights of the same shapes.
+
+    Raises UserError where the weights would be of no use to `model`.
+    """
     stated = file.model_config if isinstance(file.model_config, dict) else {}
     stated = {**from_args(file.args), **from_huggingface(file), **stated}
     heads = stated.get("num_heads", model.config.num_heads)
@@ -110,7 +114,7 @@ def other_computation(model: DETR, file: WeightsFile) -> list[str]:
 
 
 def other_input(model: DETR, file: WeightsFile) -> list[str]:
-    """Say where the file's images were normalised otherwise than those that `model` will see."""
+    """Say how the file's images were normalised, where it differs from what `model` will see."""
     said, config = preprocessed(file), model.config
     if not said or (said["image_mean"], said["image_std"]) == (config.image_mean, config.image_std):
         return []

@@ -1,4 +1,4 @@
-"""Networks made, detectors loaded, and weights in and out, whoever named them."""
+"""Building of networks, loading of detectors, and weights in and out in any naming."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,14 +64,13 @@ def load_model(
 
 
 def read_detector(path: str | Path, dilation: bool | None = None, categories: Given = None) -> Detector:
-    """Read a detector, in evaluation mode on the CPU: one of our checkpoints (its EMA weights, where it has them) or
-    exports, facebookresearch's .pth, a Hugging Face folder or .safetensors; also as others save them, under another key
-    or from within a wrapper.
+    """Read a detector, in evaluation mode on the CPU.
 
-    Whether a foreign file is DC5 cannot be seen in its weights: see `infer_config`; `dilation` says it. A detector of
-    91 classes that does not name them gets COCO's names; `categories`, a COCO json or a sequence of Category, names
-    them otherwise, by label. The detector's `notes` say what was assumed. Raises UserError where the file is
-    unreadable, unsafe, or no DETR.
+    `path` is one of our checkpoints (its EMA weights, where it has them) or exports, facebookresearch's .pth, a Hugging
+    Face folder or .safetensors; also with the weights under another key or a wrapper's names. `dilation`: whether a
+    foreign file is DC5, which its weights do not show (see `infer_config`). A detector of 91 classes that does not name
+    them gets COCO's names; `categories`, a COCO json or a sequence of Category, names them otherwise, by label. The
+    detector's `notes` say what was assumed. Raises UserError where the file is unreadable, unsafe, or no DETR.
     """
     file = read_weights_file(Path(path))
     weights = NamedWeights.recognise(file.state_dict)
@@ -115,7 +114,7 @@ def export_state_dict(model: DETR | Detector, naming: Naming = "detr_fast") -> d
 
 
 def network_of(model: DETR | Detector) -> DETR:
-    """Return the network itself. Raises UserError for one whose weights are no longer those that others read."""
+    """Return the network itself. Raises UserError for one that was optimised for inference."""
     network = model.network if isinstance(model, Detector) else model
     optimized = isinstance(network, OptimizedDETR)
     require(not optimized, "This model was optimised for inference alone: load it without optimize=True.")

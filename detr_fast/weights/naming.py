@@ -1,7 +1,7 @@
-"""How DETR's weights are named: here, in facebookresearch/detr and in Hugging Face transformers.
+"""Names of DETR's weights here, in facebookresearch/detr and in Hugging Face transformers.
 
-`counterparts` says it once, from a key of ours to the keys that hold the same numbers there; reading and writing both
-follow from it. Ours is facebookresearch's naming with `backbone.0.body.` cut to `backbone.`.
+`counterparts` states them once, from a key of ours to the keys that hold the same numbers there; reading and writing
+both follow from it. Ours is facebookresearch's naming with `backbone.0.body.` cut to `backbone.`.
 """
 
 import re
@@ -16,7 +16,7 @@ from detr_fast.weights.wrappings import unwrapped
 
 Naming = Literal["detr_fast", "facebook", "huggingface"]
 FoundNaming = Naming | Literal["huggingface_resnet"]
-"""As found in a file: Hugging Face's backbone is timm's, or its own ResNet, which renames every layer."""
+"""A naming as found in a file: Hugging Face's backbone is timm's, or its own ResNet, which renames every layer."""
 
 Renames = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
@@ -92,8 +92,10 @@ def rename(key: str, renames: Renames) -> str:
 
 
 def counterparts(key: str, naming: FoundNaming) -> tuple[str, ...]:
-    """Return the keys in `naming` whose tensors, joined along their first axis, are ours under `key`: three for a
-    query-key-value projection at Hugging Face, else one."""
+    """Return the keys in `naming` whose tensors, joined along their first axis, are ours under `key`.
+
+    They are three for a query-key-value projection at Hugging Face, else one.
+    """
     if naming == "detr_fast":
         return (key,)
     if key.startswith("backbone."):
@@ -121,7 +123,7 @@ def naming_of(keys: Iterable[str]) -> FoundNaming:
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """A state dict in any naming, looked at through our keys."""
+    """A state dict in any naming, read through our keys."""
 
     tensors: Mapping[str, Tensor]
     naming: FoundNaming
@@ -142,7 +144,7 @@ class NamedWeights:
 
     @property
     def is_detr(self) -> bool:
-        """Tell whether there is DETR's transformer, and what feeds it with an image: translators have the first."""
+        """Tell whether there is DETR's transformer with a backbone or projection, which language models lack."""
         transformer = any(anchor in self.tensors for anchor in ANCHORS)
         return transformer and any(name.startswith(IMAGE_SIDE) for name in self.tensors)
 

@@ -1,4 +1,4 @@
-"""Reading torch's files without trusting them: tensors and plain values come out, code of theirs never runs.
+"""Safe reading of torch's files: tensors and plain values come out, code of theirs never runs.
 
 What training loops keep beside the weights (NumPy numbers, paths, dates, option holders) is made of stand-ins of ours;
 any other class or function is refused by its name.
@@ -58,7 +58,7 @@ def listed(names: Iterable[object], shown: int = 4, longest: int = 60) -> str:
 
 
 class Inert:
-    """A value that nothing here has a use for; made of whatever its own class would be made of."""
+    """Stand-in for a value that is not used here; takes whatever its own class would take."""
 
     def __new__(cls, *_: Any) -> "Inert":
         return super().__new__(cls)
@@ -78,7 +78,7 @@ class PlainDict:
 
 
 class PlainList:
-    """Makes a list in place of a deque, for the same reason."""
+    """Makes a list in place of a deque."""
 
     def __new__(cls, *_: Any) -> list[Any]:  # type: ignore[misc]
         return []
@@ -101,8 +101,10 @@ def no_bytes(*_: Any) -> bytes:
 
 
 def numbers(dtype: object, data: object) -> np.ndarray | None:
-    """Return what NumPy pickled as `data`; None for what is no numbers. Raises UnpicklingError where either is another
-    object than NumPy puts there."""
+    """Return the array that NumPy pickled as `data`; None where it holds no numbers.
+
+    Raises UnpicklingError where either is another object than NumPy puts there.
+    """
     if not isinstance(dtype, NumpyDtype):
         raise pickle.UnpicklingError(f"a NumPy value has a {type(dtype).__name__} as its type")
     if dtype.dtype is None:
@@ -113,7 +115,7 @@ def numbers(dtype: object, data: object) -> np.ndarray | None:
 
 
 def numpy_scalar(dtype: object, data: object) -> Any:
-    """Return the Python number that NumPy pickled as `data`; what is no number is left aside."""
+    """Return the Python number that NumPy pickled as `data`; an `Inert` where it is no number."""
     values = numbers(dtype, data)
     return Inert() if values is None else values[0].item()
 
@@ -182,9 +184,9 @@ STAND_INS = [
 
 
 def read_pickle(path: Path, data: bytes | None = None) -> Any:
-    """Read what torch saved as `path`, or as `data` where that was read before; with `weights_only=True`, always.
+    """Read what torch saved as `path`, or its content `data`, always with `weights_only=True`.
 
-    Raises UserError in one sentence that names what is in the way.
+    Raises UserError that names what is in the way.
     """
     try:
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():  # type: ignore[arg-type]
@@ -203,7 +205,7 @@ def read_pickle(path: Path, data: bytes | None = None) -> Any:
 
 
 def without_attributes(content: Any) -> Any:
-    """Return `content`, its dictionaries without attributes: a file can put any value in the place of a method."""
+    """Remove the attributes of all dictionaries in `content`: a file could replace a method by any value."""
     seen: set[int] = set()
     waiting = [content]
     while waiting:

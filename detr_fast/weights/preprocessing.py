@@ -1,4 +1,4 @@
-"""Hugging Face's preprocessor_config.json: how images become a model's input, to and from our configuration.
+"""Conversion between Hugging Face's preprocessor_config.json and our configuration of a model's input.
 
 Its keys are DetrImageProcessor's, as transformers 4 and 5 write and read them.
 """
@@ -35,7 +35,7 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def preprocessed(file: WeightsFile) -> dict[str, Any]:
-    """Return the fields of ModelConfig that the file's preprocessor_config.json says; none where there is none.
+    """Return the fields of ModelConfig that the preprocessor_config.json states; none where there is no such file.
 
     Raises UserError that names a key whose value cannot be followed here.
     """
@@ -51,8 +51,7 @@ def preprocessed(file: WeightsFile) -> dict[str, Any]:
 
 
 def edges(file: WeightsFile, said: dict[str, Any]) -> tuple[int, int]:
-    """Return the shorter side's length and the longer side's bound, in pixels; as transformers does, 800 and 1333 where
-    nothing is said."""
+    """Return the shorter side and the longer side's bound in pixels; 800 and 1333 by default, as in transformers."""
     default = ModelConfig()
     size = said.get("size", default.image_size)
     if isinstance(size, dict):

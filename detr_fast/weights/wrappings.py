@@ -1,4 +1,4 @@
-"""Weights as people keep them: under which key of a file they lie, and what wrappers put before their names."""
+"""Search for the weights in a file, under any key, and removal of what wrappers put before their names."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from detr_fast.weights.pickles import NumpyArray, brief, listed
 
 PREFERRED = ("model", "model_state_dict", "state_dict", "net", "network", "student")
 """Keys to look at first, where several hold as much."""
-AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averag[a-z]*|shadow)(_|$)")
+EMA_WORDS = re.compile(r"(^|_)(ema|swa|avg|averag[a-z]*|shadow)(_|$)")
 NO_WEIGHTS = re.compile(r"(^|_)(exp_avg|moments?|momentum(_buffers?)?$|grads?|gradients?|optim|optimizers?)(_|$)")
 """Words of keys under which an optimizer keeps tensors by the names of weights."""
 DEEPEST = 4
@@ -27,17 +27,17 @@ BESIDE_THE_MODEL = ("criterion.", "n_averaged")
 
 @dataclass(frozen=True)
 class Found:
-    """A state dict in what a file holds."""
+    """A state dict found in a file's content."""
 
     tensors: dict[str, Tensor]
-    place: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     """The keys that lead to it."""
     passed_over: tuple[tuple[str, ...], ...] = ()
-    """Where the same names are as well, if nothing says which of them are meant."""
+    """Keys of other state dicts with the same names, if nothing says which is meant."""
 
     @property
-    def averaged(self) -> bool:
-        return any(says(AVERAGED, key) for key in self.place)
+    def is_ema(self) -> bool:
+        return any(says(EMA_WORDS, key) for key in self.keys)
 
 
 def says(what: re.Pattern[str], key: str) -> bool:
@@ -47,28 +47,30 @@ def says(what: re.Pattern[str], key: str) -> bool:
 
 
 def find_weights(content: Any) -> Found:
-    """Find the state dict in `content`, wherever it lies: averaged weights (EMA) where they are whole, else what lies
-    under a usual key, else the one with the most tensors. Raises UserError that says what is there instead."""
+    """Find the state dict in `content`: whole EMA weights, else those under a usual key, else the largest.
+
+    Raises UserError that says what is there instead.
+    """
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {brief(type(content).__name__)}, not a state dict: save model.state_dict() instead.")
     found = list(state_dicts(content))
     if not found:
         raise UserError(f"holds no weights{what_else(content)}: save model.state_dict() in it.")
-    trained = [one for one in found if not one.averaged] or found
+    trained = [one for one in found if not one.is_ema] or found
     most = max(len(one.tensors) for one in trained)
 
     def order(one: Found) -> tuple[int, int]:
-        key = one.place[-1] if one.place else ""
+        key = one.keys[-1] if one.keys else ""
         usual = key in PREFERRED and 2 * len(one.tensors) >= most
         return PREFERRED.index(key) if usual else len(PREFERRED), -len(one.tensors)
 
     chosen = min(trained, key=order)
-    averaged = [one for one in found if one.averaged and len(one.tensors) >= len(chosen.tensors)]
-    if averaged:
-        return min(averaged, key=order)
+    ema = [one for one in found if one.is_ema and len(one.tensors) >= len(chosen.tensors)]
+    if ema:
+        return min(ema, key=order)
     if order(chosen)[0] < len(PREFERRED):
         return chosen
-    rivals = (one.place for one in trained if one is not chosen and one.tensors.keys() == chosen.tensors.keys())
+    rivals = (one.keys for one in trained if one is not chosen and one.tensors.keys() == chosen.tensors.keys())
     return replace(chosen, passed_over=tuple(rivals))
 
 
@@ -76,15 +78,15 @@ def state_dicts(content: Mapping[Any, Any]) -> Iterator[Found]:
     """Yield every dictionary in `content` that holds tensors under names, each once, without an optimizer's."""
     seen: set[int] = set()
     waiting: list[tuple[Mapping[Any, Any], tuple[str, ...]]] = [(content, ())]
-    for values, place in waiting:  # grows meanwhile
-        if id(values) in seen or "param_groups" in values or len(place) > DEEPEST:
+    for values, keys in waiting:  # grows meanwhile
+        if id(values) in seen or "param_groups" in values or len(keys) > DEEPEST:
             continue
         seen.add(id(values))
         named = [(key, value) for key, value in values.items() if isinstance(key, str)]
         if tensors := {key: tensor for key, value in named if (tensor := as_tensor(value)) is not None}:
-            yield Found(tensors, place)
+            yield Found(tensors, keys)
         inner = [(key, value) for key, value in named if isinstance(value, dict) and not says(NO_WEIGHTS, key)]
-        waiting += [(value, (*place, key)) for key, value in inner]
+        waiting += [(value, (*keys, key)) for key, value in inner]
 
 
 def as_tensor(value: Any) -> Tensor | None:
@@ -97,7 +99,7 @@ def as_tensor(value: Any) -> Tensor | None:
 
 
 def what_else(content: Mapping[Any, Any]) -> str:
-    """Say what a file without weights holds."""
+    """Describe the content of a file without weights."""
     if not content:
         return ", it is an empty dictionary"
     if "param_groups" in content:
@@ -107,7 +109,7 @@ def what_else(content: Mapping[Any, Any]) -> str:
 
 
 def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without the parts of their names that wrappers add; as they are where two would become one."""
+    """Remove from names the parts that wrappers add; keep all names where two would become one."""
     renamed = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): value for name, value in state_dict.items()
     }
@@ -115,8 +117,10 @@ def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
-    """Return what stands before the first of `anchors` that ends any of `names`: averaged weights' where there are
-    several and these hold as much, else a usual key, else the shortest. None where no name ends so."""
+    """Find the prefix of the first of `anchors` that ends any of `names`; None where none does.
+
+    Of several it is the EMA weights', where these are whole, else a usual key, else the shortest.
+    """
     names = list(names)
     for anchor in anchors:
         ending = (name[: -len(anchor)] for name in names if name == anchor or name.endswith(f".{anchor}"))
@@ -124,9 +128,9 @@ def prefix_of(names: Iterable[str], anchors: Iterable[str]) -> str | None:
         if prefixes:
             held = Counter(prefix for name in names if (prefix := nearest(name, prefixes)) is not None)
             most = max(held.values())
-            averaged = {prefix for prefix in prefixes if says(AVERAGED, prefix)}
-            whole = {prefix for prefix in averaged if held[prefix] == most}
-            return min(whole or prefixes - averaged or averaged, key=lambda it: (not usual(it), len(it), it))
+            ema = {prefix for prefix in prefixes if says(EMA_WORDS, prefix)}
+            whole = {prefix for prefix in ema if held[prefix] == most}
+            return min(whole or prefixes - ema or ema, key=lambda it: (not usual(it), len(it), it))
     return None
 
 
@@ -142,7 +146,7 @@ def nearest(name: str, prefixes: Container[str]) -> str | None:
 
 
 def unwrapped(state_dict: Mapping[str, Tensor], anchors: Iterable[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under the names that the model itself gives them, and the names of those that are not its.
+    """Return the model's tensors under its own names, and the names of tensors that are not its.
 
     `anchors` are names that such a model has, in order of preference; what precedes them is taken off.
     """

@@ -1,9 +1,9 @@
-"""Fused kernels for detection transformers: plain-torch references, Triton kernels, and a registry that chooses."""
+"""Fused operations for detection transformers: plain-torch references, Triton kernels, and a registry that chooses."""
 
 import detr_kernels.account  # noqa: F401 -- for what it does: first, since the others import torch
 from detr_kernels.attention.backends import ROWS as ROW_BACKENDS
 from detr_kernels.attention.packed import packed_attention, packed_attention_ref
-from detr_kernels.attention.packing import Blank, Packing
+from detr_kernels.attention.packing import Packing, ZeroRows
 from detr_kernels.attention.padded import attention_ref, padded_attention
 from detr_kernels.attention.xformers import why_not_xformers
 from detr_kernels.convolution.batch_norm import fold_frozen_bn
@@ -24,7 +24,6 @@ __all__ = [
     "OPERATIONS",
     "ROW_BACKENDS",
     "Backend",
-    "Blank",
     "Choice",
     "Facts",
     "OneDNNConvolution",
@@ -33,6 +32,7 @@ __all__ = [
     "Packing",
     "Selection",
     "SetLossTerms",
+    "ZeroRows",
     "apply_dropout",
     "attention_ref",
     "batched_assignment",

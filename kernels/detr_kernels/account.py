@@ -1,4 +1,4 @@
-"""Lets torch be imported by a user whom the machine does not know, or who may not write where torch keeps its cache.
+"""Preparation of the environment for a user whom the machine does not know, or who may not write to torch's cache.
 
 `docker run --user 12345` is such a user: torch names its cache after the user, and makes it when it is imported.
 """
@@ -16,10 +16,10 @@ CACHES = {"XDG_CACHE_HOME": "", "MPLCONFIGDIR": "/matplotlib", "TRITON_HOME": "/
 
 
 def prepare_account() -> None:
-    """Set LOGNAME to the user's number where neither the environment nor the machine knows a name, the folders of
-    caches to temporary ones where there is no home that can be written, and torch's own to a new one where the usual
-    one cannot be.
+    """Set environment variables that torch, matplotlib and Triton read, where their defaults would fail.
 
+    LOGNAME becomes the user's number where neither the environment nor the machine knows a name; cache folders become
+    temporary ones where there is no writable home; torch's own becomes a new one where the usual one cannot be written.
     Exits where there is no folder for temporary files, without which torch's compiler cannot be imported.
     """
     try:
@@ -42,7 +42,7 @@ def prepare_account() -> None:
 
 
 def can_be_written(folder: Path) -> bool:
-    """Tell whether `folder` is a folder to write in, made where there is none."""
+    """Tell whether `folder` can be written; makes it where there is none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def may_be_cached(*tensors: Tensor) -> bool:
-    """Tell whether what is computed here, of or as `tensors`, may be kept for later calls.
+    """Tell whether results that are computed here from `tensors`, or are `tensors`, may be cached for later calls.
 
     A traced function has no memory. A fake tensor has no data. The memory of a CUDA graph that is being captured is
     written anew by each replay, and an inference tensor cannot be used in training.
@@ -26,12 +26,11 @@ def _kind(tensor: Tensor) -> type[Tensor]:
 
 
 class Cached:
-    """Results of a function of tensors that seldom change, computed again only where one of them has changed.
+    """Caches the results of a function of tensors, and computes them again only where one of these has changed.
 
-    A change is seen by the tensor's version, which neither what is written through `.data` nor the replay of a CUDA
-    graph raises: sources are to be what such a graph does not write. New results of the
-    same shapes are written over the old ones, so that a captured CUDA graph, which reads the old ones' memory, reads
-    them. Copies and files of what holds this get an empty one.
+    A change is seen by the tensor's version, which neither a write through `.data` nor the replay of a CUDA graph
+    raises: such writes to sources go unnoticed. New results of the same shapes are written over the old ones, so that
+    a captured CUDA graph, which reads the old ones' memory, reads them. Copied or pickled, it is empty.
     """
 
     def __init__(self) -> None:
@@ -44,7 +43,7 @@ class Cached:
         return Cached, ()
 
     def __call__(self, sources: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Give compute(), a function of `sources` alone, without gradient."""
+        """Return compute(), a function of `sources` alone, without gradient: its latest results, if nothing changed."""
         if torch.compiler.is_compiling() or any(each.is_inference() for each in sources):
             return compute()
         state = [(id(each), each._version, each.dtype, each.device) for each in sources]

@@ -1,4 +1,4 @@
-"""`python -m detr_kernels.compile_ahead`: compiles every launch for GPUs that are not there, and says what each uses.
+"""`python -m detr_kernels.compile_ahead`: every launch, compiled for GPUs that are not there, and what each uses.
 
 The launchers run as they are, on tensors without data (the meta device), so that what is compiled is what a GPU would
 be given: same specialisation, same blocks, same warps. Registers, stack and shared memory are read from the machine
@@ -43,7 +43,7 @@ class Compiled:
 
 
 class AbsentGpu:
-    """What Triton asks of a driver when it compiles: a target, and that there is a device."""
+    """Answers what Triton asks of a driver when it compiles: a target, and that there is a device."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

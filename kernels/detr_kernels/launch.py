@@ -1,4 +1,4 @@
-"""The one way by which a Triton kernel is launched, and where Triton can run."""
+"""Launching of Triton kernels, the one way for all, and where Triton can run."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from detr_kernels.registry import Backend, Facts
 from detr_kernels.triton_compat import INSTALLED, INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the Triton kernels take."""
+"""Dtypes that the Triton kernels take."""
 
 Launch = Callable[..., None]
 _launcher: ContextVar[Launch | None] = ContextVar("launcher", default=None)
@@ -48,7 +48,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 @torch.compiler.assume_constant_result
 def why_no_launcher() -> str | None:
-    """Say what is missing of what Triton builds its launchers with, once for each kernel: a C compiler and Python.h."""
+    """Say what Triton lacks for building its launchers, of a C compiler and Python.h; None if nothing."""
     return _no_launcher()
 
 
@@ -61,7 +61,7 @@ def _no_launcher() -> str | None:
     return None
 
 
-def why_not_ours(facts: Facts) -> str | None:
+def why_not_triton_kernel(facts: Facts) -> str | None:
     """Say why a Triton kernel cannot run there; None where it can."""
     return why_not_triton(facts.device)
 
@@ -73,7 +73,7 @@ def unmeasured(facts: Facts) -> str | None:
     return "nobody has measured it to be faster on this GPU: python -m detr_profiling tune does"
 
 
-TRITON = Backend("triton", why_not_ours, unmeasured)
+TRITON = Backend("triton", why_not_triton_kernel, unmeasured)
 """Our kernel, where nothing else decides where it runs."""
 REFERENCE = Backend("ref")
 """Plain torch."""

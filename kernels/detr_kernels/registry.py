@@ -14,11 +14,11 @@ Shape = Sequence[int]
 
 
 class Facts(NamedTuple):
-    """Describe where and how an operation is to run: everything that a choice among its backends depends on."""
+    """Where and how an operation is to run: everything that a choice among its backends depends on."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    """In which it computes: autocast's where that is on, else the weights'."""
+    """Dtype in which it computes: autocast's where that is on, else the weights'."""
     training: bool = False
     """Dropout is on and gradients are wanted."""
     dropout: float = 0.0
@@ -61,11 +61,11 @@ class Operation:
     """An operation that has several backends which compute the same, up to rounding and random numbers."""
 
     name: str
-    """As options, reasons, tuned entries and the ladder spell it."""
+    """Its name in options, reasons, tuned entries and the ladder."""
     backends: tuple[Backend, ...]
-    """In the order in which `auto` prefers them. The last is the plain reference, which runs everywhere."""
+    """Backends in the order in which `auto` prefers them; the last is the plain reference, which runs everywhere."""
     mode: Literal["training", "inference"] | None = None
-    """In which alone it runs; None: in both."""
+    """The only mode in which it runs; None: it runs in both."""
     flop: Mapping[str, Callable[..., int]] = field(default_factory=dict)
     """Custom operator (detr_kernels::...) -> formula of its floating-point operations, from the shapes of its tensor
     arguments as they come and `out_shape`; operators that multiply no matrices count none."""
@@ -160,11 +160,6 @@ def select(
     return Selection(*chosen)
 
 
-def flop_formulas(operations: Mapping[str, Operation]) -> dict[str, Callable[..., int]]:
-    """Collect custom operator -> formula of all operations."""
-    return {name: formula for operation in operations.values() for name, formula in operation.flop.items()}
-
-
-def no_products(*shapes: Any, **_: Any) -> int:
-    """Count the floating-point operations of an operator that multiplies no matrices: none."""
+def zero_flop(*shapes: Any, **_: Any) -> int:
+    """Return the GEMM FLOP of an operator that multiplies no matrices: 0."""
     return 0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 IMAGES, QUERIES, LAYERS, DIM, HEADS, CLASSES, TARGETS = 16, 100, 6, 256, 8, 91, 63
 TOKENS = 25 * 34
-"""Of one 800x1066 image at stride 32."""
+"""Tokens of one 800x1066 image at stride 32."""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -16,9 +16,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def predictions_and_targets() -> Iterator[tuple[Tensor, ...]]:
-    """Yield logits and boxes of every layer, labels and boxes of the targets: with float32 logits, as the model makes
-    them, and with bf16.
-    """
+    """Yield logits and boxes of every layer, labels and boxes of the targets, with logits in float32 and in bf16."""
     boxes = meta(LAYERS, IMAGES, QUERIES, 4, dtype=torch.float32)
     target_boxes = meta(IMAGES, TARGETS, 4, dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):

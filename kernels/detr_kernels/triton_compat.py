@@ -1,7 +1,7 @@
 """Triton and its language, or, where Triton is not installed, stand-ins that let the kernels' files be imported.
 
 Kernels are not specialised (`do_not_specialize`) on numbers that differ from batch to batch: each new one would be
-compiled anew in the middle of training. Nor on the alignment of PARTS: a slice of a batch's may lie anywhere, and
+compiled anew in the middle of training. Nor on the alignment of UNALIGNED: a slice of a batch may begin anywhere, and
 while a CUDA graph is captured no new variant can be loaded. INTERPRETED says whether kernels were made to run on the
 CPU, by TRITON_INTERPRET=1 at import.
 """
@@ -24,7 +24,7 @@ else:
     except ModuleNotFoundError:
 
         def jit(function: Any = None, **options: Any) -> Any:
-            """Keeps the function as it is; `launch` refuses to run it."""
+            """Return the function as it is; `launch` refuses to run it."""
             return (lambda function: function) if function is None else function
 
         triton = SimpleNamespace(jit=jit)
@@ -32,18 +32,17 @@ else:
         INSTALLED = INTERPRETED = False
 
 
-PARTS = ["num_targets", "labels"]
+UNALIGNED = ["num_targets", "labels"]
 """Arguments that may be slices of a batch's, and begin at any multiple of 8 bytes."""
 
 
 @triton.jit
-def product(a, b, total, INTERPRETED: tl.constexpr):
-    """total + a @ b, or a @ b with None, in float32; exact products, also of float32. The interpreter cannot multiply
-    bfloat16."""
+def gemm(a, b, total, INTERPRETED: tl.constexpr):
+    """Compute total + a @ b, or a @ b with None, in float32 without TF32. The interpreter cannot multiply bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-__all__ = ["INSTALLED", "INTERPRETED", "PARTS", "product", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "UNALIGNED", "gemm", "tl", "triton"]

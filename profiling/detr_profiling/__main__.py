@@ -19,7 +19,7 @@ COMMANDS = {
 
 USAGE = """usage: python -m detr_profiling COMMAND [options], each with --help
 
-  trace    one step in a profiler: stages, kernels, waits, memory, roofline
+  trace    one step in a profiler: stages, kernels, device synchronisations, memory, roofline
   parity   how far every block, loss, gradient, training curve and AP is from the plain reference
   ladder   from the plain reference to everything on, one technique a row
   race     ours compared with baselines, in turns

@@ -44,7 +44,7 @@ def _no_launch(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def absent_gpu(launch: launcher.Launch = _no_launch) -> Iterator[torch.device]:
-    """Yields `cuda:0`, on which fake tensors can be made, trained with and compiled for; nothing runs.
+    """Yield `cuda:0`, on which fake tensors can be made, trained with and compiled for; nothing runs.
 
     `launch` is called with each launch of Triton. Raises RuntimeError where there is a GPU, or another torch.
     """
@@ -83,8 +83,11 @@ def absent_gpu(launch: launcher.Launch = _no_launch) -> Iterator[torch.device]:
 
 
 def made_on(device: torch.device, make: Callable[[], Module]) -> Module:
-    """Make a module on `device`. On the absent one its tensors are fake, and what it starts with is nothing: they take
-    the places of others of the same shapes without memory, since not every module can be made of fake ones."""
+    """Make a module on `device`; on the absent one its tensors are fake, and hold nothing.
+
+    Not every module can be made of fake tensors: there they take the places of others of the same
+    shapes without memory.
+    """
     if detect_fake_mode() is None:
         with device:
             return make()
@@ -102,7 +105,7 @@ def made_on(device: torch.device, make: Callable[[], Module]) -> Module:
 
 @contextmanager
 def _without_context() -> Iterator[None]:
-    """CUDA's hooks say of every device that it has no context."""
+    """Have CUDA's hooks answer of every device that it has no context."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     get_hooks = library._ZN2at6detail12getCUDAHooksEv
     get_hooks.restype = ctypes.c_void_p

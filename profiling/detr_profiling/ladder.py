@@ -60,9 +60,8 @@ def configure(entries: Sequence[Entry], leave_one_out: bool) -> None:
         entry.configuration, entry.without = with_techniques(first, [*below, entry]), None
     for entry in working if leave_one_out else ():
         rest = with_techniques(first, [each for each in working if each is not entry])
-        exists = rest.implementation == "detr_fast" and rest.keeps_memory
         same = [each.configuration for each in working[-2:]]
-        entry.without = rest if exists and rest not in same else None
+        entry.without = rest if rest.implementation == "detr_fast" and rest not in same else None
     if leave_one_out:
         *_, before, top = (entry for entry in entries if not entry.is_left_out)
         top.without = before  # the same configuration

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from detr_kernels import PackedImages
 from detr_kernels.launch import launches_to
-from detr_kernels.preprocessing.resize import Place
+from detr_kernels.preprocessing.resize import Slot
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -28,8 +28,8 @@ from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_fast.runtime import Runtime
-from detr_fast.stages import STAGES, current_stage
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
@@ -74,13 +74,13 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.by_stage: dict[str, Counter[str]] = {}
         """Stage to operator or kernel to how often."""
-        self.synchronisations: list[str] = []
+        self.synchronizations: list[str] = []
         """Operators that took something from the device to the host, or brought it from memory that is not pinned."""
         self.ours: set[str] = set()
         """Our operators that ran."""
 
     def note(self, name: str) -> None:
-        self.by_stage.setdefault(current_stage() or OTHER, Counter())[name] += 1
+        self.by_stage.setdefault(current_range() or OTHER, Counter())[name] += 1
 
     def note_triton(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.note(kernel.fn.__name__)
@@ -88,8 +88,8 @@ class Launches(TorchDispatchMode):
             kernel[grid](*arguments, **options)
 
     def totals(self) -> dict[str, int]:
-        """Launches by stage, in the stages' order."""
-        return {stage: self.by_stage[stage].total() for stage in (*STAGES, OTHER) if stage in self.by_stage}
+        """Count the launches by stage, in the stages' order."""
+        return {stage: self.by_stage[stage].total() for stage in (*PROFILER_RANGES, OTHER) if stage in self.by_stage}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
         if ("cuda" in taken and "cpu" in given) or (
             "cpu" in taken and "cuda" in given and func.overloadpacket in COPIES
         ):
-            self.synchronisations.append(str(func))
+            self.synchronizations.append(str(func))
         if "cuda" in taken | given and not func.is_view and func.overloadpacket not in NOTHING_RUNS:
             self.note(func.name())
             if func.overloadpacket is aten.convolution and args[2] is not None:
@@ -141,28 +141,34 @@ def _launches(operator: Any) -> bool:
 
 
 def make_batch(
-    device: torch.device, images: int, room: tuple[int, int], padded: bool, targets: int = 16, mirrored: bool = True
+    device: torch.device,
+    images: int,
+    padded_size: tuple[int, int],
+    padded: bool,
+    targets: int = 16,
+    hflip: bool = True,
 ) -> Batch:
-    """Random images of 3/5 the room's sides, to be resized to it, half of them narrower by a sixteenth if `padded`."""
-    height, width = (3 * side // 5 for side in room)
-    places = tuple(
-        Place(
+    """Draw images of 3/5 the sides of `padded_size`, to be resized to it; if `padded`, every other one is narrower
+    by a sixteenth."""
+    height, width = (3 * side // 5 for side in padded_size)
+    slots = tuple(
+        Slot(
             index * height * width * 3,
             *(height, width),
-            *(room[0], room[1] - (room[1] // 16 if padded and index % 2 else 0)),
-            int(mirrored),
+            *(padded_size[0], padded_size[1] - (padded_size[1] // 16 if padded and index % 2 else 0)),
+            int(hflip),
         )
         for index in range(images)
     )
     buffer = torch.randint(0, 256, (images * height * width * 3,), dtype=torch.uint8, device=device)
-    packed = PackedImages(buffer, torch.tensor(places).to(device), places)
+    packed = PackedImages(buffer, torch.tensor(slots).to(device), slots)
     objects = Targets(
         torch.zeros(images, targets, dtype=torch.int64, device=device),
         torch.rand(images, targets, 4, device=device) * 0.3 + 0.2,
         torch.full((images,), targets // 2, device=device),
     )
     sizes = torch.full((images, 2), 480, device=device)
-    return Batch(packed, room, objects, list(range(images)), sizes)
+    return Batch(packed, padded_size, objects, list(range(images)), sizes)
 
 
 def make_step(
@@ -187,7 +193,7 @@ def count_step(step: TrainStep, batch: Batch) -> Launches:
 
 
 def inputs_of(step: TrainStep, batch: Batch) -> tuple[Tensor, Tensor | None, Targets]:
-    """Images, mask and targets, as `loss_of` takes them."""
+    """Return images, mask and targets, as `loss_of` takes them."""
     images, mask = replace(step.preprocessing, backend="ref")(batch)
     return images, mask, batch.targets
 
@@ -232,8 +238,8 @@ def launches_table(launches: Launches) -> Table:
     for stage, count in totals.items():
         most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
         rows.append(cells(stage, str(count), most))
-    synchronisations = f"{len(launches.synchronisations)} device synchronisations"
-    rows.append(cells("together", str(sum(totals.values())), synchronisations))
+    waits = f"{len(launches.synchronizations)} device synchronisations"
+    rows.append(cells("together", str(sum(totals.values())), waits))
     return Table("Launches in a step", [*words("stage"), *figures("launches"), *words("most frequent")], rows)
 
 

@@ -35,27 +35,27 @@ def coco_sizes(seed: int, epoch: int, images: np.ndarray | Sequence[int], larges
 
 
 class BatchShape(NamedTuple):
-    """Of one batch, in pixels."""
+    """Describes one batch, in pixels."""
 
     sizes: Sequence[tuple[int, int]]
     """(h, w) of each image."""
-    room: tuple[int, int]
+    padded_size: tuple[int, int]
     """(H, W) that all are padded to."""
 
     @classmethod
     def of(cls, batch: Sequence[Position], sizes_of: Callable[[int, np.ndarray], np.ndarray]) -> "BatchShape":
         sizes = sizes_of(batch[0].epoch, np.array([position.image for position in batch])).tolist()
-        heights, widths = zip(batch[0].room, *sizes, strict=True)
+        heights, widths = zip(batch[0].padded_size, *sizes, strict=True)
         return cls([(height, width) for height, width in sizes], (max(heights), max(widths)))
 
     def in_steps(self, step: int) -> "BatchShape":
         """Round the padded size up to multiples of `step` pixels."""
-        height, width = (-(-side // step) * step for side in self.room)
-        return self._replace(room=(height, width))
+        height, width = (-(-side // step) * step for side in self.padded_size)
+        return self._replace(padded_size=(height, width))
 
     @property
     def computed_px(self) -> int:
-        return len(self.sizes) * math.prod(self.room)
+        return len(self.sizes) * math.prod(self.padded_size)
 
     @property
     def image_px(self) -> int:

@@ -1,4 +1,4 @@
-"""What a model computed from a batch, in words that every implementation shares, so that two can be compared."""
+"""A model's outputs, losses, matches and gradients under names that every implementation shares, to be compared."""
 
 from collections.abc import Sequence
 from typing import Any

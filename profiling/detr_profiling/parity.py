@@ -22,10 +22,11 @@ from detr_profiling.comparison.record import ParityRecord
 from detr_profiling.comparison.variants import Variant, build_variants
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.observation import Observation
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions, build_workload
+from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,39 +79,41 @@ def last_layer(found: Observation) -> Observation:
 
 
 class OutputParity:
-    """Variants of a workload, one after another, against what the reference computes from the same batch."""
+    """Compares variants of a workload, one after another, with the reference on the same batch."""
 
     def __init__(self, options: WorkloadOptions) -> None:
         self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
-        self.oracle = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
+        self.reference = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
         self.eager: dict[Precision, Observation] = {}
 
     def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
             baseline = build_baseline("reference", replace(self.plain, precision=precision))
-            self.eager[precision] = observe_all(baseline, self.oracle)
+            self.eager[precision] = observe_all(baseline, self.reference)
         return self.eager[precision]
 
     def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
         """Return what it computes, and the verdicts. Raises UserError where it cannot run."""
-        options, oracle, eager = variant.options, self.oracle, self.eager_in(variant.options.precision)
+        options, reference, eager = variant.options, self.reference, self.eager_in(variant.options.precision)
         if variant.baseline:
             observe = build_baseline(variant.baseline, options).observe
             assert observe is not None
             found = observe()
-            return found, judge(found, last_layer(oracle), last_layer(eager))
-        found = observe_all(build_workload(options), oracle)
+            return found, judge(found, last_layer(reference), last_layer(eager))
+        found = observe_all(build_workload(options), reference)
         if options.compile:
-            oracle, eager = (
+            reference, eager = (
                 {name: value for name, value in side.items() if not name.startswith("block ")}
-                for side in (oracle, eager)
+                for side in (reference, eager)
             )
-        return found, judge(found, oracle, eager)
+        return found, judge(found, reference, eager)
 
 
 class Parity:
-    """The comparisons of a run; each begins with the reference's side, when it is first asked for. Raises UserError for
-    data or weights that cannot be read, before anything takes long."""
+    """Compares outputs, training and AP; each part computes the reference's side when it is first asked for.
+
+    Raises UserError for data or weights that cannot be read, before anything takes long.
+    """
 
     def __init__(self, options: ParityOptions, record: ParityRecord) -> None:
         self.options, self.record, self.workload = options, record, options.observed()
@@ -143,7 +146,7 @@ class Parity:
                 raise
             self.record.left_out[variant.name] = str(error)
         else:
-            self.record.add(variant, found, rows, self.outputs.oracle)
+            self.record.add(variant, found, rows, self.outputs.reference)
         self.finish_part()
 
     def compare_training(self, variant: Variant) -> None:

@@ -16,17 +16,19 @@ from detr_fast.config import Idle
 from detr_fast.console import Console
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.baselines.build import REFERENCE
+from detr_profiling.batches import batch_shapes
 from detr_profiling.limits.counting import count_work
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.measuring.measurement import Configuration
 from detr_profiling.measuring.row import LadderRow
 from detr_profiling.measuring.techniques import start
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.formats import number
 from detr_profiling.pages.ladder import baseline_sections
 from detr_profiling.pages.results import RACE_FILE
 from detr_profiling.pages.terminal import show
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.workload import WorkloadOptions
 
 EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
 """In float32."""
@@ -48,13 +50,15 @@ class RaceOptions(RoundOptions):
     compiled_baseline: bool = True
     """Also Hugging Face's DETR compiled, which takes minutes on a CPU."""
     same_settings: bool = True
-    """On a CPU let the baselines keep freed memory too, as ours does by itself; without, they run as they come."""
+    """Give the baselines our --host-allocator, which on a CPU keeps freed memory; without, they have glibc's."""
 
 
 def build_entries(options: RaceOptions) -> list[Entry]:
     """List the eager baselines, the compiled one, the reference in our precision, and ours."""
     ours = options.resolved()
-    plain = replace(start(ours), keeps_memory=options.same_settings)
+    plain = start(ours)
+    if options.same_settings:
+        plain = replace(plain, options=replace(plain.options, host_allocator=ours.host_allocator))
     entries = [Entry(name, replace(plain, implementation=name)) for name in EAGER_BASELINES]
     if options.compiled_baseline and missing_for_compile() is None:
         entries.append(Entry("hf-compiled", replace(plain, implementation="hf-compiled")))
@@ -74,9 +78,9 @@ def fastest_eager_ms(rows: Sequence[LadderRow]) -> float | None:
 def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
     """Return the fraction of the device's matrix peak, measured here and now, that a step of that time reaches."""
     workload = build_workload(replace(options.resolved(), compile=False))
-    flop = sum(work.flop for work in count_work(workload.run).values()) / len(workload.shapes)
+    flop = sum(work.flop for work in count_work(workload.run).values()) / len(batch_shapes(workload.options))
     dtype, _ = choose_precision(options.precision, workload.device)
-    return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).product_tflop_s * 1e12)
+    return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).gemm_tflop_s * 1e12)
 
 
 def main(options: RaceOptions) -> int:

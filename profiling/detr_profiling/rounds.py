@@ -21,11 +21,10 @@ from detr_profiling.measuring.measurement import (
     Configuration,
     Measurement,
     measure_in_process,
-    write_oracle_in_process,
+    write_references_in_process,
 )
 from detr_profiling.measuring.row import LadderRow, write_rows
 from detr_profiling.measuring.techniques import Technique
-from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.results import read_ladder
 from detr_profiling.report import write_report
 from detr_profiling.workload import WorkloadOptions
@@ -33,7 +32,7 @@ from detr_profiling.workload import WorkloadOptions
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOptions(WorkloadOptions):
-    """A workload, and how often it is measured."""
+    """Names a workload, and how often it is measured."""
 
     out: str = "runs/profile"
     """Folder for the rows as CSV, and the report that shows them."""
@@ -51,7 +50,7 @@ class RoundOptions(WorkloadOptions):
 
 @dataclass(eq=False)
 class Entry:
-    """One configuration that takes turns, and what was measured of it."""
+    """Holds one configuration that takes turns, and what was measured of it."""
 
     name: str
     configuration: Configuration
@@ -74,7 +73,7 @@ class Entry:
 
 
 class TimeLimit:
-    """The time that is left, judged by the longest measurement so far."""
+    """Judges the time that is left by the longest measurement so far."""
 
     def __init__(self, minutes: float | None) -> None:
         self.ends_s = time.perf_counter() + minutes * 60 if minutes else None
@@ -103,33 +102,33 @@ class Rounds:
         """Measure while there is time; yields after each measurement."""
         limit = TimeLimit(self.options.minutes)
         with tempfile.TemporaryDirectory() as folder:
-            oracle = Path(folder)
-            write_oracle_in_process(self.entries[0].configuration.options, oracle)
+            references = Path(folder)
+            write_references_in_process(self.entries[0].configuration.options, references)
             for number in range(self.options.rounds):
                 for entry in (each for each in self.entries if not each.is_left_out):
-                    self._measure(entry, oracle if number == 0 else None, limit, number)
+                    self._measure(entry, references if number == 0 else None, limit, number)
                     if number == 0:
                         self.review(entry)
                     yield
                 for entry in self.entries:
                     if isinstance(entry.without, Configuration):
-                        self._measure_without(entry, entry.without, oracle, limit)
+                        self._measure_without(entry, entry.without, references, limit)
                         yield
 
-    def _measure(self, entry: Entry, oracle: Path | None, limit: TimeLimit, number: int) -> None:
-        if found := self._attempt(entry, entry.configuration, oracle, limit):
+    def _measure(self, entry: Entry, references: Path | None, limit: TimeLimit, number: int) -> None:
+        if found := self._attempt(entry, entry.configuration, references, limit):
             entry.measured = entry.measured.joined(found) if entry.measured else found
             entry.rounds_ms.append(found.timing.median_ms)
             self.console.print(f"round {number + 1}  {entry.name:24} {found.timing.text()} ms")
 
-    def _measure_without(self, entry: Entry, without: Configuration, oracle: Path, limit: TimeLimit) -> None:
+    def _measure_without(self, entry: Entry, without: Configuration, references: Path, limit: TimeLimit) -> None:
         before = entry.left_without
-        if found := self._attempt(entry, without, None if before else oracle, limit):
+        if found := self._attempt(entry, without, None if before else references, limit):
             entry.left_without = before.joined(found) if before else found
             self.console.print(f"without  {entry.name:24} {found.timing.text()} ms")
 
     def _attempt(
-        self, entry: Entry, configuration: Configuration, oracle: Path | None, limit: TimeLimit
+        self, entry: Entry, configuration: Configuration, references: Path | None, limit: TimeLimit
     ) -> Measurement | None:
         """Return None, with a note on the entry, where no time is left or the configuration does not run."""
         if not limit.allows_another():
@@ -137,7 +136,7 @@ class Rounds:
             return None
         began_s = time.perf_counter()
         try:
-            found = measure_in_process(configuration, self.options.runs, oracle, limit.left_s)
+            found = measure_in_process(configuration, self.options.runs, references, limit.left_s)
         except UserError as error:
             entry.note = str(error)
             return None
@@ -179,10 +178,10 @@ def rows_of(entries: Sequence[Entry], options: WorkloadOptions) -> list[LadderRo
 def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, place: dict[str, Any]) -> LadderRow:
     """Make a row; `first` is what its speedup is over."""
     found, lost = entry.measured, entry.measured_without
-    figures = timing_columns(lost.timing, "without_") if lost else {}
+    figures: dict[str, Any] = lost.timing.columns("without_") if lost else {}
     if found:
         others = {name: value for name, value in asdict(found).items() if name not in ("timing", "quantity")}
-        figures |= timing_columns(found.timing) | others | {"quantity": found.quantity or ""}
+        figures |= found.timing.columns() | others | {"quantity": found.quantity or ""}
         figures["images_per_second"] = 1e3 * (options.batch_size or 1) / found.timing.median_ms
         figures["speedup"] = first.timing.median_ms / found.timing.median_ms if first else None
     return LadderRow(
@@ -194,7 +193,3 @@ def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, pl
         **figures,
         **place,
     )
-
-
-def timing_columns(timing: Timing, prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}{name}": getattr(timing, name) for name in ("median_ms", "q1_ms", "q3_ms", "runs")}

@@ -1,6 +1,6 @@
 """`python -m detr_profiling trace`: where a step's time and memory go, in tables, figures and a trace to look at."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,13 +14,14 @@ from detr_fast.data.batch import Batch
 from detr_fast.detector import place
 from detr_fast.files import explained, require_writable
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_batches, make_data, make_model, make_step
+from detr_fast.training.build import make_batches, make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.recipes import recipe_of
+from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections, workload_text
-from detr_profiling.tracing.recording import RESULT_FILE, nothing_to_fetch, profile_workload
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.tracing.recording import RESULT_FILE, profile_workload, run_step
+from detr_profiling.workload import Workload, WorkloadOptions
 
 MOST_STEPS = 10
 LARGE_TRACE_MIB = 100
@@ -30,7 +31,7 @@ SNAPSHOT_ENTRIES = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions(WorkloadOptions):
-    """One step in a profiler: stages, kernels, waits, memory, roofline."""
+    """One step in a profiler: stages, kernels, device synchronisations, memory, roofline."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         *WorkloadOptions.idle,
@@ -95,11 +96,8 @@ def training_options(options: WorkloadOptions, data: str) -> TrainConfig:
     return replace(recipe, data=data, backbone_weights="none", **changes)
 
 
-def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Callable[[], None]]:
-    """Build a training step on the batches of `data`, and what fetches the next batch for it.
-
-    Raises UserError for data that cannot be read.
-    """
+def build_fed_workload(options: TraceOptions, data: str) -> Workload:
+    """Build a training step on the batches of `data`. Raises UserError for data that cannot be read."""
     config, resolved = training_options(options, data), options.resolved()
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
     runtime, world = choose_runtime(config), World()
@@ -109,7 +107,11 @@ def build_fed_workload(options: TraceOptions, data: str) -> tuple[Workload, Call
     feed = Feed(make_batches(config, train_set, runtime, world, (0, 0)))
     # with the data's name, and no size where nobody asked for one: images are as the recipe makes them
     asked = replace(options, **{name: getattr(resolved, name) for name in ("device", "batch_size", "threads")})
-    return Workload("detr_fast", asked, model, lambda: step([feed.take()]), reasons=runtime.reasons), feed.fetch
+
+    def run() -> Any:
+        return step([feed.take()])
+
+    return Workload("detr_fast", asked, model, run, reasons=runtime.reasons, fetch=feed.fetch)
 
 
 def main(options: TraceOptions) -> int:
@@ -119,15 +121,11 @@ def main(options: TraceOptions) -> int:
     )
     out, console = Path(options.out), Console()
     require_writable("--out", out)  # before minutes are spent on figures that cannot be kept
-    fetch: Callable[[], None] = nothing_to_fetch
-    if options.data is None:
-        workload = build_workload(options)
-    else:
-        workload, fetch = build_fed_workload(options, options.data)
+    workload = build_workload(options) if options.data is None else build_fed_workload(options, options.data)
     with explained(out):
-        result = profile_workload(workload, out, options.steps, options.warmup, fetch)
+        result = profile_workload(workload, out, options.steps, options.warmup)
         if options.memory_snapshot:
-            write_memory_snapshot(workload, fetch, out / SNAPSHOT_FILE)
+            write_memory_snapshot(workload, out / SNAPSHOT_FILE)
     console.print(workload_text(result))
     show(trace_sections(result), console)
     for line in how_to_look(result, out, options.memory_snapshot):
@@ -135,11 +133,10 @@ def main(options: TraceOptions) -> int:
     return 1 if result["problem"] else 0
 
 
-def write_memory_snapshot(workload: Workload, fetch: Callable[[], None], path: Path) -> None:
+def write_memory_snapshot(workload: Workload, path: Path) -> None:
     """Write every allocation of one step, as https://pytorch.org/memory_viz reads it."""
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
-    fetch()
-    workload.run()
+    run_step(workload)
     workload.synchronize()
     torch.cuda.memory._dump_snapshot(str(path))
     torch.cuda.memory._record_memory_history(enabled=None)

@@ -1,8 +1,8 @@
-"""`python -m detr_profiling tune`: which backends and switches are fastest on this machine, for one model and size.
+"""`python -m detr_profiling tune`: finds the fastest backends and switches on this machine, for one model and size.
 
-From the first guess on, one switch after another: each of its other values is a candidate, in a process of its own, and
-takes turns with the best so far. It wins where it is faster in every turn and by more than the spread, and as close to
-the reference in float64 as eager code is. What is left at the end takes turns with the first guess once more; where it
+From the first guess on, one switch after another is tried: each of its other values is a candidate, in a process of its
+own, and takes turns with the best so far. It wins where it is faster in every turn, by more than the IQR, and as close
+to the reference in float64 as eager code is. At the end the best takes turns with the first guess once more; where it
 does not win these, the first guess stays. `auto` reads the entry that this writes (`detr_fast.tuning`).
 """
 
@@ -26,13 +26,13 @@ from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
-from detr_fast.training.assembly import make_data
+from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
-from detr_fast.training.first_minute import typical_size
+from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
-from detr_profiling.measuring.measurement import ORACLE, Configuration, write_oracle_in_process
+from detr_profiling.measuring.measurement import FLOAT64, Configuration, write_references_in_process
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
@@ -106,10 +106,10 @@ class TuneOptions(WorkloadOptions):
 
 @dataclass
 class Tuner:
-    """The best configuration so far, and what was tried on the way."""
+    """Holds the best configuration so far, and what was tried on the way."""
 
     options: TuneOptions
-    oracle: Path
+    references: Path
     """Folder with the reference's observations of `compared(options)`."""
     say: Callable[[str], None] = print
     new: Callable[[Configuration], Candidate] = Candidate
@@ -188,10 +188,10 @@ class Tuner:
         try:
             self._take_turns(self.best, candidate, turns)
             best, found = turns.joined()
-            trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, spread_ms=turns.spread_ms)
+            trial = partial(trial, ms=found.median_ms, against_ms=best.median_ms, iqr_ms=turns.iqr_ms)
             if problem := turns.why_no_gain():
                 return trial(verdict="no faster", reason=problem)
-            judged = candidate.judge(self._oracle(), self._limit_s(candidate))
+            judged = candidate.judge(self._references(), self._limit_s(candidate))
             trial = partial(trial, error=judged["error"], allowed=judged["allowed"])
             if not judged["close"]:
                 return trial(verdict="not close", reason=f"{judged['quantity']} errs by {number(judged['error'])}")
@@ -216,11 +216,11 @@ class Tuner:
         short = self.ends - time.perf_counter() < needs_s + self.longest_s
         return problem or ("no time left" if short else None)
 
-    def _oracle(self) -> Path:
-        """Filled when a candidate is compared with it first: in float64 that takes its time."""
-        if not (self.oracle / ORACLE).exists():
-            write_oracle_in_process(compared(first_guess(self.options).options), self.oracle)
-        return self.oracle
+    def _references(self) -> Path:
+        """Return the folder of the reference's observations, made at the first call: float64 takes its time."""
+        if not (self.references / FLOAT64).exists():
+            write_references_in_process(compared(first_guess(self.options).options), self.references)
+        return self.references
 
     def _begun(self, configuration: Configuration) -> Candidate:
         """Begin a candidate of it. Beside a GPU, where there are cores to spare, the next process begins already."""
@@ -245,8 +245,7 @@ class Tuner:
                 return
 
     def _limit_s(self, side: Candidate) -> float:
-        """Seconds that a process may take until it answers: those that are left, but enough for what runs as it
-        should."""
+        """Return the seconds that a process may take to answer: those that are left, but enough for one that works."""
         longest_s = COMPILE_S if side.configuration.options.compile else START_S
         return max(min(longest_s, self.ends - time.perf_counter()), 20 + self.longest_s)
 
@@ -260,8 +259,10 @@ def fills_the_device(candidate: Candidate) -> bool:
 
 
 def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
-    """Search, and make the entry of what was found. Where a batch does not fit into the memory, of a smaller one, as
-    training computes it then."""
+    """Search, and make the entry of what was found.
+
+    Where a batch does not fit into the memory, a smaller one is measured, since training computes it in parts then.
+    """
     ends, case = time.perf_counter() + 60 * options.minutes, options.case()
     with tempfile.TemporaryDirectory() as folder:
         while True:
@@ -283,14 +284,14 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
         tuner.trials,
         first_guess_ms=first.median_ms,
         chosen_ms=found.median_ms if choices else first.median_ms,
-        spread_ms=turns.spread_ms,
+        iqr_ms=turns.iqr_ms,
         date=datetime.date.today().isoformat(),
         commit=commit(),
     )
 
 
 def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
-    """Into tune.json, where another mode's entry stays, and the report. Raises UserError where that cannot be."""
+    """Write the entry into tune.json, where another mode's stays, and the report. Raises UserError where that fails."""
     path = folder / TUNE_FILE
     entries = (read_object(path, "tune") or {}) | {mode: entry.to_dict()}
     write_json(path, entries)

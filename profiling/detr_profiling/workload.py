@@ -1,44 +1,22 @@
-"""What is measured: training steps or inferences of a model, on batches that are the same for all."""
+"""What is measured: training steps or inferences of a model, on batches that are the same for all implementations."""
 
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
-from detr_kernels import PackedImages
 from torch import nn
 
-from detr_fast.config import MODELS, Idle, ModelConfig, RuntimeOptions, model_config, require
-from detr_fast.data.batch import Batch, Targets
-from detr_fast.data.loader import on_device
-from detr_fast.detector import Detector, place
-from detr_fast.model.backends import hand_out
-from detr_fast.model.detr import DETR
-from detr_fast.model.optimized import optimized
-from detr_fast.runtime import Runtime, choose_device, choose_runtime
-from detr_fast.stages import stage
-from detr_fast.training.assembly import shape_step_px
-from detr_fast.training.criterion import SetCriterion, build_criterion
-from detr_fast.training.graphed_step import GraphedStep, why_not_graphed
-from detr_fast.training.micro_batches import MicroBatches
-from detr_fast.training.optimizer import build_optimizer
-from detr_fast.training.step import TrainStep
-from detr_fast.weights import export_state_dict, load_state_dict
-from detr_profiling.measuring.timing import STEADY_AFTER
-from detr_profiling.mixed_sizes import BatchShape, typical_shapes
-from detr_profiling.observation import Observation, observe_captured_step, observe_model
-from detr_profiling.reference.keyed_weights import mild_state_dict
+from detr_fast.config import Idle, ModelConfig, RuntimeOptions, model_config, require
+from detr_fast.data.batch import Batch
+from detr_fast.profiler_ranges import profiler_range
+from detr_fast.runtime import choose_device
+from detr_profiling.observation import Observation
 
 Mode = Literal["training", "inference"]
 Given = TypeVar("Given")
-
-SOURCE_FRACTION = 0.6
-"""Side of a photograph over the side that it is resized to: 480x640 becomes 800x1066, as with most of COCO."""
-EXACT_LEVELS = 16
-"""Pixels that are multiples of it stay whole numbers where a side is doubled bilinearly, at every step of the way."""
 MOST_OBSERVED = 4
 """Images whose outputs and gradients are compared."""
 
@@ -112,8 +90,10 @@ class WorkloadOptions(RuntimeOptions):
         return self.sizes == "mixed"
 
     def resolved(self) -> "WorkloadOptions":
-        """These alone, without what a command adds, and with what `auto` stands for on this device, but for how
-        operations run."""
+        """Return these options alone, without what a command adds, with device, size, batch and threads for `auto`.
+
+        How operations run stays as it was asked for.
+        """
         device, _ = choose_device(self.device)
         size, images = ("800x1066", 16) if device.type == "cuda" else ("320x427", 1)
         asked = {each.name: getattr(self, each.name) for each in fields(WorkloadOptions)}
@@ -126,8 +106,10 @@ class WorkloadOptions(RuntimeOptions):
         return WorkloadOptions(**(asked | found))
 
     def observed(self) -> "WorkloadOptions":
-        """With the images that are compared: in float64, which the oracle needs, more would not fit. All of one size,
-        since padding itself changes a little of what DETR computes."""
+        """Return the options of what is compared: at most 4 images, as float64 takes memory, all of one size.
+
+        Padding itself changes a little of what DETR computes.
+        """
         options = self.resolved()
         return replace(options, sizes="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
@@ -143,7 +125,7 @@ class WorkloadOptions(RuntimeOptions):
 
 @dataclass
 class Workload:
-    """One model with its batches, ready to run again and again."""
+    """Holds one model with its batches, ready to run again and again."""
 
     name: str
     options: WorkloadOptions
@@ -158,11 +140,8 @@ class Workload:
     """What runs as what, and why."""
     step: Callable[[Batch], Any] | None = None
     """One step with a batch that lies on the host. None: with the workload's own batches alone."""
-
-    @property
-    def shapes(self) -> list[BatchShape]:
-        """Of the batches of one run."""
-        return batch_shapes(self.options)
+    fetch: Callable[[], None] = lambda: None
+    """Gets the batch that `run` takes next from a loader; nothing where `run` has its own."""
 
     @property
     def device(self) -> torch.device:
@@ -173,152 +152,14 @@ class Workload:
             torch.cuda.synchronize()
 
 
-def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
-    """One batch, the later half of whose images is an eighth narrower; or those that stand for mixed sizes."""
-    options = options.resolved()
-    (height, width), images = options.height_width, options.batch_size or 1
-    if options.sizes == "same":
-        narrow = [index >= (images + 1) // 2 for index in range(images)]
-        return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
-    step = shape_step_px(options.device, options.compile) if options.buckets else 1
-    shapes = typical_shapes(images, options.seed, options.buckets, min(height, width))
-    return [shape.in_steps(step) for shape in shapes]
-
-
-def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
-    """Draws photographs and boxes on the host, pinned beside a GPU; detr_tiny's have their size already, as those of
-    the embedded data set that it is for."""
-    fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
-    generator = torch.Generator().manual_seed(options.seed)
-    batches = []
-    for shape in batch_shapes(options):
-        sources = [(max(1, round(fraction * h)), max(1, round(fraction * w))) for h, w in shape.sizes]
-        mirrored = options.mode == "training"
-        batches.append(draw_batch(shape, sources, mirrored, options.objects, num_classes, generator))
-    return [batch.pin_memory() for batch in batches] if options.resolved().device == "cuda" else batches
-
-
-def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:
-    """Draws what is compared with the reference, on the host.
-
-    Photographs' sides are doubled, or kept where the result is odd, and their levels are such that nothing has to be
-    rounded: elsewhere an implementation that rounds once and one that rounds after each axis differ by a level.
-    """
-    options = options.observed()
-    generator = torch.Generator().manual_seed(options.seed)
-    [shape] = batch_shapes(options)
-    sources = [(exact_source_side(h), exact_source_side(w)) for h, w in shape.sizes]
-    return draw_batch(shape, sources, True, options.objects, num_classes, generator, EXACT_LEVELS)
-
-
-def exact_source_side(side: int) -> int:
-    """Returns the side from which one of `side` pixels is resized without rounding."""
-    return side if side % 2 else side // 2
-
-
-def draw_batch(
-    shape: BatchShape,
-    sources: Sequence[tuple[int, int]],
-    mirrored: bool,
-    objects: int,
-    num_classes: int,
-    generator: torch.Generator,
-    level_step: int = 1,
-) -> Batch:
-    """Draws photographs of the sizes `sources` that become those of `shape`, with `mirrored` every other one mirrored;
-    levels are multiples of `level_step`, objects on each at most `objects`."""
-    images = len(shape.sizes)
-    photographs = [
-        torch.randint(256 // level_step, (*size, 3), dtype=torch.uint8, generator=generator) * level_step
-        for size in sources
-    ]
-    low = torch.rand(images, objects, 2, generator=generator) * 0.6
-    extent = torch.rand(images, objects, 2, generator=generator) * 0.3 + 0.05
-    labels = torch.randint(num_classes, (images, objects), generator=generator)
-    counts = torch.randint(1, objects + 1, (images,), generator=generator)
-    targets = Targets(labels, torch.cat((low + extent / 2, extent), -1), counts)
-    packed = PackedImages.of_list(photographs, shape.sizes, [mirrored and index % 2 == 1 for index in range(images)])
-    return Batch(packed, shape.room, targets, list(range(images)), torch.tensor(sources))
-
-
-def copied_ahead(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields the batches on `device`, over and over; on a GPU one is copied ahead beside the step, as in training."""
-    return on_device(itertools.cycle(batches), device)
-
-
 def stepping(step: Callable[[Given], Any], feed: Iterator[Given], steps: int) -> Callable[[], Any]:
-    """Makes a run of `steps` steps, each with the next of `feed`; it returns the last one's result."""
+    """Make a run of `steps` steps, each with the next of `feed`; it returns the last one's result."""
 
     def run() -> Any:
         for _ in range(steps):
-            with stage("copy"):
+            with profiler_range("copy"):
                 given = next(feed)
             result = step(given)
         return result
 
     return run
-
-
-def initial_model(options: WorkloadOptions) -> DETR:
-    """On the CPU, its weights from the seed alone, norms and biases not 1 and 0, so that every term shows."""
-    torch.manual_seed(options.seed)
-    model = DETR(options.architecture())
-    if options.model in MODELS and options.model != "detr_tiny":
-        load_state_dict(model, mild_state_dict(export_state_dict(model, "facebook"), options.seed))
-    return model
-
-
-def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None = None) -> Workload:
-    """Build ours; `backends`: of single operations, where they are to be other than the options make them.
-
-    Raises UserError where something asked for by name is not there.
-    """
-    options = options.resolved()
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    runtime = choose_runtime(options)
-    model = place(initial_model(options).train(options.mode == "training"), runtime, backends)
-    if options.mode == "inference" and runtime.optimizes:
-        model = optimized(model, runtime.dtype)
-    criterion = build_criterion(model.config.num_classes)
-    hand_out(model.selection, criterion)
-    if options.mode == "training":
-        step, forward = training_step(model, criterion, options, runtime)
-    else:
-        step, forward = inference_step(model, options, runtime)
-    batches = make_batches(options, model.config.num_classes)
-    run = stepping(step, copied_ahead(batches, runtime.device), len(batches))
-
-    def observe() -> Observation:
-        observed = observed_batch(options, model.config.num_classes).to(runtime.device)
-        with torch.set_grad_enabled(options.mode == "training"):
-            for _ in range(STEADY_AFTER["cuda"] if options.capture and options.mode == "inference" else 1):
-                found = observe_model(model, forward, criterion, observed, runtime)
-            if options.capture and options.mode == "training":
-                found |= observe_captured_step(model, criterion, observed, runtime)
-        return found
-
-    return Workload("detr_fast", options, model, run, observe, runtime.reasons, step)
-
-
-def training_step(
-    model: DETR, criterion: SetCriterion, options: WorkloadOptions, runtime: Runtime
-) -> tuple[Callable[[Batch], Any], Any]:
-    """Makes a step with one batch, and returns it and what it calls in the model's place. Raises UserError where it
-    cannot be captured."""
-    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
-    step = TrainStep(model, criterion, optimizer, runtime)
-    if not options.capture:
-        return lambda batch: step([batch]), step.forward
-    problem = why_not_graphed(step)
-    require(problem is None, f"--capture cannot be done: {problem}.")
-    graphed = GraphedStep(MicroBatches(step))
-    return lambda batch: graphed([batch]), step.forward
-
-
-def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> tuple[Callable[[Batch], Any], Any]:
-    """Does the same for an inference."""
-    # without --capture no replay, which evaluation on a GPU is by default: hooks and the names of stages stay
-    detector = Detector(model, runtime=replace(runtime, capture=options.capture))
-    replays = detector.replays or not options.capture
-    require(replays, "--capture takes an optimised model on a GPU, without --compile.")
-    return detector.detect, detector.forward

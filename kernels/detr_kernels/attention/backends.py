@@ -16,9 +16,9 @@ from detr_kernels.specimens import DIM, HEADS, IMAGES, QUERIES, TOKENS, meta
 def _why_not_blocked(facts: Facts) -> str | None:
     if facts.device.type != "cpu":
         return f"it is for a CPU's caches, not for {facts.device.type}"
-    return (
-        None if facts.training and facts.dropout else "it is for dropout in training: without, torch's own is as fast"
-    )
+    if facts.training and facts.dropout:
+        return None
+    return "it is for dropout in training: without, torch's own is as fast"
 
 
 def _why_not_xformers(facts: Facts) -> str | None:
@@ -36,10 +36,9 @@ def _why_not_triton(facts: Facts) -> str | None:
 
 
 def _packed_flop(q: Shape, cu_seqlens_q: Shape, max_seqlen_q: int, max_seqlen_k: int) -> int:
-    """Count attention's two products of q (Mq, H, d), as if each of the B images had `max_seqlen` tokens.
+    """Count attention's two GEMMs of q (Mq, H, d), as if each of the B images had `max_seqlen` tokens.
 
-    How many it has is known on the device alone, and not at all without data. So this is an upper bound, and the number
-    of a padded batch.
+    The true lengths are known on the device alone. So this is an upper bound: the number of a padded batch.
     """
     images, (_, heads, width) = cu_seqlens_q[0] - 1, q
     return 2 * (2 * images * heads * max_seqlen_q * max_seqlen_k * width)
@@ -66,24 +65,24 @@ def _xformers_backward_flop(dout: Shape, q: Shape, *rest: Any, **_: Any) -> int:
 
 
 def attention_flop(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """Count both products of q (..., Nq, d) and k, v (..., Nk, d), with a leading dimension or two."""
+    """Count both GEMMs of q (..., Nq, d) and k, v (..., Nk, d), with a leading dimension or two."""
     return 4 * math.prod(q) * k[-2]
 
 
 def attention_backward_flop(dout: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """Count two gradients for each product; the scores, computed once more, are not counted."""
+    """Count two gradients for each GEMM; the scores, which are computed once more, are not counted."""
     return 2 * attention_flop(q, k, v)
 
 
 def _specimens() -> None:
-    """The encoder's self-attention, its queries and keys of one projection, and the decoder's cross-attention."""
+    """Launch the encoder's self-attention, queries and keys from one projection, and the decoder's cross-attention."""
     cu_seqlens, seed = meta(IMAGES + 1, dtype=torch.int32), meta(1, dtype=torch.int64)
     of_tokens, of_queries = (meta(IMAGES * count, HEADS, DIM // HEADS) for count in (TOKENS, QUERIES))
     halves = [half.unflatten(1, (HEADS, -1)) for half in meta(IMAGES * TOKENS, 2 * DIM).chunk(2, 1)]
     for q, k, max_seqlen in ((*halves, [TOKENS, TOKENS]), (of_queries, of_tokens, [QUERIES, TOKENS])):
-        places = cu_seqlens, cu_seqlens, seed, max_seqlen
-        out, lse = triton_forward._forward(q, k, of_tokens, *places, 0.1)
-        triton_backward._backward(out, q, k, of_tokens, out, lse, *places, 0.1)
+        varlen = cu_seqlens, cu_seqlens, seed, max_seqlen
+        out, lse = triton_forward._forward(q, k, of_tokens, *varlen, 0.1)
+        triton_backward._backward(out, q, k, of_tokens, out, lse, *varlen, 0.1)
 
 
 OPERATION = Operation(

@@ -2,10 +2,10 @@
 
     out = dropout(softmax(q k^T / sqrt(d))) v                 over the keys that are attended to
 
-torch's `scaled_dot_product_attention` has one form with dropout on a CPU, the plain one, which computes in float32 and
-keeps five tensors of B H Nq Nk numbers for the backward pass. Here so many heads are computed at a time that their
-weights stay in the cache, in the inputs' own precision, and two such tensors are kept: the weights before and after
-dropout. (Vaswani et al. 2017, section 3.2.)
+With dropout on a CPU, torch's `scaled_dot_product_attention` computes in float32 and saves five tensors of B H Nq Nk
+numbers for the backward pass. Here only so many heads are computed at a time that their weights stay in the cache,
+in the inputs' own precision, and two such tensors are saved: the weights before and after dropout.
+(Vaswani et al. 2017, section 3.2.)
 """
 
 import math
@@ -21,25 +21,27 @@ CACHED_BYTES = 2**23
 
 
 def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], Tensor]:
-    """Which heads of q (G, Nq, d) with keys (G, Nk, d) are computed together, and room for such a group's weights."""
+    """Group heads of q (G, Nq, d) and k (G, Nk, d) to compute together; allocate the weights of one group."""
     together = max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
-    room = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
-    return [slice(start, start + together) for start in range(0, len(q), together)], room
+    workspace = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
+    return [slice(start, start + together) for start in range(0, len(q), together)], workspace
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q (G, Nq, d), k and v (G, Nk, d), hidden (G, 1, Nk), 0, or -inf where a key is not attended to -> out (G, Nq, d),
-    and the weights (G, Nq, Nk) before and after dropout."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute out (G, Nq, d), and the weights (G, Nq, Nk) before and after dropout, of q (G, Nq, d), k, v (G, Nk, d).
+
+    `attn_bias` (G, 1, Nk) is 0, or -inf where a key is not attended to.
+    """
     q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
     out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
-    groups, room = _groups(q, k)
+    groups, workspace = _groups(q, k)
     dropper = Dropper(p)
     for some in groups:
-        scores = room[: len(q[some])]
-        if hidden is None:
+        scores = workspace[: len(q[some])]
+        if attn_bias is None:
             torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
         else:
-            torch.baddbmm(hidden[some], q[some], k[some].transpose(1, 2), out=scores)
+            torch.baddbmm(attn_bias[some], q[some], k[some].transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=weights[some])
         dropper.drop(weights[some], out=dropped[some])
         torch.bmm(dropped[some], v[some], out=out[some])
@@ -49,14 +51,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, p: float) -
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, dropped: Tensor, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v: with g = dout v^T, of the scores they are dropped g - weights sum(dropped g)."""
+    """Compute the gradients of q, k and v; the scores' is dropped g - weights sum(dropped g), with g = dout v^T."""
     scale = math.sqrt(1 / q.shape[-1])
     dout, q = dout * (1 / (1 - p)), q.contiguous() * scale
     k, v = k.contiguous(), v.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    groups, room = _groups(q, k)
+    groups, workspace = _groups(q, k)
     for some in groups:
-        dscores = room[: len(q[some])]
+        dscores = workspace[: len(q[some])]
         torch.bmm(dropped[some].transpose(1, 2), dout[some], out=dv[some])
         torch.bmm(dout[some], v[some].transpose(1, 2), out=dscores).mul_(dropped[some])
         dscores.addcmul_(weights[some], dscores.sum(-1, keepdim=True), value=-1)
@@ -70,7 +72,7 @@ backward_op = torch.library.custom_op("detr_kernels::dropout_attention_backward"
 
 
 @forward_op.register_fake
-def _(q, k, v, hidden, p):
+def _(q, k, v, attn_bias, p):
     out, (weights, dropped) = q.new_empty(q.shape), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
     return out, weights, dropped
 
@@ -94,18 +96,21 @@ def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention(q, k, v, attended, p)` of q (B, H, Nq, d), k, v (B, H, Nk, d) -> (B, H, Nq, d).
+def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, p: float) -> Tensor:
+    """Compute `F.scaled_dot_product_attention(q, k, v, attn_mask, p)` of q (B, H, Nq, d) and k, v (B, H, Nk, d).
 
-    `attended` (B, 1, 1, Nk) bool or None: all are. An image that attends to nothing gets zeros. Dropout, with
-    probability `p` of more than 0, draws from torch's generator, but other numbers than torch's own form.
+    Returns (B, H, Nq, d). `attn_mask` (B, 1, 1, Nk) bool is True where a key is attended to; None: everywhere. An image
+    that attends to nothing gets zeros. Dropout, with probability `p` above 0, is seeded by torch's generator, but draws
+    other numbers than torch's own.
     """
     images, heads, queries, width = q.shape
-    hidden = some = None
-    if attended is not None:
-        some = attended.any(-1, keepdim=True)
-        hidden = q.new_zeros(()).masked_fill(~attended & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
+    attn_bias = some = None
+    if attn_mask is not None:
+        some = attn_mask.any(-1, keepdim=True)
+        attn_bias = (
+            q.new_zeros(()).masked_fill(~attn_mask & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
+        )
     flat = (x.reshape(images * heads, -1, width) for x in (q, k, v))
-    out, *_ = forward_op(*flat, hidden, p)
+    out, *_ = forward_op(*flat, attn_bias, p)
     out = out.view(images, heads, queries, width)
     return out if some is None else torch.where(some, out, 0)

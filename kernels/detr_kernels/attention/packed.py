@@ -3,8 +3,8 @@
     out_i = sum_j dropout(w_ij) v_j        w_ij = softmax over j of q_i . k_j / sqrt(d)
 
 with j over the keys of query i's own image (Vaswani et al. 2017, section 3.2). Queries and keys of all images lie one
-after another, and `cu_seqlens` (B+1,) on the device says where each image begins. Rows after the last offset are a tail
-that belongs to no image (`packing.py` says why there is one): zeros, with gradients of zero.
+after another, and `cu_seqlens` (B+1,) on the device says where each image begins. Rows from `cu_seqlens[-1]` on are
+padding (`packing.py` says why there is some): they get zeros, and gradients of zero.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.attention.backends import OPERATION
-from detr_kernels.attention.packing import Blank, gather_rows, images_of_rows
+from detr_kernels.attention.packing import ZeroRows, gather_rows, images_of_rows
 from detr_kernels.attention.triton_forward import triton_attention
 from detr_kernels.attention.xformers import xformers_attention
 from detr_kernels.registry import Facts
@@ -25,40 +25,41 @@ from detr_kernels.registry import Facts
 class _Rows:
     """Index packed rows in a padded batch (B, N), N = max_seqlen, and back; found on the device."""
 
-    row: Tensor
-    """(B*N,) int64: the packed row that lies there, or 0."""
-    filled: Tensor
-    """(B, N) bool: whether a row lies there."""
-    place: Tensor
-    """(rows,) int64: where the packed row lies, or 0."""
-    placed: Tensor
-    """(rows,) bool: whether it lies anywhere; the tail does not."""
+    packed_index: Tensor
+    """(B*N,) int64: the packed row of each token of the padded batch, or 0."""
+    is_token: Tensor
+    """(B, N) bool: False where the batch is padded."""
+    padded_index: Tensor
+    """(rows,) int64: the token of each packed row, counted over the padded batch, or 0."""
+    in_image: Tensor
+    """(rows,) bool: False for rows of padding."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> "_Rows":
         starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
         step = torch.arange(max_seqlen, device=cu_seqlens.device)
-        filled = step < lengths
+        is_token = step < lengths
         image = images_of_rows(cu_seqlens, rows)
-        placed = image < len(starts)
-        image = torch.where(placed, image, 0)
-        place = image * max_seqlen + torch.arange(rows, device=cu_seqlens.device) - starts[image, 0]
-        return cls(torch.where(filled, starts + step, 0).flatten(), filled, torch.where(placed, place, 0), placed)
+        in_image = image < len(starts)
+        image = torch.where(in_image, image, 0)
+        padded_index = image * max_seqlen + torch.arange(rows, device=cu_seqlens.device) - starts[image, 0]
+        packed_index = torch.where(is_token, starts + step, 0).flatten()
+        return cls(packed_index, is_token, torch.where(in_image, padded_index, 0), in_image)
 
     def pad(self, x: Tensor) -> Tensor:
-        """Pad (rows, H, d) to (B, H, N, d), with zeros where no row lies."""
-        x = gather_rows(torch.where(self.placed[:, None, None], x, 0), self.row, self.place)
-        x = torch.where(self.filled.flatten()[:, None, None], x, 0)
-        return x.unflatten(0, self.filled.shape).transpose(1, 2)
+        """Pad (rows, H, d) to (B, H, N, d), with zeros where there is no token."""
+        x = gather_rows(torch.where(self.in_image[:, None, None], x, 0), self.packed_index, self.padded_index)
+        x = torch.where(self.is_token.flatten()[:, None, None], x, 0)
+        return x.unflatten(0, self.is_token.shape).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """Unpad (B, H, N, d) to (rows, H, d), with zeros in the tail."""
-        x = torch.where(self.filled[:, :, None, None], x.transpose(1, 2), 0).flatten(0, 1)
-        return torch.where(self.placed[:, None, None], gather_rows(x, self.place, self.row), 0)
+        """Unpad (B, H, N, d) to (rows, H, d), with zeros in rows of padding."""
+        x = torch.where(self.is_token[:, :, None, None], x.transpose(1, 2), 0).flatten(0, 1)
+        return torch.where(self.in_image[:, None, None], gather_rows(x, self.padded_index, self.packed_index), 0)
 
-    def attended(self) -> Tensor:
-        """Make SDPA's mask (B, 1, 1, N) bool: an image without keys attends to the zeros in their places."""
-        return (self.filled | ~self.filled.any(1, keepdim=True))[:, None, None, :]
+    def attn_mask(self) -> Tensor:
+        """Make SDPA's mask (B, 1, 1, N) bool: an image without keys attends to the zeros that stand for them."""
+        return (self.is_token | ~self.is_token.any(1, keepdim=True))[:, None, None, :]
 
 
 def packed_attention_ref(
@@ -71,12 +72,10 @@ def packed_attention_ref(
     max_seqlen_k: int,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute `packed_attention` in plain torch: padded, with the weights in memory, in `nn.MultiheadAttention`'s
-    order.
-    """
+    """Compute `packed_attention` in plain torch: padded, in `nn.MultiheadAttention`'s order, its weights in memory."""
     queries, keys = _Rows.of(cu_seqlens_q, q.shape[0], max_seqlen_q), _Rows.of(cu_seqlens_k, k.shape[0], max_seqlen_k)
     scores = (queries.pad(q) * math.sqrt(1.0 / q.shape[-1])) @ keys.pad(k).transpose(-2, -1)
-    weights = scores.masked_fill(~keys.attended(), float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~keys.attn_mask(), float("-inf")).softmax(-1)
     return queries.unpad(F.dropout(weights, dropout) @ keys.pad(v))
 
 
@@ -93,7 +92,7 @@ def packed_attention_sdpa(
     """Compute `packed_attention` by `F.scaled_dot_product_attention`, padded for the call."""
     queries, keys = _Rows.of(cu_seqlens_q, q.shape[0], max_seqlen_q), _Rows.of(cu_seqlens_k, k.shape[0], max_seqlen_k)
     padded = queries.pad(q), keys.pad(k), keys.pad(v)
-    return queries.unpad(F.scaled_dot_product_attention(*padded, attn_mask=keys.attended(), dropout_p=dropout))
+    return queries.unpad(F.scaled_dot_product_attention(*padded, attn_mask=keys.attn_mask(), dropout_p=dropout))
 
 
 def packed_attention(
@@ -107,17 +106,16 @@ def packed_attention(
     dropout: float = 0.0,
     training: bool = False,
     backend: str = "auto",
-    blank: Blank | None = None,
+    zero_rows: ZeroRows | None = None,
 ) -> Tensor:
-    """Compute softmax attention of every image's queries over its own keys: q (Mq, H, d), k, v (Mk, H, d) -> (Mq, H,
-    d).
+    """Compute softmax attention of every image's queries over its own keys: q (Mq, H, d), k and v (Mk, H, d).
 
-    `cu_seqlens_q`, `cu_seqlens_k` (B+1,) int32 on the tensors' device: rows cu_seqlens[b] to cu_seqlens[b+1] are image
-    b's. No image has more than `max_seqlen_q` queries or `max_seqlen_k` keys; these are plain numbers, so that shapes
-    are static. Rows of the tail and queries of an image without keys give zeros. `blank`: which rows these are, from
-    `Packing.blank`; xformers would look for them in every call, the others need not be told. Dropout, in training, is
-    on the weights; its mask depends on the backend. Raises ValueError for shapes, dtypes or numbers that do not fit and
-    RuntimeError where a backend that is asked for by name cannot run.
+    Returns (Mq, H, d). `cu_seqlens_q`, `cu_seqlens_k` (B+1,) int32 on the tensors' device: rows cu_seqlens[b] to
+    cu_seqlens[b+1] are image b's. No image has more than `max_seqlen_q` queries or `max_seqlen_k` keys; these are plain
+    numbers, so that shapes are static. Rows of padding and queries of an image without keys give zeros. `zero_rows`:
+    which rows these are, from `Packing.zero_rows`; xformers would look for them in every call, the others need not be
+    told. Dropout, in training, is on the weights; its mask depends on the backend. Raises ValueError for shapes, dtypes
+    or numbers that do not fit and RuntimeError where a backend that is asked for by name cannot run.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout)
     chosen = OPERATION.choose(Facts(q.device, q.dtype, training, head_dim=q.shape[-1]), backend).backend
@@ -125,7 +123,7 @@ def packed_attention(
         return q.masked_fill(torch.ones_like(q, dtype=torch.bool), 0)
     arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout if training else 0.0
     if chosen == "xformers":
-        return xformers_attention(*arguments, blank)
+        return xformers_attention(*arguments, zero_rows)
     if chosen == "triton":
         return triton_attention(*arguments)
     return packed_attention_sdpa(*arguments) if chosen == "sdpa" else packed_attention_ref(*arguments)

@@ -1,9 +1,9 @@
-"""Tokens without padding: those of all images one after another, found without asking the device how many there are.
+"""Packing of tokens: those of all images one after another, without asking the device how many there are.
 
 A batch of tokens (B, N, D) and its padding mask (B, N) become (B*N, D) with the real tokens first, in the images'
-order, and the padded ones as a tail that belongs to no image. So the shape is the same whatever the mask says: nothing
-waits for the host, and a captured graph serves every mask. What is per token (linear layers, norms) still computes the
-tail; attention skips it. (The usual unpadding before FlashAttention keeps no tail, and so reads the mask on the host.)
+order, and the padded ones behind them. So the shape is the same whatever the mask says: nothing waits for the host,
+and a captured graph serves every mask. Linear layers and norms still compute the rows of padding; attention skips them.
+(The usual unpadding before FlashAttention drops these rows, and so reads the mask on the host.)
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class _Gather(torch.autograd.Function):
-    """x[index], whose gradient is gathered by the inverse: autograd itself would add into zeros."""
+    """Index rows, with a gradient that is gathered by the inverse: autograd itself would scatter into zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -29,20 +29,19 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x[index], where row i of x is row `inverse[i]` of the result: an exact gradient without a scatter."""
+    """Compute x[index], where row i of x is row `inverse[i]` of the result: an exact gradient without a scatter."""
     return _Gather.apply(x, index, inverse)
 
 
 def images_of_rows(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """The image (rows,) int64 that each packed row belongs to, by `cu_seqlens` (B+1,) int32; B in the tail."""
+    """Find the image (rows,) int64 of each packed row, by `cu_seqlens` (B+1,) int32; B for a row of padding."""
     return torch.searchsorted(
         cu_seqlens[1:], torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device), right=True
     )
 
 
-class Blank(NamedTuple):
-    """Which packed rows get zeros in attention: those of the tail, and those of an image that has no rows on the other
-    side."""
+class ZeroRows(NamedTuple):
+    """Masks of the packed rows that get zeros in attention: padding, and images without a row on the other side."""
 
     queries: Tensor | None
     """(Mq,) bool; None: no row."""
@@ -50,19 +49,19 @@ class Blank(NamedTuple):
     """(Mk,) bool; None: no row."""
 
     @classmethod
-    def of_cu_seqlens(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int) -> "Blank":
-        """Find them for any cu_seqlens (B+1,), of `queries` and `keys` rows."""
+    def from_cu_seqlens(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int) -> "ZeroRows":
+        """Find them for any `cu_seqlens` (B+1,), of `queries` and `keys` rows."""
         return cls(_alone(cu_seqlens_q, cu_seqlens_k, queries), _alone(cu_seqlens_k, cu_seqlens_q, keys))
 
 
 def _alone(cu_seqlens: Tensor, other_cu_seqlens: Tensor, rows: int) -> Tensor:
-    none = F.pad(other_cu_seqlens.diff() <= 0, (0, 1), value=True)  # True for the tail
+    none = F.pad(other_cu_seqlens.diff() <= 0, (0, 1), value=True)  # True for padding
     return none[images_of_rows(cu_seqlens, rows)]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each token of a batch lies when the tokens of all images lie one after another."""
+    """The order of a batch's tokens when those of all images lie one after another."""
 
     cu_seqlens: Tensor
     """(B+1,) int32: image b's tokens are rows cu_seqlens[b] to cu_seqlens[b+1]."""
@@ -72,19 +71,19 @@ class Packing:
     """(B*N,) int64: token i of the flattened batch is row inverse[i]."""
     max_seqlen: int
     """N: no image has more tokens."""
-    tail: Tensor | None = None
-    """(B*N,) bool: rows that belong to no image. None where nothing is padded."""
+    padding: Tensor | None = None
+    """(B*N,) bool: rows of padding, which belong to no image. None where nothing is padded."""
     empty: Tensor | None = None
     """(B,) bool: images without a token. None where nothing is padded."""
 
     @property
     def images(self) -> int:
-        """B."""
+        """Count the images, B."""
         return self.cu_seqlens.shape[0] - 1
 
     @classmethod
     def of(cls, padding: Tensor) -> "Packing":
-        """From `padding` (B, N) bool, True where padded; on its device."""
+        """Pack by `padding` (B, N) bool, True where padded; on its device."""
         images, max_seqlen = padding.shape
         real = ~padding.flatten()
         before = real.cumsum(0)
@@ -96,33 +95,33 @@ class Packing:
 
     @classmethod
     def uniform(cls, images: int, max_seqlen: int, device: torch.device | str) -> "Packing":
-        """For images of `max_seqlen` tokens each, none padded: packing and unpacking are views."""
+        """Pack images of `max_seqlen` tokens each, none padded: packing and unpacking are views."""
         cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=device) * max_seqlen
         return cls(cu_seqlens, None, None, max_seqlen)
 
-    def blank(self, keys: "Packing") -> Blank:
-        """Find which rows of these as queries, and of `keys`, get zeros: made once for all layers that attend so."""
+    def zero_rows(self, keys: "Packing") -> ZeroRows:
+        """Find which rows get zeros where these are queries and attend to `keys`: once for all layers that do."""
         if keys is self:
-            return Blank(self.tail, self.tail)
-        return Blank(self._blank_rows(keys), keys._blank_rows(self))
+            return ZeroRows(self.padding, self.padding)
+        return ZeroRows(self._zero_rows(keys), keys._zero_rows(self))
 
-    def _blank_rows(self, other: "Packing") -> Tensor | None:
+    def _zero_rows(self, other: "Packing") -> Tensor | None:
         if other.empty is None:
-            return self.tail
+            return self.padding
         of_images = other.empty[:, None].expand(-1, self.max_seqlen).flatten()
-        if self.tail is None:
+        if self.padding is None:
             return of_images
-        return _alone(self.cu_seqlens, other.cu_seqlens, len(self.tail))
+        return _alone(self.cu_seqlens, other.cu_seqlens, len(self.padding))
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, N, ...) -> (B*N, ...)."""
+        """Reorder (B, N, ...) to (B*N, ...), padding behind. Raises ValueError for another shape."""
         if x.shape[:2] != (self.images, self.max_seqlen):
             raise ValueError(f"tokens must be ({self.images}, {self.max_seqlen}, ...); got {tuple(x.shape)}")
         x = x.flatten(0, 1)
         return x if self.order is None or self.inverse is None else gather_rows(x, self.order, self.inverse)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(B*N, ...) -> (B, N, ...), the inverse of `pack`."""
+        """Reorder (B*N, ...) to (B, N, ...), the inverse of `pack`. Raises ValueError for another shape."""
         if x.shape[0] != self.images * self.max_seqlen:
             raise ValueError(f"rows must be {self.images * self.max_seqlen}; got {tuple(x.shape)}")
         if self.order is not None and self.inverse is not None:

@@ -16,15 +16,13 @@ from detr_kernels.attention.blocked import attention_with_dropout
 from detr_kernels.registry import Facts
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Compute `padded_attention` in plain torch, in the order of operations of `nn.MultiheadAttention`, whose weights
-    are materialised.
-    """
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Compute `padded_attention` in plain torch: in `nn.MultiheadAttention`'s order, its weights in memory."""
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
-    if attended is None:
+    if attn_mask is None:
         return F.dropout(scores.softmax(-1), dropout) @ v
-    some = attended.any(-1, keepdim=True)
-    scores = scores.masked_fill(~(attended | ~some), float("-inf"))
+    some = attn_mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(attn_mask | ~some), float("-inf"))
     return torch.where(some, F.dropout(scores.softmax(-1), dropout) @ v, 0)
 
 
@@ -32,17 +30,17 @@ def padded_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attended: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     dropout: float = 0.0,
     training: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute `F.scaled_dot_product_attention(q, k, v, attended, dropout)` of q (B, H, Nq, d), k, v (B, H, Nk, d).
+    """Compute `F.scaled_dot_product_attention(q, k, v, attn_mask, dropout)` of q (B, H, Nq, d), k, v (B, H, Nk, d).
 
-    Returns (B, H, Nq, d). `attended` (B, 1, 1, Nk) bool says which keys are attended to, None all; an image that
-    attends to nothing gets zeros. Dropout, in training, is on the weights; blocked draws other numbers than torch from
-    the same seed. Raises ValueError for a backend that takes packed tokens, RuntimeError where the one that is asked
-    for cannot run.
+    Returns (B, H, Nq, d). `attn_mask` (B, 1, 1, Nk) bool is True where a key is attended to; None: everywhere. An image
+    that attends to nothing gets zeros. Dropout, in training, is on the weights; blocked draws other numbers than torch
+    from the same seed. Raises ValueError for a backend that takes packed tokens, RuntimeError where the one that is
+    asked for cannot run.
     """
     p = dropout if training else 0.0
     facts = Facts(q.device, q.dtype, training, p, q.shape[-1])
@@ -50,7 +48,7 @@ def padded_attention(
     if chosen not in ROWS:
         raise ValueError(f"attention by {chosen} takes packed tokens: see packed_attention. In rows: {', '.join(ROWS)}")
     if chosen == "ref":
-        return attention_ref(q, k, v, attended, p)
+        return attention_ref(q, k, v, attn_mask, p)
     if chosen == "blocked":
-        return attention_with_dropout(q, k, v, attended, p)
-    return F.scaled_dot_product_attention(q, k, v, attended, p)
+        return attention_with_dropout(q, k, v, attn_mask, p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, p)

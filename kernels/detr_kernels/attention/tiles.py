@@ -1,7 +1,7 @@
-"""What the packed attention kernels share: an image's extent, the tail, blocks and grid.
+"""Shared parts of the packed attention kernels: an image's rows, rows of padding, blocks and grid.
 
-A program has one image and head: axis 0 counts blocks of rows, axis 1 images and, as one more, the tail of rows that
-belong to none, axis 2 heads.
+A program has one image and head: axis 0 counts blocks of rows, axis 1 images and, as one more, the rows of padding,
+axis 2 heads.
 """
 
 import math
@@ -18,15 +18,15 @@ WIDTHS = (16, 32, 64)
 
 
 @triton.jit
-def extent(cu_seqlens, image, rows):
-    """First row of `image` and its number of rows; the last image is the tail, which ends at `rows`."""
+def image_rows(cu_seqlens, image, rows):
+    """Load the first row of `image` and its number of rows; the last image is the padding, which ends at `rows`."""
     first = tl.load(cu_seqlens + image)
     return first, tl.load(cu_seqlens + image + 1, mask=image + 1 < tl.num_programs(1), other=rows) - first
 
 
 @triton.jit
-def zero_tail(out, first, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros to the rows of `out` from `first` on, which belong to no image; the programs of axis 0 share them."""
+def zero_padding_rows(out, first, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store zeros to the rows of `out` from `first` on, which are padding; the programs of axis 0 share them."""
     column = tl.arange(0, WIDTH)[None, :] + tl.program_id(2) * WIDTH
     for start in range(first + tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
         row = start + tl.arange(0, BLOCK)[:, None]
@@ -35,9 +35,9 @@ def zero_tail(out, first, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK:
 
 
 def options(q: Tensor, p: float) -> dict[str, Any]:
-    """Constants and blocks of a launch.
+    """Choose the constants and blocks of a launch.
 
-    64 x 64 scores are 32 a thread. On an H100 larger tiles leave room for half as many warps, and smaller ones waste
+    64 x 64 scores are 32 a thread. On an H100 larger tiles let half as many warps run at once, and smaller ones waste
     matrix units. Float32 uses none, and 16 queries are what its registers hold.
     """
     heads, width = q.shape[1:]
@@ -47,10 +47,10 @@ def options(q: Tensor, p: float) -> dict[str, Any]:
 
 
 def grid(cu_seqlens: Tensor, max_seqlen: int, block: int, heads: int) -> tuple[int, int, int]:
-    """Count blocks of the longest image, images and the tail, heads; a block past its image's end does nothing."""
+    """Count blocks of the longest image, images and one for padding, heads; a block past an image's end is idle."""
     return cdiv(max_seqlen, block), cu_seqlens.shape[0], heads
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """x (rows, H, d) with the heads of a row side by side, as in a slice of a projection's output; else a copy."""
+    """Return x (rows, H, d), copied unless a row's heads are adjacent, as in a slice of a projection's output."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

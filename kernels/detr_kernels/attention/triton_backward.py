@@ -3,7 +3,7 @@
     dv_j = sum_i m_ij w_ij dout_i      dw_ij = m_ij dout_i . v_j      ds_ij = w_ij (dw_ij - dout_i . out_i)
     dq_i = sum_j ds_ij k_j / sqrt(d)      dk_j = sum_i ds_ij q_i / sqrt(d)
 
-with m_ij = 1 / (1 - p) for a kept weight and 0 for a dropped one (Dao 2023, section 3.1). The weights are found again
+with m_ij = 1 / (1 - p) for a kept weight and 0 for a dropped one (Dao 2023, section 3.1). The weights are recomputed
 from the saved sums, and the mask is drawn again. Each kernel writes every entry of its outputs once: nothing is added
 atomically, so the gradients do not depend on the order of programs. The factor 1 / (1 - p) waits for the last line.
 """
@@ -11,10 +11,10 @@ atomically, so the gradients do not depend on the order of programs. The factor 
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.tiles import extent, grid, options, side_by_side, zero_tail
-from detr_kernels.dropout.philox import kept_weights
+from detr_kernels.attention.tiles import grid, image_rows, options, side_by_side, zero_padding_rows
+from detr_kernels.dropout.philox import keep_mask_tile
 from detr_kernels.launch import launch
-from detr_kernels.triton_compat import product, tl, triton
+from detr_kernels.triton_compat import gemm, tl, triton
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -44,14 +44,14 @@ def _queries_backward_kernel(
 ):
     BASE_2: tl.constexpr = SCALE * 1.4426950408889634  # log2(e)
     image, head = tl.program_id(1), tl.program_id(2)
-    first, queries = extent(cu_seqlens_q, image, rows)
+    first, queries = image_rows(cu_seqlens_q, image, rows)
     if image + 1 == tl.num_programs(1):
-        zero_tail(dq, first, rows, HEADS, WIDTH, BLOCK_Q)
+        zero_padding_rows(dq, first, rows, HEADS, WIDTH, BLOCK_Q)
         return
     start = tl.program_id(0) * BLOCK_Q
     if start >= queries:
         return
-    first_key, keys = extent(cu_seqlens_k, image, 0)
+    first_key, keys = image_rows(cu_seqlens_k, image, 0)
     column = head * WIDTH + tl.arange(0, WIDTH)[None, :]
     query = start + tl.arange(0, BLOCK_Q)
     row = (first + query).to(tl.int64)[:, None]
@@ -72,13 +72,13 @@ def _queries_backward_kernel(
         key = start_key + tl.arange(0, BLOCK_K)
         k_tile = tl.load(k + key[:, None] * k_step + column, mask=key[:, None] < keys, other=0.0)
         v_tile = tl.load(v + key[:, None] * v_step + column, mask=key[:, None] < keys, other=0.0)
-        scores = product(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2
+        scores = gemm(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2
         weights = tl.where(key[None, :] < keys, tl.exp2(scores - log_sum[:, None]), 0.0)
-        dweights = product(dout_tile, tl.trans(v_tile), None, INTERPRETED)
+        dweights = gemm(dout_tile, tl.trans(v_tile), None, INTERPRETED)
         if P > 0:
-            dweights = tl.where(kept_weights(stream, start, start_key, P, BLOCK_Q, BLOCK_K), dweights, 0.0)
+            dweights = tl.where(keep_mask_tile(stream, start, start_key, P, BLOCK_Q, BLOCK_K), dweights, 0.0)
         dscores = weights * (dweights - along[:, None])
-        dq_tile += product(dscores.to(k_tile.dtype), k_tile, None, INTERPRETED)
+        dq_tile += gemm(dscores.to(k_tile.dtype), k_tile, None, INTERPRETED)
     tl.store(dq + at, (dq_tile * (SCALE / (1 - P))).to(dq.dtype.element_ty), mask=there)
 
 
@@ -110,15 +110,15 @@ def _keys_backward_kernel(
 ):
     BASE_2: tl.constexpr = SCALE * 1.4426950408889634  # log2(e)
     image, head = tl.program_id(1), tl.program_id(2)
-    first, keys = extent(cu_seqlens_k, image, k_rows)
+    first, keys = image_rows(cu_seqlens_k, image, k_rows)
     if image + 1 == tl.num_programs(1):
-        zero_tail(dk, first, k_rows, HEADS, WIDTH, BLOCK_K)
-        zero_tail(dv, first, k_rows, HEADS, WIDTH, BLOCK_K)
+        zero_padding_rows(dk, first, k_rows, HEADS, WIDTH, BLOCK_K)
+        zero_padding_rows(dv, first, k_rows, HEADS, WIDTH, BLOCK_K)
         return
     start = tl.program_id(0) * BLOCK_K
     if start >= keys:
         return
-    first_query, queries = extent(cu_seqlens_q, image, 0)
+    first_query, queries = image_rows(cu_seqlens_q, image, 0)
     column = head * WIDTH + tl.arange(0, WIDTH)[None, :]
     key = start + tl.arange(0, BLOCK_K)[:, None]
     row = (first + key).to(tl.int64)
@@ -138,16 +138,16 @@ def _keys_backward_kernel(
         dout_tile = tl.load(dout + query[:, None] * (HEADS * WIDTH) + column, mask=query[:, None] < queries, other=0.0)
         log_sum = tl.load(lse + query, mask=query < queries, other=0.0)
         along = tl.load(delta + query, mask=query < queries, other=0.0)
-        weights = tl.exp2(product(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2 - log_sum[:, None])
-        dweights = product(dout_tile, tl.trans(v_tile), None, INTERPRETED)
+        weights = tl.exp2(gemm(q_tile, tl.trans(k_tile), None, INTERPRETED) * BASE_2 - log_sum[:, None])
+        dweights = gemm(dout_tile, tl.trans(v_tile), None, INTERPRETED)
         dropped = weights
         if P > 0:
-            kept = kept_weights(stream, start_query, start, P, BLOCK_Q, BLOCK_K)
-            dropped = tl.where(kept, weights, 0.0)
-            dweights = tl.where(kept, dweights, 0.0)
-        dv_tile += product(tl.trans(dropped.to(dout_tile.dtype)), dout_tile, None, INTERPRETED)
+            keep = keep_mask_tile(stream, start_query, start, P, BLOCK_Q, BLOCK_K)
+            dropped = tl.where(keep, weights, 0.0)
+            dweights = tl.where(keep, dweights, 0.0)
+        dv_tile += gemm(tl.trans(dropped.to(dout_tile.dtype)), dout_tile, None, INTERPRETED)
         dscores = weights * (dweights - along[:, None])
-        dk_tile += product(tl.trans(dscores.to(q_tile.dtype)), q_tile, None, INTERPRETED)
+        dk_tile += gemm(tl.trans(dscores.to(q_tile.dtype)), q_tile, None, INTERPRETED)
     at = row * (HEADS * WIDTH) + column
     tl.store(dk + at, (dk_tile * (SCALE / (1 - P))).to(dk.dtype.element_ty), mask=key < keys)
     tl.store(dv + at, (dv_tile / (1 - P)).to(dv.dtype.element_ty), mask=key < keys)
@@ -166,7 +166,7 @@ def _backward(
     max_seqlen: list[int],
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (Mq, H, d), k and v (Mk, H, d), zeros in the tail."""
+    """Compute the gradients of q (Mq, H, d), k and v (Mk, H, d), zeros in rows of padding."""
     q, k, v = (side_by_side(each) for each in (q, k, v))
     dout = dout.contiguous()
     dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))

@@ -4,7 +4,7 @@
 
 with j over the keys of query i's own image. The keys pass by in blocks, and the sums are scaled again whenever a larger
 score turns up (Milakov and Gimelshein 2018; Dao et al. 2022). Powers are of two: the GPU has no other. At width 32 they
-and dropout's random numbers are the limit, not the products.
+and dropout's random numbers are the limit, not the GEMMs.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.tiles import extent, grid, options, side_by_side, zero_tail
+from detr_kernels.attention.tiles import grid, image_rows, options, side_by_side, zero_padding_rows
 from detr_kernels.attention.triton_backward import backward_op
-from detr_kernels.dropout.philox import draw_seed, kept_weights
+from detr_kernels.dropout.philox import draw_seed, keep_mask_tile
 from detr_kernels.launch import launch
-from detr_kernels.triton_compat import product, tl, triton
+from detr_kernels.triton_compat import gemm, tl, triton
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -43,14 +43,14 @@ def _forward_kernel(
 ):
     BASE_2: tl.constexpr = SCALE * 1.4426950408889634  # log2(e)
     image, head = tl.program_id(1), tl.program_id(2)
-    first, queries = extent(cu_seqlens_q, image, rows)
+    first, queries = image_rows(cu_seqlens_q, image, rows)
     if image + 1 == tl.num_programs(1):
-        zero_tail(out, first, rows, HEADS, WIDTH, BLOCK_Q)
+        zero_padding_rows(out, first, rows, HEADS, WIDTH, BLOCK_Q)
         return
     start = tl.program_id(0) * BLOCK_Q
     if start >= queries:
         return
-    first_key, keys = extent(cu_seqlens_k, image, 0)
+    first_key, keys = image_rows(cu_seqlens_k, image, 0)
     column = head * WIDTH + tl.arange(0, WIDTH)[None, :]
     query = start + tl.arange(0, BLOCK_Q)
     row = (first + query).to(tl.int64)[:, None]
@@ -66,15 +66,15 @@ def _forward_kernel(
     for start_key in range(0, keys, BLOCK_K):
         key = start_key + tl.arange(0, BLOCK_K)
         k_tile = tl.load(k + key[:, None] * k_step + column, mask=key[:, None] < keys, other=0.0)
-        scores = tl.where(key[None, :] < keys, product(q_tile, tl.trans(k_tile), None, INTERPRETED), float("-inf"))
+        scores = tl.where(key[None, :] < keys, gemm(q_tile, tl.trans(k_tile), None, INTERPRETED), float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores * BASE_2 - (larger * BASE_2)[:, None])
         shrink = tl.exp2((largest - larger) * BASE_2)
         total = total * shrink + tl.sum(weights, 1)
         if P > 0:
-            weights = tl.where(kept_weights(stream, start, start_key, P, BLOCK_Q, BLOCK_K), weights, 0.0)
+            weights = tl.where(keep_mask_tile(stream, start, start_key, P, BLOCK_Q, BLOCK_K), weights, 0.0)
         v_tile = tl.load(v + key[:, None] * v_step + column, mask=key[:, None] < keys, other=0.0)
-        mixed = mixed * shrink[:, None] + product(weights.to(v_tile.dtype), v_tile, None, INTERPRETED)
+        mixed = mixed * shrink[:, None] + gemm(weights.to(v_tile.dtype), v_tile, None, INTERPRETED)
         largest = larger
     total = tl.where(keys > 0, total, 1.0)
     mixed /= total[:, None] * (1 - P)
@@ -92,7 +92,7 @@ def _forward(
     max_seqlen: list[int],
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (Mq, H, d), zeros in the tail, and log2 of the sums (H, Mq), undefined there.
+    """Compute the output (Mq, H, d), zeros in rows of padding, and log2 of the sums (H, Mq), undefined there.
 
     `max_seqlen` bounds the lengths of an image's queries and keys.
     """
@@ -139,7 +139,7 @@ def triton_attention(
     max_seqlen_k: int,
     p: float,
 ) -> Tensor:
-    """`packed_attention` by our kernels: q (Mq, H, d), k, v (Mk, H, d) -> (Mq, H, d); dropout with probability `p`."""
+    """Compute `packed_attention` by our kernels, with dropout of probability `p`."""
     seed = draw_seed(q.device) if p > 0 else torch.empty(1, dtype=torch.int64, device=q.device)
     out, _ = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, [max_seqlen_q, max_seqlen_k], p)
     return out

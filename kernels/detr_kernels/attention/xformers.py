@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_kernels.attention.packing import Blank
+from detr_kernels.attention.packing import ZeroRows
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST_TRAINED, WIDEST = 192, 256
@@ -42,8 +42,10 @@ def _failure() -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without xformers' warning that its own extension, built for another CUDA, does not load: its FlashAttention calls
-    torch's kernels, and nothing here needs the rest."""
+    """Silence xformers' warning that its own extension, built for another CUDA, does not load.
+
+    Its FlashAttention calls torch's kernels, and nothing here needs the rest.
+    """
     log = logging.getLogger("xformers")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -54,7 +56,7 @@ def _quiet() -> Iterator[None]:
 
 
 def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
-    """Why `xformers_attention` cannot run for such tensors; None where it can."""
+    """Say why `xformers_attention` cannot run for such tensors; None where it can."""
     widest = WIDEST_TRAINED if training else WIDEST
     if device.type != "cuda":
         return f"xformers has no {device.type} path"
@@ -83,7 +85,7 @@ def _inputs(
     max_seqlen_k: int,
     p: float,
 ) -> Any:
-    """What xformers' operators take: q, k, v with a batch dimension of one, and the mask.
+    """Make what xformers' operators take: q, k, v with a batch dimension of one, and the mask.
 
     FlashAttention reads of the mask `seqstart` and `max_seqlen` alone; what would be known on the host stays empty.
     """
@@ -107,7 +109,7 @@ def _forward(
     max_seqlen_k: int,
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (Mq, H, d) and log-sum-exp (H, Mq), both undefined in the tail, and the generator's state (2,) int64."""
+    """Compute output (Mq, H, d) and log-sum-exp (H, Mq), undefined in padding, and the generator's state (2,) int64."""
     from xformers.ops import fmha
 
     inputs = _inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p)
@@ -132,7 +134,7 @@ def _backward(
     max_seqlen_k: int,
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, undefined in the tail."""
+    """Compute the gradients of q, k and v, undefined in rows of padding."""
     from xformers.ops import fmha
 
     inputs = _inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p)
@@ -150,12 +152,12 @@ def _forward_op(
     max_seqlen_q: int,
     max_seqlen_k: int,
     p: float,
-    blank_q: Tensor | None = None,
-    blank_k: Tensor | None = None,
+    zero_q: Tensor | None = None,
+    zero_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do as `_forward`, with zeros in the blank rows of the output. `blank_k` is for the backward pass."""
+    """Do as `_forward`, with zeros in the zero_rows rows of the output. `zero_k` is for the backward pass."""
     out, lse, state = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p)
-    _fill(out, blank_q)
+    _fill(out, zero_q)
     return out, lse, state
 
 
@@ -172,19 +174,19 @@ def _backward_op(
     max_seqlen_q: int,
     max_seqlen_k: int,
     p: float,
-    blank_q: Tensor | None = None,
-    blank_k: Tensor | None = None,
+    zero_q: Tensor | None = None,
+    zero_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do as `_backward`, with zeros in the blank rows."""
+    """Do as `_backward`, with zeros in the zero_rows rows."""
     dq, dk, dv = _backward(dout, q, k, v, out, lse, state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p)
-    for gradient, blank in ((dq, blank_q), (dk, blank_k), (dv, blank_k)):
-        _fill(gradient, blank)
+    for gradient, zero_rows in ((dq, zero_q), (dk, zero_k), (dv, zero_k)):
+        _fill(gradient, zero_rows)
     return dq, dk, dv
 
 
-def _fill(x: Tensor, blank: Tensor | None) -> None:
-    if blank is not None:
-        x.masked_fill_(blank[:, None, None], 0)
+def _fill(x: Tensor, zero_rows: Tensor | None) -> None:
+    if zero_rows is not None:
+        x.masked_fill_(zero_rows[:, None, None], 0)
 
 
 forward_op = torch.library.custom_op("detr_kernels::xformers_attention", _forward_op, mutates_args=())
@@ -203,15 +205,15 @@ def _(dout, q, k, v, *rest):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, blank_q, blank_k = inputs
-    ctx.save_for_backward(blank_q, blank_k, q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, zero_q, zero_k = inputs
+    ctx.save_for_backward(zero_q, zero_k, q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be memory written for nothing
 
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    blank_q, blank_k, *saved = ctx.saved_tensors
-    gradients = backward_op(dout, *saved, *ctx.numbers, blank_q, blank_k)
+    zero_q, zero_k, *saved = ctx.saved_tensors
+    gradients = backward_op(dout, *saved, *ctx.numbers, zero_q, zero_k)
     return *gradients, *[None] * 7
 
 
@@ -227,14 +229,14 @@ def xformers_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     p: float,
-    blank: Blank | None = None,
+    zero_rows: ZeroRows | None = None,
 ) -> Tensor:
-    """`packed_attention` by xformers: (Mq, H, d), (Mk, H, d), (Mk, H, d) -> (Mq, H, d), dropout with probability `p`.
+    """Compute `packed_attention` by xformers, with dropout of probability `p`.
 
-    The caller asks `why_not_flash` first. FlashAttention leaves the tail undefined, and here it is zeros, as are the
-    rows of an image without keys; so are their gradients. `blank`: these rows, where they are known.
+    The caller asks `why_not_flash` first. FlashAttention leaves rows of padding undefined; here they are zeros, as are
+    the rows of an image without keys, and so are their gradients. `zero_rows`: these rows, where they are known.
     """
-    if blank is None:
-        blank = Blank.of_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
-    out, *_ = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p, *blank)
+    if zero_rows is None:
+        zero_rows = ZeroRows.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    out, *_ = forward_op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p, *zero_rows)
     return out

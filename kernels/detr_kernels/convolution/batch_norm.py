@@ -88,7 +88,7 @@ OPERATION = Operation(
 def scale_weight(weight: Tensor, scale: Tensor, rounded_to: torch.dtype, backend: str = "auto") -> Tensor:
     """Multiply each output's weight (N, C, h, w) by its scale (N,), in the wider of both dtypes, and round.
 
-    `fused` makes one pass over memory of it; where torch.compile traces, or nothing is rounded, so does plain torch.
+    `fused` takes one pass over memory; so does plain torch where torch.compile traces or nothing is rounded.
     """
     scale = scale[:, None, None, None]
     plain = weight.dtype != scale.dtype or rounded_to == scale.dtype or torch.compiler.is_compiling()
@@ -98,8 +98,7 @@ def scale_weight(weight: Tensor, scale: Tensor, rounded_to: torch.dtype, backend
 
 
 def scale_weights(weights: Sequence[Tensor], scales: Sequence[Tensor], rounded_to: torch.dtype) -> tuple[Tensor, ...]:
-    """Do the same to several weights at once, each with scales of its own shape, dtype and memory order, on a GPU in
-    few launches."""
+    """Scale several weights at once, on a GPU in few launches, by scales of their own shape, dtype and memory order."""
     return _ScaledTogether.apply(rounded_to, scales, *weights)
 
 

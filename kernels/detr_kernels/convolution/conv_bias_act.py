@@ -2,7 +2,7 @@
 
     y = relu(conv(x, weight) + bias + residual)
 
-triton: of 1x1 one GEMM with everything in it (`pointwise.py`), of other sizes the library's convolution, without a
+triton: for 1x1 one GEMM with everything in it (`pointwise.py`); for other sizes the library's convolution, without a
 bias, and one kernel for the rest (`epilogue.py`). cudnn, onednn: the library's fused call (`library.py`).
 """
 
@@ -17,7 +17,7 @@ from detr_kernels.convolution import epilogue, pointwise, pointwise_backward
 from detr_kernels.convolution.geometry import as_under_autocast, channels_last, check_convolution
 from detr_kernels.convolution.library import library_op, why_not_onednn_here
 from detr_kernels.launch import DTYPES, unmeasured, why_not_triton
-from detr_kernels.registry import Backend, Facts, Operation, Shape, no_products
+from detr_kernels.registry import Backend, Facts, Operation, Shape, zero_flop
 from detr_kernels.specimens import IMAGES, meta
 
 
@@ -48,7 +48,7 @@ def _library_flop(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any)
 
 
 def _specimens() -> None:
-    """A 1x1 layer of each of ResNet-50's stages, a shortcut without a ReLU, and the 3x3 of layer3."""
+    """Launch a 1x1 layer of each of ResNet-50's stages, a shortcut without a ReLU, and the 3x3 of layer3."""
     for inputs, outputs, height, width, stride, residual in (
         (64, 256, 200, 267, 1, True),
         (256, 128, 200, 267, 1, False),
@@ -80,8 +80,8 @@ OPERATION = Operation(
         "conv1x1_input_gradient": _input_gradient_flop,
         "conv1x1_weight_gradient": _weight_gradient_flop,
         "conv_bias_act_library": _library_flop,
-        "bias_act": no_products,
-        "bias_act_backward": no_products,
+        "bias_act": zero_flop,
+        "bias_act_backward": zero_flop,
     },
     specimens=_specimens,
 )

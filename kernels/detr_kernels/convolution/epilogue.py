@@ -1,4 +1,4 @@
-"""What follows a convolution, in one pass over memory instead of three.
+"""Bias, residual and ReLU after a convolution, in one pass over memory instead of three.
 
     y = relu(conv + bias + residual)
 
@@ -7,7 +7,7 @@ Backward:
 
     dz = dy (y > 0)    dbias = sum of dz over the pixels    dresidual = dz    dx, dweight: the library's, of dz
 
-dz and dbias come from one pass, and of the output y alone is kept for it.
+dz and dbias come from one pass, which reads dy and the saved output y.
 
 The kernel writes y to memory of its own, not over the convolution's output: torch registers no gradient for an operator
 that mutates. The convolution's output dies with it, so a captured graph or a compiler uses its memory again.
@@ -79,13 +79,13 @@ def _backward_kernel(
 
 
 def _blocks(channels: int) -> dict[str, int]:
-    """How many pixels of how many channels a program holds at a time."""
+    """Choose how many pixels of how many channels a program holds at a time."""
     width = next_power_of_2(channels)
     return {"PIXELS": max(1, TILE // width), "CHANNELS": width}
 
 
 def _forward(conv: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """conv, residual and result (B, N, H, W), bias (N,)."""
+    """Compute relu(conv + bias + residual), (B, N, H, W) with bias (N,)."""
     conv, bias = channels_last(conv), bias.contiguous()
     residual = None if residual is None else channels_last(residual)
     y = torch.empty_like(conv)
@@ -97,7 +97,7 @@ def _forward(conv: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) ->
 
 
 def _backward(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """dy and y (B, N, H, W) -> dz in their shape, dbias (N,) float32."""
+    """Compute dz (B, N, H, W) and dbias (N,) float32 from dy and y (B, N, H, W)."""
     dy, y = channels_last(dy), channels_last(y)
     dz = torch.empty_like(dy)
     channels = dy.shape[1]
@@ -123,7 +123,7 @@ def _(dy, y):
 
 
 def _before_act(dy: Tensor, y: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dz and, where it is wanted, dbias; `y` is None where there was no ReLU."""
+    """Compute dz and, where it is wanted, dbias; `y` is None where there was no ReLU."""
     if y is None:
         return dy, dy.sum((0, 2, 3), dtype=torch.float32) if with_bias else None
     return backward_op(dy, y) if with_bias else (torch.ops.aten.threshold_backward(dy, y, 0), None)

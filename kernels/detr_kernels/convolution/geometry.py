@@ -5,25 +5,25 @@ from torch import Tensor
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """`images` (B, C, H, W) with a pixel's channels adjacent; a copy only where they are not."""
+    """Return `images` (B, C, H, W) with a pixel's channels adjacent; a copy only where they are not."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Room for (B, channels, height, width), channels-last, with the batch size, dtype and device of `like`."""
+    """Allocate (B, channels, height, width), channels-last, with the batch size, dtype and device of `like`."""
     shape = (like.shape[0], channels, height, width)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def output_shape(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1) -> tuple[int, ...]:
-    """(B, N, H', W') of the convolution of x (B, C, H, W) with weight (N, C, h, w)."""
+    """Return (B, N, H', W'), the shape of the convolution of x (B, C, H, W) with weight (N, C, h, w)."""
     sides = zip(x.shape[2:], weight.shape[2:], strict=True)
     after = ((side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel in sides)
     return x.shape[0], weight.shape[0], *after
 
 
 def as_under_autocast(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in the dtype in which `F.conv2d` would compute: autocast's where it is on, except for float64."""
+    """Cast all three to the dtype in which `F.conv2d` would compute: autocast's where it is on, except for float64."""
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x, weight, residual
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -39,7 +39,7 @@ def check_convolution(
     padding: int = 0,
     dilation: int = 1,
 ) -> None:
-    """Raises ValueError for shapes or dtypes that do not fit, and shows them."""
+    """Raise ValueError for shapes or dtypes that do not fit, and show them."""
     given = [each for each in (x, weight, bias, residual) if each is not None]
     fits = x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
     if fits and residual is not None:

@@ -2,8 +2,8 @@
 
     y = relu(conv(x, weight) + bias + residual)
 
-Backward: the ReLU's mask, and the library's gradients of a convolution; of 1x1 on a CPU the matrix products that they
-are. Cached for it are x, the weight, and y where there is a ReLU.
+Backward: the ReLU's mask, and the library's gradients of a convolution; for 1x1 on a CPU the GEMMs that they are.
+Saved for it are x, the weight, and y where there is a ReLU.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def why_not_onednn_here(facts: Facts) -> str | None:
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, *, relu: bool
 ) -> Tensor:
-    """A convolution with its bias and ReLU by oneDNN, of channels-last tensors of one dtype."""
+    """Compute a convolution with its bias and ReLU by oneDNN, of channels-last tensors of one dtype."""
     geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else "none"
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias.contiguous(), *geometry, act, [], "")
 
@@ -44,7 +44,7 @@ def convolve(
 def add_convolution(
     total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int, *, relu: bool
 ) -> Tensor:
-    """The same, added to `total` in its memory before the ReLU; returns `total`."""
+    """Add a convolution to `total` in its memory, then apply the ReLU; returns `total`."""
     geometry, act = ([padding] * 2, [stride] * 2, [dilation] * 2, 1), "relu" if relu else None
     operands = total, x, weight, bias.contiguous()
     return torch.ops.mkldnn._convolution_pointwise_.binary(*operands, *geometry, "add", 1.0, act, [], None)
@@ -61,14 +61,14 @@ def _library(
     relu: bool,
     library: str,
 ) -> Tensor:
-    """The bias is added in x's dtype; cuDNN's form always has a ReLU, and its float32 may be TF32."""
+    """Call the library. The bias is added in x's dtype; cuDNN always applies a ReLU, and its float32 may be TF32."""
     x, weight, bias = channels_last(x), channels_last(weight), bias.to(x.dtype)
     residual = None if residual is None else channels_last(residual)
     if library == "onednn":
         convolution = x, weight, bias, stride, padding, dilation
         if residual is None:
             return convolve(*convolution, relu=relu)
-        # oneDNN's form with a new result copies the residual too, several times as slowly
+        # oneDNN's call with a new result copies the residual too, several times as slowly
         return add_convolution(residual.clone(), *convolution, relu=relu)
     stride_, padding_, dilation_ = [stride] * 2, [padding] * 2, [dilation] * 2
     if residual is None:
@@ -77,8 +77,10 @@ def _library(
 
 
 class OneDNNConvolution:
-    """One convolution of constant weight on a CPU, for inference: its weight in the order that oneDNN chose for the
-    first image, and its result in the memory of the residual."""
+    """Runs one convolution of constant weight on a CPU, for inference.
+
+    Its weight is stored in the order that oneDNN chose for the first image, and its result in the residual's memory.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: int, dilation: int) -> None:
         self.weight, self.bias = weight, bias.to(weight.dtype)
@@ -86,12 +88,12 @@ class OneDNNConvolution:
         self.packed: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and files, which cannot hold what is packed: it is packed anew."""
+        """Leave out the packed weight, which cannot be copied or pickled: it is packed anew."""
         return self.__dict__ | {"packed": None}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """`residual`, where there is one, is overwritten and returned; both in channels-last memory."""
+        """Convolve x; `residual`, where there is one, is overwritten and returned. Both are in channels-last memory."""
         if self.packed is None:
             stride, padding, dilation = ([each] * 2 for each in self.geometry)
             reorder = torch.ops.mkldnn._reorder_convolution_weight
@@ -125,16 +127,16 @@ def _(x, weight, bias, residual, stride, padding, dilation, relu, library):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """The library's gradients take both x and weight, whichever is wanted."""
+    """Save both x and weight, which the library's gradients take whichever is wanted."""
     x, weight, bias, _, *ctx.geometry, relu, library = inputs
-    # of 1x1, oneDNN's gradients take 1.3 (stride 1) to 9 times (stride 2) as long as the matrix products that they are
-    ctx.products = library == "onednn" and weight.shape[2:] == (1, 1) and ctx.geometry[1] == 0
+    # for 1x1, oneDNN's gradients take 1.3 (stride 1) to 9 times (stride 2) as long as the GEMMs that they are
+    ctx.by_gemm = library == "onednn" and weight.shape[2:] == (1, 1) and ctx.geometry[1] == 0
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
 def as_rows(images: Tensor) -> Tensor:
-    """(B, C, H, W) as rows (B H W, C)."""
+    """View (B, C, H, W) as rows (B H W, C)."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
@@ -143,7 +145,7 @@ def pointwise_weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int
 
 
 def _strided_input_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Of a 1x1 convolution, which sees one pixel of stride^2: the others' gradient is 0."""
+    """Compute dx of a 1x1 convolution, which sees one pixel of stride^2: the others' gradient is 0."""
     dx = empty_image(x, *x.shape[1:]).zero_()
     seen = dx[:, :, ::stride, ::stride]
     images, _, height, width = seen.shape
@@ -156,9 +158,9 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
     dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
     dx = dweight = None
-    if ctx.products and wants_weight:
+    if ctx.by_gemm and wants_weight:
         dweight, wants_weight = pointwise_weight_gradient(dz, x, weight, ctx.geometry[0]), False
-    if ctx.products and wants_x and ctx.geometry[0] > 1:
+    if ctx.by_gemm and wants_x and ctx.geometry[0] > 1:
         dx, wants_x = _strided_input_gradient(dz, x, weight, ctx.geometry[0]), False
     if wants_x or wants_weight:
         geometry = *([each] * 2 for each in ctx.geometry), False, [0, 0], 1

@@ -2,9 +2,9 @@
 
     out[b, n, i, j] = relu(sum over c of weight[n, c] x[b, c, stride i, stride j] + bias[n] + residual[b, n, i, j])
 
-In channels-last memory this is a matrix product, pixels (M, K = C) times weight (K, N), and a stride chooses rows. Two
-thirds of a ResNet's layers have the form (He et al. 2016, figure 5), once frozen batch norm is folded into weight and
-bias. Eager code makes up to three more passes over the outputs; here they are complete before they are first written.
+In channels-last memory this is a GEMM, pixels (M, K = C) times weight (K, N), and a stride chooses rows. Two thirds of
+a ResNet's layers are such (He et al. 2016, figure 5), once frozen batch norm is folded into weight and bias.
+ Eager code makes up to three more passes over the outputs; here they are complete before they are first written.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from detr_kernels.convolution.geometry import (
 from detr_kernels.convolution.pointwise_backward import input_gradient_op, weight_gradient_op
 from detr_kernels.convolution.tiles import choose_blocks, launch_options, source_pixel, tile_of
 from detr_kernels.launch import DTYPES, cdiv, launch
-from detr_kernels.triton_compat import product, tl, triton
+from detr_kernels.triton_compat import gemm, tl, triton
 
 
 def conv1x1_bias_act_ref(
@@ -67,7 +67,7 @@ def _forward_kernel(
         down = first + tl.arange(0, INPUTS)[:, None]
         seen = tl.load(x_row + across, mask=(pixel < pixels) & (across < inputs), other=0.0)
         w = tl.load(weight + output * inputs + down, mask=(output < outputs) & (down < inputs), other=0.0)
-        total = product(seen, w, total, INTERPRETED)
+        total = gemm(seen, w, total, INTERPRETED)
     inside = (pixel < pixels) & (output < outputs)
     at = pixel.to(tl.int64) * outputs + output
     if residual is not None:
@@ -78,7 +78,7 @@ def _forward_kernel(
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool) -> Tensor:
-    """x (B, C, H, W), weight (N, C, 1, 1), bias (N,), residual (B, N, H', W') -> out (B, N, H', W')."""
+    """Compute out (B, N, H', W') from x (B, C, H, W), weight (N, C, 1, 1), bias (N,), residual (B, N, H', W')."""
     x, weight, bias = channels_last(x), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else channels_last(residual)
     out = empty_image(x, *output_shape(x, weight, stride)[1:])
@@ -101,7 +101,7 @@ def _(x, weight, bias, residual, stride, relu):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Saves x only where the weight learns, the weight only where x does, and the output only for its ReLU."""
+    """Save x only where the weight learns, the weight only where x does, and the output only for its ReLU."""
     x, weight, bias, _, ctx.stride, relu = inputs
     ctx.size, ctx.bias_dtype = x.shape[2:], bias.dtype
     wants_x, wants_weight = ctx.needs_input_grad[:2]
@@ -134,14 +134,14 @@ def conv1x1_bias_act(
     stride: int = 1,
     relu: bool = True,
 ) -> Tensor:
-    """Compute `relu(F.conv2d(x, weight, bias, stride) + residual)` by one Triton kernel, weight (N, C, 1, 1), stride 1
-    or 2; `conv_bias_act` chooses when.
+    """Compute `relu(F.conv2d(x, weight, bias, stride) + residual)` by one Triton kernel, for 1x1 at stride 1 or 2.
 
-    x (B, C, H, W), bias (N,), residual and result (B, N, H', W'); residual and relu are optional. Under autocast it
-    computes in autocast's dtype. It takes bfloat16, float16 and float32 (no TF32); reads channels-last images, copies
-    others into that form, and returns it; adds the bias, which may be float32, to its float32 sums; and keeps x only
-    where the weight learns, the weight only where x does, the output only where there is a ReLU. Raises ValueError for
-    shapes or dtypes that do not fit and RuntimeError where Triton cannot run.
+    `conv_bias_act` chooses when. x (B, C, H, W), weight (N, C, 1, 1), bias (N,), residual and result (B, N, H', W');
+    residual and relu are optional. Under autocast it computes in autocast's dtype. It takes bfloat16, float16 and
+    float32 (no TF32); reads channels-last images, copies others into that order, and returns it; adds the bias, which
+    may be float32, to its float32 sums; and saves x only where the weight learns, the weight only where x does, the
+    output only where there is a ReLU. Raises ValueError for shapes or dtypes that do not fit and RuntimeError where
+    Triton cannot run.
     """
     x, weight, residual = as_under_autocast(x, weight, residual)
     check_convolution(x, weight, bias, residual, stride)

@@ -2,8 +2,8 @@
 
     dz = dy (out > 0)    dx = dz weight    dweight = dz^T x    dbias = sum of dz over the pixels
 
-`out` is the convolution's output, and None where it has no ReLU; then dz = dy. dz is not stored: both products read dy
-and out. Pixels are rows (channels-last memory), sums are float32.
+`out` is the convolution's output, and None where it has no ReLU; then dz = dy. dz is not stored: both GEMMs read dy and
+out. Pixels are rows (channels-last memory), sums are float32.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from detr_kernels.convolution.geometry import channels_last, empty_image
 from detr_kernels.convolution.tiles import choose_blocks, launch_options, source_pixel, tile_of
 from detr_kernels.launch import cdiv, launch
-from detr_kernels.triton_compat import product, tl, triton
+from detr_kernels.triton_compat import gemm, tl, triton
 
 
 @triton.jit
 def _masked(dy, out, at, inside):
-    """dz at `at`, zero outside. At exactly 0 a ReLU's gradient is 0, and a NaN passes it on, both as in torch."""
+    """Load dz at `at`, zero outside. At exactly 0 a ReLU's gradient is 0, and a NaN passes it on, as in torch."""
     dz = tl.load(dy + at, mask=inside, other=0.0)
     if out is not None:
         dz = tl.where(tl.load(out + at, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, dz)
@@ -52,7 +52,7 @@ def _input_gradient_kernel(
         down = first + tl.arange(0, OUTPUTS)[:, None]
         dz = _masked(dy, out, row_start + across, (pixel < pixels) & (across < outputs))
         w = tl.load(weight + down * inputs + column, mask=(down < outputs) & (column < inputs), other=0.0)
-        total = product(dz, w, total, INTERPRETED)
+        total = gemm(dz, w, total, INTERPRETED)
     at = source_pixel(pixel, height, width, STRIDE) * inputs + column
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(pixel < pixels) & (column < inputs))
 
@@ -90,7 +90,7 @@ def _weight_gradient_kernel(
         dz = _masked(dy, out, at, (pixel < pixels) & (column[None, :] < outputs))
         at = source_pixel(pixel, height, width, STRIDE) * inputs + row[None, :]
         seen = tl.load(x + at, mask=(pixel < pixels) & (row[None, :] < inputs), other=0.0)
-        total = product(tl.trans(seen), dz, total, INTERPRETED)
+        total = gemm(tl.trans(seen), dz, total, INTERPRETED)
         if dbias is not None:
             sums += tl.sum(dz.to(tl.float32), 0)
     at = (split * outputs + column[None, :]).to(tl.int64) * inputs + row[:, None]
@@ -100,7 +100,7 @@ def _weight_gradient_kernel(
 
 
 def _input_gradient(dy: Tensor, out: Tensor | None, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """dy and out (B, N, H', W'), weight (N, C, 1, 1) -> dx (B, C, height, width)."""
+    """Compute dx (B, C, height, width) from dy and out (B, N, H', W') and weight (N, C, 1, 1)."""
     dy, weight = channels_last(dy), weight.contiguous()
     outputs, inputs = weight.shape[:2]
     pixels = dy.numel() // outputs
@@ -116,7 +116,7 @@ def _input_gradient(dy: Tensor, out: Tensor | None, weight: Tensor, height: int,
 
 
 def _weight_gradient(dy: Tensor, out: Tensor | None, x: Tensor, stride: int, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """dy and out (B, N, H', W'), x (B, C, H, W) -> dweight (N, C, 1, 1) in x's dtype, dbias (N,) float32.
+    """Compute dweight (N, C, 1, 1) in x's dtype and dbias (N,) float32 from dy and out (B, N, H', W'), x (B, C, H, W).
 
     Without `with_bias` dbias is empty.
     """

@@ -5,7 +5,7 @@
 torch draws an entry's number from a generator of 53 bits, one by one: 6 ns an entry, a fifth of DETR's training step on
 a CPU. Here NumPy's PCG64 (O'Neill 2014) gives four entries with each word, from a seed that torch's generator draws.
 Their 16 bits are read as a bfloat16, whatever it is: so dropout is a ReLU's gradient, which torch computes in one pass
-without a mask. p is met to 1/131072. (Srivastava et al. 2014; Triton's kernels draw their own, see `dropout.py`.)
+without a mask. p is met to 1/131072. (Srivastava et al. 2014; Triton's kernels draw their own, see `philox.py`.)
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detr_kernels.registry import Backend, Facts, Operation, no_products
+from detr_kernels.registry import Backend, Facts, Operation, zero_flop
 
 DRAWN = 2**20
 """Numbers that are drawn at a time: few enough for the cache and for memory that is used again."""
@@ -38,12 +38,12 @@ class Dropper:
         self.generator = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, ()))))
 
     def numbers(self, count: int) -> Tensor:
-        """(count,) bfloat16, of random bits."""
+        """Draw (count,) bfloat16 of random bits."""
         words = self.generator.integers(0, 2**64, -(-count // 4), dtype=np.uint64)
         return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16)[:count]
 
     def drop(self, x: Tensor, out: Tensor) -> Tensor:
-        """x, or 0 where it is dropped, not scaled, in `out`; both contiguous, and one may be the other."""
+        """Write x, or 0 where it is dropped, unscaled to `out`; both are contiguous, and one may be the other."""
         for seen, left in zip(x.view(-1).split(DRAWN), out.view(-1).split(DRAWN), strict=True):
             threshold_backward.grad_input(seen, self.numbers(len(seen)), self.threshold, grad_input=left)
         return out
@@ -68,7 +68,7 @@ def _relu_forward(x: Tensor, p: float) -> Tensor:
 
 
 def _relu_backward(dy: Tensor, y: Tensor, p: float) -> Tensor:
-    """y is above 0 where the ReLU and dropout both let x pass: nothing else need be kept."""
+    """Compute dx from y alone, which is above 0 where the ReLU and dropout both let x pass."""
     return threshold_backward(dy, y, 0).mul_(1 / (1 - p))
 
 
@@ -121,7 +121,7 @@ OPERATION = Operation(
         Backend("ref"),
     ),
     mode="training",
-    flop=dict.fromkeys(("dropout", "dropout_backward", "relu_dropout", "relu_dropout_backward"), no_products),
+    flop=dict.fromkeys(("dropout", "dropout_backward", "relu_dropout", "relu_dropout_backward"), zero_flop),
 )
 
 
@@ -136,9 +136,7 @@ def apply_dropout(x: Tensor, p: float, training: bool, backend: str = "auto") ->
 
 
 def relu_dropout(x: Tensor, p: float, training: bool, backend: str = "auto") -> Tensor:
-    """Compute `F.dropout(F.relu(x), p, training)`, as `apply_dropout` does; pcg64 keeps nothing for the backward pass
-    but the result.
-    """
+    """Compute `F.dropout(F.relu(x), p, training)` as `apply_dropout`; pcg64 saves only the result for backward."""
     if not training or p == 0 or OPERATION.choose(Facts(x.device), backend).backend == "ref":
         return F.dropout(F.relu(x), p, training)
     return relu_op(x, p)

@@ -11,22 +11,22 @@ from detr_kernels.triton_compat import tl, triton
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed (1,) int64 on `device`, from torch's generator there; nothing is read on the host."""
+    """Draw a seed (1,) int64 on `device`, from torch's generator there; nothing is read on the host."""
     return torch.randint(2**62, (1,), device=device)
 
 
 @triton.jit
-def kept(seed, index, p):
-    """Which entries survive dropout with probability `p`: bool, as `index` int32 in shape; `seed` is a scalar."""
+def keep_mask(seed, index, p):
+    """Draw dropout's mask, True where an entry survives: bool, as `index` int32 in shape; `seed` is a scalar."""
     return tl.rand(seed, index) >= p
 
 
 @triton.jit
-def kept_weights(seed, first_query, first_key, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which weights of a tile survive dropout with probability `P`, to 1/65536: bool (BLOCK_Q, BLOCK_K).
+def keep_mask_tile(seed, first_query, first_key, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Draw dropout's mask of a tile of attention weights, of probability `P` to 1/65536: bool (BLOCK_Q, BLOCK_K).
 
     A call of Philox (7 rounds, the fewest that pass every test: Salmon et al. 2011) gives eight numbers of 16 bits.
-    They go to keys 8 apart, because a thread holds just those of a matrix product: no number changes hands. A call for
+    They go to keys 8 apart, because a thread holds just those of a GEMM: no number changes hands. A call for
     each weight would make 3.6 times as many instructions of the forward pass's loop.
     """
     query = first_query + tl.arange(0, BLOCK_Q)[:, None]

@@ -14,12 +14,12 @@ from detr_kernels.triton_compat import tl, triton
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What the plain forms compute in: half precision is widened, float64 stays."""
+    """Widen half precision to float32, in which the plain references compute; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def generalized_iou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
-    """The same in plain torch: (...) of boxes (..., 4) and (..., 4), broadcast."""
+    """Compute GIoU (...) of boxes (..., 4) and (..., 4), broadcast, in plain torch."""
     (a_center, a_size), (b_center, b_size) = a_cxcywh.split(2, -1), b_cxcywh.split(2, -1)
     a_low, a_high = a_center - 0.5 * a_size, a_center + 0.5 * a_size
     b_low, b_high = b_center - 0.5 * b_size, b_center + 0.5 * b_size
@@ -30,13 +30,13 @@ def generalized_iou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
 
 
 def area(size: Tensor) -> Tensor:
-    """(..., 2) -> (...). Not `prod`, whose backward pass reads on the host whether an entry is zero."""
+    """Multiply sides (..., 2) -> (...), without `prod`, whose backward reads on the host whether an entry is zero."""
     return size[..., 0] * size[..., 1]
 
 
 @triton.jit
 def load_box(boxes, index, inside):
-    """Box number `index` of `boxes` (..., 4); outside the middle quarter, which has an area to divide by."""
+    """Load box number `index` of `boxes` (..., 4); outside, the middle quarter, which has an area to divide by."""
     x = tl.load(boxes + index * 4, mask=inside, other=0.5).to(tl.float32)
     y = tl.load(boxes + index * 4 + 1, mask=inside, other=0.5).to(tl.float32)
     width = tl.load(boxes + index * 4 + 2, mask=inside, other=0.5).to(tl.float32)
@@ -46,13 +46,13 @@ def load_box(boxes, index, inside):
 
 @triton.jit
 def l1_distance(a, b):
-    """Sum of |a - b| over the four numbers of two boxes, broadcast."""
+    """Sum |a - b| over the four numbers of two boxes, broadcast."""
     return tl.abs(a[0] - b[0]) + tl.abs(a[1] - b[1]) + tl.abs(a[2] - b[2]) + tl.abs(a[3] - b[3])
 
 
 @triton.jit
-def _extents(a_center, a_size, b_center, b_size):
-    """Along one axis: the extents of a, b, their intersection and their hull."""
+def _side_lengths(a_center, a_size, b_center, b_size):
+    """Compute the lengths of a, b, their intersection and their hull along one axis."""
     # sizes are taken between the rounded corners, as torch does: which boxes are empty depends on it
     a_low, a_high = a_center - 0.5 * a_size, a_center + 0.5 * a_size
     b_low, b_high = b_center - 0.5 * b_size, b_center + 0.5 * b_size
@@ -63,39 +63,39 @@ def _extents(a_center, a_size, b_center, b_size):
 
 @triton.jit
 def generalized_iou(a, b):
-    """GIoU of two boxes, broadcast."""
-    a_width, b_width, width, hull_width = _extents(a[0], a[2], b[0], b[2])
-    a_height, b_height, height, hull_height = _extents(a[1], a[3], b[1], b[3])
+    """Compute GIoU of two boxes, broadcast."""
+    a_width, b_width, width, hull_width = _side_lengths(a[0], a[2], b[0], b[2])
+    a_height, b_height, height, hull_height = _side_lengths(a[1], a[3], b[1], b[3])
     intersection, hull = width * height, hull_width * hull_height
     union = a_width * a_height + b_width * b_height - intersection
     return intersection / union - (hull - union) / hull
 
 
 @triton.jit
-def _share_of_larger(a, b):
-    """The part of the gradient of max(a, b), and of min(b, a) for b, that is the first one's: half at a tie."""
+def _larger_fraction(a, b):
+    """Return the fraction of max(a, b)'s gradient that is a's, and of min(b, a)'s that is b's: half at a tie."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
-def _axis_gradient(a_center, a_size, b_center, b_size, d_extent, d_intersection, d_hull):
-    """Gradients of a's center and size along one axis, from those of the three extents."""
+def _axis_gradient(a_center, a_size, b_center, b_size, d_length, d_intersection, d_hull):
+    """Compute the gradients of a's center and size along one axis, from those of the three lengths."""
     a_low, a_high = a_center - 0.5 * a_size, a_center + 0.5 * a_size
     b_low, b_high = b_center - 0.5 * b_size, b_center + 0.5 * b_size
     # clamp(min=0) lets the gradient through at 0 itself
     touching = tl.minimum(a_high, b_high) >= tl.maximum(a_low, b_low)
     d_intersection = tl.where(touching, d_intersection, 0.0)
     d_hull = tl.where(tl.maximum(a_high, b_high) >= tl.minimum(a_low, b_low), d_hull, 0.0)
-    d_high = d_extent + d_intersection * _share_of_larger(b_high, a_high) + d_hull * _share_of_larger(a_high, b_high)
-    minus_d_low = d_extent + d_intersection * _share_of_larger(a_low, b_low) + d_hull * _share_of_larger(b_low, a_low)
+    d_high = d_length + d_intersection * _larger_fraction(b_high, a_high) + d_hull * _larger_fraction(a_high, b_high)
+    minus_d_low = d_length + d_intersection * _larger_fraction(a_low, b_low) + d_hull * _larger_fraction(b_low, a_low)
     return d_high - minus_d_low, 0.5 * (d_high + minus_d_low)
 
 
 @triton.jit
 def generalized_iou_gradient(a, b):
-    """The gradient of GIoU for a, as a box: d_cx, d_cy, d_w, d_h."""
-    a_width, b_width, width, hull_width = _extents(a[0], a[2], b[0], b[2])
-    a_height, b_height, height, hull_height = _extents(a[1], a[3], b[1], b[3])
+    """Compute the gradient of GIoU for a, as a box: d_cx, d_cy, d_w, d_h."""
+    a_width, b_width, width, hull_width = _side_lengths(a[0], a[2], b[0], b[2])
+    a_height, b_height, height, hull_height = _side_lengths(a[1], a[3], b[1], b[3])
     intersection, hull = width * height, hull_width * hull_height
     union = a_width * a_height + b_width * b_height - intersection
     d_union = 1 / hull - intersection / union / union

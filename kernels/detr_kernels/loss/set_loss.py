@@ -23,9 +23,9 @@ from detr_kernels.loss.boxes import (
     l1_distance,
     load_box,
 )
-from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import IMAGES, LAYERS, meta, predictions_and_targets
-from detr_kernels.triton_compat import PARTS, tl, triton
+from detr_kernels.triton_compat import UNALIGNED, tl, triton
 
 FORWARD_TILE = 8192
 """Logits that a program holds at a time: 32 a thread with 8 warps. One program a problem, so that the sums over its
@@ -39,7 +39,7 @@ TARGETS = 32
 
 
 class SetLossTerms(NamedTuple):
-    """Each (L,) float32; the errors are for logging and have no gradient."""
+    """Terms of the loss, each (L,) float32; the errors are for logging and have no gradient."""
 
     ce: Tensor
     bbox: Tensor
@@ -61,7 +61,7 @@ def set_loss_ref(
     class_weight_sum: Tensor,
     no_object_weight: float = 0.1,
 ) -> SetLossTerms:
-    """The same in plain torch."""
+    """Compute `set_loss` in plain torch."""
     logits, boxes_cxcywh = at_least_float32(logits), at_least_float32(boxes_cxcywh)
     num_queries, no_object = logits.shape[2], logits.shape[3] - 1
     matched, query = query_of_target >= 0, query_of_target.clamp(min=0)  # (L, B, T)
@@ -95,13 +95,13 @@ def set_loss_ref(
 
 
 def _class_error(right: Tensor, matched: Tensor) -> Tensor:
-    """Percent (L,), from how many pairs were classified rightly and how many there are; 100 without any, as in DETR."""
+    """Compute percent (L,) from how many of the matched pairs are classified rightly; 100 without any, as in DETR."""
     return 100 - 100 * right / matched.clamp(min=1)
 
 
 @triton.jit
 def _assigned(query_of_target, query, problem, image, targets, TARGETS: tl.constexpr):
-    """Which queries have a target, and its row in (B, T); as `query` (QUERIES, 1) in shape."""
+    """Find which queries have a target, and its row in (B, T); as `query` (QUERIES, 1) in shape."""
     found = tl.full(query.shape, -1, tl.int32)
     for first in range(0, targets, TARGETS):
         target = first + tl.arange(0, TARGETS)[None, :]
@@ -112,19 +112,19 @@ def _assigned(query_of_target, query, problem, image, targets, TARGETS: tl.const
 
 @triton.jit
 def _load_logits(logits, row, COLUMNS: tl.constexpr, CLASSES: tl.constexpr):
-    """(QUERIES, CLASSES) float32; -inf past the last class."""
+    """Load (QUERIES, CLASSES) float32; -inf past the last class."""
     column = tl.arange(0, CLASSES)[None, :]
     return tl.load(logits + row * COLUMNS + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _log_softmax(logit):
-    """Over the last dimension, as torch takes it; -inf is padding."""
+    """Compute log softmax over the last dimension, as torch does; -inf is padding."""
     shifted = logit - tl.max(logit, 1)[:, None]
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1)[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)
@@ -175,7 +175,7 @@ def _forward_kernel(
     tl.store(terms + 5 * problems, tl.abs(tl.sum(detected) - count) / tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     d_terms,  # (6, L) float32
     logits,  # (L, B, Q, COLUMNS)
@@ -224,7 +224,7 @@ def _backward_kernel(
 
 
 def _blocks(columns: int, tile: int) -> dict[str, int]:
-    """What a program holds at a time: as many queries as the tile allows.
+    """Choose what a program holds at a time: as many queries as the tile allows.
 
     The class count is compiled in: 92 is no multiple of 16, and only as a constant is it known to allow wide loads.
     """
@@ -244,7 +244,7 @@ def _forward(
     class_weight_sum: Tensor,
     no_object_weight: float,
 ) -> Tensor:
-    """(6, L) float32: ce, bbox, giou, right and matched pairs, cardinality error; gradients are of the first three."""
+    """Compute (6, L) float32: ce, bbox, giou, which have gradients; right and matched pairs, cardinality error."""
     layers, images, queries, columns = logits.shape
     terms = torch.empty(6, layers, images, dtype=torch.float32, device=logits.device)
     given = (logits, boxes, labels, target_boxes, num_targets, query_of_target, num_boxes, class_weight_sum)
@@ -265,7 +265,7 @@ def _backward(
     class_weight_sum: Tensor,
     no_object_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and boxes in their dtypes, from d_terms (6, L), of which the first three rows count."""
+    """Compute the gradients of logits and boxes in their dtypes, from the first three rows of d_terms (6, L)."""
     layers, images, queries, columns = logits.shape
     d_logits, d_boxes = logits.new_empty(logits.shape), boxes.new_empty(boxes.shape)
     given = (d_terms, logits, boxes, labels, target_boxes, query_of_target, num_boxes, class_weight_sum)
@@ -315,7 +315,7 @@ OPERATION = Operation(
     "set_loss",
     (TRITON, REFERENCE),
     mode="training",
-    flop=dict.fromkeys(("set_loss", "set_loss_backward"), no_products),
+    flop=dict.fromkeys(("set_loss", "set_loss_backward"), zero_flop),
     specimens=_specimens,
 )
 
@@ -332,14 +332,14 @@ def set_loss(
     no_object_weight: float = 0.1,
     backend: str = "auto",
 ) -> SetLossTerms:
-    """Compute the terms of every layer, (L,) each; gradients reach logits and boxes_cxcywh through `ce`, `bbox` and
-    `giou`.
+    """Compute the terms of every decoder layer, (L,) each.
 
-    logits (L, B, Q, C+1), the last class being "no object", and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken
-    as float32; labels (B, T) int64; target_boxes_cxcywh (B, T, 4) float32; num_targets (B,) int64; query_of_target
-    (L, B, T) int64: the query matched to each target, -1 for none, no query twice in an image; num_boxes and
-    class_weight_sum: scalars on the device, what the sums are divided by. Unmatched targets count for nothing, NaN or
-    not. Raises ValueError for shapes that do not fit and RuntimeError where Triton is asked for and cannot run.
+    Gradients reach logits and boxes_cxcywh through `ce`, `bbox` and `giou`. logits (L, B, Q, C+1), the last class being
+    "no object", and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken as float32; labels (B, T) int64;
+    target_boxes_cxcywh (B, T, 4) float32; num_targets (B,) int64; query_of_target (L, B, T) int64: the query matched to
+    each target, -1 for none, no query twice in an image; num_boxes and class_weight_sum: scalars on the device, what
+    the sums are divided by. Unmatched targets count for nothing, NaN or not. Raises ValueError for shapes that do not
+    fit and RuntimeError where Triton is asked for and cannot run.
     """
     given = (logits, boxes_cxcywh, labels, target_boxes_cxcywh, num_targets, query_of_target)
     arguments = (*given, num_boxes, class_weight_sum, no_object_weight)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_kernels.launch import DTYPES, launch, next_power_of_2, unmeasured, why_not_ours
-from detr_kernels.registry import Backend, Facts, Operation, no_products
+from detr_kernels.launch import DTYPES, launch, next_power_of_2, unmeasured, why_not_triton_kernel
+from detr_kernels.registry import Backend, Facts, Operation, zero_flop
 from detr_kernels.specimens import IMAGES, LAYERS, QUERIES, TARGETS, meta
-from detr_kernels.triton_compat import PARTS, tl, triton
+from detr_kernels.triton_compat import UNALIGNED, tl, triton
 
 MOST_COLUMNS = 32768
 """So that the keys of the Triton kernel fit into int32."""
@@ -29,7 +29,7 @@ CHUNK = 512
 
 
 def _priced(cost: np.ndarray) -> tuple[np.ndarray, int]:
-    """One problem's costs (queries, targets) with non-finite entries at their price, and how many there are."""
+    """Replace non-finite entries of one problem's costs (queries, targets) by their price, and count them."""
     finite = np.isfinite(cost)
     broken = finite.size - np.count_nonzero(finite)
     if broken == 0:
@@ -40,7 +40,7 @@ def _priced(cost: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _solve_on_host(cost: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`_solve` by SciPy. On a GPU it waits for the device: one copy to the host for all problems, and one back."""
+    """Solve as `_solve`, by SciPy. On a GPU it waits for the device: one copy to the host, and one back."""
     from scipy.optimize import linear_sum_assignment
 
     problems, queries, targets = cost.shape
@@ -60,19 +60,19 @@ scipy_op = torch.library.custom_op("detr_kernels::assignment_scipy", _solve_on_h
 
 
 def batched_assignment_ref(cost: Tensor, num_targets: Tensor, nonfinite: Tensor | None = None) -> Tensor:
-    """`batched_assignment` by SciPy, which waits for the device on a GPU."""
+    """Compute `batched_assignment` by SciPy, which waits for the device on a GPU."""
     return batched_assignment(cost, num_targets, "scipy", nonfinite)
 
 
 @triton.jit
 def _price(entries, penalty):
-    """float32 -> float64, non-finite ones at `penalty`."""
+    """Cast float32 to float64, non-finite entries to `penalty`."""
     return tl.where(tl.abs(entries) < float("inf"), entries.to(tl.float64), penalty)
 
 
 @triton.jit
 def _survey(cost, queries, count, stride_q, stride_t, CHUNK: tl.constexpr):
-    """Largest finite magnitude of a problem's (queries, count) costs, and the number of its non-finite ones."""
+    """Find the largest finite magnitude of a problem's (queries, count) costs, and count its non-finite ones."""
     largest = tl.full((CHUNK,), 0.0, tl.float32)
     broken = tl.full((CHUNK,), 0, tl.int32)
     size = queries * count
@@ -88,7 +88,7 @@ def _survey(cost, queries, count, stride_q, stride_t, CHUNK: tl.constexpr):
 
 @triton.jit
 def _shortest_path(before, row, rows, row_stride, column_stride, columns, v, keys, penalty, COLUMNS: tl.constexpr):
-    """Dijkstra's search from the unmatched `row` to the nearest free column; row 1 lies row_stride after `before`.
+    """Search by Dijkstra from the unmatched `row` to the nearest free column; row 1 lies row_stride after `before`.
 
     Returns that column, its distance, every column's distance as far as it is known, and `path`: for each column that
     was reached, the key of the row that it was reached from.
@@ -124,7 +124,7 @@ def _shortest_path(before, row, rows, row_stride, column_stride, columns, v, key
 
 @triton.jit
 def _augment(row, rows, sink, path, keys, COLUMNS: tl.constexpr):
-    """Hands each column on the path from `row` to the free column `sink` to the row that it was reached from."""
+    """Match each column on the path from `row` to the free column `sink` with the row that it was reached from."""
     column = tl.arange(0, COLUMNS)
     owner = 0
     step = 0
@@ -141,7 +141,7 @@ SIZES = ["queries", "targets", "stride_p", "stride_q", "stride_t"]
 
 
 # one compilation for any number of targets: otherwise a batch with 1, 16 or 32 of them would compile anew in training
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PARTS)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def _solve_kernel(
     cost,  # (problems, queries, targets), by its strides
     num_targets,  # (problems,) any integer
@@ -194,7 +194,7 @@ def _empty_outputs(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(cost: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
-    """cost (P, Q, T), num_targets (P,) -> query_of_target (P, T) int64, and the numbers of non-finite costs (P,) int32.
+    """Compute query_of_target (P, T) int64 and the counts of non-finite costs (P,) int32 from cost (P, Q, T).
 
     One warp a problem, up to 512 columns: reductions, of which there are three a step, are then shuffles and need no
     barrier. At 128 columns (DETR's 100 queries) a thread holds 4 of each vector.
@@ -230,14 +230,14 @@ OPERATION = Operation(
     (
         Backend(
             "triton",
-            why_not_ours,
+            why_not_triton_kernel,
             lambda facts: unmeasured(facts) if facts.device.type == "cpu" else None,
             reason="SciPy would wait for the device",
         ),
         Backend("scipy"),
     ),
     mode="training",
-    flop=dict.fromkeys(("assignment", "assignment_scipy"), no_products),
+    flop=dict.fromkeys(("assignment", "assignment_scipy"), zero_flop),
     specimens=_specimens,
 )
 

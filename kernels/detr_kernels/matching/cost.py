@@ -12,9 +12,9 @@ from torch import Tensor
 
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
 from detr_kernels.loss.boxes import at_least_float32, generalized_iou, generalized_iou_ref, l1_distance, load_box
-from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import predictions_and_targets
-from detr_kernels.triton_compat import PARTS, tl, triton
+from detr_kernels.triton_compat import UNALIGNED, tl, triton
 
 TILE = 2048
 """Logits that a program holds: 16 a thread with 4 warps. Of 100 queries and 92 classes that is 7 programs a problem,
@@ -36,7 +36,7 @@ def match_cost_ref(
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
 ) -> Tensor:
-    """The same in plain torch."""
+    """Compute `match_cost` in plain torch."""
     probability = at_least_float32(logits).softmax(-1)  # (L, B, Q, C+1)
     of_label = probability.gather(-1, labels[None, :, None, :].expand(*logits.shape[:3], -1))  # (L, B, Q, T)
     predicted, wanted = at_least_float32(boxes_cxcywh)[..., None, :], target_boxes_cxcywh[None, :, None]
@@ -45,7 +45,7 @@ def match_cost_ref(
     return cost.flatten(0, 1)
 
 
-@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=PARTS)
+@triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     logits,  # (L, B, Q, COLUMNS)
     boxes,  # (L, B, Q, 4)
@@ -94,7 +94,7 @@ def _forward(
     l1_weight: float,
     giou_weight: float,
 ) -> Tensor:
-    """logits (L, B, Q, C+1), boxes (L, B, Q, 4), labels (B, T), target_boxes (B, T, 4) -> cost (L*B, Q, T) float32."""
+    """Compute cost (L*B, Q, T) float32 of logits (L, B, Q, C+1), boxes (L, B, Q, 4), labels (B, T), boxes (B, T, 4)."""
     layers, images, queries, columns = logits.shape
     targets = labels.shape[1]
     cost = torch.empty(layers * images, queries, targets, dtype=torch.float32, device=logits.device)
@@ -123,7 +123,7 @@ def _specimens() -> None:
 
 
 OPERATION = Operation(
-    "match_cost", (TRITON, REFERENCE), mode="training", flop={"match_cost": no_products}, specimens=_specimens
+    "match_cost", (TRITON, REFERENCE), mode="training", flop={"match_cost": zero_flop}, specimens=_specimens
 )
 
 
@@ -138,13 +138,12 @@ def match_cost(
     giou_weight: float = 2.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the cost (L*B, Q, T) float32 of each query for each target of its own image, layers outermost; without a
-    gradient.
+    """Compute the cost (L*B, Q, T) float32 of each query for each target of its own image, without a gradient.
 
-    logits (L, B, Q, C+1) and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken as float32; labels (B, T) int64 in
-    [0, C]; target_boxes_cxcywh (B, T, 4) float32. Rows of padding get a cost like any other. NaN where a query's logits
-    or box are NaN, and where two boxes have no hull to divide by. Raises ValueError for shapes that do not fit and
-    RuntimeError where Triton is asked for and cannot run.
+    Layers are outermost. logits (L, B, Q, C+1) and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken as float32;
+    labels (B, T) int64 in [0, C]; target_boxes_cxcywh (B, T, 4) float32. Rows of padding get a cost like any other. NaN
+    where a query's logits or box are NaN, and where two boxes have no hull to divide by. Raises ValueError for shapes
+    that do not fit and RuntimeError where Triton is asked for and cannot run.
     """
     fit = logits.ndim == 4 and boxes_cxcywh.shape == (*logits.shape[:3], 4)
     fit = fit and labels.ndim == 2 and labels.shape[0] == logits.shape[1]

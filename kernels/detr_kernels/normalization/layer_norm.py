@@ -3,7 +3,7 @@
     total = residual + dropout(x)
     y     = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias          over the last dimension
 
-It is the tail of every post-norm transformer layer (Vaswani et al. 2017, section 3.1; Ba et al. 2016). Eager code reads
+It ends every sublayer of a post-norm transformer (Vaswani et al. 2017, section 3.1; Ba et al. 2016). Eager code reads
 and writes the tokens in five passes; here each is read once and written once. For the backward pass `total` alone is
 kept: mean and variance are cheap to find again, and the mask is drawn again from its seed.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.dropout.pcg64 import apply_dropout
-from detr_kernels.dropout.philox import draw_seed, kept
+from detr_kernels.dropout.philox import draw_seed, keep_mask
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
-from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import DIM, IMAGES, TOKENS, meta
 from detr_kernels.triton_compat import tl, triton
 
@@ -67,7 +67,7 @@ def _forward_kernel(
     at = row.to(tl.int64) * dim + column
     entry = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        entry = tl.where(kept(tl.load(seed), row * dim + column, p), entry * (1 / (1 - p)), 0.0)
+        entry = tl.where(keep_mask(tl.load(seed), row * dim + column, p), entry * (1 / (1 - p)), 0.0)
     entry += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if SAVE:
         tl.store(total + at, entry.to(total.dtype.element_ty), mask=inside)
@@ -119,7 +119,7 @@ def _backward_kernel(
         dtotal = rstd * (grad - tl.sum(grad, 1)[:, None] / dim - normed * along)
         tl.store(dresidual + at, dtotal.to(dresidual.dtype.element_ty), mask=inside)
         if DROPOUT:
-            dtotal = tl.where(kept(tl.load(seed), row * dim + column, p), dtotal * (1 / (1 - p)), 0.0)
+            dtotal = tl.where(keep_mask(tl.load(seed), row * dim + column, p), dtotal * (1 / (1 - p)), 0.0)
         tl.store(dx + at, dtotal.to(dx.dtype.element_ty), mask=inside)
     at = program * dim + tl.arange(0, DIM)
     tl.store(dweight + at, tl.sum(sum_dweight, 0), mask=tl.arange(0, DIM) < dim)
@@ -140,7 +140,7 @@ def _empty_total(x: Tensor, residual: Tensor, save: bool) -> Tensor:
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, p: float, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """x, residual (rows, dim) -> y (rows, dim) in their promoted dtype, and `total` where it is to be saved."""
+    """Compute y (rows, dim) of x, residual (rows, dim) in their promoted dtype, and `total` where it is to be saved."""
     x, residual, weight, bias = (each.contiguous() for each in (x, residual, weight, bias))
     total = _empty_total(x, residual, save)
     y = torch.empty_like(x, dtype=total.dtype)
@@ -162,7 +162,7 @@ def _backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual (rows, dim), weight and bias (dim,)."""
+    """Compute the gradients of x, residual (rows, dim), weight and bias (dim,)."""
     dy, weight = dy.contiguous(), weight.contiguous()
     dx, dresidual = torch.empty_like(total, dtype=x_dtype), torch.empty_like(total, dtype=residual_dtype)
     rows, dim = total.shape
@@ -216,7 +216,7 @@ def _specimens() -> None:
 OPERATION = Operation(
     "layer_norm",
     (TRITON, REFERENCE),
-    flop=dict.fromkeys(("add_layer_norm", "add_layer_norm_backward"), no_products),
+    flop=dict.fromkeys(("add_layer_norm", "add_layer_norm_backward"), zero_flop),
     specimens=_specimens,
 )
 
@@ -232,13 +232,12 @@ def fused_add_layer_norm(
     backend: str = "auto",
     dropout_backend: str = "auto",
 ) -> Tensor:
-    """Compute `F.layer_norm(residual + F.dropout(x, dropout, training), ...)` of x, residual (..., D), weight, bias
-    (D,).
+    """Compute `F.layer_norm(residual + F.dropout(x, dropout, training), ...)`.
 
-    Returns (..., D) in the promoted dtype of x and residual; sums are float32. triton draws dropout's mask itself; ref
-    leaves it to `dropout_backend` of `apply_dropout`. Only with ref in both is it the one that `F.dropout` draws from
-    the same seed. Raises ValueError for shapes that do not fit and RuntimeError where a backend that is asked for
-    cannot run.
+    x, residual (..., D), weight, bias (D,). Returns (..., D) in the promoted dtype of x and residual; sums are float32.
+    triton draws dropout's mask itself; ref leaves it to `dropout_backend` of `apply_dropout`. Only with ref in both is
+    it the one that `F.dropout` draws from the same seed. Raises ValueError for shapes that do not fit and RuntimeError
+    where a backend that is asked for cannot run.
     """
     if x.shape != residual.shape or x.shape[-1:] != weight.shape or weight.shape != bias.shape:
         shapes = [tuple(each.shape) for each in (x, residual, weight, bias)]

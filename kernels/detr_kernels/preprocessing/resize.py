@@ -1,4 +1,4 @@
-"""Images of different size to one batch: resized, mirrored, normalised, padded, in one pass over memory.
+"""Images of different size to one batch: resized, flipped, normalised, padded, in one pass over memory.
 
     batch[b, c, y, x] = (level / 255 - mean[c]) / std[c]                     inside image b, 0 where it is padded
     level             = round(sum over i, j of p[y, i] q[x, j] image_b[i, j, c])
@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from detr_kernels.launch import DTYPES, REFERENCE, TRITON, cdiv, launch
-from detr_kernels.registry import Facts, Operation, no_products
+from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import IMAGES, meta
 from detr_kernels.triton_compat import tl, triton
 
@@ -30,8 +30,8 @@ ROWS, ENTRIES = 2, 512
 512 leave a ninth of the last block idle at 1066 pixels, 1024 would leave a quarter."""
 
 
-class Place(NamedTuple):
-    """Where an image lies in the buffer, and what it is to become."""
+class Slot(NamedTuple):
+    """Position and size of an image in the buffer, the size that it is to have, and whether it is to be flipped."""
 
     offset: int
     """The byte at which it begins, row by row from there, three bytes a pixel."""
@@ -39,8 +39,8 @@ class Place(NamedTuple):
     width: int
     new_height: int
     new_width: int
-    mirrored: int
-    """1: left to right, after resizing; 0: as it is."""
+    hflip: int
+    """1: flipped horizontally, after resizing; 0: not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,24 +50,24 @@ class PackedImages:
     buffer: Tensor
     """uint8 (n,)"""
     table: Tensor
-    """(B, 6) int64, the places, on the buffer's device"""
-    places: tuple[Place, ...]
-    """The same, known without asking the device."""
+    """(B, 6) int64: the slots, on the buffer's device"""
+    slots: tuple[Slot, ...]
+    """The rows of `table`, known without asking the device."""
 
     def __post_init__(self) -> None:
         if self.buffer.dtype != torch.uint8 or self.buffer.ndim != 1 or not self.buffer.is_contiguous():
             raise ValueError(f"buffer must be contiguous uint8 (n,), not {self.buffer.dtype} {self.buffer.shape}")
-        if self.table.shape != (len(self.places), 6) or self.table.dtype != torch.int64:
-            raise ValueError(f"table must be ({len(self.places)}, 6) int64, not {self.table.dtype} {self.table.shape}")
+        if self.table.shape != (len(self.slots), 6) or self.table.dtype != torch.int64:
+            raise ValueError(f"table must be ({len(self.slots)}, 6) int64, not {self.table.dtype} {self.table.shape}")
 
     @classmethod
-    def of_list(
+    def from_list(
         cls,
         images: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]] | None = None,
-        mirrored: Sequence[bool] | None = None,
+        hflip: Sequence[bool] | None = None,
     ) -> Self:
-        """Of at least one uint8 (h, w, 3) on the CPU, contiguous or not, which are copied together.
+        """Copy at least one uint8 (h, w, 3) on the CPU, contiguous or not, into one buffer.
 
         `sizes`: (h, w) that each is to have; default: its own. Raises ValueError for anything else.
         """
@@ -81,29 +81,29 @@ class PackedImages:
                 raise ValueError(f"an image of {tuple(image.shape)} has no pixels")
         own = [(image.shape[0], image.shape[1]) for image in images]
         offsets = accumulate((image.numel() for image in images[:-1]), initial=0)
-        columns = zip(offsets, own, sizes or own, mirrored or [False] * len(images), strict=True)
-        places = tuple(Place(offset, *size, *new, int(flip)) for offset, size, new, flip in columns)
-        if wrong := [place for place in places if min(place.new_height, place.new_width) < 1]:
+        columns = zip(offsets, own, sizes or own, hflip or [False] * len(images), strict=True)
+        slots = tuple(Slot(offset, *size, *new, int(flip)) for offset, size, new, flip in columns)
+        if wrong := [slot for slot in slots if min(slot.new_height, slot.new_width) < 1]:
             raise ValueError(f"sizes must be at least 1 x 1; got {wrong}")
-        return cls(torch.cat([image.reshape(-1) for image in images]), torch.tensor(places), places)
+        return cls(torch.cat([image.reshape(-1) for image in images]), torch.tensor(slots), slots)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The images as they lie there: views (h, w, 3)."""
-        for place in self.places:
-            count = place.height * place.width * 3
-            yield self.buffer[place.offset : place.offset + count].view(place.height, place.width, 3)
+        """Yield views (h, w, 3) of the images in the buffer."""
+        for slot in self.slots:
+            count = slot.height * slot.width * 3
+            yield self.buffer[slot.offset : slot.offset + count].view(slot.height, slot.width, 3)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.slots)
 
     def __getitem__(self, some: slice) -> Self:
-        """Those images; the buffer is shared."""
-        return replace(self, table=self.table[some], places=self.places[some])
+        """Return some of the images; the buffer is shared."""
+        return replace(self, table=self.table[some], slots=self.slots[some])
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(h, w) that each is to have."""
-        return [(place.new_height, place.new_width) for place in self.places]
+        """List the (h, w) that each is to have."""
+        return [(slot.new_height, slot.new_width) for slot in self.slots]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         buffer, table = (part.to(device, non_blocking=non_blocking) for part in (self.buffer, self.table))
@@ -121,16 +121,16 @@ def resize_normalize_pad_ref(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The same in plain torch, which on a CPU rounds after each axis, as Pillow does."""
+    """Compute `resize_normalize_pad` in plain torch, which on a CPU rounds after each axis, as Pillow does."""
     device = images.buffer.device
     batch = torch.zeros(len(images), height, width, 3, dtype=dtype, device=device)
     whole, means, deviations = (constants(values, device) for values in ([255], mean, std))
-    for row, image, place in zip(batch, images, images.places, strict=True):
-        size = [place.new_height, place.new_width]
+    for row, image, slot in zip(batch, images, images.slots, strict=True):
+        size = [slot.new_height, slot.new_width]
         pixels = image.permute(2, 0, 1)
-        if size != [place.height, place.width]:
+        if size != [slot.height, slot.width]:
             pixels = F.resize(pixels, size, F.InterpolationMode.BILINEAR, antialias=True)
-        pixels = (pixels.flip(-1) if place.mirrored else pixels).permute(1, 2, 0)  # (h, w, 3)
+        pixels = (pixels.flip(-1) if slot.hflip else pixels).permute(1, 2, 0)  # (h, w, 3)
         at_a_time = max(1, CACHED_ENTRIES // (3 * size[1])) if device.type == "cpu" else size[0]
         for some in range(0, size[0], at_a_time):
             levels = pixels[some : some + at_a_time].float().div_(whole)
@@ -144,7 +144,7 @@ CACHED_ENTRIES = 2**17
 
 
 def constants(values: Sequence[float], device: torch.device) -> Tensor:
-    """(C,) float32, which the device writes itself: a copy from the host would wait, and could not be captured.
+    """Make (C,) float32 on the device itself: a copy from the host would wait, and could not be captured.
 
     On a GPU torch divides exactly by a tensor alone.
     """
@@ -153,8 +153,7 @@ def constants(values: Sequence[float], device: torch.device) -> Tensor:
 
 @triton.jit
 def _weight(seen, center, reach):
-    """How much a row or column `seen` counts for a pixel with its middle at `center`, before they are made to sum to
-    1."""
+    """Weigh a row or column `seen` for a pixel with its middle at `center`, before weights are made to sum to 1."""
     return tl.maximum(1.0 - tl.abs(seen.to(tl.float32) + 0.5 - center) / reach, 0.0)
 
 
@@ -227,7 +226,7 @@ def _forward(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The tensors of `PackedImages` -> batch (B, 3, H, W) in channels-last memory."""
+    """Compute a batch (B, 3, H, W) in channels-last memory from the tensors of `PackedImages`."""
     batch = _empty(table, height, width, dtype)
     grid = (cdiv(width * 3, ENTRIES), cdiv(height, ROWS), len(table))
     arguments = (buffer, table, batch, height, width, *mean, *std)
@@ -256,7 +255,7 @@ def _specimens() -> None:
 
 
 OPERATION = Operation(
-    "preprocessing", (TRITON, REFERENCE), flop={"resize_normalize_pad": no_products}, specimens=_specimens
+    "preprocessing", (TRITON, REFERENCE), flop={"resize_normalize_pad": zero_flop}, specimens=_specimens
 )
 
 
@@ -269,7 +268,7 @@ def resize_normalize_pad(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """Make of packed images one normalised batch (B, 3, height, width), each at its new size, padded right and below.
+    """Resize packed images into one normalised batch (B, 3, height, width), padded right and below.
 
     The batch is in channels-last memory, in `dtype` (normalised in float32, then rounded) and exactly 0 where padded.
     Resized pixels are rounded to whole levels once; plain torch on a CPU rounds after each axis, and may differ by a

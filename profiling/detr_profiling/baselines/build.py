@@ -18,17 +18,12 @@ from detr_profiling.baselines.plain_loop import (
     plain_feed,
     training_step,
 )
+from detr_profiling.batches import make_batches, observed_batch
 from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
+from detr_profiling.own_workload import initial_model
 from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
 from detr_profiling.reference.weights import reference_of
-from detr_profiling.workload import (
-    Workload,
-    WorkloadOptions,
-    initial_model,
-    make_batches,
-    observed_batch,
-    stepping,
-)
+from detr_profiling.workload import Workload, WorkloadOptions, stepping
 
 REFERENCE = "reference"
 BASELINES = (REFERENCE, "hf-eager", "hf-sdpa", "hf-compiled", "fasterrcnn")
@@ -49,7 +44,7 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
         return reference_workload(ours, options, dtype)
     require(
         ours.config.backbone in ("resnet50", "resnet101") and not ours.config.source_position,
-        f"--model {options.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 forms.",
+        f"--model {options.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 variants.",
     )
     if name == "fasterrcnn":
         return faster_rcnn_workload(ours.config, options)

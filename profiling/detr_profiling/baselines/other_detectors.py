@@ -10,8 +10,9 @@ from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR
 from detr_fast.weights import export_state_dict
 from detr_profiling.baselines.plain_loop import PlainBatch, autocast, box_targets, inference, plain_feed, training_step
+from detr_profiling.batches import copied_ahead, make_batches, observed_batch
 from detr_profiling.observation import Observation, on_host, stacked_layers
-from detr_profiling.workload import Workload, WorkloadOptions, copied_ahead, make_batches, observed_batch, stepping
+from detr_profiling.workload import Workload, WorkloadOptions, stepping
 
 
 def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Workload:
@@ -100,9 +101,7 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
 def photographs(batch: Batch) -> list[Tensor]:
     """List the images as they were read, (3, h, w) in [0, 1], flipped where they are to be."""
     images = (image.permute(2, 0, 1) / 255 for image in batch.images)
-    return [
-        image.flip(-1) if place.mirrored else image for image, place in zip(images, batch.images.places, strict=True)
-    ]
+    return [image.flip(-1) if slot.hflip else image for image, slot in zip(images, batch.images.slots, strict=True)]
 
 
 def boxes_px(boxes_cxcywh: Tensor, image: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from detr_fast.config import ModelConfig
 from detr_fast.data.batch import Batch
 from detr_fast.evaluation.postprocess import postprocess
 from detr_fast.preprocessing import Preprocessing
-from detr_profiling.workload import WorkloadOptions, copied_ahead
+from detr_profiling.batches import copied_ahead
+from detr_profiling.workload import WorkloadOptions
 
 BoxTargets = list[dict[str, Tensor]]
 """For each image `labels` (T,) int64 and `boxes` (T, 4) cxcywh."""
@@ -62,8 +63,7 @@ class PlainBatch:
 def plain_feed(
     batches: Sequence[Batch], config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Iterator[PlainBatch]:
-    """Yield the batches over and over, copied one ahead as ours are; a batch's pixels are made on the device as it is
-    taken."""
+    """Yield the batches over and over, copied one ahead as ours are; pixels are made on the device as one is taken."""
     targets = itertools.cycle([box_targets(batch, dtype) for batch in batches])
     for batch, wanted in zip(copied_ahead(batches, device), targets, strict=False):
         yield PlainBatch.of(batch, config, dtype, wanted).to(device)

@@ -49,7 +49,7 @@ ALLOWED_FP32, ALLOWED_BF16 = 1e-3, 1e-2
 
 @dataclass(frozen=True)
 class Images:
-    """What AP is measured on."""
+    """Names the images that AP is measured on."""
 
     name: str
     dataset: CocoDataset
@@ -59,7 +59,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Score:
-    """AP over IoU 0.50:0.95, AP at 0.50, and both by class, in [0, 1]; -1 for a class without objects."""
+    """Holds AP over IoU 0.50:0.95, AP at 0.50, and both by class, in [0, 1]; -1 for a class without objects."""
 
     ap: float
     ap50: float
@@ -114,7 +114,8 @@ def score(rows: np.ndarray, images: Images) -> Score:
 
 
 class AveragePrecision:
-    """AP of one model's weights: by the reference, then by one variant after another, each with its verdict."""
+    """Measures AP of one model's weights: by the reference, then by one variant after another, each
+    with its verdict."""
 
     def __init__(self, model: DETR, images: Images, device: torch.device) -> None:
         self.model, self.images, self.device = model, images, device

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from detr_fast.model.detr import DETR
 from detr_fast.preprocessing import Preprocessing
+from detr_profiling.batches import observed_batch
 from detr_profiling.observation import Observation
-from detr_profiling.workload import Workload, observed_batch
+from detr_profiling.workload import Workload
 
 BLOCK = r"(?:transformer\.)?((?:backbone\.layer\d|backbone\.layers\.\d+|(?:encoder|decoder)\.layers\.\d+|input_proj))"
 """The names of modules whose outputs are compared, facebookresearch's `backbone.0.body.` cut to `backbone.`."""

@@ -27,8 +27,8 @@ from detr_fast.data.coco import CocoDataset
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
 from detr_fast.runtime import choose_runtime
-from detr_fast.training.assembly import make_data, make_model, make_step
 from detr_fast.training.batch_size import with_batches
+from detr_fast.training.build import make_data, make_model, make_step
 from detr_fast.training.distributed import World
 from detr_fast.training.recipes import recipe_of
 from detr_fast.weights import load_state_dict
@@ -49,7 +49,7 @@ MOST_ALLOWED = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and from what."""
+    """Names what is learned, and from what."""
 
     config: TrainConfig
     model: DETR
@@ -109,7 +109,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def relative_errors(found: Losses, oracle: Losses) -> list[float]:
+def relative_errors(found: Losses, reference: Losses) -> list[float]:
     """Add, for each step, its terms' absolute errors, so that none is small by luck, relative to the loss."""
     return [
         sum(
@@ -118,7 +118,7 @@ def relative_errors(found: Losses, oracle: Losses) -> list[float]:
             if (term := name.rstrip("_0123456789")) in TERM_WEIGHTS
         )
         / exact["loss"].abs().item()
-        for step, exact in zip(found, oracle, strict=True)
+        for step, exact in zip(found, reference, strict=True)
     ]
 
 
@@ -128,17 +128,17 @@ def total(found: Losses) -> list[float]:
 
 def allowed_errors(reference_errors: Sequence[float]) -> list[float]:
     """Derive what each step's loss may be off by, relative, from what the reference is off by at the first two."""
-    first, second = (FACTOR * error + floor for error, floor in zip(reference_errors, TOLERANCES, strict=False))
+    first, second = (FACTOR * error + tolerance for error, tolerance in zip(reference_errors, TOLERANCES, strict=False))
     later = (second * 2**step for step in range(len(reference_errors) - 1))
     return [min(allowed, MOST_ALLOWED) for allowed in (first, *later)]
 
 
 class TrainingCurve:
-    """Curves of the reference and of ours, one variant after another, and the verdict on each."""
+    """Draws curves of the reference and of ours, one variant after another, and judges each."""
 
     def __init__(self, task: Task, device: torch.device, steps: int) -> None:
         self.task, self.device, self.steps = task, device, steps
-        self.oracle, _ = train_reference(task, device, "fp64", steps)
+        self.reference, _ = train_reference(task, device, "fp64", steps)
         self.losses: dict[str, list[float]] = {}
         self.allowed: dict[str, list[float]] = {}
         """Precision -> by how much of float64's loss each step's may be off."""
@@ -150,7 +150,7 @@ class TrainingCurve:
     def run_reference(self, precision: str) -> ReferenceDETR:
         found, reference = train_reference(self.task, self.device, precision, self.steps)
         self.losses["reference" if precision == "fp32" else f"reference {precision}"] = total(found)
-        self.allowed[precision] = allowed_errors(relative_errors(found, self.oracle))
+        self.allowed[precision] = allowed_errors(relative_errors(found, self.reference))
         return reference
 
     def add(self, name: str, options: RuntimeOptions) -> None:
@@ -164,7 +164,7 @@ class TrainingCurve:
 
     def judge(self, found: Sequence[float], allowed: Sequence[float]) -> str | None:
         """Name the first step at which the loss is further from float64's than is allowed; None for a close curve."""
-        for step, (loss, exact, most) in enumerate(zip(found, total(self.oracle), allowed, strict=True), start=1):
+        for step, (loss, exact, most) in enumerate(zip(found, total(self.reference), allowed, strict=True), start=1):
             error = abs(loss - exact) / abs(exact)
             if not error <= most:  # NaN is not
                 return f"loss at step {step}: NOT close, relative error {error:.3g}, allowed {most:.3g}"
@@ -177,7 +177,7 @@ class TrainingCurve:
             "model": self.task.config.model,
             "data": self.task.config.data,
             "losses": {name: [finite(loss) for loss in found] for name, found in self.losses.items()},
-            "oracle": total(self.oracle),
+            "reference": total(self.reference),
             "allowed": self.allowed,
             "close": not self.failures,
             "message": self.message(),
@@ -185,8 +185,8 @@ class TrainingCurve:
 
     def message(self) -> str:
         failed = [f"{name}: {failure}" for name, failure in self.failures.items()]
-        first_steps = (f"{allowed[0]:.2g} and {allowed[1]:.2g} in {name}" for name, allowed in self.allowed.items())
-        rule = f"allowed of float64's loss are at the first two steps {', '.join(first_steps)}; then it doubles"
+        first = (f"{allowed[0]:.2g} and {allowed[1]:.2g} in {name}" for name, allowed in self.allowed.items())
+        rule = f"allowed relative errors of the first two steps are {', '.join(first)}; then they double with each step"
         return "; ".join([*failed, rule])
 
 

@@ -2,8 +2,8 @@
 
 Every verdict is `closeness`'s: an error against the reference in float64, at most twice the error of the reference in
 the same precision, plus one of three absolute tolerances. One number's error is luck, and so is the largest of a
-million: errors are distances of vectors (a token, a query, a parameter's gradient), relative to their size, and the
-largest counts.
+million. So errors are distances of vectors (a token, a query, a parameter's gradient) relative to their size, and the
+largest distance counts.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from detr_profiling.comparison.closeness import Closeness, closeness, relative_floor
+from detr_profiling.comparison.closeness import Closeness, closeness, scaled_tolerance
 from detr_profiling.comparison.own_outputs import TARGET_KEYS, cost_of_matches, losses_from_outputs, targets_of
 from detr_profiling.observation import Observation
 
@@ -46,7 +46,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Row:
-    """The verdict on one quantity."""
+    """Holds the verdict on one quantity."""
 
     quantity: str
     kind: Kind
@@ -61,9 +61,9 @@ class Row:
         return cls(quantity, kind, judged.error, judged.eager_error, judged.allowed, judged.close)
 
     @classmethod
-    def of_errors(cls, quantity: str, kind: Kind, errors: Tensor, eager_errors: Tensor, floor: float) -> Self:
+    def of_errors(cls, quantity: str, kind: Kind, errors: Tensor, eager_errors: Tensor, tolerance: float) -> Self:
         """Make a row of errors that are computed already."""
-        return cls.of(quantity, kind, closeness(errors, torch.zeros_like(errors), eager_errors, floor, quantity))
+        return cls.of(quantity, kind, closeness(errors, torch.zeros_like(errors), eager_errors, tolerance, quantity))
 
     @classmethod
     def missing(cls, quantity: str, kind: Kind) -> Self:
@@ -88,13 +88,13 @@ def worst(rows: Iterable[Row]) -> Row:
     return max(rows, key=lambda row: (not row.close, row.fraction_used))
 
 
-def judge(found: Observation, oracle: Observation, eager: Observation) -> list[Row]:
-    """Judge `found` by the reference in float64, `oracle`, and in found's own precision, `eager`.
+def judge(found: Observation, reference: Observation, eager: Observation) -> list[Row]:
+    """Judge `found` by the reference in float64, `reference`, and by the reference in found's precision, `eager`.
 
-    All three hold the same quantities: one that is missing on a side is not close. Matches, and losses by themselves,
-    are judged where the oracle also holds the targets (`oracle | targets_of(options)`).
+    All three hold the same quantities: one that is missing on a side is not close. Matches, and losses by
+    themselves, are judged where `reference` also holds the targets (`reference | targets_of(options)`).
     """
-    sides = (found, oracle, eager)
+    sides = (found, reference, eager)
     names = list(dict.fromkeys(name for side in sides for name in side if name not in TARGET_KEYS))
     rows = [Row.missing(name, kind_of(name)) for name in names if any(name not in side for side in sides)]
     shared = [name for name in names if all(name in side for side in sides)]
@@ -105,7 +105,7 @@ def judge(found: Observation, oracle: Observation, eager: Observation) -> list[R
         rows.append(judge_scales(features, *sides))
     if kinds["loss"]:
         rows.append(judge_losses("losses", "loss", kinds["loss"], *sides))
-        if kinds["match"] and all(key in oracle for key in TARGET_KEYS):
+        if kinds["match"] and all(key in reference for key in TARGET_KEYS):
             rows += judge_own_losses(kinds["loss"], *sides)
             rows.append(judge_matches(*sides))
     return rows + list(judge_gradients(kinds["gradient"], *sides)) + list(judge_update(kinds["update"], *sides))
@@ -119,33 +119,35 @@ def kind_of(name: str) -> Kind:
     return next((kind for prefix, kind in prefixes.items() if name.startswith(prefix)), "block")
 
 
-def judge_vectors(name: str, found: Observation, oracle: Observation, eager: Observation) -> Row:
+def judge_vectors(name: str, found: Observation, reference: Observation, eager: Observation) -> Row:
     """Judge the distance of each vector (..., D), such as a token, relative to the vectors' root mean square length."""
-    exact = oracle[name].double()
+    exact = reference[name].double()
     length = exact.norm(dim=-1).square().mean().sqrt().clamp(min=1e-30)
     ours, plain = ((side[name].double() - exact).norm(dim=-1) / length for side in (found, eager))
     kind = kind_of(name)
     return Row.of_errors(name.removeprefix("block "), kind, ours, plain, FORWARD)
 
 
-def judge_scales(names: Sequence[str], found: Observation, oracle: Observation, eager: Observation) -> Row:
-    """Judge how much longer or shorter each quantity is along the exact one. Rounding, which has no direction, hides
-    little of it: in bf16 too it shows what is off by 1 %."""
-    ours, plain = (torch.stack([off_scale(side[name], oracle[name]) for name in names]) for side in (found, eager))
+def judge_scales(names: Sequence[str], found: Observation, reference: Observation, eager: Observation) -> Row:
+    """Judge how much longer or shorter each quantity is along the exact one.
+
+    Rounding has no direction and hides little of it: what is off by 1 % shows in bf16 too.
+    """
+    ours, plain = (torch.stack([off_scale(side[name], reference[name]) for name in names]) for side in (found, eager))
     return Row.of_errors("scale of blocks and outputs", "output", ours, plain, STEP)
 
 
-def off_scale(x: Tensor, oracle: Tensor) -> Tensor:
-    """Compute |<x, oracle> / <oracle, oracle> - 1|."""
-    exact = oracle.double().flatten()
+def off_scale(x: Tensor, reference: Tensor) -> Tensor:
+    """Compute |<x, reference> / <reference, reference> - 1|."""
+    exact = reference.double().flatten()
     return (x.double().flatten() @ exact / (exact @ exact).clamp(min=1e-30) - 1).abs()
 
 
 def judge_losses(
-    quantity: str, kind: Kind, names: Sequence[str], found: Observation, oracle: Observation, eager: Observation
+    quantity: str, kind: Kind, names: Sequence[str], found: Observation, reference: Observation, eager: Observation
 ) -> Row:
     """Judge all terms end to end, each relative to itself."""
-    exact = torch.stack([oracle[name].double() for name in names])
+    exact = torch.stack([reference[name].double() for name in names])
     ours, plain = (
         (torch.stack([side[name].double() for name in names]) - exact).abs() / exact.abs().clamp(min=1e-9)
         for side in (found, eager)
@@ -154,25 +156,29 @@ def judge_losses(
 
 
 def judge_own_losses(
-    names: Iterable[str], found: Observation, oracle: Observation, eager: Observation
+    names: Iterable[str], found: Observation, reference: Observation, eager: Observation
 ) -> Iterator[Row]:
     """Judge each term by what the reference makes of the same outputs and matches."""
-    exact, of_eager = losses_from_outputs(found, oracle), losses_from_outputs(eager, oracle)
+    exact, of_eager = losses_from_outputs(found, reference), losses_from_outputs(eager, reference)
     for name in names:
         rough = exact[name] + (eager[name].double() - of_eager[name])
-        judged = closeness(found[name], exact[name], rough, relative_floor(exact[name], FORWARD), name)
+        judged = closeness(found[name], exact[name], rough, scaled_tolerance(exact[name], FORWARD), name)
         yield Row.of(f"{name}, from its outputs", "loss", judged)
 
 
-def judge_matches(found: Observation, oracle: Observation, eager: Observation) -> Row:
+def judge_matches(found: Observation, reference: Observation, eager: Observation) -> Row:
     """Judge by how much the matches cost more than the cheapest ones, by the outputs that they were made from."""
-    (ours, largest), (plain, _) = cost_of_matches(found, oracle), cost_of_matches(eager, oracle)
+    (ours, largest), (plain, _) = cost_of_matches(found, reference), cost_of_matches(eager, reference)
     return Row.of_errors("matches, cost above the least", "match", ours, plain, FORWARD * largest)
 
 
-def judge_gradients(names: Iterable[str], found: Observation, oracle: Observation, eager: Observation) -> Iterator[Row]:
-    """Judge the root mean square of the parameters' relative errors, by group and of all; and how much longer or
-    shorter any parameter's gradient is along the exact one, where a single one that is missing or wrong shows.
+def judge_gradients(
+    names: Iterable[str], found: Observation, reference: Observation, eager: Observation
+) -> Iterator[Row]:
+    """Judge the root mean square of the parameters' relative errors, by group and of all parameters.
+
+    Judges too how much longer or shorter any parameter's gradient is along the exact one: there a single gradient
+    that is missing or wrong shows.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -181,7 +187,7 @@ def judge_gradients(names: Iterable[str], found: Observation, oracle: Observatio
         return
     squares, scales = torch.zeros(3, dtype=torch.float64), []
     for group, members in groups.items():
-        sides = zip(*(compare_gradients(name, found, oracle, eager) for name in members), strict=True)
+        sides = zip(*(compare_gradients(name, found, reference, eager) for name in members), strict=True)
         own, ours, plain, along = (torch.tensor(values, dtype=torch.float64) for values in sides)  # (P,)
         size = own.clamp(min=max(SMALL_GRADIENT * own.norm().item(), 1e-30))
         error, rough = (side.div(size).square().mean().sqrt() for side in (ours, plain))
@@ -191,14 +197,14 @@ def judge_gradients(names: Iterable[str], found: Observation, oracle: Observatio
     own, ours, plain = squares.sqrt()
     yield Row.of_errors("gradients of all", "gradient", ours / own, plain / own, GRADIENT)
     ours, plain = torch.cat(scales, 1).abs()
-    # how much of eager's rounding lies along the oracle is luck: all of it could
+    # how much of eager's rounding lies along the reference is luck: all of it could
     yield Row.of_errors("scale of gradients", "gradient", ours, plain, STEP)
 
 
-def compare_gradients(name: str, found: Observation, oracle: Observation, eager: Observation) -> list[float]:
+def compare_gradients(name: str, found: Observation, reference: Observation, eager: Observation) -> list[float]:
     """Return the exact gradient's norm, the distances of `found` and of `eager` to it, and the first one's part along
     it times its norm."""
-    exact = oracle[name].double().flatten()
+    exact = reference[name].double().flatten()
     ours, plain = (side[name].double().flatten() - exact for side in (found, eager))
     return [value.item() for value in (exact.norm(), ours.norm(), plain.norm(), ours @ exact)]
 
@@ -210,12 +216,12 @@ def group_of(parameter: str) -> str:
     return "the rest"
 
 
-def judge_update(names: Sequence[str], found: Observation, oracle: Observation, eager: Observation) -> Iterator[Row]:
+def judge_update(names: Sequence[str], found: Observation, reference: Observation, eager: Observation) -> Iterator[Row]:
     """Judge an optimizer step: the losses after it, and how far each group's update goes down the exact gradient."""
     losses = [name for name in names if name.startswith("update loss")]
     if losses:
-        yield judge_losses("losses after a step", "update", losses, found, oracle, eager)
+        yield judge_losses("losses after a step", "update", losses, found, reference, eager)
     for name in names:
         if name not in losses:
-            ours, plain = off_scale(found[name], oracle[name]), off_scale(eager[name], oracle[name])
+            ours, plain = off_scale(found[name], reference[name]), off_scale(eager[name], reference[name])
             yield Row.of_errors(name, "update", ours, plain, STEP)

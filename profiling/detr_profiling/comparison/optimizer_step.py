@@ -7,9 +7,10 @@ down the gradient, where such weights count next to nothing, and the losses afte
 
 import torch
 
+from detr_profiling.batches import observed_batch
 from detr_profiling.comparison.judgement import group_of
 from detr_profiling.observation import Observation
-from detr_profiling.workload import Workload, observed_batch
+from detr_profiling.workload import Workload
 
 
 def observe_step(workload: Workload, gradients: Observation) -> Observation:

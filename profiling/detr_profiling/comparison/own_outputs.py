@@ -12,9 +12,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from detr_profiling.batches import observed_batch
 from detr_profiling.observation import Observation
 from detr_profiling.reference.detr import image_cost, matched_losses, weighted_terms
-from detr_profiling.workload import WorkloadOptions, observed_batch
+from detr_profiling.workload import WorkloadOptions
 
 TARGET_KEYS = ("target labels", "target boxes", "target counts")
 """(B, T) int64, (B, T, 4) cxcywh, (B,) int64."""
@@ -85,6 +86,6 @@ def cost_above_least(cost: Tensor, queries: Tensor) -> float:
     return (cost[matched, chosen].sum() - cost[linear_sum_assignment(cost)].sum()).item()
 
 
-def equal_matches(found: Observation, oracle: Observation) -> float:
+def equal_matches(found: Observation, reference: Observation) -> float:
     """Compute the fraction of targets that have the same query in both; NaN without targets."""
-    return (found["matches"] == oracle["matches"])[oracle["matches"] >= 0].double().mean().item()
+    return (found["matches"] == reference["matches"])[reference["matches"] >= 0].double().mean().item()

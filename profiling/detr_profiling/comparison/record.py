@@ -20,7 +20,7 @@ EDGES_LOG10 = np.arange(-12, 2.25, 0.25)
 
 @dataclass
 class ParityRecord:
-    """Written anew after each part, so that a run that is stopped leaves what it found."""
+    """Holds what was found; it is written anew after each part, so that a run that is stopped leaves it."""
 
     path: Path
     machine: dict[str, Any]
@@ -39,9 +39,9 @@ class ParityRecord:
         parts = [part for part in (*self.variants, self.curve, self.ap) if part is not None]
         return bool(parts) and all(part["close"] for part in parts)
 
-    def add(self, variant: Variant, found: Observation, rows: list[Row], oracle: Observation) -> None:
-        close, exact = all(row.close for row in rows), oracle["logits"][-len(found["logits"]) :]
-        matches = equal_matches(found, oracle) if "matches" in found else None
+    def add(self, variant: Variant, found: Observation, rows: list[Row], reference: Observation) -> None:
+        close, exact = all(row.close for row in rows), reference["logits"][-len(found["logits"]) :]
+        matches = equal_matches(found, reference) if "matches" in found else None
         entry = {"name": variant.name, "rows": [row.to_dict() for row in rows], "close": close}
         self.variants.append(entry | {"equal_matches": matches})
         self.samples[variant.name] = {"logits": sampled(exact, found["logits"])}

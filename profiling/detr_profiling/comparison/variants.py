@@ -6,8 +6,8 @@ from detr_fast.config import Attention, Kernels, Precision, require
 from detr_profiling.workload import WorkloadOptions
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-Forms = tuple[Kernels, Attention]
-ON_A_GPU: tuple[Forms, ...] = (("triton", "auto"), ("auto", "sdpa"))
+Backends = tuple[Kernels, Attention]
+ON_A_GPU: tuple[Backends, ...] = (("triton", "auto"), ("auto", "sdpa"))
 """By default attention is xformers there."""
 REFERENCE_ORDER = "fp32 ref"
 """DETR's own sequence of operations, nothing fused or folded."""
@@ -32,22 +32,22 @@ class Variant:
 def build_variants(options: WorkloadOptions) -> list[Variant]:
     """List those of `options.precision`, or of both where it is auto, last those that compile, which takes minutes.
 
-    Raises UserError for fp16, of which the reference has no eager form.
+    Raises UserError for fp16, of which the reference has no eager run.
     """
     require(options.precision != "fp16", "parity compares fp32 and bf16. Use --precision bf16, fp32 or auto.")
     base = replace(options.resolved(), compile=False, kernels="auto", attention="auto")
-    forms: dict[Forms, bool] = {("auto", "auto"): True}
+    asked_for: dict[Backends, bool] = {("auto", "auto"): True}
     if base.device == "cuda":
-        forms |= dict.fromkeys(ON_A_GPU, False)
-    forms[options.kernels, options.attention] = True
+        asked_for |= dict.fromkeys(ON_A_GPU, False)
+    asked_for[options.kernels, options.attention] = True
     variants = [Variant(REFERENCE_ORDER, replace(base, precision="fp32", kernels="ref"))]
     for precision in PRECISIONS if options.precision == "auto" else (options.precision,):
-        for (kernels, attention), asked in forms.items():
-            form = replace(base, precision=precision, kernels=kernels, attention=attention)
+        for (kernels, attention), asked in asked_for.items():
+            changed = replace(base, precision=precision, kernels=kernels, attention=attention)
             words = [precision, *dict.fromkeys(word for word in (kernels, attention) if word != "auto")]
-            variants.append(Variant(" ".join(words), form, asked))
+            variants.append(Variant(" ".join(words), changed, asked))
             if options.compile and asked:
-                variants.append(Variant(" ".join([*words, "compiled"]), replace(form, compile=True)))
+                variants.append(Variant(" ".join([*words, "compiled"]), replace(changed, compile=True)))
     if options.architecture().backbone.startswith("resnet"):
         inference = replace(base, precision="fp32", mode="inference")
         variants.append(Variant("hf", inference, asked=False, baseline="hf-sdpa"))

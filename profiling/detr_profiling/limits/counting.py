@@ -1,4 +1,4 @@
-"""What a step has to do, counted by stage: floating-point operations, and bytes that must move."""
+"""The work of a step, counted by stage: floating-point operations, and bytes that must move."""
 
 import gc
 import math
@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detr_fast.stages import STAGES, current_stage
+from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_profiling.limits.flops import has_products, operator_flop
 from detr_profiling.tracing.breakdown import OTHER
 
@@ -43,15 +43,15 @@ View = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done in a stage.
+    """Counts what has to be done in a stage; all ranges of one name are one stage.
 
-    `minimum_bytes`: every tensor of others that the stage reads, once, and every one of its own that another stage
-    reads or that is still there when the run has ended, once: weights and images, activations that this form keeps for
-    the backward pass, gradients, the optimizer's state, outputs. What lives and dies within the stage moves nothing, as
-    if all of it were fused. All ranges of one name are one stage. Counted by storage: of each the distinct views that
-    were touched, at most all of it; operators that pick entries are taken to read their source whole.
+    `minimum_bytes` are those that move even if all of the stage were fused: every tensor that the stage reads and
+    that others have made, once; and every tensor that it makes and that another stage reads, or that outlives the
+    run, once. These are weights and images, activations that the backend keeps for the backward pass, gradients, the
+    optimizer's state, outputs. Counted by storage: of each the distinct views that were touched, at most all of it.
+    An operator that picks entries is taken to read its source whole.
 
-    `moved_bytes`: inputs and outputs of every operator, so what moves if each one fetches and stores; views are free.
+    `moved_bytes` are those of the inputs and outputs of every operator; views are free.
     """
 
     flop: int
@@ -59,7 +59,7 @@ class Work:
     moved_bytes: int
 
     def __add__(self, other: "Work") -> "Work":
-        """Of two stages as they are: what one leaves to the other counts in both."""
+        """Add two stages as they are: what one leaves to the other counts in both."""
         return Work(
             self.flop + other.flop,
             self.minimum_bytes + other.minimum_bytes,
@@ -71,11 +71,11 @@ NOTHING = Work(0, 0, 0)
 
 
 def count_work(run: Callable[[], Any]) -> dict[str, Work]:
-    """The work of one `run` by the innermost stage that is open, or "other". It is really run, once, eagerly.
+    """Count the work of one `run` by the innermost stage that is open, or "other". It is really run, once, eagerly.
 
     A compiled model shows nothing of what it does, so compilation is off meanwhile: what is counted is the same model
-    uncompiled. Run it once before, since a first step also makes the optimizer's state. Tensors may be fake or on
-    the device `meta`, where nothing is computed.
+    uncompiled. Run it once before, since a first step also makes the optimizer's state. Tensors may be fake or on the
+    device `meta`, where nothing is computed.
     """
     counter = _Counter()
     with torch.compiler.set_stance("force_eager"), counter:
@@ -88,7 +88,7 @@ def count_work(run: Callable[[], Any]) -> dict[str, Work]:
 
 @dataclass
 class _Traffic:
-    """Who wrote one storage, who read it, and which parts: bytes by stage and view."""
+    """Notes who wrote one storage, who read it, and which parts: bytes by stage and view."""
 
     nbytes: int
     writer: str | None = None
@@ -111,7 +111,7 @@ class _Traffic:
         self.written[stage][view] = nbytes
 
     def minimum_bytes(self, alive: bool) -> Iterator[tuple[str, int]]:
-        """Of each stage; `alive`: whether the storage is there when the run has ended."""
+        """Yield each stage with the bytes that must move for it; `alive`: the storage outlives the run."""
         if alive:
             self._use()
         for stage, views in self.read.items():
@@ -143,7 +143,7 @@ class _Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        stage = current_stage() or OTHER
+        stage = current_range() or OTHER
         self.flop[stage] += operator_flop(func, args, kwargs, result)
         self._count_bytes(stage, func, args, kwargs, result)
         return result
@@ -153,7 +153,7 @@ class _Counter(TorchDispatchMode):
         for storage, traffic in self.storages.items():
             for stage, nbytes in traffic.minimum_bytes(alive=not storage.expired()):
                 minimum[stage] += nbytes
-        work = {stage: Work(self.flop[stage], minimum[stage], self.moved[stage]) for stage in (*STAGES, OTHER)}
+        work = {stage: Work(self.flop[stage], minimum[stage], self.moved[stage]) for stage in (*PROFILER_RANGES, OTHER)}
         return {stage: each for stage, each in work.items() if each != NOTHING}
 
     def _count_bytes(self, stage: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -174,7 +174,7 @@ class _Counter(TorchDispatchMode):
             self.moved[stage] += nbytes
 
     def _touched(self, tensors: list[Tensor]) -> Iterator[tuple[_Traffic, View, int]]:
-        """Each distinct part of memory once, with its bytes; a dimension of stride 0 has one entry."""
+        """Yield each distinct part of memory once, with its bytes; a dimension of stride 0 has one entry."""
         seen = set()
         for tensor in tensors:
             storage = StorageWeakRef(tensor.untyped_storage())
@@ -189,7 +189,7 @@ class _Counter(TorchDispatchMode):
 
 
 def operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that an operator (an OpOverload) reads, and those that it writes in place; some are both."""
+    """List the tensors that an operator (an OpOverload) reads, and those that it writes in place; some are both."""
     read: list[Tensor] = []
     written: list[Tensor] = []
     packet, arguments = func.overloadpacket, func._schema.arguments
@@ -208,11 +208,11 @@ def operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tens
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """But for weights in oneDNN's own order, whose memory cannot be seen: `packed_bytes` counts them."""
+    """List the tensors of a tree, but for weights in oneDNN's own order, whose memory cannot be seen."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def packed_bytes(tree: Any) -> int:
-    """Of the weights in oneDNN's own order, as large as they were before."""
+    """Add up the weights in oneDNN's own order, each as large as it was before."""
     leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_mkldnn)
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

@@ -1,11 +1,11 @@
-"""Floating-point operations of an operator, by the shapes of its tensors: two for every multiply-add.
+"""Floating-point operations of an operator, from the shapes of its tensors: two for every multiply-add.
 
-Those of matrix products and convolutions alone; what works entry by entry counts none, as in torch's own counter
-(`torch.utils.flop_counter`), whose formulas these complete. Importing this file teaches them to `FlopCounterMode` too.
+Matrix multiplications and convolutions alone count, as in torch's own counter (`torch.utils.flop_counter`), whose
+formulas these complete. Importing this file teaches them to `FlopCounterMode` too.
 
-What a fused attention's backward pass computes for a second time is not counted: it belongs to the backend, not to the
-model, and with it the same model would have other numbers on other backends (the M in MFU; Chowdhery et al. 2022,
-appendix B). Forward passes that activation checkpointing repeats are operators like any other, and are counted.
+What a fused attention's backward pass computes for a second time does not count: it belongs to the backend, not to the
+model, which would have other numbers on other backends (the M in MFU; Chowdhery et al. 2022, appendix B). Forward
+passes that activation checkpointing repeats are operators like any other, and count.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from detr_kernels import OPERATIONS
 from detr_kernels.attention.backends import attention_backward_flop, attention_flop
-from detr_kernels.registry import Shape, no_products
+from detr_kernels.registry import Shape, zero_flop
 from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 aten, ours = torch.ops.aten, torch.ops.detr_kernels
 
 for operation in OPERATIONS.values():
     for name, formula in operation.flop.items():
-        if formula is not no_products:
+        if formula is not zero_flop:
             register_flop_formula(getattr(ours, name))(formula)
 
 
 def _onednn_convolution(*shapes: Any, out_shape: Shape, **_: Any) -> int:
-    """x, weight, bias; or x and a residual, in either order, and then weight and bias."""
+    """Count an operator of (x, weight, bias), or of x and a residual, in either order, then weight and bias."""
     weight = shapes[2] if shapes[2] is not None and len(shapes[2]) == 4 else shapes[1]
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
@@ -45,7 +45,7 @@ for target, formula in (
 
 
 def _convolution_backward(dy: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
-    """Each gradient that is asked for costs what the forward pass did.
+    """Count for each gradient that is asked for what the forward pass cost.
 
     torch's own formula multiplies the weight's gradient by the number of groups once too often.
     """
@@ -64,12 +64,12 @@ INSTEAD: dict[Any, Callable[..., int]] = {
 
 
 def has_products(operator: Any) -> bool:
-    """Whether an operator (an OpOverload) has a formula."""
+    """Tell whether an operator (an OpOverload) has a formula."""
     return operator.overloadpacket in INSTEAD or operator.overloadpacket in flop_registry
 
 
 def operator_flop(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
-    """Of one call, by its arguments and what it returned; 0 for an operator without products."""
+    """Count one call, from its arguments and what it returned; 0 for an operator without a formula."""
     packet = operator.overloadpacket
     formula = INSTEAD.get(packet) or flop_registry.get(packet)
     return formula(*args, **kwargs, out_val=result) if formula else 0

@@ -1,13 +1,14 @@
-"""What this machine can do at most, measured here and now: bytes copied and matrix products, a second.
+"""The machine's peaks, measured here and now: its memory bandwidth, and the rate of a GEMM.
 
-The best of several runs, not their median: a peak is a limit, and what only slows a run down is no part of it. Data are
-random, since zeros cost a GPU less power and so run faster. On a CPU both peaks are those of as many threads as torch
-uses at that moment; there a store also reads the line it writes to, which is not counted.
+Each is the best of several runs, not their median: a peak is a limit, and what only slows a run down is no part of it.
+Data are random, since zeros cost a GPU less power and so run faster.
+On a CPU both are those of as many threads as torch uses;
+there a store also reads the line it writes to, which is not counted.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ COPY_MIB = {"cpu": 256, "cuda": 2048}
 """Of the tensor that is copied: many times what caches hold (32 MiB on the test machine, 50 MiB on an H100)."""
 LEAST_COPY_MIB = 256
 """Where a GPU's memory is nearly full."""
-PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices: enough that their products, not their bytes, take the time."""
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices: enough that the multiplications, not the bytes, take the time."""
 
 MOST_RUNS = 20
 BUDGET_S = 1.0
@@ -28,25 +29,22 @@ BUDGET_S = 1.0
 
 @dataclass(frozen=True)
 class Peaks:
-    """Limits of one machine, of the best run of several."""
+    """Holds the limits of one machine, each the best of several runs."""
 
-    copy_gb_s: float
-    """10^9 bytes a second, those read and those written."""
-    product_tflop_s: float
-    """10^12 a second, two for every multiply-add of a matrix product."""
+    bandwidth_gb_s: float
+    """10^9 bytes/s of a large copy, those read and those written."""
+    gemm_tflop_s: float
+    """10^12 FLOP/s of a large GEMM, two for every multiply-add."""
     dtype: str
-    """Of the product's matrices: bf16, fp16, fp32 or fp64. fp32 on a GPU is TF32 where torch is set to it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    """Of the GEMM's matrices: bf16, fp16, fp32 or fp64. fp32 on a GPU is TF32 where torch is set to it."""
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Both peaks of `device` as torch is set up now, the product's in `dtype`; about 3 s, and on a CPU 0.5 GiB."""
-    return Peaks(copy_gb_s(device), product_tflop_s(device, dtype), DTYPES[dtype])
+    """Measure both peaks of `device` as torch is set up now, the GEMM's in `dtype`; takes 3 s, and 0.5 GiB on a CPU."""
+    return Peaks(bandwidth_gb_s(device), gemm_tflop_s(device, dtype), DTYPES[dtype])
 
 
-def copy_gb_s(device: torch.device) -> float:
+def bandwidth_gb_s(device: torch.device) -> float:
     mib = COPY_MIB[device.type]
     while True:
         try:
@@ -60,15 +58,15 @@ def copy_gb_s(device: torch.device) -> float:
     return 2 * source.nbytes / best_s(lambda: target.copy_(source), device) / 1e9
 
 
-def product_tflop_s(device: torch.device, dtype: torch.dtype) -> float:
-    side = PRODUCT_SIDE[device.type]
+def gemm_tflop_s(device: torch.device, dtype: torch.dtype) -> float:
+    side = GEMM_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     return 2 * side**3 / best_s(lambda: torch.mm(a, b, out=product), device) / 1e12
 
 
 def best_s(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest `run` after one to warm up: by the device's own clock, or the host's on a CPU."""
+    """Return the seconds of the fastest `run` after one to warm up, by the device's clock, or the host's on a CPU."""
     seconds = device_s if device.type == "cuda" else host_s
     seconds(run)
     until = time.perf_counter() + BUDGET_S

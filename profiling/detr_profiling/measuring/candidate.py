@@ -32,7 +32,7 @@ MOST_OBSERVED_PX, MOST_OBSERVED = 2**16, 2
 
 
 class CandidateError(Exception):
-    """Why a candidate cannot be timed, in the words of what failed."""
+    """Raised where a candidate cannot be timed, with the words of what failed."""
 
 
 def compared(options: WorkloadOptions) -> WorkloadOptions:
@@ -45,7 +45,7 @@ def compared(options: WorkloadOptions) -> WorkloadOptions:
 
 
 class Candidate:
-    """The parent's side of it; the process starts when it is first needed."""
+    """Drives a candidate from the parent's side; the process starts when it is first needed."""
 
     def __init__(self, configuration: Configuration, command: Sequence[str] = COMMAND) -> None:
         self.configuration = configuration
@@ -60,10 +60,13 @@ class Candidate:
         self.peak_mib = max(self.peak_mib, answer["peak_mib"])
         return Timing(tuple(answer["runs_ms"]))
 
-    def judge(self, oracle: Path, limit_s: float) -> dict[str, Any]:
-        """Compare with the reference in `oracle`: `quantity`, `error`, `allowed` and `close` of the one nearest to what
-        is allowed, or past it. Raises CandidateError."""
-        return self._ask({"judge": str(oracle), "configuration": self.configuration.to_dict()}, limit_s)
+    def judge(self, references: Path, limit_s: float) -> dict[str, Any]:
+        """Compare with the reference, whose observations are in the folder `references`.
+
+        Returns `quantity`, `error`, `allowed` and `close` of the quantity that is nearest to what is allowed, or
+        past it. Raises CandidateError.
+        """
+        return self._ask({"judge": str(references), "configuration": self.configuration.to_dict()}, limit_s)
 
     def start(self) -> None:
         """Begin, if that has not been done yet; nothing is built before `time` or `judge` ask for it."""
@@ -130,7 +133,7 @@ class Candidate:
 
 
 class Server:
-    """The child's side: builds what it is asked about, once."""
+    """Answers on the child's side: builds what it is asked about, once."""
 
     def __init__(self) -> None:
         self.workload: Workload | None = None
@@ -155,9 +158,9 @@ class Server:
         reserved = torch.cuda.max_memory_reserved() if self.workload.device.type == "cuda" else 0
         return {"runs_ms": timing.runs_ms, "peak_mib": max(peak.mib, reserved / 2**20)}
 
-    def judge(self, configuration: Configuration, oracle: Path) -> dict[str, Any]:
+    def judge(self, configuration: Configuration, references: Path) -> dict[str, Any]:
         workload = replace(configuration, options=compared(configuration.options)).build()
-        row = asdict(compare(workload, configuration, oracle))
+        row = asdict(compare(workload, configuration, references))
         return {name: row[name] for name in ("quantity", "error", "allowed", "close")}
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on: without it no figure means anything.
+"""The machine that a measurement was made on: without it no figure means anything.
 
 torch.utils.collect_env knows less of it, as text, and asks pip, lscpu and nvidia-smi for seconds: this is read after
 every measurement.
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "triton", "xformers", "transformers", "numpy
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware, versions and the commit; None: not there, or not known."""
+    """Holds hardware, versions and the commit; None: not there, or not known."""
 
     device: str
     """The GPU's name, or the processor's."""
@@ -86,8 +86,10 @@ def gpu_facts(device: torch.device) -> tuple[str | None, float | None]:
 
 
 def commit() -> str | None:
-    """Name the commit of the checkout that this file is in. DETR_FAST_COMMIT names it where the files came without
-    git."""
+    """Name the commit of the checkout that this file is in.
+
+    DETR_FAST_COMMIT names it where the files came without git.
+    """
     if named := os.environ.get("DETR_FAST_COMMIT"):
         return named
     here = Path(__file__).parent

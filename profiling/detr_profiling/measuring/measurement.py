@@ -14,40 +14,44 @@ import torch
 
 from detr_fast.config import Precision, UserError
 from detr_fast.files import atomic_write
-from detr_fast.host_memory import keep_freed_memory
+from detr_fast.host_memory import choose_host_allocator, use_host_allocator
+from detr_fast.runtime import choose_device
 from detr_profiling.baselines.build import build_baseline
+from detr_profiling.batches import batch_shapes
 from detr_profiling.comparison.judgement import Row, judge, targets_of, worst
 from detr_profiling.measuring.memory import peak_memory
 from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.mixed_sizes import padding
-from detr_profiling.workload import Workload, WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import Workload, WorkloadOptions
 
 NO_TIME = "no time left"
 """Begins the reason of what was not measured for want of time."""
-ORACLE = "fp64.pt"
-"""The reference's observation in float64; beside it lie those of its eager forms: fp32.pt, tf32.pt, bf16.pt."""
+FLOAT64 = "fp64.pt"
+"""The reference's observation in float64; beside it lie those in eager precisions: fp32.pt, tf32.pt, bf16.pt."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What to build: ours or a baseline, with options, and single operations by another backend."""
+    """Names what to build: ours or a baseline, with options, and backends of single operations."""
 
     options: WorkloadOptions
     implementation: str = "detr_fast"
-    forms: Mapping[str, Any] = field(default_factory=dict)
+    backends: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = True
     """On a GPU."""
-    keeps_memory: bool = True
-    """Of a peer on a CPU (`detr_fast.host_memory`); ours does as its --host-allocator says."""
 
     def build(self) -> Workload:
-        """Build its workload. Raises UserError where something asked for by name is not there."""
+        """Build its workload in this process, which then has the options' host allocator for good.
+
+        Raises UserError where something asked for by name is not there.
+        """
+        device, _ = choose_device(self.options.device)
+        use_host_allocator(choose_host_allocator(self.options.host_allocator, device)[0])
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if self.implementation == "detr_fast":
-            return build_workload(self.options, self.forms)
-        if self.keeps_memory and self.options.device == "cpu":
-            keep_freed_memory()
+            return build_workload(self.options, self.backends)
         return build_baseline(self.implementation, self.options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times, memory, energy and error of one configuration, in one process or several."""
+    """Holds times, memory, energy and error of one configuration, in one process or several."""
 
     timing: Timing
     """Of a step; where a run has several, of differing sizes, of their mean."""
@@ -90,31 +94,33 @@ class Measurement:
         )
 
 
-def measure_workload(configuration: Configuration, runs: int, oracle: Path | None) -> Measurement:
-    """Measure in this process: first the times of `runs` runs, once nothing is compiled or captured any more, then the
-    error against what `oracle` holds."""
+def measure_workload(configuration: Configuration, runs: int, references: Path | None) -> Measurement:
+    """Measure in this process: first the times of `runs` runs, once nothing is compiled or captured any more;
+    then the error against the observations in the folder `references`, unless that is None."""
     workload = configuration.build()
     first_ms = measure(workload.run, workload.synchronize, rounds=1, warmup=0).median_ms
     measurement = measure_runs(workload, runs, first_ms / 1e3)
-    if oracle is None or workload.observe is None:
+    if references is None or workload.observe is None:
         return measurement
     workload.model.load_state_dict(configuration.build().model.state_dict())  # the runs have trained it
-    row = compare(workload, configuration, oracle)
+    row = compare(workload, configuration, references)
     return replace(measurement, error=row.error, allowed=row.allowed, quantity=row.quantity, close=row.close)
 
 
-def compare(workload: Workload, configuration: Configuration, oracle: Path) -> Row:
-    """Compare what a workload computes with the reference in `oracle`; return what is nearest to its limit, or past it.
-    Raises ValueError for a workload that is not comparable."""
+def compare(workload: Workload, configuration: Configuration, references: Path) -> Row:
+    """Compare what a workload computes with the reference, whose observations are in the folder `references`.
+
+    Returns the row that is nearest to its limit, or past it. Raises ValueError for a workload that is not comparable.
+    """
     if workload.observe is None:
         raise ValueError(f"{workload.name} is not comparable")
-    exact, eager = torch.load(oracle / ORACLE), torch.load(oracle / eager_file(configuration))
+    exact, eager = torch.load(references / FLOAT64), torch.load(references / eager_file(configuration))
     return worst(judge(workload.observe(), exact, eager))
 
 
 def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measurement:
     """Measure `runs` runs of a workload that has run once, which took `first_run_s`; on a GPU several calls each."""
-    kind, shapes = workload.device.type, workload.shapes
+    kind, shapes = workload.device.type, batch_shapes(workload.options)
     warm = measure(workload.run, workload.synchronize, rounds=1, warmup=STEADY_AFTER[kind] - 2)
     calls = calls_a_run(kind, warm.median_ms)
     with Sampler(workload.device) as sampler, peak_memory(workload.device) as peak:
@@ -135,15 +141,15 @@ def measure_runs(workload: Workload, runs: int, first_run_s: float) -> Measureme
     )
 
 
-def write_oracle(options: WorkloadOptions, folder: Path) -> None:
+def write_references(options: WorkloadOptions, folder: Path) -> None:
     """Write the plain reference's observations in float64, and eager in each precision."""
-    forms: tuple[tuple[str, Precision, torch.dtype], ...] = (
-        (ORACLE, "fp32", torch.float64),
+    references: tuple[tuple[str, Precision, torch.dtype], ...] = (
+        (FLOAT64, "fp32", torch.float64),
         ("fp32.pt", "fp32", torch.float32),
         ("tf32.pt", "fp32", torch.float32),
         ("bf16.pt", "bf16", torch.float32),
     )
-    for name, precision, dtype in forms:
+    for name, precision, dtype in references:
         if name == "tf32.pt" and options.device != "cuda":
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
@@ -155,7 +161,7 @@ def write_oracle(options: WorkloadOptions, folder: Path) -> None:
 
 
 def eager_file(configuration: Configuration) -> str:
-    """Which of the reference's eager forms multiplies as `configuration` does."""
+    """Name the file of the eager reference that multiplies as `configuration` does."""
     options = configuration.options
     if options.precision != "fp32":
         return "bf16.pt"
@@ -163,22 +169,25 @@ def eager_file(configuration: Configuration) -> str:
 
 
 def measure_in_process(
-    configuration: Configuration, runs: int, oracle: Path | None = None, limit_s: float | None = None
+    configuration: Configuration, runs: int, references: Path | None = None, limit_s: float | None = None
 ) -> Measurement:
-    """Call `measure_workload` in a fresh process. Raises UserError with its last words where it fails, and where it
-    takes more than `limit_s`."""
-    order = {"configuration": configuration.to_dict(), "runs": runs, "oracle": str(oracle) if oracle else None}
+    """Call `measure_workload` in a fresh process. Raises UserError as `run_fresh` does."""
+    folder = str(references) if references else None
+    order = {"configuration": configuration.to_dict(), "runs": runs, "references": folder}
     answer = json.loads(run_fresh(order, limit_s))
     return Measurement(**(answer | {"timing": Timing(tuple(answer["timing"]["runs_ms"]))}))
 
 
-def write_oracle_in_process(options: WorkloadOptions, folder: Path) -> None:
-    """Call `write_oracle` in a fresh process."""
-    run_fresh({"configuration": Configuration(options).to_dict(), "write_oracle": str(folder)})
+def write_references_in_process(options: WorkloadOptions, folder: Path) -> None:
+    """Call `write_references` in a fresh process."""
+    run_fresh({"configuration": Configuration(options).to_dict(), "write_references": str(folder)})
 
 
 def run_fresh(order: dict[str, Any], limit_s: float | None = None) -> str:
-    """Run this file with `order` on its standard input; return the last line that it prints."""
+    """Run this file in a fresh process with `order` on its standard input; return the last line that it prints.
+
+    Raises UserError with the process's last words where it fails, and where it takes more than `limit_s`.
+    """
     command = [sys.executable, "-m", "detr_profiling.measuring.measurement"]
     try:
         done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, timeout=limit_s)
@@ -200,11 +209,11 @@ def last_words(errors: str) -> str:
 
 def obey(order: dict[str, Any]) -> None:
     configuration = Configuration.from_dict(order["configuration"])
-    if folder := order.get("write_oracle"):
-        write_oracle(configuration.options, Path(folder))
+    if folder := order.get("write_references"):
+        write_references(configuration.options, Path(folder))
         return
-    oracle = Path(order["oracle"]) if order["oracle"] else None
-    print(json.dumps(asdict(measure_workload(configuration, order["runs"], oracle))))
+    references = Path(order["references"]) if order["references"] else None
+    print(json.dumps(asdict(measure_workload(configuration, order["runs"], references))))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from detr_kernels import OPERATIONS, Facts, Operation
+from detr_kernels import OPERATIONS, Operation
 
-from detr_fast.model.backbone import DEPTHS
 from detr_fast.model.backends import backends_asked
 from detr_fast.runtime import choose_precision
 from detr_fast.tuning import RUNTIME_SWITCHES
 from detr_profiling.measuring.measurement import Configuration
-from detr_profiling.measuring.techniques import OF_OUR_BACKBONES
+from detr_profiling.measuring.runnable import facts_of, runnable_backends
 from detr_profiling.workload import WorkloadOptions
 
 
@@ -52,26 +51,10 @@ def switches(options: WorkloadOptions) -> list[Switch]:
 
 
 def other_backends(operation: Operation, options: WorkloadOptions) -> tuple[str, ...]:
-    """List the backends of an operation that run on the options' device and that `auto` does not take first."""
-    config, device = options.architecture(), torch.device(options.device)
-    elsewhere = operation.mode not in (None, options.mode) or (operation.name == "dropout" and not config.dropout)
-    if elsewhere or (operation.name in OF_OUR_BACKBONES and config.backbone not in DEPTHS):
-        return ()
-    facts = Facts(
-        device,
-        choose_precision(options.precision, device)[0],
-        training=options.mode == "training",
-        dropout=config.dropout if options.mode == "training" else 0.0,
-        head_dim=config.hidden_dim // config.num_heads,
-    )
-    first = operation.choose(facts).backend
-    return tuple(
-        backend.name
-        for backend in operation.backends
-        if backend.name not in (first, "scipy")  # which would wait for a GPU
-        and not (backend.name == "triton" and device.type == "cpu")  # the interpreter
-        and backend.why_not(facts) is None
-    )
+    """List the backends of an operation that can run for a workload and that `auto` does not take first."""
+    names = runnable_backends(operation, options)
+    first = operation.choose(facts_of(options)).backend if names else ""
+    return tuple(name for name in names if name not in (first, "scipy"))  # scipy would wait for a GPU
 
 
 def first_guess(options: WorkloadOptions) -> Configuration:
@@ -96,11 +79,11 @@ def with_value(configuration: Configuration, switch: str, value: Any) -> Configu
         configuration = replace(configuration, options=replace(options, capture=False))  # such a model is not captured
     if switch in RUNTIME_SWITCHES:
         return replace(configuration, options=replace(configuration.options, **{switch: value}))
-    return replace(configuration, forms={**configuration.forms, switch: value})
+    return replace(configuration, backends={**configuration.backends, switch: value})
 
 
 def value_of(configuration: Configuration, switch: str) -> Any:
-    """None: a backend's first guess."""
+    """Return what a configuration has for a switch; None for an operation that runs by its first guess."""
     if switch in RUNTIME_SWITCHES:
         return getattr(configuration.options, switch)
-    return configuration.forms.get(switch)
+    return configuration.backends.get(switch)

@@ -25,8 +25,10 @@ ENOUGH_MS = 500
 
 @dataclass(frozen=True)
 class Timing:
-    """Each run's time, or a call's where a run is of several; reported are the median, the interquartile range (IQR)
-    and the number of runs."""
+    """Holds each run's time in ms, or a call's where a run is of several.
+
+    Reported are the median, the interquartile range (IQR) and the number of runs.
+    """
 
     runs_ms: tuple[float, ...]
 
@@ -56,8 +58,12 @@ class Timing:
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median_ms, "q1": self.q1_ms, "q3": self.q3_ms, "runs": self.runs}
 
+    def columns(self, prefix: str = "") -> dict[str, float]:
+        """Name the figures as the columns of a table, in ms: `median_ms`, `q1_ms`, `q3_ms`, and `runs`."""
+        return {f"{prefix}{name}": getattr(self, name) for name in ("median_ms", "q1_ms", "q3_ms", "runs")}
+
     def __truediv__(self, steps: int) -> "Timing":
-        """Give the times of one step, where each run was of `steps`."""
+        """Return the times of one step, where each run was of `steps`."""
         return Timing(tuple(run_ms / steps for run_ms in self.runs_ms))
 
     def __add__(self, other: Self) -> "Timing":

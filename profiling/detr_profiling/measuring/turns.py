@@ -11,7 +11,7 @@ LEAST_GAIN = 0.01
 
 @dataclass
 class Turns:
-    """The times of the best so far and of a candidate, a Timing each turn."""
+    """Holds the times of the best so far and of a candidate, a Timing each turn."""
 
     best: list[Timing] = field(default_factory=list)
     candidate: list[Timing] = field(default_factory=list)
@@ -24,18 +24,18 @@ class Turns:
         return best, candidate
 
     @property
-    def spread_ms(self) -> float:
+    def iqr_ms(self) -> float:
         """Return the mean of both interquartile ranges."""
         return sum(side.q3_ms - side.q1_ms for side in self.joined()) / 2
 
     def why_no_gain(self) -> str | None:
-        """Say why the candidate has not won; None where it was faster in every turn and by more than the spread."""
+        """Say why the candidate has not won; None where it was faster in every turn and by more than the IQR."""
         best, candidate = self.joined()
         gain_ms = best.median_ms - candidate.median_ms
         if gain_ms <= 0:
             return "slower"
-        if gain_ms <= self.spread_ms:
-            return f"within the spread of {self.spread_ms:.2g} ms"
+        if gain_ms <= self.iqr_ms:
+            return f"within the IQR of {self.iqr_ms:.2g} ms"
         if gain_ms <= LEAST_GAIN * best.median_ms:
             return f"gains less than {LEAST_GAIN:.0%}"
         turns = zip(self.best, self.candidate, strict=True)

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from detr_fast.evaluation.lettering import LETTERING, one_line
+from detr_fast.evaluation.fonts import FONTS, one_line
 from detr_profiling.pages.formats import number, signed_percent
 
 BLUE, SKY, VERMILLION, GREEN, PURPLE, ORANGE = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#aa4499", "#e69f00"
@@ -44,7 +44,7 @@ def svg_of(draw: Callable[[], Figure]) -> str:
     """Return a figure as SVG: no date in it, no letters as outlines, `$` and `<` in names as they are."""
     with rc_context(STYLE):
         figure = draw()
-        LETTERING.prepare(figure)
+        FONTS.prepare(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", dpi=144, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return file.getvalue()
@@ -57,7 +57,7 @@ def axes_of(height_inches: float, columns: int = 1) -> tuple[Figure, list[Axes]]
 
 def shorten(name: str, longest: int = LONGEST_NAME) -> str:
     """Return a name in one line that is not too long, of letters that fonts here have."""
-    name = LETTERING.shown(one_line(name))
+    name = FONTS.shown(one_line(name))
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 

@@ -158,7 +158,7 @@ def unclear_ranks(rows: Sequence[LadderRow]) -> list[tuple[str, str]]:
 def ranks(rows: Sequence[LadderRow]) -> dict[str, int]:
     """Rank techniques, the fastest first: one plus the rows that were faster in every round.
 
-    Rows that change conditions_of from round to round share a rank, and keep it when they are measured again.
+    Rows that change places from round to round share a rank, and keep it when they are measured again.
     """
     measured = [row for row in rows if row.rounds_ms]
     return {

@@ -95,7 +95,7 @@ def trace_findings(trace: Mapping[str, Any]) -> Iterator[tuple[str, Cell]]:
     stages, fractions = trace["stages"], stage_fractions(trace)
     if problem := trace.get("problem"):
         yield "trace", Cell(f"NOT complete: {problem}", BAD)
-    largest = max(range(len(stages)), key=lambda index: stages[index]["share"] or 0.0, default=None)
+    largest = max(range(len(stages)), key=lambda index: stages[index]["fraction"] or 0.0, default=None)
     if largest is not None:
         yield "largest stage", Cell(f"{stages[largest]['name']}, {fractions[largest]} % of a step")
     yield "device synchronisations", Cell(synchronizations(trace))

@@ -137,7 +137,7 @@ def curve_table(curve: Mapping[str, Any]) -> Table:
     """Return the losses at the first steps and at each quarter, and how far those of a precision may diverge."""
     count = curve["steps"]
     steps = sorted({0, 1, *(count * quarter // 4 - 1 for quarter in (1, 2, 3, 4))} & set(range(count)))
-    runs = ({"reference fp64": curve["oracle"]} if "oracle" in curve else {}) | dict(curve["losses"])
+    runs = ({"reference fp64": curve["reference"]} if "reference" in curve else {}) | dict(curve["losses"])
     rows = [
         cells(name, *(formats.number(values[step] if step < len(values) else None, digits=5) for step in steps))
         for name, values in runs.items()

@@ -52,7 +52,7 @@ def workload_text(trace: Trace) -> str:
 
 
 def on_gpu(trace: Trace) -> bool:
-    return trace["idle_share"] is not None or bool(trace.get("problem"))
+    return trace["idle_fraction"] is not None or bool(trace.get("problem"))
 
 
 def lacking(trace: Trace) -> list[str]:
@@ -84,7 +84,7 @@ def stages_blocks(trace: Trace) -> list[Block]:
 
 def stage_fractions(trace: Trace) -> list[str]:
     """Return the stages' fractions of a step in percent, adding up to 100 where the fractions add up to 1."""
-    return formats.percents([stage["share"] for stage in trace["stages"]])
+    return formats.percents([stage["fraction"] for stage in trace["stages"]])
 
 
 def stage_timing(stage: Mapping[str, Any]) -> str:
@@ -92,7 +92,7 @@ def stage_timing(stage: Mapping[str, Any]) -> str:
 
 
 def step_paragraph(trace: Trace) -> Paragraph:
-    profiled, idle = trace.get("profiled_step_ms"), trace["idle_share"]
+    profiled, idle = trace.get("profiled_step_ms"), trace["idle_fraction"]
     return Paragraph(
         sentence(
             [
@@ -109,11 +109,14 @@ def synchronization_blocks(trace: Trace) -> list[Block]:
     table = Table(
         "Device synchronisations by operation and stage",
         [*code("operation"), *words("stage"), *figures("per step")],
-        [cells(wait["operation"], wait["stage"], formats.count(wait["per_step"])) for wait in trace["host_waits"]],
+        [
+            cells(wait["operation"], wait["stage"], formats.count(wait["per_step"]))
+            for wait in trace["synchronizations"]
+        ],
     )
     launches = f"{formats.count(trace['launches_per_step'])} {trace['launch_kind']} a step"
     blocks: list[Block] = [Paragraph(sentence([f"device synchronisations: {synchronizations(trace)}", launches]))]
-    blocks += [table] if trace["host_waits"] else []
+    blocks += [table] if trace["synchronizations"] else []
     blocks += usage_tables("operator", trace["operators"])
     if trace["kernels"]:
         blocks += usage_tables("kernel", trace["kernels"])
@@ -125,12 +128,12 @@ def synchronization_blocks(trace: Trace) -> list[Block]:
 
 def synchronizations(trace: Trace) -> str:
     """Tell how many there are. On a CPU what is counted are reads by the host, which wait for nothing there."""
-    counted = formats.count(trace["host_waits_per_step"])
+    counted = formats.count(trace["synchronizations_per_step"])
     if lacking(trace):
         return f"{counted} operators a step read on the host; others are not known"
     if on_gpu(trace):
         return f"{counted} a step"
-    return f"{formats.many(trace['host_waits_per_step'], 'read')} a step would wait for a GPU; on a CPU none does"
+    return f"{formats.many(trace['synchronizations_per_step'], 'read')} a step would wait for a GPU; on a CPU none does"
 
 
 def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -141,7 +144,7 @@ def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Tab
             formats.count(usage["calls"]),
             formats.number(usage["cpu_ms"]),
             formats.number(usage["device_ms"]),
-            formats.percent(usage["share"]),
+            formats.percent(usage["fraction"]),
         )
         for usage in usages
     ]
@@ -190,9 +193,9 @@ def roofline_blocks(trace: Trace) -> list[Block]:
     stages = [dot for stage in found["stages"] if (dot := roofline_dot(stage))]
     summary = sentence(
         [
-            f"measured here: a memory bandwidth of {formats.number(peaks['copy_gb_s'])} GB/s, and "
-            f"{formats.number(peaks['product_tflop_s'])} TFLOP/s in a {peaks['dtype']} GEMM",
-            f"the whole step takes {formats.number(found['total']['distance'])} times its roofline bound",
+            f"measured here: a memory bandwidth of {formats.number(peaks['bandwidth_gb_s'])} GB/s, and "
+            f"{formats.number(peaks['gemm_tflop_s'])} TFLOP/s in a {peaks['dtype']} GEMM",
+            f"the whole step takes {formats.number(found['total']['times_bound'])} times its roofline bound",
             f"model FLOP utilisation (MFU) {formats.percent(found['total']['mfu'])} %",
         ]
     )
@@ -201,7 +204,7 @@ def roofline_blocks(trace: Trace) -> list[Block]:
         f"{dot.name}: {formats.number(dot.flop_per_byte)} FLOP/byte, {formats.number(dot.tflop_s)} TFLOP/s"
         for dot in dots
     )
-    draw = partial(charts.roofline, peaks["copy_gb_s"], peaks["product_tflop_s"], total, stages)
+    draw = partial(charts.roofline, peaks["bandwidth_gb_s"], peaks["gemm_tflop_s"], total, stages)
     chart = Chart("roofline", "What each stage with GEMMs reaches, under the measured limits", description, draw)
     return [Paragraph(summary), chart, roofline_table(found)]
 
@@ -220,9 +223,9 @@ def roofline_table(found: Mapping[str, Any]) -> Table:
     rows = [
         cells(
             stage["name"],
-            *(formats.number(stage[name]) for name in ("gflop", "minimum_mib", "ms", "floor_ms")),
-            stage["bound"] or formats.NOT_KNOWN,
-            formats.number(stage["distance"]),
+            *(formats.number(stage[name]) for name in ("gflop", "minimum_mib", "ms", "bound_ms")),
+            stage["bound_by"] or formats.NOT_KNOWN,
+            formats.number(stage["times_bound"]),
             formats.percent(stage["mfu"]),
         )
         for stage in (*found["stages"], found["total"])
@@ -250,7 +253,7 @@ def telemetry_blocks(trace: Trace) -> list[Block]:
 
 
 def backend_blocks(trace: Trace) -> list[Block]:
-    rows = [cells(operation, *backend_and_reason(text)) for operation, text in trace["forms"].items()]
+    rows = [cells(operation, *backend_and_reason(text)) for operation, text in trace["backends"].items()]
     table = Table("Backend of each operation, and why", words("operation", "backend", "reason"), rows)
     return [table if rows else Paragraph("n/a: the model has one backend alone.")]
 

@@ -55,7 +55,7 @@ def outcome(entry: Tuning) -> str:
 
 
 def trial_cells(trial: Trial) -> list[Cell]:
-    times = (formats.number(each) for each in (trial.ms, trial.against_ms, trial.spread_ms))
+    times = (formats.number(each) for each in (trial.ms, trial.against_ms, trial.iqr_ms))
     errors = ("", "")
     if trial.error is not None:
         errors = (formats.error(trial.error), formats.used(trial.error, trial.allowed))

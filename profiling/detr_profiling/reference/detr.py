@@ -36,7 +36,10 @@ def positions(padded: Tensor, dim: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """What encoder and decoder layers share; tokens come first, then images, as nn.MultiheadAttention prefers."""
+    """Holds what encoder and decoder layers have in common.
+
+    Tokens come first, then images, as nn.MultiheadAttention prefers.
+    """
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float, decoder: bool) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Layer(nn.Module):
 
 class EncoderLayer(Layer):
     def forward(self, x: Tensor, position: Tensor, padded: Tensor) -> Tensor:
-        """Tokens and positions (N, B, D), padded (B, N)."""
+        """Encode tokens, with their positions (N, B, D), padded (B, N)."""
         attended, _ = self.self_attn(x + position, x + position, x, key_padding_mask=padded)
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.feedforward(x))
@@ -62,7 +65,7 @@ class EncoderLayer(Layer):
 
 class DecoderLayer(Layer):
     def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor, padded: Tensor) -> Tensor:
-        """State and query positions (Q, B, D); memory and its positions (N, B, D), padded (B, N)."""
+        """Decode states, with query positions (Q, B, D), from memory and its positions (N, B, D), padded (B, N)."""
         attended, _ = self.self_attn(x + queries, x + queries, x)
         x = self.norm1(x + self.dropout(attended))
         attended, _ = self.multihead_attn(x + queries, memory + position, memory, key_padding_mask=padded)
@@ -71,7 +74,7 @@ class DecoderLayer(Layer):
 
 
 class Stack(nn.Module):
-    """Nothing but names in the state dict: `layers`, and a decoder's `norm`."""
+    """Gives names in the state dict alone: `layers`, and a decoder's `norm`."""
 
     norm: nn.Module
 
@@ -81,7 +84,7 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder; the decoder's norm is for the heads alone and is not fed on."""
+    """Joins encoder and decoder; the decoder's norm is for the heads alone and is not fed on."""
 
     def __init__(self, encoder: Stack, decoder: Stack, dim: int) -> None:
         super().__init__()
@@ -89,7 +92,10 @@ class Transformer(nn.Module):
         self.decoder.norm = nn.LayerNorm(dim)
 
     def forward(self, source: Tensor, position: Tensor, padded: Tensor, queries: Tensor) -> list[Tensor]:
-        """Tokens and positions (N, B, D), padded (B, N), query positions (Q, B, D) -> a state (B, Q, D) a layer."""
+        """Return a state (B, Q, D) for each decoder layer.
+
+        Takes tokens and positions (N, B, D), padded (B, N), query positions (Q, B, D).
+        """
         memory = source
         for layer in self.encoder.layers:
             memory = layer(memory, position, padded)
@@ -101,7 +107,7 @@ class Transformer(nn.Module):
 
 
 class ReferenceDETR(nn.Module):
-    """`model(images, mask)` as `detr_fast`'s, and facebookresearch's names in its state dict."""
+    """Computes `model(images, mask)` as `detr_fast`'s DETR does, with facebookresearch's names in its state dict."""
 
     def __init__(
         self,
@@ -117,8 +123,10 @@ class ReferenceDETR(nn.Module):
         dropout: float = 0.1,
         source_position: bool = False,
     ) -> None:
-        """`backbone`: resnet50, resnet101 or tiny. `source_position`, which DETR has not: positions are added to the
-        encoder's input too."""
+        """Build it with random weights on a `backbone` resnet50, resnet101 or tiny.
+
+        `source_position`, which DETR has not, adds positions to the encoder's input too.
+        """
         super().__init__()
         self.source_position = source_position
         sizes = (dim, heads, feedforward, dropout)
@@ -133,7 +141,11 @@ class ReferenceDETR(nn.Module):
         self.backbone = nn.Sequential(nn.Sequential(OrderedDict(body=body)))
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Images (B, 3, H, W), mask (B, H, W) True where padded -> logits (B, Q, C+1), boxes_cxcywh (B, Q, 4)."""
+        """Detect in images (B, 3, H, W), mask (B, H, W) True where padded.
+
+        Returns `pred_logits` (B, Q, C+1), `pred_boxes` cxcywh (B, Q, 4), and `aux_outputs`, the same of
+        the earlier layers.
+        """
         features = self.input_proj(self.backbone(images))
         padded = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
         position = positions(padded, features.shape[1]).to(features.dtype).flatten(2).permute(2, 0, 1)  # (N, B, D)
@@ -145,7 +157,7 @@ class ReferenceDETR(nn.Module):
         return {**last, "aux_outputs": early}
 
     def heads(self, state: Tensor) -> dict[str, Tensor]:
-        """Normed states (B, Q, D) -> logits (B, Q, C+1) and boxes_cxcywh (B, Q, 4)."""
+        """Map normed states (B, Q, D) to logits (B, Q, C+1) and boxes cxcywh (B, Q, 4)."""
         first, second, third = self.bbox_embed.layers
         boxes = third(F.relu(second(F.relu(first(state))))).sigmoid()
         return {"pred_logits": self.class_embed(state), "pred_boxes": boxes}

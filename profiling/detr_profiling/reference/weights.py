@@ -8,8 +8,7 @@ from detr_profiling.reference.detr import ReferenceDETR
 
 
 def reference_of(model: DETR) -> ReferenceDETR:
-    """Build it on the CPU, in float32 and in evaluation mode. Raises UserError for a timm backbone, which it does not
-    have."""
+    """Build it on the CPU, in float32 and in evaluation mode. Raises UserError for a timm backbone."""
     config = model.config
     require(
         config.backbone in (*NUM_BLOCKS, "tiny"),

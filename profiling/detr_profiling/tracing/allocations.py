@@ -5,8 +5,7 @@ torch's tensors held before, so the curve is of tensors alone, without the proce
 """
 
 import gc
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
@@ -40,9 +39,6 @@ class MemoryUse:
     """Median difference between the ends of one step and the next; None for a single step."""
     leaking: bool
     """Whether every step after the first ends with more than the one before."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def living_tensors_mib() -> float:

@@ -7,7 +7,7 @@ stages within them, and what a GPU did belongs to the stage that launched it.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,27 +27,18 @@ CALL = re.compile(r"cu(da)?[A-Z]")
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage's own time, without that of stages within it, over the profiled steps."""
+    """Holds one stage's own time, without that of stages within it, over the profiled steps."""
 
     name: str
     timing: Timing
     """Of the host, from the beginning of its ranges to their end; several in a step are added."""
-    share: float
+    fraction: float
     """Of the host's time in all steps; those of all stages add up to 1."""
     device_ms: float | None
     """Median time of what it launched, streams added; None without a GPU."""
 
     def to_dict(self) -> dict[str, Any]:
-        timing = self.timing.to_dict()
-        return {
-            "name": self.name,
-            "median_ms": timing["median"],
-            "q1_ms": timing["q1"],
-            "q3_ms": timing["q3"],
-            "runs": timing["runs"],
-            "share": self.share,
-            "device_ms": self.device_ms,
-        }
+        return {"name": self.name} | self.timing.columns() | {"fraction": self.fraction, "device_ms": self.device_ms}
 
 
 def stage_times(timeline: Timeline) -> list[StageTime]:
@@ -75,8 +66,7 @@ def stage_times(timeline: Timeline) -> list[StageTime]:
 
 
 def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
-    """Add, for each step, the milliseconds of what each stage launched, streams added; None where nothing ran on a
-    device."""
+    """Add up, by stage, the milliseconds of what it launched in each step, on all streams; None without a device."""
     if not timeline.device:
         return None
     times: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(timeline.steps))
@@ -85,7 +75,7 @@ def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
     return times
 
 
-def idle_share(timeline: Timeline) -> float | None:
+def idle_fraction(timeline: Timeline) -> float | None:
     """Take the median fraction of a step in which neither kernel nor copy runs on the device; None without one.
 
     Each step begins with an idle device, since profiling waits at its end: the way to the first kernel counts.
@@ -93,11 +83,11 @@ def idle_share(timeline: Timeline) -> float | None:
     if not timeline.device:
         return None
     busy = merged((work.start_ns, work.end_ns) for work in timeline.device)
-    shares = []
+    fractions = []
     for step in timeline.steps:
         inside = (min(end, step.end_ns) - max(start, step.start_ns) for start, end in busy)
-        shares.append(1 - sum(max(0, length) for length in inside) / step.duration_ns)
-    return float(np.median(shares))
+        fractions.append(1 - sum(max(0, length) for length in inside) / step.duration_ns)
+    return float(np.median(fractions))
 
 
 def merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -129,7 +119,7 @@ def is_operator(span: Span) -> bool:
 
 @dataclass(frozen=True)
 class Usage:
-    """What all calls of one operator or kernel take, per step: means over the steps."""
+    """Holds what all calls of one operator or kernel take, per step: means over the steps."""
 
     name: str
     calls: float
@@ -137,11 +127,8 @@ class Usage:
     """Its own time on the host, without what it calls; None for a kernel."""
     device_ms: float | None
     """Of what it launched itself; None without a GPU."""
-    share: float
+    fraction: float
     """Of all that runs on the device; on a CPU of the step."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def operator_usage(averages: Sequence[FunctionEventAvg], timeline: Timeline) -> list[Usage]:
@@ -149,34 +136,24 @@ def operator_usage(averages: Sequence[FunctionEventAvg], timeline: Timeline) -> 
     on the host."""
     steps, on_device = len(timeline.steps), device_total_us(averages)
     step_us = sum(step.duration_ns for step in timeline.steps) / 1e3
-    rows = [
-        Usage(
-            str(row.key),
-            row.count / steps,
-            row.self_cpu_time_total / 1e3 / steps,
-            row.self_device_time_total / 1e3 / steps if on_device else None,
-            row.self_device_time_total / on_device if on_device else row.self_cpu_time_total / step_us,
-        )
-        for row in averages
-        if row.device_type == DeviceType.CPU and not (row.is_user_annotation or CALL.match(str(row.key)))
-    ]
-    return dearest(rows)
+    found = []
+    for row in averages:
+        if row.device_type == DeviceType.CPU and not (row.is_user_annotation or CALL.match(str(row.key))):
+            host_us, device_us = row.self_cpu_time_total, row.self_device_time_total
+            fraction = device_us / on_device if on_device else host_us / step_us
+            device_ms = device_us / 1e3 / steps if on_device else None
+            found.append(Usage(str(row.key), row.count / steps, host_us / 1e3 / steps, device_ms, fraction))
+    return dearest(found)
 
 
 def kernel_usage(averages: Sequence[FunctionEventAvg], steps: int) -> list[Usage]:
     """List the dearest kernels and copies on the device, of `key_averages()` over so many steps."""
-    total_us = device_total_us(averages)
-    rows = [
-        Usage(
-            str(row.key),
-            row.count / steps,
-            None,
-            row.self_device_time_total / 1e3 / steps,
-            row.self_device_time_total / total_us if total_us else 0.0,
-        )
-        for row in device_rows(averages)
-    ]
-    return dearest(rows)
+    total_us, found = device_total_us(averages), []
+    for row in device_rows(averages):
+        device_us = row.self_device_time_total
+        fraction = device_us / total_us if total_us else 0.0
+        found.append(Usage(str(row.key), row.count / steps, None, device_us / 1e3 / steps, fraction))
+    return dearest(found)
 
 
 def device_rows(averages: Iterable[FunctionEventAvg]) -> list[FunctionEventAvg]:
@@ -189,4 +166,4 @@ def device_total_us(averages: Iterable[FunctionEventAvg]) -> float:
 
 
 def dearest(rows: list[Usage]) -> list[Usage]:
-    return sorted(rows, key=lambda row: (-row.share, -(row.cpu_ms or 0.0)))[:MOST_ROWS]
+    return sorted(rows, key=lambda row: (-row.fraction, -(row.cpu_ms or 0.0)))[:MOST_ROWS]

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from detr_fast.files import write_text
+from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import choose_precision
-from detr_fast.stages import stage
 from detr_profiling.limits.peaks import measure_peaks
 from detr_profiling.limits.roofline import count_work, roofline
 from detr_profiling.measuring.machine import describe_machine
@@ -26,7 +26,7 @@ from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, m
 from detr_profiling.tracing.allocations import living_tensors_mib, memory_use
 from detr_profiling.tracing.breakdown import (
     StageTime,
-    idle_share,
+    idle_fraction,
     kernel_usage,
     launches_per_step,
     operator_usage,
@@ -40,18 +40,15 @@ TRACE_FILE = "trace.pt.json.gz"
 RESULT_FILE = "trace.json"
 LEAST_TIMED_STEPS = 5
 NO_DEVICE_EVENTS = (
-    "The trace has nothing of what ran on the GPU: the driver has not let CUPTI record it. Times, shares and waits are "
-    "the host's alone. Run as root (in a container with --cap-add=SYS_ADMIN), or have the driver's module loaded with "
+    "The trace has nothing of what ran on the GPU: the driver has not let CUPTI record it. "
+    "Times, fractions and waits are the host's alone. "
+    "Run as root (in a container with --cap-add=SYS_ADMIN), or have the driver's module loaded with "
     "NVreg_RestrictProfilingToAdminUsers=0."
 )
 
 
-def nothing_to_fetch() -> None:
-    """Do nothing: the batch is always the same."""
-
-
 class Profiled(NamedTuple):
-    """A few steps as torch's profiler has them."""
+    """Holds a few steps as torch's profiler has them."""
 
     timeline: Timeline
     """The Chrome trace, read back."""
@@ -61,14 +58,10 @@ class Profiled(NamedTuple):
     """What a CPU's tensors held when it began."""
 
 
-def record(
-    workload: Workload, path: Path, steps: int = 3, warmup: int = 2, fetch: Callable[[], None] = nothing_to_fetch
-) -> Profiled:
-    """Profile `steps` steps after `warmup` others, at least one each; the Chrome trace goes to `path`, .json or
-    .json.gz.
+def record(workload: Workload, path: Path, steps: int = 3, warmup: int = 2) -> Profiled:
+    """Profile `steps` steps after `warmup` others, at least one each, and write the Chrome trace to `path`.
 
-    `fetch` brings the batch that `workload.run` then takes. Gradients are dropped before the first recorded step, so
-    that all steps begin alike.
+    That is a .json or a .json.gz file. Gradients are dropped before the first recorded step: so all steps begin alike.
     """
     on_gpu = workload.device.type == "cuda"
     if not on_gpu:
@@ -78,9 +71,7 @@ def record(
     before_mib = 0.0
     with profile(activities=activities, schedule=plan, profile_memory=True, acc_events=True) as profiler:
         for index in range(warmup + steps):
-            with stage("data wait"):
-                fetch()
-            workload.run()
+            run_step(workload)
             if on_gpu:
                 with record_function(CLOSING):
                     workload.synchronize()
@@ -94,9 +85,15 @@ def record(
     return Profiled(read_timeline(path), profiler.key_averages(), before_mib)
 
 
+def run_step(workload: Workload) -> None:
+    with profiler_range("data wait"):
+        workload.fetch()
+    workload.run()
+
+
 @dataclass(frozen=True)
 class Plain:
-    """What steps without the profiler need."""
+    """Holds what steps need without the profiler."""
 
     timing: Timing
     cpu_seconds_per_step: float
@@ -106,19 +103,13 @@ class Plain:
 
 
 def missing_events(device: torch.device, timeline: Timeline) -> str | None:
-    """Say what the trace of a workload on `device` lacks, and how to get it; None: nothing."""
+    """Say what a trace of work on `device` lacks, and how to get it; None where it is complete."""
     return NO_DEVICE_EVENTS if device.type == "cuda" and not timeline.device else None
 
 
-def measure_plain(workload: Workload, runs: int, warmup: int, fetch: Callable[[], None]) -> Plain:
+def measure_plain(workload: Workload, runs: int, warmup: int) -> Plain:
     """Measure `runs` runs, on a GPU of several steps each, after at least `warmup` others, in which things compile."""
-
-    def step() -> None:
-        with stage("data wait"):
-            fetch()
-        workload.run()
-
-    kind = workload.device.type
+    kind, step = workload.device.type, partial(run_step, workload)
     warmup = max(warmup, STEADY_AFTER[kind] - 1) if kind == "cuda" else warmup - 1
     calls = calls_a_run(kind, measure(step, workload.synchronize, rounds=1, warmup=warmup).median_ms)
     restart_resident_peak()
@@ -131,12 +122,7 @@ def measure_plain(workload: Workload, runs: int, warmup: int, fetch: Callable[[]
 
 
 def profile_workload(
-    workload: Workload,
-    out: Path,
-    steps: int = 3,
-    warmup: int = 2,
-    fetch: Callable[[], None] = nothing_to_fetch,
-    with_roofline: bool = True,
+    workload: Workload, out: Path, steps: int = 3, warmup: int = 2, with_roofline: bool = True
 ) -> dict[str, Any]:
     """Write OUT/trace.pt.json.gz and OUT/trace.json, and return what the latter holds.
 
@@ -145,13 +131,13 @@ def profile_workload(
     device at its end. Lists hold numbers of one step; None: does not apply, or unknown. `problem`: what the trace
     lacks, or None.
     """
-    plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup, fetch)
+    plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup)
     trace = out / TRACE_FILE
-    timeline, averages, before_mib = record(workload, trace, steps, warmup, fetch)
+    timeline, averages, before_mib = record(workload, trace, steps, warmup)
     stages = stage_times(timeline)
     memory = memory_use(timeline, before_mib)
     problem = missing_events(workload.device, timeline)
-    with_roofline &= problem is None  # a stage's share of the host's time is not its share of the device's
+    with_roofline &= problem is None  # a stage's fraction of the host's time is not its fraction of the device's
     result = {
         "machine": describe_machine(workload.device).to_dict(),
         "workload": {"name": workload.name, **workload.options.to_dict()},
@@ -159,15 +145,15 @@ def profile_workload(
         "step_ms": plain.timing.to_dict(),
         "profiled_step_ms": Timing(tuple(step.duration_ns / 1e6 for step in timeline.steps)).to_dict(),
         "stages": [row.to_dict() for row in stages],
-        "idle_share": idle_share(timeline),
+        "idle_fraction": idle_fraction(timeline),
         **count_figures(timeline),
-        "operators": [row.to_dict() for row in operator_usage(averages, timeline)],
-        "kernels": [row.to_dict() for row in kernel_usage(averages, steps)],
-        "memory": memory.to_dict() if memory else None,
+        "operators": list(map(asdict, operator_usage(averages, timeline))),
+        "kernels": list(map(asdict, kernel_usage(averages, steps))),
+        "memory": asdict(memory) if memory else None,
         "gpu": plain.gpu,
         "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
-        "forms": workload.reasons,
-        "roofline": roofline_of(workload, fetch, stages, plain.timing) if with_roofline else None,
+        "backends": workload.reasons,
+        "roofline": roofline_of(workload, stages, plain.timing) if with_roofline else None,
         "problem": problem,
         "trace_file": TRACE_FILE,
         "trace_mib": trace.stat().st_size / 2**20,
@@ -182,27 +168,23 @@ def count_figures(timeline: Timeline) -> dict[str, Any]:
     waits = synchronizations(timeline)
     launches, launch_kind = launches_per_step(timeline)
     return {
-        "host_waits_per_step": sum(row.per_step for row in waits),
-        "host_waits": [row.to_dict() for row in waits],
+        "synchronizations_per_step": sum(row.per_step for row in waits),
+        "synchronizations": list(map(asdict, waits)),
         "launches_per_step": launches,
         "launch_kind": launch_kind,
     }
 
 
-def roofline_of(workload: Workload, fetch: Callable[[], None], stages: list[StageTime], step: Timing) -> dict[str, Any]:
+def roofline_of(workload: Workload, stages: list[StageTime], step: Timing) -> dict[str, Any]:
     """Compute the roofline from each stage's time on the device, or from its fraction of the host's, scaled to the
     unprofiled step."""
     dtype, _ = choose_precision(workload.options.precision, workload.device)
     if workload.name != "detr_fast" and workload.options.precision != "bf16":
         dtype = torch.float32  # a baseline's own
-    stage_ms = {row.name: row.share * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
+    stage_ms = {row.name: row.fraction * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
 
-    def once() -> None:
-        fetch()
-        workload.run()
-
-    work = count_work(once)
-    return roofline(work, stage_ms, step.median_ms, measure_peaks(workload.device, dtype)).to_dict()
+    work = count_work(partial(run_step, workload))
+    return asdict(roofline(work, stage_ms, step.median_ms, measure_peaks(workload.device, dtype)))
 
 
 def unpacked_bytes(path: Path) -> int:

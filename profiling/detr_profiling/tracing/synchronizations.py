@@ -3,8 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from detr_profiling.tracing.breakdown import OTHER, is_operator
 from detr_profiling.tracing.timeline import CLOSING, Span, Timeline
@@ -34,9 +33,6 @@ class Synchronization:
     stage: str
     per_step: float
     """Mean over the steps."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def synchronizations(timeline: Timeline) -> list[Synchronization]:

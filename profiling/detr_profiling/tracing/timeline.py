@@ -1,7 +1,7 @@
-"""A profiler's trace, read back: ranges that nest, operators, calls to the device's driver and what ran on the device.
+"""A profiler's trace, read back: ranges that nest, operators, calls of the device's driver, work on the device.
 
-torch's `key_averages()` sums up operators and kernels; what needs to know when something happened, and within what, is
-read here: stages, synchronisations, and memory, whose totals stand in the trace alone.
+torch's `key_averages()` adds up operators and kernels. What needs to know when something happened, and within what, is
+read here: stages, device synchronisations, and memory, whose totals are in the trace alone.
 
 A stage's time is the host's, from the beginning of its range to the end, without its inner ranges. What a GPU did
 belongs to the stage that was open on the host when it was launched.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.config import require
-from detr_fast.stages import STAGES
+from detr_fast.profiler_ranges import PROFILER_RANGES
 
 Track = tuple[Any, Any]
 """Process and thread, or device and stream."""
@@ -26,14 +26,14 @@ Event = dict[str, Any]
 
 CLOSING = "device wait"
 """The range in which whoever records waits for a GPU, so that a step's work ends within the step."""
-RANGES = (*STAGES, CLOSING)
+RANGES = (*PROFILER_RANGES, CLOSING)
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 CALL_KINDS = ("cuda_runtime", "cuda_driver")
 
 
 @dataclass(eq=False)
 class Span:
-    """Something with a beginning and an end; times are whole nanoseconds, so that sums are exact."""
+    """Holds something with a beginning and an end; times are whole nanoseconds, so that sums are exact."""
 
     name: str
     kind: str
@@ -65,7 +65,7 @@ class Span:
 
 
 class Nesting:
-    """Spans of one kind, each with the one around it on its thread."""
+    """Orders spans of one kind, each with the one around it on its thread."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
@@ -94,7 +94,7 @@ class Nesting:
 
 @dataclass
 class Timeline:
-    """The parts of a trace that figures are made of."""
+    """Holds the parts of a trace that figures are made of."""
 
     steps: list[Span]
     stages: Nesting

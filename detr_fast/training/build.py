@@ -84,21 +84,20 @@ def make_step(
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
-    """Take the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
+    """Load the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
 
-    The backbone's group is the second, and absent where it is not trained: moments that are not stored begin anew.
+    The backbone's group is the second, and absent where it is not trained. Moments that are not stored start anew.
     """
     own = optimizer.state_dict()
     state: dict[int, Any] = {}
     for group, before in zip(own["param_groups"], stored["param_groups"], strict=False):
-        places = zip(group["params"], before["params"], strict=True)
-        state |= {place: stored["state"][theirs] for place, theirs in places if theirs in stored["state"]}
+        pairs = zip(group["params"], before["params"], strict=True)
+        state |= {own_index: stored["state"][theirs] for own_index, theirs in pairs if theirs in stored["state"]}
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
 def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Put each moment in its parameter's memory order, which may be another than the checkpoint's: a fused update
-    walks through memory without looking at strides."""
+    """Store each moment in its parameter's memory order, as fused AdamW requires; a checkpoint may have another."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:
@@ -113,10 +112,10 @@ def make_schedule(options: TrainConfig, batches_per_epoch: int) -> Schedule:
 
 
 class Extremes(NamedTuple):
-    """What a run's batches may be at the most."""
+    """Bounds on a run's batches."""
 
     objects: int
-    """Of one image."""
+    """Most objects of one image."""
     mixed: bool
     """A batch may hold wide and high images."""
     padded: bool
@@ -124,8 +123,10 @@ class Extremes(NamedTuple):
 
 
 def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch: int) -> Extremes:
-    """Look at the annotations alone. Few batches hold images of any shape, even where they are arranged by shape: the
-    rest of an epoch too, if it is so small."""
+    """Bound a run's batches by its annotations alone.
+
+    A group of few batches, as the rest of an epoch may be, mixes shapes even where batches are arranged by shape.
+    """
     records = train_set.records
     sizes = {(record.height, record.width) for record in records}
     drawn = len(options.train_sizes) > 1 or bool(options.crop_sizes)
@@ -137,11 +138,11 @@ def extremes_of(options: TrainConfig, train_set: CocoDataset, batches_per_epoch:
 
 
 LEAST_ARRANGED = 16
-"""From so many batches on, those of like shape are never larger than the largest image, in steps of 64 pixels."""
+"""Arranged groups of at least this many batches have none larger than the largest image, in steps of 64 pixels."""
 
 
 def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes) -> Batch:
-    """Make the largest batch that training can meet: gray images, with room for as many targets as any has."""
+    """Make the largest batch that training can meet: gray images, with as many rows of targets as any needs."""
     sides = max(options.train_sizes), options.max_size or config.max_size
     height, width = (-(-side // SHAPE_STEP_PX) * SHAPE_STEP_PX for side in sides)
     if extremes.mixed:
@@ -155,7 +156,7 @@ def largest_batch(options: TrainConfig, config: ModelConfig, extremes: Extremes)
         original_size=size,
         size=size,
     )
-    return collate([sample] * options.batch_size, room=(height, width))
+    return collate([sample] * options.batch_size, padded_size=(height, width))
 
 
 SHAPE_STEP_PX = 64

@@ -1,4 +1,4 @@
-"""Annotations and images that are there twice, as when the exports of two annotators are joined."""
+"""Duplicate annotations and images, as where the exports of two annotators are joined."""
 
 import os
 from collections import defaultdict
@@ -19,17 +19,17 @@ NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Doubles:
+class Duplicates:
     """Ids of annotations whose box an earlier annotation of the same image has, as `Annotations` numbers them."""
 
     equal: np.ndarray
-    """The same class, and but for rounding the same box"""
+    """Those of the same class, with the same box up to rounding"""
     nearly_equal: np.ndarray
-    """The same class, with an IoU above NEARLY_EQUAL_IOU"""
+    """Those of the same class, with an IoU above NEARLY_EQUAL_IOU"""
     two_classes: np.ndarray
-    """The same box, of another class"""
+    """Those of another class, with the same box"""
     renumbered: bool
-    """The ids are places in the file, counted from 1"""
+    """The ids are positions in the file, counted from 1"""
 
     def problems(self) -> Iterator[str]:
         if len(self.equal):
@@ -39,7 +39,7 @@ class Doubles:
             )
 
     def notes(self) -> Iterator[str]:
-        """Yield what may be meant."""
+        """Yield a line for each kind of duplicate that may be meant."""
         if len(self.nearly_equal):
             yield (
                 f"{len(self.nearly_equal)} annotations are nearly an earlier one of their class "
@@ -53,14 +53,16 @@ class Doubles:
             )
 
     def named(self, ids: np.ndarray) -> str:
-        """Return the first ids; as other messages do, the place in the file counted from 0 where its ids are no use."""
+        """Name the first ids; their positions in the file, counted from 0, where its ids are no use."""
         names = [f"number {id_ - 1}" for id_ in ids.tolist()] if self.renumbered else ids.tolist()
         return f"annotations {shortened(names, NAMED)}"
 
 
-def find_doubles(annotations: Annotations) -> Doubles:
-    """Compare each box with those of its image whose edges have nearly its sum: few others have, and all that nearly
-    equal it. Takes 0.3 s for COCO's 860,000."""
+def find_duplicates(annotations: Annotations) -> Duplicates:
+    """Find annotations whose box, nearly equal, an earlier one of the same image has: 0.3 s for COCO's 860,000.
+
+    A box is compared only with those whose edges have nearly its sum, as all that nearly equal it do, and few others.
+    """
     boxes = annotations.boxes_xywh_px
     images = np.searchsorted([image.id for image in annotations.images], annotations.image_ids)
     edges = (boxes * [2, 2, 1, 1]).sum(axis=1)  # x0 + x1 + y0 + y1, of equal boxes the same to the last bit
@@ -82,8 +84,8 @@ def find_doubles(annotations: Annotations) -> Doubles:
     return classify(annotations, np.sort(np.concatenate(pairs), axis=1))  # the earlier in the file first
 
 
-def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
-    """Tell apart what `pairs` (P, 2) of annotations with nearly equal boxes are; each is named by its later one."""
+def classify(annotations: Annotations, pairs: np.ndarray) -> Duplicates:
+    """Sort `pairs` (P, 2) of annotations with nearly equal boxes by kind; each is named by its later one."""
     one, other = annotations.boxes_xywh_px[pairs.T]
     smallest = np.minimum(one, other)[:, 2:].min(axis=1)
     rounding = np.where(smallest >= 1, ROUNDING_PX, 1e-9)  # boxes of less than a pixel may be relative
@@ -92,17 +94,17 @@ def classify(annotations: Annotations, pairs: np.ndarray) -> Doubles:
         column[pairs[:, 0]] == column[pairs[:, 1]] for column in (annotations.category_ids, annotations.crowd)
     )
     later = annotations.ids[pairs[:, 1]]
-    doubles = np.unique(later[equal & one_class & both_crowds])
-    return Doubles(
-        equal=doubles,
-        nearly_equal=np.setdiff1d(later[~equal & one_class & both_crowds], doubles),
-        two_classes=np.setdiff1d(later[equal & ~one_class & both_crowds], doubles),
+    duplicates = np.unique(later[equal & one_class & both_crowds])
+    return Duplicates(
+        equal=duplicates,
+        nearly_equal=np.setdiff1d(later[~equal & one_class & both_crowds], duplicates),
+        two_classes=np.setdiff1d(later[equal & ~one_class & both_crowds], duplicates),
         renumbered=annotations.corrections.renumbered,
     )
 
 
 def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
-    """Return (N,) of boxes (N, 4) with positive extents."""
+    """Compute IoU (N,) of boxes (N, 4) with positive width and height."""
     low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
     high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
     shared = np.maximum(high - low, 0).prod(axis=1)
@@ -110,7 +112,7 @@ def iou(one_xywh: np.ndarray, other_xywh: np.ndarray) -> np.ndarray:
 
 
 def identity(path: Path) -> Hashable:
-    """Return what all names and links of a file have in common; the path where there is no file."""
+    """Return a file's device and inode, which its names and links share; the path where there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -123,12 +125,12 @@ def files_listed_twice(ids: Sequence[int], files: Sequence[Path]) -> Iterator[st
     keys = [identity(path) for path in files]
     if len(set(keys)) == len(keys):
         return
-    places: dict[Hashable, list[int]] = defaultdict(list)
-    for place, key in enumerate(keys):
-        places[key].append(place)
+    positions: dict[Hashable, list[int]] = defaultdict(list)
+    for position, key in enumerate(keys):
+        positions[key].append(position)
     doubled = [
-        f"{files[found[0]]}: ids {', '.join(str(ids[place]) for place in found)}"
-        for found in places.values()
+        f"{files[found[0]]}: ids {', '.join(str(ids[position]) for position in found)}"
+        for found in positions.values()
         if len(found) > 1
     ]
     if doubled:

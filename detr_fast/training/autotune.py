@@ -1,4 +1,4 @@
-"""What is fastest for a run, from the entries of this machine; on a GPU without one, measured before the first step."""
+"""Lookup of what is fastest for a run on this machine; on a GPU without an entry, measured before the first step."""
 
 import datetime
 import shlex
@@ -41,13 +41,13 @@ def tuning_of(
     config: ModelConfig,
     device: torch.device,
     world: World,
-    say: Console,
+    console: Console,
 ) -> Tuning | None:
-    """Give all processes, which have to run alike, what the main one finds.
+    """Find the tuning of a run in the main process, and broadcast it to all, which have to run alike.
 
-    A run that goes on from checkpoint `state` on a like machine keeps what it began with, so that its numbers stay the
-    same to the bit (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding); else, and where
-    --tune or --kernels are other than they were, `find_or_measure` says.
+    A run resumed from `state` on a like machine keeps what it began with, so that its numbers stay the same to the bit
+    (on a GPU, where cuDNN chooses its algorithms anew in each process, to rounding). Otherwise, and where --tune or
+    --kernels changed, `find_or_measure` is asked.
     """
     if not world.is_main:
         return world.broadcast(None)
@@ -55,32 +55,34 @@ def tuning_of(
     as_before = state and all(getattr(state.options, name) == getattr(options, name) for name in ("tune", "kernels"))
     if as_before and (stored is None or stored["environment"] == environment(device)):
         return world.broadcast(Tuning.from_dict(stored) if stored else None)
-    return world.broadcast(find_or_measure(options, train_set, config, device, say))
+    return world.broadcast(find_or_measure(options, train_set, config, device, console))
 
 
 def find_or_measure(
-    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, say: Console
+    options: TrainConfig, train_set: CocoDataset, config: ModelConfig, device: torch.device, console: Console
 ) -> Tuning | None:
-    """Look up the entry of a run's case, made first where there is none on a GPU; None where none is wanted."""
+    """Look up the entry of a run's case; on a GPU without one, measure first. None where no tuning is wanted."""
     if not options.tune or options.kernels == "ref":
         return None
     size = typical_size(train_set)
     case = Case.of(config, "training", options.batch_size, *size, options=options)
     found = find(device, case)
     if found is None and device.type == "cuda" and options.kernels == "auto":
-        say.print(f"Nothing was measured here for {case.text()}: measuring, about {MINUTES:.0f} minute (--no-tune).")
-        if not measure(list(arguments(options, config, size)), say):
-            remember_failure(device, case, say)
+        console.print(
+            f"Nothing was measured here for {case.text()}: measuring, about {MINUTES:.0f} minute (--no-tune)."
+        )
+        if not measure(list(arguments(options, config, size)), console):
+            remember_failure(device, case, console)
         found = find(device, case)
     return found
 
 
-def remember_failure(device: torch.device, case: Case, say: Console) -> None:
-    """Keep an entry without choices, so that the next run does not pay again; where that cannot be, it does."""
+def remember_failure(device: torch.device, case: Case, console: Console) -> None:
+    """Write an entry without choices, so that the next run does not measure in vain again."""
     try:
         keep(device, Tuning.of(device, case, {}, [], date=datetime.date.today().isoformat()))
     except UserError as error:
-        say.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
+        console.print(f"{error} Until then each run measures, or takes the first guess with --no-tune.")
 
 
 def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
@@ -103,9 +105,8 @@ def arguments(options: TrainConfig, config: ModelConfig, size: tuple[int, int]) 
             yield from (f"--{name.replace('_', '-')}", str(value))
 
 
-def measure(arguments: list[str], say: Console) -> bool:
-    """Run `tune` in a process of its own, which prints as it goes; returns whether it ended well. A failure costs the
-    entry, not the run."""
+def measure(arguments: list[str], console: Console) -> bool:
+    """Run `tune` in a process of its own; return whether it succeeded. A failure does not end the run."""
     command = [sys.executable, "-m", "detr_profiling", "tune", *arguments]
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C, the process is ended
@@ -120,5 +121,5 @@ def measure(arguments: list[str], say: Console) -> bool:
         process.wait()
     if problem:
         again = shlex.join(command)
-        say.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}")
+        console.print(f"Not measured ({problem}): the first guess is taken. To see why: {again}")
     return problem is None

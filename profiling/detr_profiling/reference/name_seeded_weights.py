@@ -26,7 +26,7 @@ GAINS = (
 """Variance times fan-in of a weight whose key matches: the first row that does."""
 
 
-def keyed_tensor(key: str, shape: torch.Size, salt: int = 0) -> Tensor:
+def name_seeded_tensor(key: str, shape: torch.Size, salt: int = 0) -> Tensor:
     """Make the float32 value of a parameter or of a batch norm's buffer."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()) + salt))
     if key.endswith("running_var"):
@@ -48,25 +48,25 @@ def keyed_tensor(key: str, shape: torch.Size, salt: int = 0) -> Tensor:
     return noise * math.sqrt(gain / fan_in)
 
 
-def keyed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """Fill the keys and shapes of `reference` by `keyed_tensor`; integer buffers are kept."""
+def name_seeded_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
+    """Fill the keys and shapes of `reference` by `name_seeded_tensor`; integer buffers are kept."""
     return {
-        key: keyed_tensor(key, value.shape, salt) if value.is_floating_point() else value.clone()
+        key: name_seeded_tensor(key, value.shape, salt) if value.is_floating_point() else value.clone()
         for key, value in reference.items()
     }
 
 
-def mild_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """Replace the vectors of `reference` by keyed ones: norms and biases that are not 1 and 0, without what sharpens
-    the attention.
+def perturbed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
+    """Replace the vectors of `reference` by name-seeded ones: norms and biases that are not 1 and 0.
 
-    Keyed matrices amplify the rounding of the backbone a hundredfold; with these, closeness can be judged tightly.
+    Name-seeded matrices sharpen the attention and amplify the backbone's rounding a hundredfold; so these are kept,
+    and closeness can be judged tightly.
     """
-    keyed = keyed_state_dict(reference, salt)
-    return {key: value.clone() if value.dim() > 1 else keyed[key] for key, value in reference.items()}
+    seeded = name_seeded_state_dict(reference, salt)
+    return {key: value.clone() if value.dim() > 1 else seeded[key] for key, value in reference.items()}
 
 
-def keyed_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor]:
+def seeded_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor]:
     """Make normalised images (3, H, W), one per (height, width), smooth enough to give the backbone real structure."""
     images = []
     for index, (height, width) in enumerate(sizes):
@@ -76,19 +76,19 @@ def keyed_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor
     return images
 
 
-def keyed_batch(sizes: Sequence[tuple[int, int]], salt: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad `keyed_images` with zeros on the right and below (B, 3, H, W); return them and their mask (B, H, W), True
+def seeded_batch(sizes: Sequence[tuple[int, int]], salt: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad `seeded_images` with zeros on the right and below (B, 3, H, W); return them and their mask (B, H, W), True
     where padded."""
     height, width = (max(side) for side in zip(*sizes, strict=True))
     images = torch.zeros(len(sizes), 3, height, width)
     mask = torch.ones(len(sizes), height, width, dtype=torch.bool)
-    for row, image in enumerate(keyed_images(sizes, salt)):
+    for row, image in enumerate(seeded_images(sizes, salt)):
         images[row, :, : image.shape[1], : image.shape[2]] = image
         mask[row, : image.shape[1], : image.shape[2]] = False
     return images, mask
 
 
-def keyed_targets(counts: Sequence[int], num_classes: int = 91, salt: int = 0) -> list[dict[str, Tensor]]:
+def seeded_targets(counts: Sequence[int], num_classes: int = 91, salt: int = 0) -> list[dict[str, Tensor]]:
     """Draw for each image `labels` (T,) int64 and `boxes` (T, 4) float32 cxcywh in [0, 1]."""
     targets = []
     for index, count in enumerate(counts):

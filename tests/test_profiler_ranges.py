@@ -3,10 +3,11 @@
 import warnings
 
 import torch
-from detr_profiling.workload import WorkloadOptions, build_workload
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
 from torch.profiler import profile
 
-from detr_fast.stages import STAGES, current_stage, stage
+from detr_fast.profiler_ranges import PROFILER_RANGES, current_range, profiler_range
 
 TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", objects=2)
 
@@ -15,27 +16,27 @@ def test_a_step_opens_every_stage_but_waiting_for_data() -> None:
     run = build_workload(TINY).run
     with profile(acc_events=True) as profiler:
         run()
-    ranges = {event.name: event.time_range for event in profiler.events() if event.name in STAGES}
-    assert ranges.keys() == set(STAGES) - {"data wait", "postprocess"}
+    ranges = {event.name: event.time_range for event in profiler.events() if event.name in PROFILER_RANGES}
+    assert ranges.keys() == set(PROFILER_RANGES) - {"data wait", "postprocess"}
     for inner, outer in [("backbone", "forward"), ("encoder", "forward"), ("decoder", "forward"), ("heads", "forward")]:
         assert ranges[outer].start <= ranges[inner].start and ranges[inner].end <= ranges[outer].end
 
 
 def test_the_innermost_open_stage_is_known_also_after_an_error() -> None:
-    assert current_stage() is None
-    with stage("forward"):
+    assert current_range() is None
+    with profiler_range("forward"):
         try:
-            with stage("encoder"):
-                assert current_stage() == "encoder"
+            with profiler_range("encoder"):
+                assert current_range() == "encoder"
                 raise ValueError
         except ValueError:
-            assert current_stage() == "forward"
-    assert current_stage() is None
+            assert current_range() == "forward"
+    assert current_range() is None
 
 
 def test_no_break_and_no_word_in_a_compiled_graph() -> None:
     def doubled(x: torch.Tensor) -> torch.Tensor:
-        with stage("encoder"):
+        with profiler_range("encoder"):
             return x * 2
 
     with warnings.catch_warnings():

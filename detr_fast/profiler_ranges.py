@@ -1,4 +1,4 @@
-"""The parts of a step by name: ranges in a profiler's trace, and known to whoever counts work while they are open."""
+"""Named profiler ranges of a step; the innermost open one can be queried, as the FLOP counter does."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
@@ -6,18 +6,17 @@ from typing import Any, Self
 import torch
 from torch.profiler import record_function
 
-STAGES = (
+PROFILER_RANGES = (
     *("data wait", "copy", "pixels"),
     *("forward", "backbone", "encoder", "decoder", "heads", "postprocess"),
     *("loss", "matching", "backward", "optimizer"),
 )
-"""In the order of a step or an inference. Forward holds the four after it, loss holds matching: their own time is what
-these leave."""
+"""In the order of a step or an inference. "forward" contains the four after it, "loss" contains "matching"."""
 
 _open: list[str] = []
 
 
-class _Stage(record_function):
+class _Range(record_function):
     def __enter__(self) -> Self:
         _open.append(self.name)
         return super().__enter__()
@@ -27,13 +26,13 @@ class _Stage(record_function):
         _open.pop()
 
 
-def stage(name: str) -> AbstractContextManager[Any]:
-    """A range named `name`, one of STAGES, while it is open: about 6 us, and nothing at all in a compiled graph."""
+def profiler_range(name: str) -> AbstractContextManager[Any]:
+    """Open a profiler range, one of PROFILER_RANGES: about 6 us, and nothing at all in a compiled graph."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    return _Stage(name)
+    return _Range(name)
 
 
-def current_stage() -> str | None:
-    """The innermost stage that is open in this process."""
+def current_range() -> str | None:
+    """Return the innermost range that is open in this process."""
     return _open[-1] if _open else None

@@ -1,4 +1,4 @@
-"""Text in figures: fonts for the letters of any script, where this machine has one, and else something legible."""
+"""Fonts for text in figures: for letters of any script where this machine has one, else escapes."""
 
 import unicodedata
 import warnings
@@ -15,8 +15,8 @@ NO_LETTERS = "Last Resort"
 NAMED_AT_MOST = 10
 
 
-class Lettering:
-    """The fonts that figures need beside matplotlib's usual one, found as letters are asked for."""
+class Fonts:
+    """Finds the fonts that figures need beside matplotlib's default, as letters are asked for."""
 
     def __init__(self) -> None:
         self.families: list[str] = []
@@ -35,7 +35,7 @@ class Lettering:
         return "".join(sorted(self._missing(text)))
 
     def _missing(self, text: str) -> set[str]:
-        """Return letters that no font taken so far has; marks that are not seen by themselves are none."""
+        """Return letters that no font found so far has, without invisible marks."""
         return {
             letter
             for letter in text
@@ -43,20 +43,20 @@ class Lettering:
         }
 
     def shown(self, text: str) -> str:
-        """Return `text` with escapes for letters that no font here has, and for what is no letter."""
+        """Escape the letters of `text` that no font here has, and control characters."""
         lacking = set(self.lacking(text))
         if letters := [each for each in lacking if unicodedata.category(each)[0] != "C"]:
-            self.tell(f"Some letters in pictures are escaped, for no font here has them. {advice(letters)}")
+            self.warn_once(f"Some letters in pictures are escaped, for no font here has them. {advice(letters)}")
         return "".join(escaped(each) if each in lacking else each for each in text)
 
-    def tell(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
         """Warn once of what fonts lack, however many figures and letters there are."""
         if not self._told:
             self._told = True
             warnings.warn(message)
 
     def prepare(self, figure: Figure) -> None:
-        """Give every text in `figure` the fonts that it needs, and take from it what none has."""
+        """Give every text in `figure` the fonts that it needs, and escape the letters that no font has."""
         for text in figure.findobj(Text):
             assert isinstance(text, Text)
             text.set_text(self.shown(text.get_text()))
@@ -64,18 +64,17 @@ class Lettering:
                 text.set_fontfamily([*text.get_fontfamily(), *self.families])
 
 
-LETTERING = Lettering()
+FONTS = Fonts()
 
 
 def class_names(names: Mapping[int, str]) -> dict[int, str]:
-    """Return by category id what figures call the classes: their names, or "class ID" for those whose letters no font
-    here has, of which a warning tells once."""
-    lacking = {id_: LETTERING.lacking(name) for id_, name in names.items()}
+    """Map category ids to names for figures: "class ID", with a warning, where no font has a name's letters."""
+    lacking = {id_: FONTS.lacking(name) for id_, name in names.items()}
     nameless = [id_ for id_, letters in lacking.items() if letters]
     if nameless:
         told = [f"class {id_} is {names[id_]}" for id_ in nameless[:NAMED_AT_MOST]]
         more = f" and {len(nameless) - len(told)} more" if len(nameless) > len(told) else ""
-        LETTERING.tell(
+        FONTS.warn_once(
             f"No font here has the letters of these class names, so pictures have numbers: {', '.join(told)}{more}. "
             + advice(chain.from_iterable(lacking.values()))
         )
@@ -87,7 +86,7 @@ def one_line(text: str) -> str:
 
 
 def best_font(letters: set[str]) -> FT2Font | None:
-    """Return the installed font that has most of `letters`, an upright one of normal weight before others."""
+    """Find the installed font that has most of `letters`; upright ones of normal weight come first."""
     ranked = [
         ((count, font.style_flags == 0, "Sans" in font.family_name), str(font.fname), font)
         for font in installed_fonts()
@@ -102,7 +101,7 @@ def best_font(letters: set[str]) -> FT2Font | None:
 
 
 def installed_fonts() -> Iterator[FT2Font]:
-    """Yield the fonts that can be drawn with: outlines, and not of boxes alone."""
+    """Yield installed outline fonts, without those that draw every letter as a box."""
     listed = (entry.fname for entry in fontManager.ttflist)
     for path in sorted({*listed, *findSystemFonts()}):
         try:
@@ -118,7 +117,7 @@ def has(font: FT2Font, letter: str) -> bool:
 
 
 def unseen(letter: str) -> bool:
-    """Tell whether it is a joiner, a mark of direction or a selector of a variant."""
+    """Tell whether `letter` is invisible: a joiner, a direction mark or a variation selector."""
     return unicodedata.category(letter) == "Cf" or "\ufe00" <= letter <= "\ufe0f"
 
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 
-from detr_fast.evaluation import lettering, plots
-from detr_fast.evaluation.lettering import Lettering, class_names
+from detr_fast.evaluation import fonts, plots
+from detr_fast.evaluation.fonts import Fonts, class_names
 from detr_fast.evaluation.pictures import Picture, draw_detections
 
 CHINESE = "\u7ec4\u7ec7\u94b3"
@@ -19,14 +19,14 @@ QUIET = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Lettering:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Fonts:
     """What a machine with matplotlib's own fonts has, before anything was told."""
     own = [each for each in fontManager.ttflist if "mpl-data" in each.fname]
     monkeypatch.setattr(fontManager, "ttflist", own)
-    monkeypatch.setattr(lettering, "findSystemFonts", list)
-    new = Lettering()
-    monkeypatch.setattr(lettering, "LETTERING", new)
-    monkeypatch.setattr(plots, "LETTERING", new)
+    monkeypatch.setattr(fonts, "findSystemFonts", list)
+    new = Fonts()
+    monkeypatch.setattr(fonts, "FONTS", new)
+    monkeypatch.setattr(plots, "FONTS", new)
     return new
 
 
@@ -57,7 +57,7 @@ def drawn(title: str, names: tuple[str, ...], path: Path) -> None:
     draw_detections([Picture(image, title, boxes=boxes, names=names, scores=[0.5] * len(names))], path)
 
 
-def test_without_a_font_classes_are_numbers_and_one_warning_says_which(alone: Lettering, tmp_path: Path) -> None:
+def test_without_a_font_classes_are_numbers_and_one_warning_says_which(alone: Fonts, tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as told:
         shown = class_names({1: CHINESE, 3: "cat", 7: "\u76f4\u526a"})
         for number in range(2):
@@ -68,7 +68,7 @@ def test_without_a_font_classes_are_numbers_and_one_warning_says_which(alone: Le
 
 
 @QUIET
-def test_an_installed_font_is_found_and_used(alone: Lettering, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_installed_font_is_found_and_used(alone: Fonts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also one that was installed after matplotlib had made its list; of several, the one with most letters."""
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     paths = [
@@ -76,7 +76,7 @@ def test_an_installed_font_is_found_and_used(alone: Lettering, monkeypatch: pyte
         write_font(tmp_path / "most.ttf", CHINESE, "Most"),
         str(tmp_path / "broken.ttf"),
     ]
-    monkeypatch.setattr(lettering, "findSystemFonts", lambda: paths)
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: paths)
     assert class_names({1: CHINESE}) == {1: CHINESE}
     assert alone.families == ["Most"]
     figure = Figure()
@@ -90,11 +90,11 @@ def test_an_installed_font_is_found_and_used(alone: Lettering, monkeypatch: pyte
 @pytest.mark.parametrize(
     "name", ["caf\udce9.jpg", "a\nb\tc.jpg", "\x1b[31m.jpg", "$x_{", "e\u0301\u200d\ufe0f", "\u0634\u0643\u0644"]
 )
-def test_any_name_is_drawn_without_a_warning(alone: Lettering, name: str, tmp_path: Path) -> None:
+def test_any_name_is_drawn_without_a_warning(alone: Fonts, name: str, tmp_path: Path) -> None:
     drawn(name, (name,), tmp_path / "figure.png")
 
 
-def test_what_is_no_letter_is_escaped(alone: Lettering) -> None:
+def test_what_is_no_letter_is_escaped(alone: Fonts) -> None:
     assert alone.shown("caf\udce9 \t$x$\n\u2212") == "caf\\xe9 \\t$x$\n\u2212"
     with pytest.warns(UserWarning, match="escaped.*fonts-noto-cjk"):
         assert alone.shown("\u7ec4.jpg") == "\\u7ec4.jpg"
