@@ -38,7 +38,7 @@ def test_padding_does_what_it_does_in_the_reference(kernels: str) -> None:
     reference = ReferenceDETR(num_queries=8, dropout=0.0, **LAYERS)
     reference.load_state_dict(weights)
     ours, reference = ours.double().eval(), reference.double().eval()
-    select_backends(ours, kernels)  # type: ignore[arg-type]
+    select_backends(ours, kernels, dtype=torch.float64)  # type: ignore[arg-type]
     image = torch.randn(3, *ROOMS[0], dtype=torch.float64)
     alone, together = (logits(ours, image, room) for room in ROOMS)
     effect = logits(reference, image, ROOMS[1]) - logits(reference, image, ROOMS[0])
