@@ -110,7 +110,7 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
     hooked = workload.model.backbone if isinstance(workload.model, DETR) else workload.model
     hooked.register_forward_pre_hook(note, with_kwargs=True)
     workload.run()
-    assert seen == [(2, 3, *shape.room) for shape in workload.shapes] and len(set(seen)) == 4
+    assert seen == [(2, 3, *shape.room) for shape in batch_shapes(workload.options)] and len(set(seen)) == 4
 
 
 def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
@@ -164,7 +164,7 @@ def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
     for _ in range(2):
         workload.run()
     workload.step(observed_batch(options, workload.options.architecture().num_classes))
-    assert rooms == [shape.room for shape in workload.shapes] * 2 + [(64, 96)]
+    assert rooms == [shape.room for shape in batch_shapes(workload.options)] * 2 + [(64, 96)]
 
 
 def test_baselines_get_the_same_pixels_as_ours() -> None:
