@@ -38,7 +38,7 @@ def test_padding_does_what_it_does_in_the_reference(kernels: str) -> None:
     reference = ReferenceDETR(num_queries=8, dropout=0.0, **LAYERS)
     reference.load_state_dict(weights)
     ours, reference = ours.double().eval(), reference.double().eval()
-    select_backends(ours, kernels)
+    select_backends(ours, kernels, dtype=torch.float64)
     image = torch.randn(3, *PADDED_SIZES[0], dtype=torch.float64)
     alone, together = (logits(ours, image, room) for room in PADDED_SIZES)
     effect = logits(reference, image, PADDED_SIZES[1]) - logits(reference, image, PADDED_SIZES[0])
