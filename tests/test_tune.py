@@ -198,9 +198,10 @@ def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
     write_split(tmp_path, "val", 1, 64, 5)
     options = TuneOptions(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
-    config = replace(RECIPES["detr_tiny"], data=str(tmp_path), device="cpu")
+    config = RECIPES["detr_tiny"].but(data=str(tmp_path), device="cpu")
     train_set, _, model = make_data(config)
     run = with_batches(config, model, "cpu", 1, len(train_set))
-    assert options.case() == Case.of(model, "training", run.batch_size, *typical_size(train_set), options=run)
+    images, size = run.optimizer.batch_size, typical_size(train_set)
+    assert options.case() == Case.of(model, "training", images, *size, options=run.runtime)
     with pytest.raises(UserError, match="--data is for training"):
         TuneOptions(data="shapes:64", mode="inference")
