@@ -22,10 +22,8 @@ def test_it_says_how_many_images_a_second(
     shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(data_rate, "SECONDS", 0.3)
-    recipe = RECIPES["detr_tiny"]
-    options = type(recipe)(
-        **{**vars(recipe), "data": str(shapes_root), "output": str(tmp_path / "run"), "data_only": True, "workers": 1}
-    )
+    output = str(tmp_path / "run")
+    options = RECIPES["detr_tiny"].but(data=str(shapes_root), output=output, data_only=True, workers=1)
     assert train.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.strip().split("  ")[0] for line in lines] == ["read", "read and prepared"]
@@ -49,8 +47,7 @@ def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatc
     clock = PlantedClock()
     monkeypatch.setattr(data_rate, "time", clock)
     monkeypatch.setattr(data_rate, "SECONDS", 0.4)
-    recipe = RECIPES["detr_tiny"]
-    options = type(recipe)(**{**vars(recipe), "data": str(shapes_root), "batch_size": 2})
+    options = RECIPES["detr_tiny"].but(data=str(shapes_root), batch_size=2)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     train_set, _, config = make_data(options)
     batches = make_batches(options, train_set, runtime, World(), (0, 0))
@@ -66,8 +63,7 @@ def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_batches_on_a_cpu_pass_as_they_are(shapes_root: Path) -> None:
-    recipe = RECIPES["detr_tiny"]
-    options = type(recipe)(**{**vars(recipe), "data": str(shapes_root), "batch_size": 2})
+    options = RECIPES["detr_tiny"].but(data=str(shapes_root), batch_size=2)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     train_set, _, _ = make_data(options)
     given = [next(make_batches(options, train_set, runtime, World(), (0, start))) for start in (0, 3)]

@@ -201,8 +201,7 @@ def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
     config = RECIPES["detr_tiny"].but(data=str(tmp_path), device="cpu")
     train_set, _, model = make_data(config)
     run = with_batches(config, model, "cpu", 1, len(train_set))
-    assert options.case() == Case.of(
-        model, "training", run.optimizer.batch_size, *typical_size(train_set), options=run.runtime
-    )
+    images, size = run.optimizer.batch_size, typical_size(train_set)
+    assert options.case() == Case.of(model, "training", images, *size, options=run.runtime)
     with pytest.raises(UserError, match="--data is for training"):
         TuneOptions(data="shapes:64", mode="inference")
