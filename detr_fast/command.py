@@ -32,7 +32,7 @@ class Command:
     options: str | None
     """The class of its options there; None: `main` takes the arguments that follow, and what was typed before them."""
     line: str
-    """What it does, for the list of commands."""
+    """One line for the list of commands."""
 
 
 def dispatch(commands: Mapping[str, Command], argv: Sequence[str], prog: str) -> None:

@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a misspelt `name`, with the nearest of `known`."""
+    """Make the error for a misspelt `name`, with the nearest of `known`."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -142,8 +142,10 @@ MODELS = {
 
 
 def model_config(name: str, **changes: Any) -> ModelConfig:
-    """The preset `name`, or DETR's defaults around the timm backbone `name`, with `changes`. Raises UserError if
-    unknown."""
+    """Return the preset `name`, or DETR's defaults around the timm backbone `name`, with `changes`.
+
+    Raises UserError where it is unknown.
+    """
     if name in MODELS:
         return replace(MODELS[name], **changes)
     try:

@@ -1,4 +1,4 @@
-"""What classes of options have in common: groups whose flags have no prefix, and options without effect."""
+"""Common ground of all classes of options: groups whose flags have no prefix, and options without effect."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, replace

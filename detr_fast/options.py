@@ -86,7 +86,7 @@ class DataOptions(LocationOptions):
     max_size: int | None = None
     """Bound on the longer side in pixels; default: the model's (1333)."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What to do with an image that cannot be decoded."""
+    """Treatment of an image that cannot be decoded: end with an error, or leave it out and go on."""
 
     def sizes_given(self) -> dict[str, Any]:
         """Return the fields of ModelConfig that are asked for."""
@@ -109,8 +109,8 @@ class NetworkOptions(Options):
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
     num_classes: int | None = None
-    """Default: what the data has. More than the largest category id, as DETR's 91 for COCO: labels are the ids
-    themselves."""
+    """Default: what the data has. With more than the largest category id, as DETR's 91 for COCO, the labels are those
+    ids themselves."""
     num_queries: int | None = None
     """Default: the model's (100)."""
     encoder_layers: int | None = None
@@ -199,8 +199,8 @@ class TrainRuntimeOptions(RuntimeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
-    """Train a detector. Defaults are the recipe of DETR's authors (Carion et al. 2020, section A.4); detr_tiny has its
-    own."""
+    """Train a detector. Defaults are the recipe of DETR's authors (Carion et al. 2020, section A.4); detr_tiny has a
+    recipe of its own."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("profile", lambda o: o.data_only, "with --data-only, which makes no step: leave that out"),
@@ -267,8 +267,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 """Least and most of every number that training is given; NaN is neither."""
 RECIPE_BATCH = 16
-"""Images an update that the recipes' learning rates are made for: the original's published runs have 2 on each of 8
-GPUs."""
+"""Images an update that the recipes' learning rates are made for: DETR's published runs have 2 on each of 8 GPUs."""
 RECIPES = {
     "detr_tiny": TrainOptions(
         network=NetworkOptions(
