@@ -1,4 +1,4 @@
-"""What each backend is worth inside a whole training step: `pytest benchmarks/bench_backends.py --benchmark-only`.
+"""Time that each backend saves in a whole training step: `pytest benchmarks/bench_backends.py --benchmark-only`.
 
 DETR-R50 on photographs that have to be resized. On a GPU all operations run by their reference but one, eager, and also
 captured, where the host's launches do not hide what a kernel saves; with --size full compiled too. On a CPU all run as

@@ -38,7 +38,8 @@ BATCH_SIZE = 16
 SIZES_OF = partial(coco_sizes, 42)
 PRECISIONS = {"read": "uint8", "batch": "fp32"}
 TOLERANCES = {"pixels uint8": 1.0, "pixels fp32": 1 / 255 / min(STD), "mask": 0.0, "boxes": 1e-6}
-"""Of pixels one level of 255, as the stage gives it; of boxes, which are relative to the image, float32's rounding."""
+"""Absolute tolerances: for pixels one level of 255, in the stage's unit (0 to 255, or normalised); for boxes, which are
+relative to the image, the rounding of float32."""
 
 
 class OurPipeline:
@@ -66,7 +67,7 @@ class DataCase:
     data: str
     """The fixture that makes it."""
     size: str
-    """Of its files."""
+    """HEIGHTxWIDTH of the image files, in pixels."""
     images: int
 
     @property

@@ -1,5 +1,6 @@
-"""Inference, from uint8 photographs on the host to boxes in pixels: `pytest benchmarks/bench_inference.py
---benchmark-only`.
+"""Inference, from uint8 photographs on the host to boxes in pixels.
+
+Run it by `pytest benchmarks/bench_inference.py --benchmark-only`.
 
 Ours with several options, and the plain reference, Hugging Face's DETR and Faster R-CNN on the same photographs, which
 all of them resize on the device.

@@ -1,5 +1,6 @@
-"""Each kernel against its reference and against the compiled reference: `pytest benchmarks/bench_kernels.py
---benchmark-only`.
+"""Each kernel against its reference and against the compiled reference.
+
+Run it by `pytest benchmarks/bench_kernels.py --benchmark-only`.
 
 Forward and, where there is one, backward, at the shapes of DETR-R50. Nothing is timed before the kernel is as close to
 float64 as plain torch is; what draws dropout in training is judged without it, and timed with it. What is timed is a
@@ -32,7 +33,7 @@ SIZES: dict[Size, tuple[int, int, int]] = (
 """Images, their height and width in pixels."""
 QUERIES, TARGETS, CLASSES, LAYERS, DIM, HEADS = 100, 20, 91, 6, 256, 8
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-"""Of the largest magnitude: what another order of summation, or one rounding to bf16, may make."""
+"""Tolerances relative to the largest magnitude: the error of another order of summation, or of one rounding to bf16."""
 SCALE_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 P = 0.1
@@ -48,7 +49,7 @@ class Kernel:
     call: Callable[..., Any]
     make: Callable[[torch.dtype], Sequence[Any]]
     size: str
-    """What it works on: height and width, or the two sides of a matrix."""
+    """Input size: HEIGHTxWIDTH in pixels, or the two sides of a matrix."""
     dtype: torch.dtype = torch.bfloat16
     plain: str = ""
     """The backend that the others are compared with; "": the operation's reference."""
@@ -57,7 +58,7 @@ class Kernel:
     draws: bool = False
     """Its numbers are random: means are compared."""
     timed: Callable[..., Any] | None = None
-    """What is called for the clock, where it draws dropout, which cannot be judged. None: `call`."""
+    """The call that is timed, where that draws dropout, whose result cannot be judged. None: `call`."""
 
     @property
     def baseline(self) -> str:

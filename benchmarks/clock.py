@@ -1,4 +1,4 @@
-"""What every benchmark is called by, how often it runs, and what is written beside its times."""
+"""Names of all benchmarks, the number of their rounds, and the facts that are written beside their times."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ Size = Literal["small", "full"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEAST_ROUNDS, MOST_ROUNDS = (10, 200) if DEVICE.type == "cuda" else (5, 50)
 ENOUGH_S = 1.0
-"""What takes less than this in all is run more often than `LEAST_ROUNDS`."""
+"""Seconds that all rounds of a benchmark should take: below this, it runs more rounds than `LEAST_ROUNDS`."""
 
 
 class Case(Protocol):

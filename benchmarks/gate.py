@@ -1,4 +1,4 @@
-"""What must hold before a model is timed: it computes what the plain reference computes."""
+"""The gate before the clock: a model is timed only if it computes what the plain reference computes."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -32,7 +32,7 @@ Picture = Image.Image | Tensor
 
 @dataclass(frozen=True)
 class LabelledPicture:
-    """With its boxes (T, 4)."""
+    """Holds one picture and its boxes, (T, 4) in pixels."""
 
     image: Picture
     boxes_xyxy_px: Tensor
@@ -40,7 +40,7 @@ class LabelledPicture:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """What a model takes; of any pipeline."""
+    """Holds the input of a model, in the layout that all pipelines are compared in."""
 
     images: Tensor
     """(B, 3, H, W), normalised, 0 where padded"""

@@ -28,7 +28,7 @@ NAME, CAPABILITY = "NVIDIA H200", (9, 0)
 PROPERTIES = SimpleNamespace(
     name=NAME, major=9, minor=0, total_memory=141 << 30, multi_processor_count=132, warp_size=32, L2_cache_size=50 << 20
 )
-"""What torch knows of the device, as far as it is asked."""
+"""Properties of the device, as many of them as torch asks for."""
 
 HAS_PRIMARY_CONTEXT = 2 + 4
 """Its place in the table of torch 2.11's `at::CUDAHooksInterface`: offset and type come first, then two destructors,

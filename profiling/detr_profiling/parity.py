@@ -54,9 +54,9 @@ class ParityOptions(WorkloadOptions):
     data: str = "shapes:64"
     """For the training curve and AP: a folder in COCO layout, or shapes:SIDE, the embedded data set."""
     curve_model: str = "detr_tiny"
-    """What the training curve trains, by its recipe without dropout."""
+    """Model that the training curve trains, by its recipe without dropout."""
     steps: int = 40
-    """Of the training curve, all on one batch."""
+    """Steps of the training curve, all on one batch."""
     weights: str | None = None
     """A checkpoint whose AP on the validation images of --data is compared; default: the weights that the training
     curve leaves, on the images that they were trained on."""

@@ -56,12 +56,12 @@ class Entry:
     name: str
     configuration: Configuration
     technique: Technique | None = None
-    """What it adds to the entry before; None: nothing that could be left out of the entries after it."""
+    """The technique that it adds to the entry before; None: nothing that could be left out of the entries after it."""
     without: "Configuration | Entry | None" = None
     """Everything on but its technique: a configuration that is measured too, or the entry that is the same."""
     measured: Measurement | None = None
     left_without: Measurement | None = None
-    """Of that configuration."""
+    """Measurement of the configuration `without`; None where that is an entry, which has its own."""
     rounds_ms: list[float] = field(default_factory=list)
     note: str = ""
     """Why something was not measured."""

@@ -49,7 +49,7 @@ TURN_MS = 400
 """A turn takes about this long, but has at least `LEAST_RUNS` runs."""
 LEAST_RUNS, MOST_RUNS = 2, 40
 RUNS_ON_A_GPU = 4
-"""Of as many steps back to back as the turn holds."""
+"""Runs of a turn on a GPU, each of as many steps back to back as fit into the turn."""
 HOPELESS = 1.15
 """A candidate that takes this many times as long after a turn gets no other."""
 START_S, COMPILE_S = 120, 900
@@ -70,8 +70,7 @@ class TuneOptions(WorkloadOptions):
     data: str | None = None
     """A data set to train on: sizes, classes and batch are then as `train` takes them from it."""
     compile: bool | None = None  # type: ignore[assignment]
-    """Given by name, as the next two, it is not tried but taken as it is; the entry then serves runs that ask for the
-    same."""
+    """If given, as the next two, it is not tried but taken as it is; the entry then serves runs that ask for it."""
     channels_last: bool | None = None  # type: ignore[assignment]
     capture: bool | None = None  # type: ignore[assignment]
     minutes: float = 15
@@ -115,7 +114,7 @@ class Tuner:
     """Folder with the reference's observations of `compared(options)`."""
     say: Callable[[str], None] = print
     new: Callable[[Configuration], Candidate] = Candidate
-    """What makes a candidate of a configuration."""
+    """Makes a candidate of a configuration."""
     trials: list[Trial] = field(default_factory=list)
 
     ends: float = math.inf
@@ -124,9 +123,9 @@ class Tuner:
     def __post_init__(self) -> None:
         self.best = self.new(first_guess(self.options))
         self.alone = False
-        """Whether the device's memory holds no two at once."""
+        """True if the device's memory does not hold two candidates at once."""
         self.longest_s = 0.0
-        """That a candidate took so far, those that were compiled left out."""
+        """Longest time that a candidate took so far, compiled ones left out."""
         self.runs, self.calls = LEAST_RUNS, 1
         self.turns = self.options.turns
         self.spare: Candidate | None = None

@@ -1,4 +1,4 @@
-"""What is measured: training steps or inferences of a model, on batches that are the same for all implementations."""
+"""The measured work: training steps or inferences of a model, on batches that are the same for all implementations."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ MOST_OBSERVED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions(RuntimeOptions):
-    """What to run: any model, size and batch, with any backend."""
+    """Names the work to run: any model, size and batch, with any backend."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle(
@@ -75,7 +75,7 @@ class WorkloadOptions(RuntimeOptions):
     threads: int | None = None
     """Threads of torch's operators on a CPU; default: torch's choice."""
     seed: int = 42
-    """Of weights, photographs, boxes and dropout."""
+    """Seed of weights, photographs, boxes and dropout."""
 
     def __post_init__(self) -> None:
         require(
@@ -136,10 +136,10 @@ class Workload:
     """One whole step with each batch, from the photographs to the last write; does not wait for a GPU, to which batches
     are copied one ahead."""
     observe: Callable[[], Observation] | None = None
-    """The same numbers at every call: without dropout, and without an optimizer's step; losses and gradients of a
-    captured step, and the outputs of a captured inference, as a replay leaves them. None: not comparable."""
+    """Returns equal numbers at every call, since it runs without dropout and without an optimizer step: losses and
+    gradients of a captured step, and outputs of a captured inference, as a replay leaves them. None: not comparable."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """What runs as what, and why."""
+    """Setting or operation -> what was chosen for it, and why."""
     step: Callable[[Batch], Any] | None = None
     """One step with a batch that lies on the host. None: with the workload's own batches alone."""
     fetch: Callable[[], None] = lambda: None

@@ -45,7 +45,7 @@ from detr_profiling.reference.detr import corners
 from detr_profiling.reference.weights import reference_of
 
 ALLOWED_FP32, ALLOWED_BF16 = 1e-3, 1e-2
-"""Of AP in [0, 1]; in bf16 plus one object."""
+"""Largest difference in AP, in [0, 1], that is allowed; in bf16 plus 1 / the number of objects."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Images:
     name: str
     dataset: CocoDataset
     batches: Callable[[], Iterable[Batch]]
-    """Of all images or of some; AP is of those."""
+    """Makes the batches that AP is computed over, with all images of the data set or with some."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every block of a model hands to the next, in one layout, whoever wrote the model."""
+"""Outputs of every block of a model, in one layout for all implementations."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,5 +1,4 @@
-"""A training curve: the same batch over and over from the same weights without dropout, by the plain reference and by
-ours.
+"""Training curves of the plain reference and of ours: one batch, step after step, from the same weights, no dropout.
 
 The rule: at its first two steps the loss may be off from float64's by twice what the reference is off by in the same
 precision, plus an absolute tolerance; after the second step what is allowed doubles with every step, up to as much as
@@ -144,7 +143,7 @@ class TrainingCurve:
         """Precision -> by how much of float64's loss each step's may be off."""
         self.failures: dict[str, str] = {}
         self.trained = copy.deepcopy(task.model)
-        """With what the reference has learned in float32."""
+        """Our model, with the weights that the reference has learned in float32."""
         load_state_dict(self.trained, self.run_reference("fp32").state_dict())
 
     def run_reference(self, precision: str) -> ReferenceDETR:

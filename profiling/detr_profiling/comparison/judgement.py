@@ -27,13 +27,14 @@ FORWARD = 2e-5
 """Relative, of all that a forward pass gives: blocks, outputs, losses, costs of matches. Two hundred roundings of
 float32: convolutions sum up to 4,608 products, in any order, fifty times in a row, and losses add their outputs'."""
 STEP = 3e-3
-"""Of what has one number a quantity: a scale along the exact value, what an optimizer step does. bf16 moves a scale by
-1e-3, one ReLU that tips over a gradient's by 6e-4."""
+"""Tolerance of quantities that are one number each: a scale along the exact value, or the effect of an optimizer step.
+bf16 moves a scale by 1e-3; one ReLU that tips over moves a gradient's by 6e-4."""
 GRADIENT = 2e-2
-"""Of a gradient's distance: a ReLU at its kink passes it or not, one of the thousands that carry it."""
+"""Tolerance of a gradient's relative distance: each of the thousands of ReLUs that carry it may be at its kink, and
+then passes it or does not."""
 SMALL_GRADIENT = 1e-3
-"""Of its group's norm: a smaller gradient is measured by this. Some are zero but for rounding, since the decoder starts
-from zeros, and their relative error says nothing."""
+"""Least norm by which a gradient's error is divided, as a fraction of its group's norm. Some gradients are zero but for
+rounding, since the decoder starts from zeros, and their relative error says nothing."""
 GROUPS = (
     (r"backbone\.layers?\.?\d", None),
     (r"backbone", "backbone"),

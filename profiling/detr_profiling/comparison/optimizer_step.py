@@ -1,4 +1,4 @@
-"""What one optimizer step does to the weights, in terms that rounding does not blur.
+"""Effect of one optimizer step on the weights, in terms that rounding does not blur.
 
 AdamW's first step is the sign of each gradient times the learning rate: a weight whose gradient is rounding noise moves
 as far as any other, either way. So weights are not compared one by one, but by what the step is for: how far it goes

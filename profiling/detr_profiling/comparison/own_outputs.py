@@ -1,4 +1,4 @@
-"""What follows from a model's own outputs, recomputed by the plain reference in float64: matches and losses.
+"""Matches and losses that follow from a model's own outputs, recomputed by the plain reference in float64.
 
 Whether logits and boxes are right is one question; whether the matches and the losses follow from them is another, and
 its answer does not depend on how far the outputs themselves were rounded.

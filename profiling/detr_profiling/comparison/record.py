@@ -1,4 +1,4 @@
-"""What a comparison with the reference has found so far, as parity.json holds it."""
+"""Findings of a comparison with the reference so far, as parity.json holds them."""
 
 import json
 from dataclasses import dataclass, field

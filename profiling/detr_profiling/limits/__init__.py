@@ -1,1 +1,1 @@
-"""What a stage would take at the least: its operations and bytes, and the peaks of this machine."""
+"""Lower bounds of a stage's time, from its operations and bytes and from the peaks of this machine."""

@@ -33,7 +33,7 @@ OVERWRITING = {
     *(aten.copy_, aten.fill_, aten.zero_, aten.uniform_, aten.normal_, aten.random_, aten.bernoulli_),
     *(aten._foreach_copy_, aten._foreach_zero_),
 }
-"""Of the operators that work in place those that do not read what they write."""
+"""In-place operators that do not read the tensor that they write."""
 FUSED_OPTIMIZERS = {aten._fused_adam_, aten._fused_adamw_, aten._fused_sgd_}
 """Declared to write gradients, which they do only to take a scale off."""
 
@@ -94,7 +94,7 @@ class _Traffic:
     writer: str | None = None
     """The stage that wrote it last; None: it was there before the run."""
     read: dict[str, dict[View, int]] = field(default_factory=lambda: defaultdict(dict))
-    """What a stage read and had not written."""
+    """Bytes by stage and view that a stage read and had not written itself."""
     written: dict[str, dict[View, int]] = field(default_factory=lambda: defaultdict(dict))
     used: set[str] = field(default_factory=set)
     """Stages that wrote what another one read."""

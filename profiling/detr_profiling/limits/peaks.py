@@ -16,7 +16,7 @@ import torch
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 COPY_MIB = {"cpu": 256, "cuda": 2048}
-"""Of the tensor that is copied: many times what caches hold (32 MiB on the test machine, 50 MiB on an H100)."""
+"""MiB of the tensor that is copied: many times what caches hold (32 MiB on the test machine, 50 MiB on an H100)."""
 LEAST_COPY_MIB = 256
 """Where a GPU's memory is nearly full."""
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -36,7 +36,7 @@ class Peaks:
     gemm_tflop_s: float
     """10^12 FLOP/s of a large GEMM, two for every multiply-add."""
     dtype: str
-    """Of the GEMM's matrices: bf16, fp16, fp32 or fp64. fp32 on a GPU is TF32 where torch is set to it."""
+    """Precision of the GEMM's matrices: bf16, fp16, fp32 or fp64. fp32 on a GPU is TF32 where torch is set to it."""
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:

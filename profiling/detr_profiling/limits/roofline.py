@@ -39,7 +39,7 @@ class StageRoofline:
     moved_mib: float
     """MiB that move if every operator fetches its inputs and stores its outputs."""
     ms: float | None
-    """As measured."""
+    """Measured time."""
     bound_ms: float | None
     bound_by: Bound | None
     """The larger of the two limits."""

@@ -30,7 +30,7 @@ class Machine:
     cores: int
     """That this process may run on."""
     threads: int
-    """Of torch's operators."""
+    """Threads of torch's operators on the CPU."""
     memory_gib: float
     """The host's."""
     capabilities: str

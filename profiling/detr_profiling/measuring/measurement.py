@@ -68,17 +68,17 @@ class Measurement:
     """Holds times, memory, energy and error of one configuration, in one process or several."""
 
     timing: Timing
-    """Of a step; where a run has several, of differing sizes, of their mean."""
+    """Time of a step; where a run has several steps, of differing sizes, their mean."""
     peak_mib: float
     cpu_seconds_per_image: float
     energy_j_per_image: float | None
     """None where no GPU counts it."""
     first_run_s: float
-    """Of the first run, which compiles and chooses algorithms."""
+    """Seconds of the first run, which compiles and chooses algorithms."""
     padding: float | None = None
     """Pixels computed for each that is an image's."""
     error: float | None = None
-    """Of the quantity that is nearest to what is allowed, or past it; None where nothing is compared."""
+    """Error of the quantity that is nearest to what is allowed, or past it; None where nothing is compared."""
     allowed: float | None = None
     quantity: str | None = None
     close: bool | None = None

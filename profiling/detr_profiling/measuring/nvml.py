@@ -1,4 +1,4 @@
-"""What a GPU does while something is measured: readings taken in a thread beside it.
+"""Readings of a GPU's state while something is measured, taken in a thread beside it.
 
 Utilisation, memory, power, clock and temperature are torch.cuda's own functions, which ask NVML through nvidia-ml-py
 and find the GPU by CUDA_VISIBLE_DEVICES, numbered as CUDA_DEVICE_ORDER=PCI_BUS_ID does; a part of a GPU (MIG) that is
@@ -26,7 +26,7 @@ READERS: dict[str, tuple[Callable[[torch.device], int], float]] = {
     "sm_clock_mhz": (lambda device: torch.cuda.clock_rate(device), 1),
     "temperature_celsius": (lambda device: torch.cuda.temperature(device), 1),
 }
-"""What is read, by which function, and how many of its units make one of ours."""
+"""Quantity -> the function that reads it, and how many of that function's units make one of ours."""
 THROTTLING = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -55,7 +55,7 @@ class GpuSummary:
 
     utilisation_percent: Reading | None
     memory_mib: Reading | None
-    """Of all processes on the GPU."""
+    """Memory that all processes hold on the GPU."""
     power_watts: Reading | None
     sm_clock_mhz: Reading | None
     temperature_celsius: Reading | None

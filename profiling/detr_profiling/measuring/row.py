@@ -20,7 +20,7 @@ class LadderRow:
 
     mode: str
     technique: str
-    """Of the ladder the technique that the row adds; of race the implementation."""
+    """The technique that the row adds, in the ladder; the implementation, in race."""
     median_ms: float | None = None
     q1_ms: float | None = None
     q3_ms: float | None = None
@@ -37,10 +37,10 @@ class LadderRow:
     error: float | None = None
     allowed: float | None = None
     quantity: str = ""
-    """What the error is of."""
+    """Name of the quantity whose error it is."""
     close: bool | None = None
     without_median_ms: float | None = None
-    """Of everything on but this technique (leave-one-out), as the next three."""
+    """Median time with everything on but this technique (leave-one-out); likewise the next three."""
     without_q1_ms: float | None = None
     without_q3_ms: float | None = None
     without_runs: float | None = None

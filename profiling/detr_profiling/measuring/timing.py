@@ -20,7 +20,7 @@ STEADY_AFTER = {"cpu": 2, "cuda": 6}
 of a graph where one is captured at all."""
 LEAST_CALLS, MOST_CALLS = 4, 50
 ENOUGH_MS = 500
-"""What a run on a GPU takes at least, within the bounds above."""
+"""Milliseconds that a run on a GPU takes at least, within the bounds above."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from itertools import chain
 from detr_profiling.measuring.timing import Timing
 
 LEAST_GAIN = 0.01
-"""Of the time: less is not worth another way of running."""
+"""Least gain, as a fraction of the time, that is worth another way of running."""
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What the report shows of each result, and the file that each result lies in."""
+"""Sections of the report for each result, and the file that each result lies in."""

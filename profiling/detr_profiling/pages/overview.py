@@ -14,7 +14,7 @@ from detr_profiling.pages.trace import growth, peak_owner, stage_fractions, sync
 from detr_profiling.workload import WorkloadOptions
 
 FILES = {"ladder": LADDER_FILE, "trace": TRACE_FILE, "parity": PARITY_FILE}
-"""What a whole report is made of."""
+"""Result files of a whole report."""
 ALL_FILES = {"race": RACE_FILE, **FILES}
 MACHINE_UNITS = {
     "memory_gib": "memory, GiB",

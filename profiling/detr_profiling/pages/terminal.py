@@ -13,9 +13,9 @@ from detr_profiling.pages.blocks import BAD, GOOD, NOTABLE, Block, Cell, Chart, 
 
 STYLES = {GOOD: "green", BAD: "bold red", NOTABLE: "yellow", "": ""}
 MOST_CHARACTERS = 46
-"""Of a cell in one line: kernels' names have hundreds."""
+"""Longest text of a cell that stays on one line: kernels' names have hundreds of characters."""
 LEAST_CHARACTERS = 24
-"""Of words, which may go on in further lines."""
+"""Width of a column of words, which may go on in further lines."""
 EDGES, GAP = 2, 2
 """Characters around a table, and between two columns."""
 

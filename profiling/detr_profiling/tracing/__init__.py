@@ -1,1 +1,1 @@
-"""What torch's profiler recorded, read as stages, waits, launches and memory."""
+"""Recordings of torch's profiler, read as stages, waits, launches and memory."""

@@ -16,7 +16,7 @@ from detr_profiling.tracing.timeline import Event, Timeline, nanoseconds
 MOST_POINTS = 2000
 LEAST_LEAK_MIB = 1 / 64
 LEAST_LEAK_FRACTION = 1e-3
-"""Of the peak. What grows by more than this, and by more than 16 KiB, in every step is a leak."""
+"""Fraction of the peak: memory that grows by more than this, and by more than 16 KiB, in every step leaks."""
 ALLOCATORS = frozenset(
     {
         *("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"),
@@ -38,7 +38,7 @@ class MemoryUse:
     growth_mib_per_step: float | None
     """Median difference between the ends of one step and the next; None for a single step."""
     leaking: bool
-    """Whether every step after the first ends with more than the one before."""
+    """True if every step after the first ends with more memory than the one before."""
 
 
 def living_tensors_mib() -> float:

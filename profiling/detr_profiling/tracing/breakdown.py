@@ -1,4 +1,4 @@
-"""What a step is made of: time by stage on the host and on the device, idleness, launches, the dearest operators.
+"""Breakdown of a step: time by stage on the host and on the device, idleness, launches, the dearest operators.
 
 Operators and kernels are torch's own sums (`key_averages`). Stages are not among them: their time is without that of
 stages within them, and what a GPU did belongs to the stage that launched it.
@@ -18,7 +18,7 @@ from detr_profiling.measuring.timing import Timing
 from detr_profiling.tracing.timeline import RANGES, Span, Timeline
 
 OTHER = "other"
-"""What no stage covers."""
+"""Name of the time, and the work, that no stage covers."""
 MOST_ROWS = 25
 LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch)")
 CALL = re.compile(r"cu(da)?[A-Z]")
@@ -31,9 +31,9 @@ class StageTime:
 
     name: str
     timing: Timing
-    """Of the host, from the beginning of its ranges to their end; several in a step are added."""
+    """Host time from the beginning of its ranges to their end; several in a step are added."""
     fraction: float
-    """Of the host's time in all steps; those of all stages add up to 1."""
+    """Fraction of the host's time in all steps; those of all stages add up to 1."""
     device_ms: float | None
     """Median time of what it launched, streams added; None without a GPU."""
 
@@ -126,9 +126,9 @@ class Usage:
     cpu_ms: float | None
     """Its own time on the host, without what it calls; None for a kernel."""
     device_ms: float | None
-    """Of what it launched itself; None without a GPU."""
+    """Milliseconds of device time, per step, that it launched itself; None without a GPU."""
     fraction: float
-    """Of all that runs on the device; on a CPU of the step."""
+    """Fraction of all time on the device; on a CPU, of the step."""
 
 
 def operator_usage(averages: Sequence[FunctionEventAvg], timeline: Timeline) -> list[Usage]:

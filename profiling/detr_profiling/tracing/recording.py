@@ -55,7 +55,7 @@ class Profiled(NamedTuple):
     averages: EventList
     """`key_averages()`"""
     before_mib: float
-    """What a CPU's tensors held when it began."""
+    """MiB that tensors on the CPU held when the profiler began."""
 
 
 def record(workload: Workload, path: Path, steps: int = 3, warmup: int = 2) -> Profiled:

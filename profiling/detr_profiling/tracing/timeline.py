@@ -42,11 +42,11 @@ class Span:
     start_ns: int
     end_ns: int
     correlation: int | None = None
-    """The same number on a call and on what it started on the device."""
+    """Number that a call has in common with the kernel or copy that it started on the device."""
     parent: "Span | None" = None
     """The span of its kind around it."""
     inner_ns: int = 0
-    """What spans of its kind directly within it take."""
+    """Nanoseconds that spans of its kind take directly within it."""
 
     @property
     def duration_ns(self) -> int:
