@@ -100,7 +100,7 @@ def check_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="trace") if HAS_GPU else nullcontext():
         assert main(options) == 0
     printed = capsys.readouterr().out
-    assert HAS_GPU or ("attention: sdpa (fewest calls" in printed and printed.count("0 device synchronisations") == 2)
+    assert HAS_GPU or ("attention: sdpa (" in printed and printed.count("0 device synchronisations") == 2)
 
 
 @pytest.mark.parametrize("name", ["detr_r50", "detr_r50_dc5"])

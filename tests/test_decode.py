@@ -149,6 +149,11 @@ def test_pillow_warns_of_nothing_that_is_handled_here(tmp_path: Path) -> None:
     code = """
 import sys, threading
 from pathlib import Path
+from detr_fast.data.decode import decode_image
+from detr_fast.data.headers import read_header
+from detr_fast.data.photographs import why_passed_over
+from detr_fast.weights.container import read_container
+from detr_fast.weights.files import read_weights_file
 paths = sorted(Path(sys.argv[1]).iterdir())
 threads = [threading.Thread(target=lambda path=path: (read_header(path), decode_image(path))) for path in 2 * paths]
 [thread.start() for thread in threads], [thread.join() for thread in threads]

@@ -69,6 +69,7 @@ def test_what_was_asked_for_by_name_stays_until_another_name() -> None:
 
 FAULTS = """
 import resource, torch
+from detr_fast.host_memory import keep_freed_memory
 {call}
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -94,6 +95,7 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 IN_LARGE_PAGES = """
 import torch
 from pathlib import Path
+from detr_fast.host_memory import keep_freed_memory
 keep_freed_memory()
 kept = torch.ones(2**26)
 print([line.split()[1] for line in Path("/proc/self/smaps_rollup").open() if line.startswith("AnonHugePages")][0])

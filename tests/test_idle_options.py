@@ -37,6 +37,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
         *RUNTIME,
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
         ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
+        ("--profile 3 --data-only", "--profile 3"),
         ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
         (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
         ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),

@@ -10,6 +10,7 @@ from detr_fast.training.interruption import deferred_interruption
 
 WAIT = """
 import time
+from detr_fast.training.interruption import deferred_interruption
 with deferred_interruption() as interruption:
     print("ready", flush=True)
     while interruption.signal_number is None:

@@ -16,6 +16,7 @@ FLOATS = b"kind,epoch,step,seconds\ntrain,1,2.0,3\ntrain,1,4.0,5\n"
 HOLD = """
 import sys, time
 from pathlib import Path
+from detr_fast.training.run_folder import held_run_folder
 with held_run_folder(Path(sys.argv[1]), resuming=False, checkpoint_bytes=0):
     print("held", flush=True)
     time.sleep(600)
