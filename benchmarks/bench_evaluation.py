@@ -26,9 +26,9 @@ from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector, place
 from detr_fast.evaluation.coco_metrics import Evaluator, evaluate_detections, evaluate_detector
+from detr_fast.evaluation.referee import run_pycocotools
 from detr_fast.options import DataOptions
 from detr_fast.runtime import Runtime, choose_runtime
-from tests.pycocotools_referee import run_pycocotools
 
 CPU = torch.device("cpu")
 CATEGORIES = {"small": 20, "full": 80}

@@ -9,6 +9,7 @@ from detr_fast.console import Console
 from detr_fast.data.loader import evaluation_loader
 from detr_fast.evaluation.coco_metrics import ABSENT, NOTHING_MEASURED, Evaluation, evaluate_detector
 from detr_fast.evaluation.dataset import evaluation_dataset
+from detr_fast.evaluation.referee import require_pycocotools, run_pycocotools
 from detr_fast.evaluation.report import write_evaluation
 from detr_fast.files import require_writable
 from detr_fast.options import EvaluateOptions
@@ -18,6 +19,8 @@ from detr_fast.weights import read_detector
 
 def main(options: EvaluateOptions) -> None:
     output = Path(options.output)
+    if options.pycocotools:  # before minutes are spent on detections that it cannot evaluate
+        require_pycocotools()
     detector = read_detector(options.weights, categories=options.categories)
     runtime = runtime_for_inference(options.runtime, detector.config, options.batch_size)
     detector.optimize(runtime)
@@ -33,7 +36,7 @@ def main(options: EvaluateOptions) -> None:
         console.print(f"{name:>18}  {reason}")
     workers = runtime.workers(options.dataset.workers)
     batches = evaluation_loader(dataset, options.batch_size, workers, runtime.device.type == "cuda")
-    evaluation = evaluate_detector(detector, dataset, batches)
+    evaluation = evaluate_detector(detector, dataset, batches, run_pycocotools if options.pycocotools else None)
     for table in metric_tables(evaluation):
         console.print(table)
     write_evaluation(evaluation, dataset, output)

@@ -1,6 +1,7 @@
 """The twelve numbers: hotcoco's against pycocotools', and the cases where a tool alone would mislead."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from detr_fast import evaluate
 from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import Category, CocoDataset, build_dataset
 from detr_fast.data.loader import evaluation_loader
@@ -25,10 +27,10 @@ from detr_fast.evaluation.coco_metrics import (
     run_hotcoco,
 )
 from detr_fast.evaluation.inference import category_ids, collect_detections, gather_rows
+from detr_fast.evaluation.referee import run_pycocotools
 from detr_fast.model.backends import Selectable
-from detr_fast.options import DataOptions
+from detr_fast.options import DataOptions, EvaluateOptions
 from detr_fast.weights import build_model
-from tests.pycocotools_referee import run_pycocotools
 
 EVALUATORS = (run_hotcoco, run_pycocotools)
 
@@ -337,3 +339,9 @@ def test_processes_join_their_shares(dataset: CocoDataset, monkeypatch: pytest.M
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", all_gather)
     np.testing.assert_array_equal(gather_rows(shares[0]), whole)
+
+
+def test_the_referee_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(UserError, match=r"pip install 'detr-fast\[coco\]'"):
+        evaluate.main(EvaluateOptions(weights="absent.pt", pycocotools=True))

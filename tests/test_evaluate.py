@@ -70,6 +70,14 @@ def test_evaluate_writes_numbers_and_pictures(
     assert all(name in printed for name in (*METRICS, *CLASSES))
 
 
+def test_evaluate_gives_the_same_numbers_by_cocos_own_tool(weights: Path, shapes_root: Path, tmp_path: Path) -> None:
+    given = ("--weights", weights, "--data", shapes_root, "--device", "cpu")
+    for name, flag in (("ours", "--no-pycocotools"), ("coco", "--pycocotools")):
+        assert run_evaluate(*given, "--output", tmp_path / name, flag) == 0
+    assert (tmp_path / "ours" / "evaluation.json").read_text() == (tmp_path / "coco" / "evaluation.json").read_text()
+
+
+
 def test_evaluate_shows_class_names_as_they_are(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """COCO's twelve numbers and precision-recall curves of a set of detections.
 
-hotcoco computes them; pycocotools, the referee in tests/test_coco_metrics.py, is a hundred times slower and gives the
-same bits. Both are given the same cleaned-up ground truth, so that neither's pitfalls are met.
+hotcoco computes them; pycocotools, the referee (`referee.py`), gives the same bits a hundred times slower. Both are
+given the same cleaned-up ground truth, so that neither's pitfalls are met.
 """
 
 import warnings
@@ -130,7 +130,9 @@ def without_absent(value: Any) -> Any:
     return None if value == ABSENT else value
 
 
-def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterable[Batch]) -> Evaluation:
+def evaluate_detector(
+    detector: Detector, dataset: CocoDataset, batches: Iterable[Batch], evaluator: Evaluator | None = None
+) -> Evaluation:
     """Evaluate the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
 
     Images that no batch brought, because they could not be read, are left out with a warning. With several processes
@@ -145,7 +147,7 @@ def evaluate_detector(detector: Detector, dataset: CocoDataset, batches: Iterabl
         shown = ", ".join(left_out[:NAMED_AT_MOST]) + (", ..." if len(left_out) > NAMED_AT_MOST else "")
         warnings.warn(f"The evaluation is without {len(left_out)} images that could not be read: {shown}")
     document = only_images(dataset.coco_document(), evaluated)
-    return evaluate_detections(document, detections)
+    return evaluate_detections(document, detections, evaluator)
 
 
 def evaluate_detections(
