@@ -77,7 +77,6 @@ def test_evaluate_gives_the_same_numbers_by_cocos_own_tool(weights: Path, shapes
     assert (tmp_path / "ours" / "evaluation.json").read_text() == (tmp_path / "coco" / "evaluation.json").read_text()
 
 
-
 def test_evaluate_shows_class_names_as_they_are(
     shapes_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
