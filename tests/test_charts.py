@@ -26,7 +26,7 @@ CHARTS: dict[str, Callable[[str], Figure]] = {
     "outputs": lambda text: charts.outputs([(0.0, 0.1), (2.0, 1.9)], [-9, -8, -7], [3, 5]),
     "losses": lambda text: charts.loss_curves({text: [2.0, 1.0], **LOSSES}),
 }
-COLOURS = (charts.BLUE, charts.SKY, charts.VERMILLION, charts.GREEN, charts.PURPLE, charts.ORANGE)
+COLOURS = (charts.BLUE, charts.SKY, charts.VERMILION, charts.GREEN, charts.PURPLE, charts.ORANGE)
 
 
 def axes_of(figure: Figure) -> Axes:
@@ -178,6 +178,6 @@ def contrast(one: str, other: str) -> float:
 def test_letters_can_be_read() -> None:
     for colour in (charts.INK, charts.QUIET):
         assert contrast(colour, "#ffffff") >= 4.5
-    for colour in (charts.BLUE, charts.VERMILLION):  # behind the roofline's large marks
+    for colour in (charts.BLUE, charts.VERMILION):  # behind the roofline's large marks
         assert contrast("#ffffff", colour) >= 3
     assert len(set(COLOURS)) == 6

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from detr_fast.evaluation.fonts import FONTS, one_line
 from detr_profiling.pages.formats import number, signed_percent
 
-BLUE, SKY, VERMILLION, GREEN, PURPLE, ORANGE = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#aa4499", "#e69f00"
+BLUE, SKY, VERMILION, GREEN, PURPLE, ORANGE = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#aa4499", "#e69f00"
 INK, QUIET, HAIR, PALE = "#21201c", "#66635b", "#e2dfd6", "#cfe3ef"
 STYLE: Any = {
     **{"svg.fonttype": "none", "svg.hashsalt": "detr_profiling", "text.parse_math": False, "axes.unicode_minus": True},
@@ -112,7 +112,7 @@ def ladder_bars(bars: Sequence[Bar]) -> Figure:
         axes.barh(range(len(bars)), before, 0.62, color=PALE, label="saved against the row above")
     add_bars(axes, bars, others, color=BLUE, label="median and quartiles")
     # the hatch tells it without colour
-    add_bars(axes, bars, slower, color=VERMILLION, hatch="////", label="slower than the row above")
+    add_bars(axes, bars, slower, color=VERMILION, hatch="////", label="slower than the row above")
     label_bars(axes, bars, before, [max(ends) for ends in zip(before, ends_of(bars), strict=True)])
     figure.legend(loc="outside lower left", ncols=3)
     return figure
@@ -180,7 +180,7 @@ def memory_curve(curve: Sequence[Point], peak: str) -> Figure:
     axes.fill_between(times_ms, mib, step="post", color=PALE, linewidth=0, rasterized=True)
     axes.step(times_ms, mib, where="post", color=BLUE, linewidth=1.2)
     ms, highest = max(curve, key=lambda point: point[1])
-    axes.plot([ms], [highest], "o", color=VERMILLION, markersize=6)
+    axes.plot([ms], [highest], "o", color=VERMILION, markersize=6)
     fraction = (ms - times_ms[0]) / ((times_ms[-1] - times_ms[0]) or 1.0)
     side = "left" if fraction < 0.3 else "right" if fraction > 0.7 else "center"
     note(axes, shorten(peak, 80), (ms, highest), (0, 8), ha=side)
@@ -216,7 +216,7 @@ def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, stag
     note(axes, f"memory bandwidth, {number(bandwidth_gb_s)} GB/s", (ridge, gemm_tflop_s), (-8, 5), ha="right")
     for mark, dot in enumerate(dots, start=0 if total else 1):
         # the total is a ring around a stage that covers it
-        colour, text, size = (VERMILLION, "Σ", 19) if dot is total else (BLUE, str(mark), 13)
+        colour, text, size = (VERMILION, "Σ", 19) if dot is total else (BLUE, str(mark), 13)
         xy, label = (dot.flop_per_byte, dot.tflop_s), f"{text}  {shorten(dot.name)}, {number(dot.tflop_s)} TFLOP/s"
         axes.plot(*xy, "o", color=colour, markersize=size, markeredgecolor="white", label=label, zorder=3 + mark)
         axes.text(*xy, text, color="white", ha="center", va="center_baseline", weight="bold", zorder=3.5 + mark)
@@ -251,7 +251,7 @@ def outputs(pairs: Sequence[Point], edges_log10: Sequence[float], counts: Sequen
 def loss_curves(losses: Mapping[str, Sequence[float | None]]) -> Figure:
     """Draw loss over steps, a line each, the first one broad beneath the others; what is not finite leaves a gap."""
     figure, (axes,) = axes_of(3.0)
-    colours = (SKY, VERMILLION, GREEN, PURPLE, INK, ORANGE)
+    colours = (SKY, VERMILION, GREEN, PURPLE, INK, ORANGE)
     for index, (name, curve) in enumerate(losses.items()):
         values = np.array([np.nan if value is None else value for value in curve], dtype=float)
         values[~np.isfinite(values)] = np.nan
