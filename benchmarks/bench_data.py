@@ -1,5 +1,5 @@
-"""From JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py --benchmark-only`; and the
-order of training, of 1, 8 and 64 processes (`-k order`).
+"""Times the way from JPEG files to what a model takes, in one process: `pytest benchmarks/bench_data.py
+--benchmark-only`; and the order of training, of 1, 8 and 64 processes (`-k order`).
 
 Two stages: read, which is what ours leaves to worker processes; and batch, which is all, resized by the recipe,
 normalised and padded. Ours against Pillow and torchvision as facebookresearch has them, on the embedded data set and on

@@ -1,4 +1,4 @@
-"""From the network's outputs to detections: every query's best class, its score and its box in pixels."""
+"""Makes detections of the network's outputs: every query's best class, its score and its box in pixels."""
 
 from torch import Tensor
 

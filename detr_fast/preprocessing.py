@@ -1,4 +1,4 @@
-"""From decoded images of any size to the network's input, on the device: resized, flipped, normalised and padded."""
+"""Makes the network's input of decoded images of any size, on the device: resizes, flips, normalises and pads."""
 
 from dataclasses import dataclass
 from typing import Self

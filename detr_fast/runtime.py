@@ -46,7 +46,7 @@ class Runtime:
     measured: Measured = field(default_factory=dict)
     """Backends that are not asked for by name, but were measured to be fastest on this machine."""
     host_allocator: Allocator | None = None
-    """For the whole process; None: it stays as it is."""
+    """The allocator of host memory, for the whole process; None: it stays as it is."""
     threads: int | None = None
     """Threads of torch's operators on a CPU, for the whole process; None: torch's default."""
 

@@ -1,4 +1,4 @@
-"""What tests of kernels share: the device, tolerances, and random inputs that are the same each time."""
+"""Gives tests of kernels their device, tolerances, and random inputs that are the same each time."""
 
 from typing import Any
 

@@ -144,7 +144,7 @@ class Operators(TorchDispatchMode):
     ],
 )
 def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fast: set[str]) -> None:
-    """Of each choice that torch would let pass unseen: dropout's numbers, attention with dropout, a whole stage."""
+    """Holds each choice that torch would let pass unseen: dropout's numbers, attention with dropout, a whole stage."""
     torch.manual_seed(0)
     model = DETR(replace(NARROW, dropout=0.1)).train()
     selection = select_backends(model, kernels, attention)

@@ -1,4 +1,4 @@
-"""What a detector's labels are called: by the weights, by a COCO json, or as is assumed and said."""
+"""A detector's labels are named: by the weights, by a COCO json, or as is assumed and said."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(CHECKOUT / name) for name in ("", "kernels", "profiling"))
 }
 SCRIPT = "import sys\nfrom detr_fast.__main__ import main\n"
-"""As pip writes the console script."""
+"""The console script, spelt the way pip writes it."""
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from tests.factories import TINY, make_sample, make_step, run_processes
 
 CONFIG = replace(TINY, num_queries=8)
 TARGET_COUNTS = (3, 0, 10, 1)
-"""Of four images: none, and more than there are queries, among them."""
+"""Objects in each of four images; none, and more than there are queries, are among them."""
 
 
 def batch(*indices: int) -> Batch:

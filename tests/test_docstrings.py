@@ -15,7 +15,7 @@ PACKAGES = {
     "benchmarks": CHECKOUT / "benchmarks",
 }
 
-NEVER_FIRST = re.compile(r"(Of|What|As|Whether|With|The same)\b")
+NEVER_FIRST = re.compile(r"(Of|What|As|Whether|With|From|The same)\b")
 NO_VERB = re.compile(
     r"[^A-Z]|(The|A|An|It|Its|This|That|These|Those|Their|Each|Every|Both|All|One|How|Why|Which|Where)\b"
 )

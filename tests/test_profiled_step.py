@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from detr_fast.training.profiled_step import WARM_UP_STEPS, ProfiledStep
@@ -30,6 +31,10 @@ def test_the_steps_after_the_first_are_in_the_trace(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_before_writes_what_there_is(tmp_path: Path) -> None:
     _, said = run(RunFolder(tmp_path), WARM_UP_STEPS + 1)
-    assert (tmp_path / "trace.json").is_file() == bool(said)
-    _, said = run(RunFolder(tmp_path / "short"), 1)
-    assert not said
+    assert (tmp_path / "trace.json").is_file() and [line.split(" steps")[0] for line in said] == ["A trace of 1"]
+
+
+@pytest.mark.parametrize("calls", range(WARM_UP_STEPS + 1))
+def test_a_run_without_a_step_to_record_says_so(calls: int, tmp_path: Path) -> None:
+    _, said = run(RunFolder(tmp_path), calls)
+    assert not (tmp_path / "trace.json").exists() and len(said) == 1 and said[0].startswith("No trace was written")

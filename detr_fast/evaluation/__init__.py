@@ -1,1 +1,1 @@
-"""From outputs to detections, COCO metrics and pictures."""
+"""Evaluates detections: COCO metrics and pictures."""

@@ -42,6 +42,8 @@ class ProfiledStep:
     def __exit__(self, *_: object) -> None:
         if self.profiler.step_num < WARM_UP_STEPS + self.steps:
             self.profiler.stop()
+        if self._recorded() < 1:
+            self.say(f"No trace was written: the first {WARM_UP_STEPS} steps are left out, and the run made no more.")
 
     def __call__(self, batches: Sequence[Batch]) -> Any:
         terms = self.take_step(batches)
@@ -51,10 +53,15 @@ class ProfiledStep:
                 self.profiler.stop()
         return terms
 
+    def _recorded(self) -> int:
+        return self.profiler.step_num - WARM_UP_STEPS
+
     def _write(self, profiler: profile) -> None:
+        if self._recorded() < 1:
+            return
         with atomic_write(self.folder.trace) as file:
             profiler.export_chrome_trace(file.name)
         self.say(
-            f"A trace of {self.steps} steps is in {self.folder.trace}: open it in ui.perfetto.dev or chrome://tracing. "
-            "`python -m detr_profiling trace` says what it means."
+            f"A trace of {self._recorded()} steps is in {self.folder.trace}: open it in ui.perfetto.dev or "
+            "chrome://tracing. `python -m detr_profiling trace` says what it means."
         )

@@ -6,7 +6,7 @@ import subprocess
 from contextlib import suppress
 
 SECONDS_TO_END = 5
-"""From the request to end until a process is killed."""
+"""How long a process that was asked to end has until it is killed."""
 
 
 def stop(process: subprocess.Popen) -> None:

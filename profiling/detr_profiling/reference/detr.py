@@ -1,4 +1,4 @@
-"""The paper's DETR in plain torch: the oracle that the fast model and its training are held against.
+"""The paper's DETR in plain torch: the reference that the fast model and its training are held against.
 
 Written for being obvious, not fast: nn.MultiheadAttention with materialised weights, one image after another in the
 matching, one layer after another in the loss. Parameters carry facebookresearch's names. Nothing here or in
