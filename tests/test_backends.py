@@ -99,8 +99,9 @@ def printed(model: DETR, kernels: Kernels = "auto", attention: Attention = "auto
 def test_each_choice_has_its_reason() -> None:
     found = printed(make_model())
     assert found["attention"].startswith("sdpa (") and found["assignment"].startswith("scipy (")
-    assert found["frozen batch norm"].startswith("fused (folded into") and "oneDNN" in found["convolution"]
+    assert found["frozen batch norm"].startswith("folded (folded into") and "oneDNN" in found["convolution"]
     assert found["residual stage"].startswith("onednn (") and all("(" in reason for reason in found.values())
+    assert found["layer norm"] == "ref (as preprocessing)" and "triton" in found["preprocessing"]
     assert "dropout" not in found and "packed convolution" not in found  # there is none; it is for inference
     assert printed(make_model(), training=False)["packed convolution"].startswith("onednn (")
     plain = printed(make_model(), "ref")

@@ -79,7 +79,7 @@ def frozen_batch_norm(backend: str) -> Row:
     def fold(weight: Tensor) -> Tensor:
         if backend == "foreach":
             return scale_weights([weight], [scale[:, None, None, None].expand_as(weight)], torch.bfloat16)[0].float()
-        return scale_weight(weight, scale, torch.bfloat16, "folded" if backend == "ref" else backend).float()
+        return scale_weight(weight, scale, torch.bfloat16).float()
 
     return fold, [uniform(6, 4, 3, 3)]
 
@@ -346,6 +346,8 @@ def test_a_selection_of_both_modes() -> None:
     asked = select(operations, Facts(CPU), {"two_words": "plain"}, {"two_words": ("odd", "measured here")})
     assert asked.backend("two_words", training=True) == "plain"
     assert Selection().backend("two_words") == "auto"
+    with pytest.raises(ValueError, match="three_words: no such operation; there are two_words"):
+        select(operations, Facts(CPU), {"three_words": "fast"})
 
 
 def test_a_gpu_is_guessed_without_asking_it(monkeypatch: pytest.MonkeyPatch) -> None:

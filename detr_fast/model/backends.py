@@ -105,8 +105,18 @@ def operations_of(network: nn.Module) -> set[str]:
 
 
 def reasons(network: nn.Module, selection: Selection, training: bool) -> dict[str, str]:
-    """List what runs and why, for the operations of `network` and its loss: "layer norm" -> "ref (...)"."""
+    """List what runs and why, for the operations of `network` and its loss: "layer norm" -> "ref (...)".
+
+    A long reason is said once, and named after its first operation from then on.
+    """
     own = operations_of(network)
     chosen, elsewhere = (selection.training, "inference") if training else (selection.inference, "training")
     here = [operation for name in chosen if name in own and (operation := OPERATIONS[name]).mode != elsewhere]
-    return {operation.title: str(chosen[operation.name]) for operation in here}
+    lines: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for operation in here:
+        choice = chosen[operation.name]
+        before = first.setdefault(choice.reason, operation.title)
+        again = choice if before == operation.title else choice._replace(reason=f"as {before}")
+        lines[operation.title] = min(str(choice), str(again), key=len)
+    return lines

@@ -79,7 +79,7 @@ class FrozenBatchNorm2d(Selectable):
         """Multiply the weight of the convolution before the norm by the scale, and round to `dtype`."""
         scale = self.scale_and_shift(torch.promote_types(weight.dtype, torch.float32))[0]
         if weight.requires_grad:
-            return scale_weight(weight, scale, dtype, self.backend("frozen_batch_norm"))
+            return scale_weight(weight, scale, dtype)
         return self.cached["weight", dtype]((*self.tensors(), weight), lambda: [scale_weight(weight, scale, dtype)])[0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -144,8 +144,10 @@ def select(
 
     `asked`: backends asked for by name; one that runs in one of the two alone leaves the other to `auto`. `measured`:
     backend and reason of what won on this machine, used where nothing was asked for. Raises RuntimeError where a
-    backend that is asked for runs in neither.
+    backend that is asked for runs in neither, and ValueError for an operation that there is not.
     """
+    if unknown := sorted({*(asked or {})} - {*operations}):
+        raise ValueError(f"{', '.join(unknown)}: no such operation; there are {', '.join(operations)}")
     modes = facts._replace(training=True), facts._replace(training=False, dropout=0.0)
     chosen: tuple[dict[str, Choice], dict[str, Choice]] = ({}, {})
     for name, operation in operations.items():

@@ -17,19 +17,6 @@ from torch import Tensor
 from detr_kernels.registry import Backend, Facts, Operation
 
 
-class _Scaled(torch.autograd.Function):
-    """Compute weight * scale, rounded to `dtype`, in one pass over memory, and its gradient in another."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(scale)
-        return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy * ctx.saved_tensors[0], None, None  # in the wider of the two dtypes
-
-
 class _ScaledTogether(torch.autograd.Function):
     """Scale several weights in one launch or two, by scales of the weights' own shape and memory order."""
 
@@ -61,40 +48,26 @@ def frozen_bn_scale_and_shift(
     return scale, beta - mean * scale
 
 
-def _why_not_fused(facts: Facts) -> str | None:
-    return "torch.compile makes one pass of the plain form itself" if facts.compiled else None
-
-
 def _why_not_foreach(facts: Facts) -> str | None:
     if facts.device.type != "cuda":
         return f"it saves launches on a GPU, not on {facts.device.type}"
-    return _why_not_fused(facts)
+    return "torch.compile joins the launches itself" if facts.compiled else None
 
 
 OPERATION = Operation(
     "frozen_batch_norm",
     (
         Backend("foreach", _why_not_foreach, reason="folds the norms of a whole stage in few launches"),
-        Backend(
-            "fused", _why_not_fused, reason="folded into the convolution: scales and rounds its weight in one pass"
-        ),
         Backend("folded", reason="folded into the convolution before it"),
         Backend("ref"),
     ),
 )
-"""foreach, fused and folded make it part of the convolution before it; ref runs it by itself."""
+"""foreach and folded make it part of the convolution before it; ref runs it by itself."""
 
 
-def scale_weight(weight: Tensor, scale: Tensor, rounded_to: torch.dtype, backend: str = "auto") -> Tensor:
-    """Multiply each output's weight (N, C, h, w) by its scale (N,), in the wider of both dtypes, and round.
-
-    `fused` takes one pass over memory; so does plain torch where torch.compile traces or nothing is rounded.
-    """
-    scale = scale[:, None, None, None]
-    plain = weight.dtype != scale.dtype or rounded_to == scale.dtype or torch.compiler.is_compiling()
-    if plain or OPERATION.choose(Facts(weight.device), backend).backend == "folded":
-        return (weight.to(scale.dtype) * scale).to(rounded_to)
-    return _Scaled.apply(weight, scale, rounded_to)
+def scale_weight(weight: Tensor, scale: Tensor, rounded_to: torch.dtype) -> Tensor:
+    """Multiply each output's weight (N, C, h, w) by its scale (N,), in the wider of both dtypes, and round."""
+    return (weight.to(scale.dtype) * scale[:, None, None, None]).to(rounded_to)
 
 
 def scale_weights(weights: Sequence[Tensor], scales: Sequence[Tensor], rounded_to: torch.dtype) -> tuple[Tensor, ...]:
