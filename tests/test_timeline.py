@@ -96,6 +96,8 @@ DEVICE = [
     launch("cudaMemcpyAsync", MAIN, 1630, 10),  # blocks, whatever its name
     span("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", STREAM_7, 1640, 1644, correlation=10),
     span("unknown", "kernel", STREAM_7, 2000, 2010, correlation=99),  # its launch is not in the trace
+    span("cudaGetDevice", "cuda_runtime", MAIN, 1150, 1151),  # starts nothing
+    span("unnumbered", "kernel", STREAM_8, 1220, 1230),
     launch("cudaStreamSynchronize", MAIN, 2300, 64),  # outside
 ]
 
@@ -139,6 +141,18 @@ def test_the_device_works_for_the_range_that_launched(gpu: Timeline) -> None:
     for name, times_us in expected.items():
         assert rows[name] == pytest.approx(sum(times_us) / 2 / 1e3), name
     assert rows["other"] == rows["device wait"] == 0
+
+
+def test_what_autograd_launches_is_for_the_innermost_range_of_the_step() -> None:
+    """Unless its own thread has one, as a forward pass that is computed again there."""
+    again = span("encoder", "user_annotation", AUTOGRAD, 600, 700)
+    operators = [span("aten::mm", "cpu_op", AUTOGRAD, start, start + 10) for start in (430, 480, 650, 750, 1050)]
+    timeline = make_timeline([*HOST, again, *operators])
+    names = [timeline.range_of(operator) for operator in timeline.operators]
+    assert names == ["matching", "loss", "encoder", "backward", "other"]
+    assert "encoder" in (row.name for row in range_times(timeline) if row.timing.runs_ms == (0.08, 0)), (
+        "the step's alone"
+    )
 
 
 def test_idle_is_what_no_stream_uses(gpu: Timeline) -> None:

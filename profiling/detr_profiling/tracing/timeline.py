@@ -1,9 +1,9 @@
 """Reads a profiler's trace back: what happened when, within what, and for which profiler range of a step.
 
 torch adds up operators and kernels (`key_averages()`). The rest is read from the Chrome trace, because the events that
-torch hands out do not say it (2.11): `prof.events()` adds each allocation to the operator around it, without its moment
-and without the total, and nests within one thread, while autograd launches a GPU's backward pass, more than half of a
-step, from a thread that has no ranges. Nor can events be loaded: of a run that is over there is only the file.
+torch hands out do not say it (2.11). `prof.events()` adds each allocation to the operator around it, without its moment
+and without the total, and nests within one thread, while autograd launches a GPU's backward pass from a thread that has
+no ranges. And nothing loads events again: of a run that is over there is only the file.
 
 A range's time is the host's, from its beginning to its end, without its inner ranges. What a GPU did belongs to the
 range that was open on the host when it was launched.
@@ -158,7 +158,7 @@ def nested(spans: Sequence[Span]) -> list[Span]:
     latest: dict[Track, Span] = {}
     for span in ordered:
         around = latest.get(span.track)
-        while around is not None and not span.start_ns < around.end_ns >= span.end_ns:
+        while around is not None and around.end_ns < span.end_ns:
             around = around.parent
         span.parent = around
         latest[span.track] = span
