@@ -92,7 +92,7 @@ def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.Monk
         **{"loss": 108, "matching": 43, "backward": 973, "optimizer": 233},
     }
     counted = launches.totals()
-    assert counted.keys() == most.keys() and all(counted[stage] <= most[stage] for stage in most), counted
+    assert counted.keys() == most.keys() and all(counted[name] <= most[name] for name in most), counted
 
 
 def check_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def check_every_convolution_by_cudnn(name: str, gpu: torch.device) -> None:
     launches = count_step(step, batch)
     with_relu, joined = 1 + 4 * 3, 4
     assert launches.totals()["backbone"] == before - 2 * with_relu - joined
-    assert launches.by_stage["backbone"]["detr_kernels::conv_bias_act_library"] == with_relu
+    assert launches.by_range["backbone"]["detr_kernels::conv_bias_act_library"] == with_relu
     if config.dilation:  # which has all that the other has
         assert compile_at(step, [batch], "eager") == {"graphs": 1, "breaks": 0}
 

@@ -21,7 +21,7 @@ CLIMB = {
     "folded batch norm": (488.3, 11.2, 1302, 1.3e-2, 2.6e-2, 503.9, "486 489"),
     "compile": (401.6, 14.5, 1238, 1.4e-2, 2.6e-2, 488.3, "400 405"),
 }
-CPU_STAGES = {
+CPU_RANGES = {
     "copy": 0.06,
     "pixels": 3.1,
     "backbone": 141.8,
@@ -34,7 +34,7 @@ CPU_STAGES = {
     "optimizer": 14.9,
     "other": 2.1,
 }
-GPU_STAGES = {
+GPU_RANGES = {
     "data wait": 0.4,
     "backbone": 3.1,
     "encoder": 2.2,
@@ -84,7 +84,7 @@ def ladder_rows(mode: str = "training", faster: float = 1.0) -> list[dict[str, A
     return rows
 
 
-def stage_rows(times_ms: dict[str, float], gpu: bool) -> list[dict[str, Any]]:
+def range_rows(times_ms: dict[str, float], gpu: bool) -> list[dict[str, Any]]:
     total = sum(times_ms.values())
     return [
         {"name": name, "median_ms": ms, "q1_ms": 0.98 * ms, "q3_ms": 1.01 * ms, "runs": 3, "fraction": ms / total}
@@ -93,21 +93,21 @@ def stage_rows(times_ms: dict[str, float], gpu: bool) -> list[dict[str, Any]]:
     ]
 
 
-def memory_block(stages: dict[str, float], gpu: bool, mib: float) -> dict[str, Any]:
+def memory_block(ranges: dict[str, float], gpu: bool, mib: float) -> dict[str, Any]:
     """Rises through forward, falls through backward, three times."""
-    step_ms = sum(stages.values())
+    step_ms = sum(ranges.values())
     times_ms = np.linspace(0, 3 * step_ms, 600)
     within = (times_ms % step_ms) / step_ms
     wave = np.interp(within, [0, 0.02, 0.5, 0.56, 0.95, 1], [0.3, 0.32, 0.9, 1, 0.5, 0.3])
     curve = [[round(float(ms), 3), round(float(part) * mib, 2)] for ms, part in zip(times_ms, wave, strict=True)]
     operator = None if gpu else "aten::convolution_backward"
-    return {"peak_mib": mib, "peak_stage": "backward", "peak_operator": operator, "curve": curve} | {
+    return {"peak_mib": mib, "peak_range": "backward", "peak_operator": operator, "curve": curve} | {
         "growth_mib_per_step": 0.0,
         "leaking": False,
     }
 
 
-def roofline_block(stages: dict[str, float], bandwidth_gb_s: float, gemm_tflop_s: float) -> dict[str, Any]:
+def roofline_block(ranges: dict[str, float], bandwidth_gb_s: float, gemm_tflop_s: float) -> dict[str, Any]:
     work = {"pixels": (0.002, 1.6), "backbone": (27.4, 210), "encoder": (9.8, 160), "decoder": (4.9, 130)}
     work |= {"loss": (0.01, 2), "backward": (71.5, 900), "optimizer": (0.3, 640)}
     scale = 16 if bandwidth_gb_s > 100 else 1
@@ -121,15 +121,15 @@ def roofline_block(stages: dict[str, float], bandwidth_gb_s: float, gemm_tflop_s
             "mfu": compute_ms / ms,
         }
 
-    rows = [row(name, scale * g, scale * m, stages[name] * 1.7) for name, (g, m) in work.items() if name in stages]
+    rows = [row(name, scale * g, scale * m, ranges[name] * 1.7) for name, (g, m) in work.items() if name in ranges]
     total = row("total", sum(r["gflop"] for r in rows), sum(r["minimum_mib"] for r in rows), sum(r["ms"] for r in rows))
     peaks = {"bandwidth_gb_s": bandwidth_gb_s, "gemm_tflop_s": gemm_tflop_s, "dtype": "bf16"}
-    return {"peaks": peaks, "stages": rows, "total": total}
+    return {"peaks": peaks, "ranges": rows, "total": total}
 
 
 def trace(gpu: bool = False) -> dict[str, Any]:
-    stages = GPU_STAGES if gpu else CPU_STAGES
-    step_ms = sum(stages.values())
+    ranges = GPU_RANGES if gpu else CPU_RANGES
+    step_ms = sum(ranges.values())
     names = ["convolution_backward", "mkldnn_convolution", "mm", "addmm", "native_layer_norm", "gelu", "relu_", "add_"]
     names += ["copy_", "_foreach_addcdiv_", "_scaled_dot_product_flash_attention", "cdist", "sigmoid", "index_select"]
     operators = [
@@ -142,8 +142,8 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         | {"fraction": 0.3 / (i + 1)}
         for i in range(5)
     ]
-    waits = [{"operation": "detr_kernels::assignment_scipy", "stage": "matching", "per_step": 6.0}]
-    waits += [{"operation": "aten::item", "stage": "optimizer", "per_step": 1.0}]
+    waits = [{"operation": "detr_kernels::assignment_scipy", "range": "matching", "per_step": 6.0}]
+    waits += [{"operation": "aten::item", "range": "optimizer", "per_step": 1.0}]
     telemetry = {
         name: {"mean": value, "max": 1.1 * value}
         for name, value in (
@@ -169,7 +169,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         "steps": 3,
         "step_ms": {"median": step_ms, "q1": 0.99 * step_ms, "q3": 1.01 * step_ms, "runs": 5},
         "profiled_step_ms": {"median": 1.05 * step_ms, "q1": 1.04 * step_ms, "q3": 1.07 * step_ms, "runs": 3},
-        "stages": stage_rows(stages, gpu),
+        "ranges": range_rows(ranges, gpu),
         "idle_fraction": 0.0413 if gpu else None,
         "synchronizations_per_step": 0.0 if gpu else 7.0,
         "synchronizations": [] if gpu else waits,
@@ -177,7 +177,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
         "launch_kind": "kernel launches" if gpu else "operators",
         "operators": operators,
         "kernels": kernels if gpu else [],
-        "memory": memory_block(stages, gpu, 24_310.5 if gpu else 1187.3),
+        "memory": memory_block(ranges, gpu, 24_310.5 if gpu else 1187.3),
         "gpu": telemetry | {"energy_joules": 251.4, "throttled": ["power cap"]} if gpu else None,
         "process": {"cpu_seconds_per_step": 0.79, "peak_rss_mib": 1633.7},
         "backends": {
@@ -185,7 +185,7 @@ def trace(gpu: bool = False) -> dict[str, Any]:
             "attention": "sdpa (the default on a CPU)",
             "convolution": "folded (measured to be fastest on this device)",
         },
-        "roofline": roofline_block(stages, 2_310.0, 712.0) if gpu else roofline_block(stages, 21.4, 1.34),
+        "roofline": roofline_block(ranges, 2_310.0, 712.0) if gpu else roofline_block(ranges, 21.4, 1.34),
         "trace_file": "trace.pt.json.gz",
         "trace_mib": 3.2,
     }

@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 HOSTILE = "<script>$\\alpha$</script>&"
 BARS = [Bar("reference", 900, 890, 910), Bar("slower", 990, 980, 1000), Bar("faster", 450, 440, 455)]
 CURVE = [(0.0, 100.0), (10.0, 400.0), (20.0, 50.0)]
-TOTAL, STAGES = Dot("all", 10, 0.1), [Dot("backbone", 100, 0.5), Dot("encoder", 30, 0.3)]
+TOTAL, RANGES = Dot("all", 10, 0.1), [Dot("backbone", 100, 0.5), Dot("encoder", 30, 0.3)]
 LOSSES: dict[str, list[float | None]] = {"reference": [4.0, 3.0, None, 1.0], "fp32": [4.0, 3.1, float("nan"), 1.1]}
 CHARTS: dict[str, Callable[[str], Figure]] = {
     "ladder": lambda text: charts.ladder_bars([Bar(text, 3, 2, 4), *BARS]),
     "baselines": lambda text: charts.baseline_bars([Bar(text, 3, 2, 4), *BARS]),
-    "stages": lambda text: charts.stage_bars([Bar(text, 3, 2, 4), *BARS]),
-    "stages of a GPU": lambda text: charts.stage_bars([Bar(text, 3, 2, 4, 5), *BARS]),
+    "ranges": lambda text: charts.range_bars([Bar(text, 3, 2, 4), *BARS]),
+    "ranges of a GPU": lambda text: charts.range_bars([Bar(text, 3, 2, 4, 5), *BARS]),
     "memory": lambda text: charts.memory_curve(CURVE, text),
-    "roofline": lambda text: charts.roofline(20, 1.3, TOTAL, [Dot(text, 5, 0.1), *STAGES]),
+    "roofline": lambda text: charts.roofline(20, 1.3, TOTAL, [Dot(text, 5, 0.1), *RANGES]),
     "outputs": lambda text: charts.outputs([(0.0, 0.1), (2.0, 1.9)], [-9, -8, -7], [3, 5]),
     "losses": lambda text: charts.loss_curves({text: [2.0, 1.0], **LOSSES}),
 }
@@ -95,12 +95,12 @@ def test_baselines_are_compared_with_the_first() -> None:
     assert texts(axes) == ["900 ms", "990 ms, +10 %", "450 ms, −50 %"]
 
 
-def test_stages_show_host_and_device() -> None:
-    stages = [Bar("backbone", 140, 135, 150, 160), Bar("matching", 2, 1, 3, None)]
-    axes = axes_of(charts.stage_bars(stages))
+def test_ranges_show_host_and_device() -> None:
+    ranges = [Bar("backbone", 140, 135, 150, 160), Bar("matching", 2, 1, 3, None)]
+    axes = axes_of(charts.range_bars(ranges))
     lengths = {name: [length for _, length in bars] for name, bars in bars_of(axes).items()}
     assert lengths == {"host, median and quartiles": [140, 2], "device": [160, 0]}
-    assert "device" not in bars_of(axes_of(charts.stage_bars(BARS)))
+    assert "device" not in bars_of(axes_of(charts.range_bars(BARS)))
 
 
 @pytest.mark.parametrize(("at", "side"), [(0, "left"), (50, "center"), (100, "right")])
@@ -115,7 +115,7 @@ def test_memory_stays_until_the_next_event_and_its_peak_is_marked(at: float, sid
 
 
 def test_roofline_breaks_where_memory_and_arithmetic_meet() -> None:
-    axes = axes_of(charts.roofline(20, 2, TOTAL, STAGES))
+    axes = axes_of(charts.roofline(20, 2, TOTAL, RANGES))
     ceiling, *dots = axes.lines
     (low, ridge, _), heights = np.array(ceiling.get_xdata()), np.array(ceiling.get_ydata())
     assert ridge == 100, "FLOP/byte, at which 20 GB/s are 2 TFLOP/s"
@@ -147,8 +147,8 @@ def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
     [
         lambda: charts.ladder_bars([Bar("alone", 1e-6, 1e-6, 1e-6)]),
         lambda: charts.baseline_bars([Bar("odd", 5, 6, 4)]),
-        lambda: charts.stage_bars([Bar("nothing", 0.0, 0.0, 0.0)]),
-        lambda: charts.stage_bars([Bar("less than nothing", -0.01, -0.02, 0.0)]),
+        lambda: charts.range_bars([Bar("nothing", 0.0, 0.0, 0.0)]),
+        lambda: charts.range_bars([Bar("less than nothing", -0.01, -0.02, 0.0)]),
         lambda: charts.memory_curve([(5.0, 100.0)], "peak"),
         lambda: charts.memory_curve([(5.0, 0.0), (6.0, 0.0)], "peak"),
         lambda: charts.roofline(20, 2, None, []),

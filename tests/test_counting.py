@@ -1,4 +1,4 @@
-"""FLOPs and bytes of each stage, against what a hand counts."""
+"""FLOPs and bytes of each range, against what a hand counts."""
 
 import gc
 import math
@@ -68,7 +68,7 @@ def test_linear_layer_in_inference_mode() -> None:
         assert flop_of(lambda: layer(x)) == PRODUCT
 
 
-def test_stages_of_a_training_step() -> None:
+def test_ranges_of_a_training_step() -> None:
     layer, x = nn.Linear(5, 3, bias=False), torch.randn(8, 5)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, foreach=False)
 
@@ -97,7 +97,7 @@ def test_stages_of_a_training_step() -> None:
     assert work["optimizer"].minimum_bytes == FLOAT * (15 + 15 + 15)
 
 
-def test_what_lives_and_dies_in_a_stage_moves_but_need_not() -> None:
+def test_what_lives_and_dies_in_a_range_moves_but_need_not() -> None:
     x = torch.randn(100)
     (work,) = count_work(lambda: x.exp().sin().neg()).values()
     assert work == Work(0, FLOAT * 200, FLOAT * 600)
@@ -148,7 +148,7 @@ def test_storages_are_told_apart_when_they_are_gone() -> None:
     assert work["forward"].minimum_bytes == FLOAT * (10 + times * 10)
 
 
-def test_what_is_overwritten_in_another_stage() -> None:
+def test_what_is_overwritten_in_another_range() -> None:
     buffer = torch.zeros(100)
 
     def run() -> None:
@@ -303,13 +303,13 @@ def test_a_real_step_of_every_form_is_the_same_work() -> None:
     for form in ("ref", "auto", "triton"):
         options = replace(OPTIONS, model="detr_tiny", size="32x32", kernels=form)
         counts[form] = count_work(build_workload(options).run)
-    flop = {form: {name: work.flop for name, work in stages.items() if work.flop} for form, stages in counts.items()}
+    flop = {form: {name: work.flop for name, work in ranges.items() if work.flop} for form, ranges in counts.items()}
     assert flop["ref"] == flop["auto"] == flop["triton"]
     assert flop["ref"].keys() == {"backbone", "encoder", "decoder", "heads", "backward"}
     # a fused form moves less
     assert counts["triton"]["encoder"].moved_bytes < counts["ref"]["encoder"].moved_bytes
-    for stages in counts.values():
-        assert all(work.minimum_bytes <= work.moved_bytes for work in stages.values())
+    for ranges in counts.values():
+        assert all(work.minimum_bytes <= work.moved_bytes for work in ranges.values())
 
 
 def test_inference_moves_at_least_images_weights_and_outputs() -> None:

@@ -12,7 +12,7 @@ from detr_fast.profiler_ranges import PROFILER_RANGES, current_range, profiler_r
 TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", objects=2)
 
 
-def test_a_step_opens_every_stage_but_waiting_for_data() -> None:
+def test_a_step_opens_every_range_but_waiting_for_data() -> None:
     run = build_workload(TINY).run
     with profile(acc_events=True) as profiler:
         run()
@@ -22,7 +22,7 @@ def test_a_step_opens_every_stage_but_waiting_for_data() -> None:
         assert ranges[outer].start <= ranges[inner].start and ranges[inner].end <= ranges[outer].end
 
 
-def test_the_innermost_open_stage_is_known_also_after_an_error() -> None:
+def test_the_innermost_open_range_is_known_also_after_an_error() -> None:
     assert current_range() is None
     with profiler_range("forward"):
         try:

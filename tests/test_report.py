@@ -20,7 +20,7 @@ from tests.test_charts import contrast
 
 HOSTILE = "<script>alert(1)</script>"
 SECTIONS = [
-    *("Machine and versions", "Ladder", "Stages", "Synchronisations and operators", "Memory", "Roofline"),
+    *("Machine and versions", "Ladder", "Profiler ranges", "Synchronisations and operators", "Memory", "Roofline"),
     *("GPU telemetry", "Backends", "Parity", "How to read it", "Commands"),
 ]
 MARKDOWN_TAGS = {
@@ -139,7 +139,7 @@ def test_the_summary_says_what_was_found(cpu: Path, gpu: Path) -> None:
         "training ladder: 2.27 times as fast: everything on takes 402 ms (14, 10 runs), reference 912 ms (25, 10 runs)",
         "inference ladder: 2.27 times as fast: everything on takes 130 ms (4.7, 10 runs)",
         "parity: holds in 4 variants",
-        "largest stage: backward, 42.6 % of a step",
+        "largest profiler range: backward, 42.6 % of a step",
         "device synchronisations: 7 reads a step would wait for a GPU",
         "peak memory: 1,187 MiB in backward by aten::convolution_backward",
     ):
@@ -166,14 +166,18 @@ def test_figures_are_those_that_were_measured(cpu: Path) -> None:
     costs = ["compile", "1,238", "0.763", "31.2", "logits", "0.014", "54", "close"]
     assert page.row("Training: memory, energy, exactness", "compile") == costs
     assert page.row("Inference: time", "compile")[1] == "130 (4.7, 10 runs)"
-    stages = page.tables["Own time of each stage, without the stages within it; 3 profiled steps"]
-    assert stages[3] == ["backbone", "142 (4.3, 3 runs)", "35.3"], "without the device's time, which a CPU has not"
-    assert sum(round(10 * float(row[2])) for row in stages[1:]) == 1000
-    assert page.row("Device synchronisations by operation and stage", "aten::item") == ["aten::item", "optimizer", "1"]
+    ranges = page.tables["Own time of each profiler range, without the ranges within it; 3 profiled steps"]
+    assert ranges[3] == ["backbone", "142 (4.3, 3 runs)", "35.3"], "without the device's time, which a CPU has not"
+    assert sum(round(10 * float(row[2])) for row in ranges[1:]) == 1000
+    assert page.row("Device synchronisations by operation and profiler range", "aten::item") == [
+        "aten::item",
+        "optimizer",
+        "1",
+    ]
     operator = ["aten::convolution_backward", "53", "90.0", "21.0"]
     assert page.row("Operators by their own time in a step", "aten::convolution_backward") == operator
     roof = ["optimizer", "0.300", "640", "25.3", "31.4", "memory", "0.808", "0.9"]
-    assert page.row("Work, time and roofline bound of each stage", "optimizer") == roof
+    assert page.row("Work, time and roofline bound of each profiler range", "optimizer") == roof
     assert page.row("fp32: all 62", "matches") == ["matches", "match", "0", "0", "1.0e-6", "0", "close"]
     assert page.row("Average precision: close", "bf16") == ["bf16", "0.7468", "0.9608"]
     assert page.row("AP by class", "star") == ["star", "n/a"]

@@ -11,7 +11,7 @@ from detr_profiling.tracing.breakdown import (
     launches_per_step,
     merged,
     operator_usage,
-    stage_times,
+    range_times,
 )
 from detr_profiling.tracing.synchronizations import synchronizations
 from detr_profiling.tracing.timeline import Timeline, make_timeline
@@ -96,6 +96,8 @@ DEVICE = [
     launch("cudaMemcpyAsync", MAIN, 1630, 10),  # blocks, whatever its name
     span("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", STREAM_7, 1640, 1644, correlation=10),
     span("unknown", "kernel", STREAM_7, 2000, 2010, correlation=99),  # its launch is not in the trace
+    span("cudaGetDevice", "cuda_runtime", MAIN, 1150, 1151),  # starts nothing
+    span("unnumbered", "kernel", STREAM_8, 1220, 1230),
     launch("cudaStreamSynchronize", MAIN, 2300, 64),  # outside
 ]
 
@@ -105,8 +107,8 @@ def gpu() -> Timeline:
     return make_timeline([*reversed(HOST), *DEVICE, *OPERATORS])  # torch orders events by kind
 
 
-def test_stages_leave_out_what_is_within_them(gpu: Timeline) -> None:
-    rows = {row.name: row for row in stage_times(gpu)}
+def test_ranges_leave_out_what_is_within_them(gpu: Timeline) -> None:
+    rows = {row.name: row for row in range_times(gpu)}
     expected = {  # us in step 2 and in step 3
         "data wait": (10, 0),
         "copy": (40, 0),
@@ -126,8 +128,8 @@ def test_stages_leave_out_what_is_within_them(gpu: Timeline) -> None:
         assert rows[name].fraction == pytest.approx(sum(times_us) / 2200), name
 
 
-def test_the_device_works_for_the_stage_that_launched(gpu: Timeline) -> None:
-    rows = {row.name: row.device_ms for row in stage_times(gpu)}
+def test_the_device_works_for_the_range_that_launched(gpu: Timeline) -> None:
+    rows = {row.name: row.device_ms for row in range_times(gpu)}
     expected = {
         "copy": (20, 0),
         "backbone": (170, 0),
@@ -141,6 +143,18 @@ def test_the_device_works_for_the_stage_that_launched(gpu: Timeline) -> None:
     assert rows["other"] == rows["device wait"] == 0
 
 
+def test_what_autograd_launches_is_for_the_innermost_range_of_the_step() -> None:
+    """Unless its own thread has one, as a forward pass that is computed again there."""
+    again = span("encoder", "user_annotation", AUTOGRAD, 600, 700)
+    operators = [span("aten::mm", "cpu_op", AUTOGRAD, start, start + 10) for start in (430, 480, 650, 750, 1050)]
+    timeline = make_timeline([*HOST, again, *operators])
+    names = [timeline.range_of(operator) for operator in timeline.operators]
+    assert names == ["matching", "loss", "encoder", "backward", "other"]
+    assert "encoder" in (row.name for row in range_times(timeline) if row.timing.runs_ms == (0.08, 0)), (
+        "the step's alone"
+    )
+
+
 def test_idle_is_what_no_stream_uses(gpu: Timeline) -> None:
     busy_us = (20 + 270 + 12 + 290, 190 + 10 + 4 + 10)  # 130 to 400 is two kernels, 440 to 452 a kernel and a copy
     assert idle_fraction(gpu) == pytest.approx(((1 - busy_us[0] / 1000) + (1 - busy_us[1] / 1200)) / 2)
@@ -152,7 +166,7 @@ def test_a_graph_is_one_launch(gpu: Timeline) -> None:
 
 
 def test_waits_are_those_that_block_within_a_step(gpu: Timeline) -> None:
-    found = {(row.operation, row.stage): row.per_step for row in synchronizations(gpu)}
+    found = {(row.operation, row.range): row.per_step for row in synchronizations(gpu)}
     assert found == {
         ("aten::item", "matching"): 0.5,
         ("cudaStreamSynchronize", "forward"): 0.5,
@@ -239,10 +253,10 @@ def test_reads_on_a_cpu_are_counted_once_and_named_by_where_they_are() -> None:
         *nested("detr_kernels::assignment_scipy", start_us=430),
         *nested("aten::scalar_tensor", start_us=700),
         *nested("aten::item", start_us=2320),  # after the last step
-        *nested("aten::item", start_us=1010),  # in no stage
+        *nested("aten::item", start_us=1010),  # in no range
     ]
     timeline = make_timeline([*HOST, *operators])
-    assert {(row.operation, row.stage): row.per_step for row in synchronizations(timeline)} == {
+    assert {(row.operation, row.range): row.per_step for row in synchronizations(timeline)} == {
         ("aten::is_nonzero", "backbone"): 0.5,
         ("aten::index", "encoder"): 0.5,
         ("aten::item in ProdBackward1", "backward"): 0.5,
@@ -258,7 +272,7 @@ def test_without_a_gpu_operators_are_counted_and_nothing_is_idle() -> None:
     assert kernel_usage(averages(("ConvBackward0", 45, ())), steps=2) == []
     assert launches_per_step(timeline) == (2, "operators"), "four in step 2; autograd's nodes are none"
     assert all(row.device_ms is None for row in operators)
-    assert all(row.device_ms is None for row in stage_times(timeline))
+    assert all(row.device_ms is None for row in range_times(timeline))
     assert [row.fraction for row in operators] == [pytest.approx(45 / 2200), pytest.approx(22 / 2200)]
 
 
@@ -283,7 +297,7 @@ def test_memory_has_a_peak_with_a_place_and_does_not_grow() -> None:
     within = [span("aten::empty", "cpu_op", MAIN, 129, 131)]
     found = memory_use(make_timeline([*HOST, *OPERATORS, *within, *reversed(events)]), before_mib=10)
     assert found is not None
-    assert (found.peak_mib, found.peak_stage, found.peak_operator) == (18, "backbone", "aten::cudnn_convolution")
+    assert (found.peak_mib, found.peak_range, found.peak_operator) == (18, "backbone", "aten::cudnn_convolution")
     assert found.curve == [(0.05, 12), (0.13, 18), (0.6, 12), (1.5, 18), (1.6, 12)]
     assert (found.growth_mib_per_step, found.leaking) == (0, False)
 
@@ -292,7 +306,7 @@ def test_the_allocator_of_a_gpu_is_absolute_and_its_own() -> None:
     events = [memory(130, MIB, 70 * MIB, device=1), memory(140, MIB, 900 * MIB), memory(1500, MIB, 71 * MIB, device=1)]
     found = memory_use(make_timeline([*HOST, *events]), before_mib=10)
     assert found is not None
-    assert (found.peak_mib, found.peak_stage, found.peak_operator) == (71, "forward", None)
+    assert (found.peak_mib, found.peak_range, found.peak_operator) == (71, "forward", None)
     assert (found.growth_mib_per_step, found.leaking) == (1, True)
 
 

@@ -15,7 +15,7 @@ from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
 from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
-from detr_profiling.tracing.timeline import Nesting, Span, Timeline, read_timeline
+from detr_profiling.tracing.timeline import Span, Timeline, read_timeline
 from detr_profiling.workload import Workload
 
 from detr_fast.config import UserError
@@ -23,7 +23,7 @@ from detr_fast.console import Console
 from detr_fast.profiler_ranges import profiler_range
 
 BLOCK = {
-    *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "stages", "idle_fraction", "synchronizations"),
+    *("machine", "workload", "steps", "step_ms", "profiled_step_ms", "ranges", "idle_fraction", "synchronizations"),
     *(
         "synchronizations_per_step",
         "launches_per_step",
@@ -65,15 +65,15 @@ def figures(workload: Workload, out: Path) -> dict[str, Any]:
     return profile_workload(workload, out, steps=3, warmup=1, with_roofline=False)
 
 
-def stage_ms(result: dict[str, Any]) -> dict[str, float]:
-    return {row["name"]: row["median_ms"] for row in result["stages"]}
+def range_ms(result: dict[str, Any]) -> dict[str, float]:
+    return {row["name"]: row["median_ms"] for row in result["ranges"]}
 
 
 def test_the_block_is_whole_and_adds_up(result: dict[str, Any]) -> None:
     assert result.keys() == BLOCK
-    assert sum(row["fraction"] for row in result["stages"]) == pytest.approx(1)
-    assert result["stages"][0]["name"] == "data wait"
-    assert result["steps"] == 3 == result["stages"][0]["runs"] == result["profiled_step_ms"]["runs"]
+    assert sum(row["fraction"] for row in result["ranges"]) == pytest.approx(1)
+    assert result["ranges"][0]["name"] == "data wait"
+    assert result["steps"] == 3 == result["ranges"][0]["runs"] == result["profiled_step_ms"]["runs"]
     assert result["step_ms"]["runs"] == 5, "without the profiler"
     assert result["synchronizations_per_step"] == sum(row["per_step"] for row in result["synchronizations"])
     assert (result["idle_fraction"], result["gpu"], result["kernels"]) == (None, None, [])
@@ -82,14 +82,14 @@ def test_the_block_is_whole_and_adds_up(result: dict[str, Any]) -> None:
     assert result["backends"]["assignment"].startswith("scipy")
 
 
-def test_a_slow_stage_is_found(tiny: Workload, tmp_path: Path) -> None:
+def test_a_slow_range_is_found(tiny: Workload, tmp_path: Path) -> None:
     def sleep() -> None:
         with profiler_range("pixels"):
             time.sleep(0.3)
 
     slow = figures(tampered(tiny, sleep), tmp_path)
     assert slow["step_ms"]["median"] > 300
-    assert stage_ms(slow)["pixels"] > 300
+    assert range_ms(slow)["pixels"] > 300
 
 
 def test_a_leak_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_read_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path)
 
     waits = figures(tampered(tiny, read), tmp_path)
     assert waits["synchronizations_per_step"] == result["synchronizations_per_step"] + 1
-    assert {"operation": "aten::is_nonzero", "stage": "loss", "per_step": 1.0} in waits["synchronizations"]
+    assert {"operation": "aten::is_nonzero", "range": "loss", "per_step": 1.0} in waits["synchronizations"]
 
 
 def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path)
 
     fed = profile_workload(replace(workload, fetch=slow), tmp_path, steps=2, warmup=1, with_roofline=False)
     assert fed["workload"]["data"] == str(shapes_root)
-    assert stage_ms(fed)["data wait"] > 20
-    assert "data wait" not in [row["stage"] for row in fed["synchronizations"]], (
+    assert range_ms(fed)["data wait"] > 20
+    assert "data wait" not in [row["range"] for row in fed["synchronizations"]], (
         "what is read there is on the host anyway"
     )
     timeline = read_timeline(tmp_path / fed["trace_file"])
-    decoded = [span for span in timeline.stages.spans if span.name == "data wait"]
+    decoded = [span for span in timeline.ranges if span.name == "data wait"]
     assert len(decoded) == 2
 
 
@@ -167,7 +167,7 @@ def test_the_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert stored.keys() == BLOCK
     assert (tmp_path / stored["trace_file"]).stat().st_size == pytest.approx(stored["trace_mib"] * 2**20)
-    names = [row["name"] for row in stored["stages"]]
+    names = [row["name"] for row in stored["ranges"]]
     assert "backward" not in names
     for word in (*names, "MiB in", "does not grow", "ui.perfetto.dev", str(tmp_path / "trace.json")):
         assert word in shown
@@ -201,7 +201,7 @@ def test_what_a_gpu_adds_is_shown_and_no_name_is_markup(result: dict[str, Any]) 
 def test_a_gpus_trace_without_events_of_the_gpu_is_no_whole_trace(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    host_alone = Timeline([], Nesting([]), Nesting([]), [], [])
+    host_alone = Timeline([], [], [])
     kernel = Span("kernel", "kernel", (0, 7), 0, 1)
     assert missing_events(torch.device("cpu"), host_alone) is None is result["problem"]
     assert missing_events(torch.device("cuda"), replace(host_alone, device=[kernel])) is None

@@ -2,7 +2,7 @@
 
 The step runs on fake tensors: every operator that launches is counted where it is called, in the forward and the
 backward pass and the optimizer. An operator is one launch, a convolution with a bias two (cuDNN's and the addition);
-some are more in truth (a sum in two stages, FlashAttention's gradient), so what is counted is a lower bound.
+some are more in truth (a sum in two passes, FlashAttention's gradient), so what is counted is a lower bound.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ from detr_profiling.absent_gpu import absent_gpu, made_on
 from detr_profiling.limits.counting import UNWRITTEN
 from detr_profiling.pages.blocks import Section, Table, cells, figures, words
 from detr_profiling.pages.terminal import show
-from detr_profiling.tracing.breakdown import OTHER
+from detr_profiling.tracing.timeline import OTHER
 
 aten = torch.ops.aten
 NOTHING_RUNS = UNWRITTEN | {aten._unsafe_view, aten.detach, aten.lift_fresh}
@@ -70,19 +70,19 @@ class LaunchesOptions(Options):
 
 
 class Launches(TorchDispatchMode):
-    """Counts, by the innermost stage that is open, operators that launch on `cuda`, and the launches of our kernels."""
+    """Counts, by the innermost open range, operators that launch on `cuda`, and the launches of our kernels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_stage: dict[str, Counter[str]] = {}
-        """Stage to operator or kernel to how often."""
+        self.by_range: dict[str, Counter[str]] = {}
+        """Profiler range to operator or kernel to how often."""
         self.synchronizations: list[str] = []
         """Operators that took something from the device to the host, or brought it from memory that is not pinned."""
         self.ours: set[str] = set()
         """Our operators that ran."""
 
     def note(self, name: str) -> None:
-        self.by_stage.setdefault(current_range() or OTHER, Counter())[name] += 1
+        self.by_range.setdefault(current_range() or OTHER, Counter())[name] += 1
 
     def note_triton(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.note(kernel.fn.__name__)
@@ -90,8 +90,8 @@ class Launches(TorchDispatchMode):
             kernel[grid](*arguments, **options)
 
     def totals(self) -> dict[str, int]:
-        """Count the launches by stage, in the stages' order."""
-        return {stage: self.by_stage[stage].total() for stage in (*PROFILER_RANGES, OTHER) if stage in self.by_stage}
+        """Count the launches by range, in the order of a step."""
+        return {name: self.by_range[name].total() for name in (*PROFILER_RANGES, OTHER) if name in self.by_range}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -234,15 +234,15 @@ def counted(found: Mapping[str, int]) -> str:
 
 
 def launches_table(launches: Launches) -> Table:
-    """Return launches by stage with the operators that launch most, and all of them together."""
+    """Return launches by range with the operators that launch most, and all of them together."""
     totals = launches.totals()
     rows = []
-    for stage, count in totals.items():
-        most = ", ".join(f"{name} {often}" for name, often in launches.by_stage[stage].most_common(4))
-        rows.append(cells(stage, str(count), most))
+    for name, count in totals.items():
+        most = ", ".join(f"{operator} {often}" for operator, often in launches.by_range[name].most_common(4))
+        rows.append(cells(name, str(count), most))
     waits = f"{len(launches.synchronizations)} device synchronisations"
     rows.append(cells("together", str(sum(totals.values())), waits))
-    return Table("Launches in a step", [*words("stage"), *figures("launches"), *words("most frequent")], rows)
+    return Table("Launches in a step", [*words("range"), *figures("launches"), *words("most frequent")], rows)
 
 
 def main(options: LaunchesOptions) -> int:

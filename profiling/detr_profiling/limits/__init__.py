@@ -1,1 +1,1 @@
-"""Lower bounds of a stage's time, from its operations and bytes and from the peaks of this machine."""
+"""Lower bounds of a profiler range's time, from its operations and bytes and from the peaks of this machine."""

@@ -1,4 +1,4 @@
-"""The work of a step, counted by stage: floating-point operations, and bytes that must move."""
+"""The work of a step, counted by profiler range: floating-point operations, and bytes that must move."""
 
 import gc
 import math
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_profiling.limits.flops import has_products, operator_flop
-from detr_profiling.tracing.breakdown import OTHER
+from detr_profiling.tracing.timeline import OTHER
 
 aten = torch.ops.aten
 
@@ -43,10 +43,10 @@ View = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """Counts what has to be done in a stage; all ranges of one name are one stage.
+    """Counts what has to be done in a profiler range; all ranges of one name are one.
 
-    `minimum_bytes` are those that move even if all of the stage were fused: every tensor that the stage reads and
-    that others have made, once; and every tensor that it makes and that another stage reads, or that outlives the
+    `minimum_bytes` are those that move even if all of it were fused: every tensor that the range reads and
+    that others have made, once; and every tensor that it makes and that another range reads, or that outlives the
     run, once. These are weights and images, activations that the backend keeps for the backward pass, gradients, the
     optimizer's state, outputs. Counted by storage: of each the distinct views that were touched, at most all of it.
     An operator that picks entries is taken to read its source whole.
@@ -59,7 +59,7 @@ class Work:
     moved_bytes: int
 
     def __add__(self, other: "Work") -> "Work":
-        """Add two stages as they are: what one leaves to the other counts in both."""
+        """Add two ranges as they are: what one leaves to the other counts in both."""
         return Work(
             self.flop + other.flop,
             self.minimum_bytes + other.minimum_bytes,
@@ -71,7 +71,7 @@ NOTHING = Work(0, 0, 0)
 
 
 def count_work(run: Callable[[], Any]) -> dict[str, Work]:
-    """Count the work of one `run` by the innermost stage that is open, or "other". It is really run, once, eagerly.
+    """Count the work of one `run` by the innermost range that is open, or "other". It is really run, once, eagerly.
 
     A compiled model shows nothing of what it does, so compilation is off meanwhile: what is counted is the same model
     uncompiled. Run it once before, since a first step also makes the optimizer's state. Tensors may be fake or on the
@@ -88,36 +88,36 @@ def count_work(run: Callable[[], Any]) -> dict[str, Work]:
 
 @dataclass
 class _Traffic:
-    """Notes who wrote one storage, who read it, and which parts: bytes by stage and view."""
+    """Notes who wrote one storage, who read it, and which parts: bytes by range and view."""
 
     nbytes: int
     writer: str | None = None
-    """The stage that wrote it last; None: it was there before the run."""
+    """The range that wrote it last; None: it was there before the run."""
     read: dict[str, dict[View, int]] = field(default_factory=lambda: defaultdict(dict))
-    """Bytes by stage and view that a stage read and had not written itself."""
+    """Bytes by range and view that a range read and had not written itself."""
     written: dict[str, dict[View, int]] = field(default_factory=lambda: defaultdict(dict))
     used: set[str] = field(default_factory=set)
-    """Stages that wrote what another one read."""
+    """Ranges that wrote what another one read."""
 
-    def note_read(self, stage: str, view: View, nbytes: int) -> None:
-        if self.writer != stage:
-            self.read[stage][view] = nbytes
+    def note_read(self, range_name: str, view: View, nbytes: int) -> None:
+        if self.writer != range_name:
+            self.read[range_name][view] = nbytes
             self._use()
 
-    def note_written(self, stage: str, view: View, nbytes: int) -> None:
-        if self.writer != stage and nbytes < self.nbytes:
+    def note_written(self, range_name: str, view: View, nbytes: int) -> None:
+        if self.writer != range_name and nbytes < self.nbytes:
             self._use()  # the rest of it stays
-        self.writer = stage
-        self.written[stage][view] = nbytes
+        self.writer = range_name
+        self.written[range_name][view] = nbytes
 
     def minimum_bytes(self, alive: bool) -> Iterator[tuple[str, int]]:
-        """Yield each stage with the bytes that must move for it; `alive`: the storage outlives the run."""
+        """Yield each range with the bytes that must move for it; `alive`: the storage outlives the run."""
         if alive:
             self._use()
-        for stage, views in self.read.items():
-            yield stage, min(self.nbytes, sum(views.values()))
-        for stage in self.used:
-            yield stage, min(self.nbytes, sum(self.written[stage].values()))
+        for range_name, views in self.read.items():
+            yield range_name, min(self.nbytes, sum(views.values()))
+        for range_name in self.used:
+            yield range_name, min(self.nbytes, sum(self.written[range_name].values()))
 
     def _use(self) -> None:
         if self.writer is not None:
@@ -143,23 +143,23 @@ class _Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        stage = current_range() or OTHER
-        self.flop[stage] += operator_flop(func, args, kwargs, result)
-        self._count_bytes(stage, func, args, kwargs, result)
+        range_name = current_range() or OTHER
+        self.flop[range_name] += operator_flop(func, args, kwargs, result)
+        self._count_bytes(range_name, func, args, kwargs, result)
         return result
 
     def work(self) -> dict[str, Work]:
         minimum = self.packed.copy()
         for storage, traffic in self.storages.items():
-            for stage, nbytes in traffic.minimum_bytes(alive=not storage.expired()):
-                minimum[stage] += nbytes
-        work = {stage: Work(self.flop[stage], minimum[stage], self.moved[stage]) for stage in (*PROFILER_RANGES, OTHER)}
-        return {stage: each for stage, each in work.items() if each != NOTHING}
+            for range_name, nbytes in traffic.minimum_bytes(alive=not storage.expired()):
+                minimum[range_name] += nbytes
+        work = {name: Work(self.flop[name], minimum[name], self.moved[name]) for name in (*PROFILER_RANGES, OTHER)}
+        return {name: each for name, each in work.items() if each != NOTHING}
 
-    def _count_bytes(self, stage: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _count_bytes(self, range_name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         packed = packed_bytes((args, kwargs))
-        self.packed[stage] += packed
-        self.moved[stage] += packed
+        self.packed[range_name] += packed
+        self.moved[range_name] += packed
         read, written = operands(func, args, kwargs)
         given = {StorageWeakRef(each.untyped_storage()) for each in (*read, *written)}
         outputs = tensors_in(result)
@@ -167,11 +167,11 @@ class _Counter(TorchDispatchMode):
         if func.overloadpacket in UNWRITTEN or (outputs and not made and not written):  # the latter: a view
             return
         for traffic, view, nbytes in self._touched(read):
-            traffic.note_read(stage, view, nbytes)
-            self.moved[stage] += nbytes
+            traffic.note_read(range_name, view, nbytes)
+            self.moved[range_name] += nbytes
         for traffic, view, nbytes in self._touched([*written, *made]):
-            traffic.note_written(stage, view, nbytes)
-            self.moved[stage] += nbytes
+            traffic.note_written(range_name, view, nbytes)
+            self.moved[range_name] += nbytes
 
     def _touched(self, tensors: list[Tensor]) -> Iterator[tuple[_Traffic, View, int]]:
         """Yield each distinct part of memory once, with its bytes; a dimension of stride 0 has one entry."""

@@ -1,6 +1,6 @@
-"""How far each stage of a step is from what the machine allows.
+"""How far each profiler range of a step is from what the machine allows.
 
-A stage takes no less than its FLOPs at the rate of a large GEMM,
+A range takes no less than its FLOPs at the rate of a large GEMM,
 and no less than the bytes that must move at the memory bandwidth of a large copy:
 the larger of the two is its bound (the roofline model; Williams et al. 2009).
 What counts as work, and which bytes must move, is defined in `detr_profiling.limits.counting`.
@@ -13,14 +13,14 @@ from typing import Literal
 from detr_fast.profiler_ranges import PROFILER_RANGES
 from detr_profiling.limits.counting import NOTHING, Work, count_work
 from detr_profiling.limits.peaks import Peaks
-from detr_profiling.tracing.breakdown import OTHER
+from detr_profiling.tracing.timeline import OTHER
 
-__all__ = ["Roofline", "StageRoofline", "Work", "count_work", "roofline"]
+__all__ = ["RangeRoofline", "Roofline", "Work", "count_work", "roofline"]
 
 WITHIN = {"backbone": "forward", "encoder": "forward", "decoder": "forward", "heads": "forward", "matching": "loss"}
-"""Stages that are part of another one where the model is compiled, and only that one has a time."""
+"""Ranges that are part of another one where the model is compiled, and only that one has a time."""
 UNBOUNDED = ("data wait", "copy")
-"""Stages with other limits: disks, workers, the way from the host to the device."""
+"""Ranges with other limits: disks, workers, the way from the host to the device."""
 LEAST_BOUND_MS = 1e-3
 """A smaller bound is none: to start any work takes longer."""
 
@@ -28,8 +28,8 @@ Bound = Literal["memory", "compute"]
 
 
 @dataclass(frozen=True)
-class StageRoofline:
-    """Holds one stage's work, time and bound. None: no bound, or no time."""
+class RangeRoofline:
+    """Holds one profiler range's work, time and bound. None: no bound, or no time."""
 
     name: str
     gflop: float
@@ -51,37 +51,37 @@ class StageRoofline:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Holds the stages of a step, and the step, under the machine's peaks."""
+    """Holds the ranges of a step, and the step, under the machine's peaks."""
 
     peaks: Peaks
-    stages: tuple[StageRoofline, ...]
-    """In the order of a step; what no stage covers is last, as "other"."""
-    total: StageRoofline
-    """The whole step. Its bound is the sum of the stages', as one follows the other;
+    ranges: tuple[RangeRoofline, ...]
+    """In the order of a step; what no range covers is last, as "other"."""
+    total: RangeRoofline
+    """The whole step. Its bound is the sum of the ranges', as one follows the other;
     it is bounded by what bounds the larger part of that sum."""
 
 
-def roofline(work: Mapping[str, Work], stage_ms: Mapping[str, float], step_ms: float, peaks: Peaks) -> Roofline:
-    """Compare work and measured milliseconds, both by stage without the stages within it, with the machine's peaks.
+def roofline(work: Mapping[str, Work], range_ms: Mapping[str, float], step_ms: float, peaks: Peaks) -> Roofline:
+    """Compare work and measured milliseconds, both by range without the ranges within it, with the machine's peaks.
 
-    Where a stage has work but no time, as in a compiled model, the work is added to that of the stage around it.
+    Where a range has work but no time, as in a compiled model, the work is added to that of the range around it.
     """
     joined: dict[str, Work] = {}
     for name, part in work.items():
         around = WITHIN.get(name, name)
-        timed = around if name not in stage_ms and around in stage_ms else name
+        timed = around if name not in range_ms and around in range_ms else name
         joined[timed] = joined.get(timed, NOTHING) + part
-    names = [name for name in (*PROFILER_RANGES, OTHER) if name in stage_ms or name in joined]
-    stages = tuple(_stage(name, joined.get(name, NOTHING), stage_ms.get(name), peaks) for name in names)
+    names = [name for name in (*PROFILER_RANGES, OTHER) if name in range_ms or name in joined]
+    ranges = tuple(_range(name, joined.get(name, NOTHING), range_ms.get(name), peaks) for name in names)
     bounds_ms: dict[Bound, float] = {"memory": 0.0, "compute": 0.0}
-    for stage in stages:
-        if stage.bound_ms is not None and stage.bound_by is not None:
-            bounds_ms[stage.bound_by] += stage.bound_ms
+    for row in ranges:
+        if row.bound_ms is not None and row.bound_by is not None:
+            bounds_ms[row.bound_by] += row.bound_ms
     total = _row("total", sum(joined.values(), NOTHING), step_ms, bounds_ms, sum(bounds_ms.values()), peaks)
-    return Roofline(peaks, stages, total)
+    return Roofline(peaks, ranges, total)
 
 
-def _stage(name: str, work: Work, ms: float | None, peaks: Peaks) -> StageRoofline:
+def _range(name: str, work: Work, ms: float | None, peaks: Peaks) -> RangeRoofline:
     limits_ms: dict[Bound, float] = {
         "memory": work.minimum_bytes / peaks.bandwidth_gb_s / 1e6,
         "compute": work.flop / peaks.gemm_tflop_s / 1e9,
@@ -93,11 +93,11 @@ def _stage(name: str, work: Work, ms: float | None, peaks: Peaks) -> StageRoofli
 
 def _row(
     name: str, work: Work, ms: float | None, limits_ms: dict[Bound, float], bound_ms: float, peaks: Peaks
-) -> StageRoofline:
+) -> RangeRoofline:
     """Make a row, bounded by the larger one of `limits_ms`. A time of 0 is none."""
     bound_ms = bound_ms if bound_ms >= LEAST_BOUND_MS else 0.0
     bound: Bound = max(limits_ms, key=limits_ms.__getitem__)
-    return StageRoofline(
+    return RangeRoofline(
         name=name,
         gflop=work.flop / 1e9,
         minimum_mib=work.minimum_bytes / 2**20,

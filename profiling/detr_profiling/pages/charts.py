@@ -76,7 +76,7 @@ def log_ticks(*axes: Axis) -> None:
 
 
 class Bar(NamedTuple):
-    """Holds a median with its quartiles, in milliseconds; of a stage also the device's time."""
+    """Holds a median with its quartiles, in milliseconds; of a profiler range also the device's time."""
 
     name: str
     median_ms: float
@@ -150,25 +150,25 @@ def label_bars(axes: Axes, bars: Sequence[Bar], before: Sequence[float], ends: S
     horizontal_bars(axes, [bar.name for bar in bars], "ms")
 
 
-def stage_bars(stages: Sequence[Bar]) -> Figure:
-    """Draw the host's time in each stage, and beside it the device's where it is known."""
-    on_device = any(stage.device_ms is not None for stage in stages)
+def range_bars(ranges: Sequence[Bar]) -> Figure:
+    """Draw the host's time in each profiler range, and beside it the device's where it is known."""
+    on_device = any(bar.device_ms is not None for bar in ranges)
     height = 0.36 if on_device else 0.62
-    figure, (axes,) = axes_of((0.42 if on_device else 0.3) * len(stages) + 0.9)
-    host_y = np.arange(len(stages)) - (height / 2 if on_device else 0)
-    times = [max(0.0, stage.median_ms) for stage in stages]
-    axes.barh(host_y, times, height, color=BLUE, label="host, median and quartiles", **error_bars(stages))
-    ends = [max(time, stage.q3_ms) for time, stage in zip(times, stages, strict=True)]
+    figure, (axes,) = axes_of((0.42 if on_device else 0.3) * len(ranges) + 0.9)
+    host_y = np.arange(len(ranges)) - (height / 2 if on_device else 0)
+    times = [max(0.0, bar.median_ms) for bar in ranges]
+    axes.barh(host_y, times, height, color=BLUE, label="host, median and quartiles", **error_bars(ranges))
+    ends = [max(time, bar.q3_ms) for time, bar in zip(times, ranges, strict=True)]
     for y, time, end in zip(host_y, times, ends, strict=True):
         note(axes, number(time), (end, y), (4, 0), va="center")
     if on_device:
-        device = [stage.device_ms or 0.0 for stage in stages]
+        device = [bar.device_ms or 0.0 for bar in ranges]
         axes.barh(host_y + height, device, height, color=ORANGE, label="device")
         for y, time in zip(host_y + height, device, strict=True):
             note(axes, number(time), (time, y), (4, 0), va="center")
         ends += device
     axes.set_xlim(0, 1.1 * max(ends) or 1.0)
-    horizontal_bars(axes, [stage.name for stage in stages], "ms in a step")
+    horizontal_bars(axes, [bar.name for bar in ranges], "ms in a step")
     figure.legend(loc="outside lower left", ncols=2)
     return figure
 
@@ -200,10 +200,10 @@ class Dot(NamedTuple):
     tflop_s: float
 
 
-def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, stages: Sequence[Dot]) -> Figure:
-    """Draw what each stage reaches under the measured memory bandwidth and the measured GEMM, as numbered points."""
+def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, ranges: Sequence[Dot]) -> Figure:
+    """Draw what each profiler range reaches under the measured memory bandwidth and GEMM, as numbered points."""
     figure, (axes,) = axes_of(3.6)
-    dots = [dot for dot in (total, *stages) if dot]
+    dots = [dot for dot in (total, *ranges) if dot]
     ridge = 1e3 * gemm_tflop_s / bandwidth_gb_s
     along = [ridge / 10, ridge * 10, *(dot.flop_per_byte * factor for dot in dots for factor in (0.5, 2))]
     low, high = min(along), max(along)
@@ -215,7 +215,7 @@ def roofline(bandwidth_gb_s: float, gemm_tflop_s: float, total: Dot | None, stag
     # above the ceiling, where no point can be
     note(axes, f"memory bandwidth, {number(bandwidth_gb_s)} GB/s", (ridge, gemm_tflop_s), (-8, 5), ha="right")
     for mark, dot in enumerate(dots, start=0 if total else 1):
-        # the total is a ring around a stage that covers it
+        # the total is a ring around a range that covers it
         colour, text, size = (VERMILION, "Σ", 19) if dot is total else (BLUE, str(mark), 13)
         xy, label = (dot.flop_per_byte, dot.tflop_s), f"{text}  {shorten(dot.name)}, {number(dot.tflop_s)} TFLOP/s"
         axes.plot(*xy, "o", color=colour, markersize=size, markeredgecolor="white", label=label, zorder=3 + mark)

@@ -10,7 +10,7 @@ from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
 from detr_profiling.pages.ladder import beside_baselines, by_mode, climb
 from detr_profiling.pages.results import LADDER_FILE, PARITY_FILE, RACE_FILE, TRACE_FILE, Results
-from detr_profiling.pages.trace import growth, peak_owner, stage_fractions, synchronizations
+from detr_profiling.pages.trace import growth, peak_owner, range_fractions, synchronizations
 from detr_profiling.workload import WorkloadOptions
 
 FILES = {"ladder": LADDER_FILE, "trace": TRACE_FILE, "parity": PARITY_FILE}
@@ -50,9 +50,9 @@ READING = [
         "plus an absolute tolerance. “Of allowed” is the error in percent of that: close is at most 100 %, and no NaN.",
     ),
     (
-        "Stages",
-        "A stage's time is the host's, without the stages within it. A GPU works behind the host: what it did for a "
-        "stage is under “device”.",
+        "Profiler ranges",
+        "Named parts of a step. A range's time is the host's, without the ranges within it. A GPU works behind the "
+        "host: what it did for a range is under “device”.",
     ),
     (
         "Device synchronisations",
@@ -61,8 +61,8 @@ READING = [
     ),
     (
         "Roofline",
-        "No stage can be faster than its bytes at the measured memory bandwidth or its FLOP at the rate of the "
-        "measured GEMM: “bound” is the larger of the two times, “× bound” how many times it the stage takes.",
+        "No range can be faster than its bytes at the measured memory bandwidth or its FLOP at the rate of the "
+        "measured GEMM: “bound” is the larger of the two times, “× bound” how many times it the range takes.",
     ),
     (
         formats.NOT_KNOWN,
@@ -92,12 +92,12 @@ def findings(results: Results) -> list[tuple[str, Cell]]:
 
 
 def trace_findings(trace: Mapping[str, Any]) -> Iterator[tuple[str, Cell]]:
-    stages, fractions = trace["stages"], stage_fractions(trace)
+    ranges, fractions = trace["ranges"], range_fractions(trace)
     if problem := trace.get("problem"):
         yield "trace", Cell(f"NOT complete: {problem}", BAD)
-    largest = max(range(len(stages)), key=lambda index: stages[index]["fraction"] or 0.0, default=None)
+    largest = max(range(len(ranges)), key=lambda index: ranges[index]["fraction"] or 0.0, default=None)
     if largest is not None:
-        yield "largest stage", Cell(f"{stages[largest]['name']}, {fractions[largest]} % of a step")
+        yield "largest profiler range", Cell(f"{ranges[largest]['name']}, {fractions[largest]} % of a step")
     yield "device synchronisations", Cell(synchronizations(trace))
     if memory := trace["memory"]:
         peak = f"{formats.number(memory['peak_mib'])} MiB in {peak_owner(memory)}"

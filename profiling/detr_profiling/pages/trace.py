@@ -1,4 +1,4 @@
-"""The report's sections on a traced step: stages, synchronisations, operators, memory, roofline, GPU, backends."""
+"""Sections of the report on a traced step: time by profiler range, synchronisations, operators, memory, roofline."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -33,7 +33,7 @@ LONGEST_TABLE = 12
 
 
 def trace_sections(trace: Trace) -> Iterator[Section]:
-    yield Section("Stages", stages_blocks(trace))
+    yield Section("Profiler ranges", range_blocks(trace))
     yield Section("Synchronisations and operators", synchronization_blocks(trace))
     yield Section("Memory", memory_blocks(trace))
     yield Section("Roofline", roofline_blocks(trace))
@@ -64,31 +64,30 @@ def timing(block: Mapping[str, Any], unit: str | None = None) -> str:
     return formats.timing(block["median"], block["q1"], block["q3"], block["runs"], unit)
 
 
-def stages_blocks(trace: Trace) -> list[Block]:
-    stages, fractions = trace["stages"], stage_fractions(trace)
-    bars = [
-        charts.Bar(*(stage[name] for name in ("name", "median_ms", "q1_ms", "q3_ms", "device_ms"))) for stage in stages
-    ]
-    description = ", ".join(f"{stage['name']} {part} %" for stage, part in zip(stages, fractions, strict=True))
+def range_blocks(trace: Trace) -> list[Block]:
+    ranges, fractions = trace["ranges"], range_fractions(trace)
+    bars = [charts.Bar(*(row[name] for name in ("name", "median_ms", "q1_ms", "q3_ms", "device_ms"))) for row in ranges]
+    description = ", ".join(f"{row['name']} {part} %" for row, part in zip(ranges, fractions, strict=True))
+    steps = formats.many(trace["steps"], "profiled step")
     table = Table(
-        f"Own time of each stage, without the stages within it; {formats.many(trace['steps'], 'profiled step')}",
-        [*words("stage"), *figures("host, ms (IQR, runs)", "of a step, %", "device, ms")],
+        f"Own time of each profiler range, without the ranges within it; {steps}",
+        [*words("range"), *figures("host, ms (IQR, runs)", "of a step, %", "device, ms")],
         [
-            cells(stage["name"], stage_timing(stage), part, formats.number(stage["device_ms"]))
-            for stage, part in zip(stages, fractions, strict=True)
+            cells(row["name"], range_timing(row), part, formats.number(row["device_ms"]))
+            for row, part in zip(ranges, fractions, strict=True)
         ],
     )
-    chart = Chart("stages", "Time of each stage in one step", description, partial(charts.stage_bars, bars))
-    return [step_paragraph(trace), *([chart] if stages else []), without_unknown(table)]
+    chart = Chart("ranges", "Time of each profiler range in one step", description, partial(charts.range_bars, bars))
+    return [step_paragraph(trace), *([chart] if ranges else []), without_unknown(table)]
 
 
-def stage_fractions(trace: Trace) -> list[str]:
-    """Return the stages' fractions of a step in percent, adding up to 100 where the fractions add up to 1."""
-    return formats.percents([stage["fraction"] for stage in trace["stages"]])
+def range_fractions(trace: Trace) -> list[str]:
+    """Return the ranges' fractions of a step in percent, adding up to 100 where the fractions add up to 1."""
+    return formats.percents([row["fraction"] for row in trace["ranges"]])
 
 
-def stage_timing(stage: Mapping[str, Any]) -> str:
-    return formats.timing(*(stage[name] for name in ("median_ms", "q1_ms", "q3_ms", "runs")))
+def range_timing(row: Mapping[str, Any]) -> str:
+    return formats.timing(*(row[name] for name in ("median_ms", "q1_ms", "q3_ms", "runs")))
 
 
 def step_paragraph(trace: Trace) -> Paragraph:
@@ -98,7 +97,7 @@ def step_paragraph(trace: Trace) -> Paragraph:
             [
                 *lacking(trace),
                 f"a step takes {timing(trace['step_ms'], 'ms')}",
-                f"in the profiler, where the stages are timed, {timing(profiled, 'ms')}" if profiled else "",
+                f"in the profiler, where the ranges are timed, {timing(profiled, 'ms')}" if profiled else "",
                 "" if idle is None else f"the device is idle for {formats.percent(idle)} % of it",
             ]
         )
@@ -107,10 +106,10 @@ def step_paragraph(trace: Trace) -> Paragraph:
 
 def synchronization_blocks(trace: Trace) -> list[Block]:
     table = Table(
-        "Device synchronisations by operation and stage",
-        [*code("operation"), *words("stage"), *figures("per step")],
+        "Device synchronisations by operation and profiler range",
+        [*code("operation"), *words("range"), *figures("per step")],
         [
-            cells(wait["operation"], wait["stage"], formats.count(wait["per_step"]))
+            cells(wait["operation"], wait["range"], formats.count(wait["per_step"]))
             for wait in trace["synchronizations"]
         ],
     )
@@ -156,7 +155,7 @@ def usage_tables(kind: str, usages: Sequence[Mapping[str, Any]]) -> Iterator[Tab
 
 def peak_owner(memory: Mapping[str, Any]) -> str:
     operator = memory["peak_operator"]
-    return f"{memory['peak_stage']} by {operator}" if operator else str(memory["peak_stage"])
+    return f"{memory['peak_range']} by {operator}" if operator else str(memory["peak_range"])
 
 
 def memory_blocks(trace: Trace) -> list[Block]:
@@ -190,7 +189,7 @@ def roofline_blocks(trace: Trace) -> list[Block]:
     if not found:
         return [Paragraph("n/a: this trace has none.")]
     peaks, total = found["peaks"], roofline_dot(found["total"])
-    stages = [dot for stage in found["stages"] if (dot := roofline_dot(stage))]
+    ranges = [dot for row in found["ranges"] if (dot := roofline_dot(row))]
     summary = sentence(
         [
             f"measured here: a memory bandwidth of {formats.number(peaks['bandwidth_gb_s'])} GB/s, and "
@@ -199,38 +198,40 @@ def roofline_blocks(trace: Trace) -> list[Block]:
             f"model FLOP utilisation (MFU) {formats.percent(found['total']['mfu'])} %",
         ]
     )
-    dots = [dot for dot in (total, *stages) if dot]
+    dots = [dot for dot in (total, *ranges) if dot]
     description = "; ".join(
         f"{dot.name}: {formats.number(dot.flop_per_byte)} FLOP/byte, {formats.number(dot.tflop_s)} TFLOP/s"
         for dot in dots
     )
-    draw = partial(charts.roofline, peaks["bandwidth_gb_s"], peaks["gemm_tflop_s"], total, stages)
-    chart = Chart("roofline", "What each stage with GEMMs reaches, under the measured limits", description, draw)
+    draw = partial(charts.roofline, peaks["bandwidth_gb_s"], peaks["gemm_tflop_s"], total, ranges)
+    chart = Chart(
+        "roofline", "What each profiler range with GEMMs reaches, under the measured limits", description, draw
+    )
     return [Paragraph(summary), chart, roofline_table(found)]
 
 
-def roofline_dot(stage: Mapping[str, Any]) -> charts.Dot | None:
-    """Return a stage's point; None where it has no FLOP, bytes or time."""
-    gflop, mib, ms = (stage[name] or 0.0 for name in ("gflop", "minimum_mib", "ms"))
+def roofline_dot(row: Mapping[str, Any]) -> charts.Dot | None:
+    """Return a range's point; None where it has no FLOP, bytes or time."""
+    gflop, mib, ms = (row[name] or 0.0 for name in ("gflop", "minimum_mib", "ms"))
     if not (gflop > 0 and mib > 0 and ms > 0):
         return None
-    return charts.Dot(stage["name"], gflop * 1e9 / (mib * 2**20), gflop / ms)
+    return charts.Dot(row["name"], gflop * 1e9 / (mib * 2**20), gflop / ms)
 
 
 def roofline_table(found: Mapping[str, Any]) -> Table:
     titles = ("GFLOP", "MiB moved at least", "ms", "bound, ms")
-    columns = [*words("stage"), *figures(*titles), *words("bound by"), *figures("× bound", "MFU, %")]
+    columns = [*words("range"), *figures(*titles), *words("bound by"), *figures("× bound", "MFU, %")]
     rows = [
         cells(
-            stage["name"],
-            *(formats.number(stage[name]) for name in ("gflop", "minimum_mib", "ms", "bound_ms")),
-            stage["bound_by"] or formats.NOT_KNOWN,
-            formats.number(stage["times_bound"]),
-            formats.percent(stage["mfu"]),
+            row["name"],
+            *(formats.number(row[name]) for name in ("gflop", "minimum_mib", "ms", "bound_ms")),
+            row["bound_by"] or formats.NOT_KNOWN,
+            formats.number(row["times_bound"]),
+            formats.percent(row["mfu"]),
         )
-        for stage in (*found["stages"], found["total"])
+        for row in (*found["ranges"], found["total"])
     ]
-    return Table("Work, time and roofline bound of each stage", columns, rows)
+    return Table("Work, time and roofline bound of each profiler range", columns, rows)
 
 
 def telemetry_blocks(trace: Trace) -> list[Block]:

@@ -1,1 +1,1 @@
-"""Recordings of torch's profiler, read as stages, waits, launches and memory."""
+"""Reads traces of torch's profiler: time by range, synchronisations, launches and memory."""

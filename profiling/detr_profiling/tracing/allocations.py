@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from detr_profiling.tracing.breakdown import OTHER
-from detr_profiling.tracing.timeline import Event, Timeline, nanoseconds
+from detr_profiling.tracing.timeline import OPERATOR, Span, Timeline
 
 MOST_POINTS = 2000
 LEAST_LEAK_MIB = 1 / 64
@@ -30,7 +29,8 @@ ALLOCATORS = frozenset(
 @dataclass(frozen=True)
 class MemoryUse:
     peak_mib: float
-    peak_stage: str
+    peak_range: str
+    """The profiler range in which the peak was reached."""
     peak_operator: str | None
     """Around the allocation that reached the peak; None where it was in none."""
     curve: list[tuple[float, float]]
@@ -56,23 +56,21 @@ def living_tensors_mib() -> float:
 def memory_use(timeline: Timeline, before_mib: float = 0.0) -> MemoryUse | None:
     """Find the memory's curve and peak: of the GPU, if the trace has one's allocations, else of the CPU on top of
     `before_mib`; None without events."""
-    on_device = [event for event in timeline.memory if event["args"]["Device Type"] == 1]
-    events = on_device or timeline.memory
+    on_device = [event for event in timeline.allocations if event.args["Device Type"] == 1]
+    events = on_device or timeline.allocations
     if not events:
         return None
-    totals = np.array([event["args"]["Total Allocated"] for event in events]) / 2**20
+    totals = np.array([event.args["Total Allocated"] for event in events]) / 2**20
     if not on_device:
-        first = events[0]["args"]
-        totals += before_mib - (first["Total Allocated"] - first["Bytes"]) / 2**20
-    times_ns = np.array([nanoseconds(event["ts"]) for event in events])
+        totals += before_mib - (events[0].args["Total Allocated"] - events[0].args["Bytes"]) / 2**20
+    times_ns = np.array([event.start_ns for event in events])
     highest = int(totals.argmax())
     growths = np.diff([total_at(times_ns, totals, step.end_ns) for step in timeline.steps])
-    stage, operator = where(timeline, events[highest])
     least_leak_mib = max(LEAST_LEAK_MIB, LEAST_LEAK_FRACTION * totals.max())
     return MemoryUse(
         peak_mib=float(totals[highest]),
-        peak_stage=stage,
-        peak_operator=operator,
+        peak_range=timeline.range_of(events[highest]),
+        peak_operator=allocating_operator(events[highest]),
         curve=thinned((times_ns - timeline.steps[0].start_ns) / 1e6, totals),
         growth_mib_per_step=float(np.median(growths)) if len(growths) else None,
         leaking=bool(len(growths)) and bool((growths > least_leak_mib).all()),
@@ -84,13 +82,10 @@ def total_at(times_ns: np.ndarray, totals_mib: np.ndarray, time_ns: int) -> floa
     return float(totals_mib[max(0, int(times_ns.searchsorted(time_ns, side="right")) - 1)])
 
 
-def where(timeline: Timeline, event: Event) -> tuple[str, str | None]:
-    """Name the stage and the operator in which memory was asked for."""
-    track, time_ns = (event["pid"], event["tid"]), nanoseconds(event["ts"])
-    innermost = timeline.operators.innermost(track, time_ns)
-    around = [] if innermost is None else [span.name for span in innermost.outward()]
-    operator = next((name for name in around if name not in ALLOCATORS), around[-1] if around else None)
-    return timeline.stage_at(track, time_ns) or OTHER, operator
+def allocating_operator(allocation: Span) -> str | None:
+    """Name the innermost operator around it that says what the memory is for; None where there is none around it."""
+    around = [span.name for span in allocation.outward(OPERATOR)]
+    return next((name for name in around if name not in ALLOCATORS), around[-1] if around else None)
 
 
 def thinned(times_ms: np.ndarray, totals_mib: np.ndarray) -> list[tuple[float, float]]:

@@ -1,7 +1,6 @@
-"""Breakdown of a step: time by stage on the host and on the device, idleness, launches, the dearest operators.
+"""Breaks a step down: time by profiler range on the host and on the device, idleness, launches, the dearest operators.
 
-Operators and kernels are torch's own sums (`key_averages`). Stages are not among them: their time is without that of
-stages within them, and what a GPU did belongs to the stage that launched it.
+Operators and kernels are torch's own sums (`key_averages`). What is by range or by step comes from the timeline.
 """
 
 import re
@@ -15,10 +14,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 
 from detr_profiling.measuring.timing import Timing
-from detr_profiling.tracing.timeline import RANGES, Span, Timeline
+from detr_profiling.tracing.timeline import OTHER, RANGE, RANGES, Span, Timeline
 
-OTHER = "other"
-"""Name of the time, and the work, that no stage covers."""
 MOST_ROWS = 25
 LAUNCH = re.compile(r"cu(da)?(Launch|GraphLaunch)")
 CALL = re.compile(r"cu(da)?[A-Z]")
@@ -26,14 +23,14 @@ CALL = re.compile(r"cu(da)?[A-Z]")
 
 
 @dataclass(frozen=True)
-class StageTime:
-    """Holds one stage's own time, without that of stages within it, over the profiled steps."""
+class RangeTime:
+    """Holds one profiler range's own time, without that of ranges within it, over the profiled steps."""
 
     name: str
     timing: Timing
-    """Host time from the beginning of its ranges to their end; several in a step are added."""
+    """Host time from its beginnings to its ends; several of one name in a step are added."""
     fraction: float
-    """Fraction of the host's time in all steps; those of all stages add up to 1."""
+    """Fraction of the host's time in all steps; those of all ranges add up to 1."""
     device_ms: float | None
     """Median time of what it launched, streams added; None without a GPU."""
 
@@ -41,23 +38,23 @@ class StageTime:
         return {"name": self.name} | self.timing.columns() | {"fraction": self.fraction, "device_ms": self.device_ms}
 
 
-def stage_times(timeline: Timeline) -> list[StageTime]:
-    """Split the steps into the stages that occur, in the order of a step, and what is between them."""
-    steps = len(timeline.steps)
-    own_ns: dict[str, list[int]] = defaultdict(lambda: [0] * steps)
-    for span in timeline.stages.spans:
-        step = timeline.step_at(span.start_ns)
+def range_times(timeline: Timeline) -> list[RangeTime]:
+    """Split the steps into the ranges that occur, in the order of a step, and what is between them."""
+    lengths_ns = [step.duration_ns for step in timeline.steps]
+    own_ns = {OTHER: list(lengths_ns)}
+    for span in timeline.ranges:
+        step = timeline.step_of(span)
         if step is not None and span.track == timeline.steps[0].track:
-            own_ns[span.name][step] += span.own_ns
-    lengths = [step.duration_ns for step in timeline.steps]
-    covered = [sum(column) for column in zip(*own_ns.values(), strict=True)] or [0] * steps
-    own_ns[OTHER] = [length - part for length, part in zip(lengths, covered, strict=True)]
+            _, *outer = (each.name for each in span.outward(RANGE))
+            around = next((name for name in outer if name in own_ns), OTHER)
+            own_ns[around][step] -= span.duration_ns
+            own_ns.setdefault(span.name, [0] * len(lengths_ns))[step] += span.duration_ns
     device_ms = device_times_ms(timeline)
     return [
-        StageTime(
+        RangeTime(
             name,
             Timing(tuple(value / 1e6 for value in own_ns[name])),
-            sum(own_ns[name]) / sum(lengths),
+            sum(own_ns[name]) / sum(lengths_ns),
             None if device_ms is None else float(np.median(device_ms[name])),
         )
         for name in (*RANGES, OTHER)
@@ -66,12 +63,12 @@ def stage_times(timeline: Timeline) -> list[StageTime]:
 
 
 def device_times_ms(timeline: Timeline) -> dict[str, list[float]] | None:
-    """Add up, by stage, the milliseconds of what it launched in each step, on all streams; None without a device."""
+    """Add up, by range, the milliseconds of what it launched in each step, on all streams; None without a device."""
     if not timeline.device:
         return None
     times: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(timeline.steps))
     for step, call, work in timeline.launched():
-        times[timeline.stage_at(call.track, call.start_ns) or OTHER][step] += work.duration_ns / 1e6
+        times[timeline.range_of(call)][step] += work.duration_ns / 1e6
     return times
 
 
@@ -105,11 +102,10 @@ def launches_per_step(timeline: Timeline) -> tuple[float, str]:
     """Count the launches, the mean over the steps, and say of what: on a GPU kernels, where a whole graph is one; else
     torch's operators, those within others too. Loops that torch.compile wrote are no operators."""
     if timeline.device:
-        calls = [span for span in timeline.calls if LAUNCH.match(span.name)]
-        found = {span.correlation for span in calls if timeline.step_at(span.start_ns) is not None}
-        return len(found) / len(timeline.steps), "kernel launches"
-    spans = (span for span in timeline.operators.spans if is_operator(span))
-    return sum(timeline.step_at(span.start_ns) is not None for span in spans) / len(timeline.steps), "operators"
+        calls = [span for span in timeline.calls if LAUNCH.match(span.name) and timeline.step_of(span) is not None]
+        return len({call.correlation for call in calls}) / len(timeline.steps), "kernel launches"
+    found = [span for span in timeline.operators if is_operator(span) and timeline.step_of(span) is not None]
+    return len(found) / len(timeline.steps), "operators"
 
 
 def is_operator(span: Span) -> bool:

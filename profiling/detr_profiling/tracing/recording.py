@@ -25,12 +25,12 @@ from detr_profiling.measuring.nvml import Sampler
 from detr_profiling.measuring.timing import STEADY_AFTER, Timing, calls_a_run, measure
 from detr_profiling.tracing.allocations import living_tensors_mib, memory_use
 from detr_profiling.tracing.breakdown import (
-    StageTime,
+    RangeTime,
     idle_fraction,
     kernel_usage,
     launches_per_step,
     operator_usage,
-    stage_times,
+    range_times,
 )
 from detr_profiling.tracing.synchronizations import synchronizations
 from detr_profiling.tracing.timeline import CLOSING, Timeline, read_timeline
@@ -127,24 +127,24 @@ def profile_workload(
     """Write OUT/trace.pt.json.gz and OUT/trace.json, and return what the latter holds.
 
     `step_ms` and `process` are of steps without the profiler, which costs time in every operator; on a GPU these are
-    issued back to back. What is split by stage or operator is of the `steps` profiled ones, each of which waits for the
+    issued back to back. What is split by range or operator is of the `steps` profiled ones, each of which waits for the
     device at its end. Lists hold numbers of one step; None: does not apply, or unknown. `problem`: what the trace
     lacks, or None.
     """
     plain = measure_plain(workload, max(steps, LEAST_TIMED_STEPS), warmup)
     trace = out / TRACE_FILE
     timeline, averages, before_mib = record(workload, trace, steps, warmup)
-    stages = stage_times(timeline)
+    ranges = range_times(timeline)
     memory = memory_use(timeline, before_mib)
     problem = missing_events(workload.device, timeline)
-    with_roofline &= problem is None  # a stage's fraction of the host's time is not its fraction of the device's
+    with_roofline &= problem is None  # a range's fraction of the host's time is not its fraction of the device's
     result = {
         "machine": describe_machine(workload.device).to_dict(),
         "workload": {"name": workload.name, **workload.options.to_dict()},
         "steps": steps,
         "step_ms": plain.timing.to_dict(),
         "profiled_step_ms": Timing(tuple(step.duration_ns / 1e6 for step in timeline.steps)).to_dict(),
-        "stages": [row.to_dict() for row in stages],
+        "ranges": [row.to_dict() for row in ranges],
         "idle_fraction": idle_fraction(timeline),
         **count_figures(timeline),
         "operators": list(map(asdict, operator_usage(averages, timeline))),
@@ -153,7 +153,7 @@ def profile_workload(
         "gpu": plain.gpu,
         "process": {"cpu_seconds_per_step": plain.cpu_seconds_per_step, "peak_rss_mib": plain.peak_rss_mib},
         "backends": workload.reasons,
-        "roofline": roofline_of(workload, stages, plain.timing) if with_roofline else None,
+        "roofline": roofline_of(workload, ranges, plain.timing) if with_roofline else None,
         "problem": problem,
         "trace_file": TRACE_FILE,
         "trace_mib": trace.stat().st_size / 2**20,
@@ -175,16 +175,15 @@ def count_figures(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def roofline_of(workload: Workload, stages: list[StageTime], step: Timing) -> dict[str, Any]:
-    """Compute the roofline from each stage's time on the device, or from its fraction of the host's, scaled to the
+def roofline_of(workload: Workload, ranges: list[RangeTime], step: Timing) -> dict[str, Any]:
+    """Compute the roofline from each range's time on the device, or from its fraction of the host's, scaled to the
     unprofiled step."""
     dtype, _ = choose_precision(workload.options.precision, workload.device)
     if workload.name != "detr_fast" and workload.options.precision != "bf16":
         dtype = torch.float32  # a baseline's own
-    stage_ms = {row.name: row.fraction * step.median_ms if row.device_ms is None else row.device_ms for row in stages}
-
+    range_ms = {row.name: row.fraction * step.median_ms if row.device_ms is None else row.device_ms for row in ranges}
     work = count_work(partial(run_step, workload))
-    return asdict(roofline(work, stage_ms, step.median_ms, measure_peaks(workload.device, dtype)))
+    return asdict(roofline(work, range_ms, step.median_ms, measure_peaks(workload.device, dtype)))
 
 
 def unpacked_bytes(path: Path) -> int:

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from detr_profiling.tracing.breakdown import OTHER, is_operator
-from detr_profiling.tracing.timeline import CLOSING, Span, Timeline
+from detr_profiling.tracing.breakdown import is_operator
+from detr_profiling.tracing.timeline import CLOSING, OPERATOR, Span, Timeline
 
 BLOCKING = re.compile(r"cu(da)?(Stream|Device|Event|Ctx)Synchronize|cu(da)?(Memcpy|MemFree|Free)(?!.*Async)")
 """Calls that return when the device has done what it was given."""
@@ -30,7 +30,8 @@ READS_ON_CPU_ALONE = ("aten::_fused_adam", "aten::_fused_sgd", "aten::_fused_ada
 class Synchronization:
     operation: str
     """The outermost operator around it, with autograd's node where it is in one, else the call itself."""
-    stage: str
+    range: str
+    """The innermost profiler range that was open."""
     per_step: float
     """Mean over the steps."""
 
@@ -48,41 +49,38 @@ def synchronizations(timeline: Timeline) -> list[Synchronization]:
     """
     found = Counter(blocking_calls(timeline) if timeline.device else host_reads(timeline))
     rows = [Synchronization(*where, count / len(timeline.steps)) for where, count in found.items()]
-    return sorted(rows, key=lambda row: (-row.per_step, row.operation, row.stage))
+    return sorted(rows, key=lambda row: (-row.per_step, row.operation, row.range))
 
 
 def blocking_calls(timeline: Timeline) -> Iterator[tuple[str, str]]:
-    """Yield operation and stage of each wait for a GPU."""
+    """Yield operation and range of each wait for a GPU."""
     into_pageable = {work.correlation for work in timeline.device if TO_PAGEABLE_HOST.match(work.name)}
     seen = set()
     for call in timeline.calls:
-        stage = timeline.stage_at(call.track, call.start_ns) or OTHER
-        if timeline.step_at(call.start_ns) is None or stage == CLOSING:
+        blocks = BLOCKING.match(call.name) or call.correlation in into_pageable
+        if not blocks or timeline.step_of(call) is None or timeline.range_of(call) == CLOSING:
             continue
-        if not (BLOCKING.match(call.name) or call.correlation in into_pageable):
-            continue
-        operator = timeline.operators.innermost(call.track, call.start_ns)
+        operator = next(call.outward(OPERATOR), None)
         if operator is None:
-            yield call.name, stage
+            yield call.name, timeline.range_of(call)
         elif operator not in seen:
             seen.add(operator)
-            yield operation(operator), stage
+            yield operation(operator), timeline.range_of(call)
 
 
 def host_reads(timeline: Timeline) -> Iterator[tuple[str, str]]:
-    """Yield operation and stage of each read by the host, on a CPU."""
-    for span in timeline.operators.spans:
-        stage = timeline.stage_at(span.track, span.start_ns) or OTHER
-        if span.name not in READS or timeline.step_at(span.start_ns) is None or stage == "data wait":
+    """Yield operation and range of each read by the host, on a CPU."""
+    for span in timeline.operators:
+        if span.name not in READS or timeline.step_of(span) is None or timeline.range_of(span) == "data wait":
             continue
-        around = [outer.name for outer in span.outward()][1:]
+        _, *around = (outer.name for outer in span.outward(OPERATOR))
         if not any(name in READS or name.startswith(READS_ON_CPU_ALONE) for name in around):
-            yield operation(span), stage
+            yield operation(span), timeline.range_of(span)
 
 
 def operation(inner: Span) -> str:
     """Make a name that says where: `aten::index`, or `aten::item in ProdBackward1`."""
-    chain = list(inner.outward())
+    chain = list(inner.outward(OPERATOR))
     name = next((span.name for span in reversed(chain) if is_operator(span)), chain[-1].name)
     node = next((span.name for span in chain if "Backward" in span.name and "::" not in span.name), None)
     return f"{name} in {node}" if node else name

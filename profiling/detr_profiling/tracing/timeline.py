@@ -1,17 +1,18 @@
-"""A profiler's trace, read back: ranges that nest, operators, calls of the device's driver, work on the device.
+"""Reads a profiler's trace back: what happened when, within what, and for which profiler range of a step.
 
-torch's `key_averages()` adds up operators and kernels. What needs to know when something happened, and within what, is
-read here: stages, device synchronisations, and memory, whose totals are in the trace alone.
+torch adds up operators and kernels (`key_averages()`). The rest is read from the Chrome trace, because the events that
+torch hands out do not say it (2.11). `prof.events()` adds each allocation to the operator around it, without its moment
+and without the total, and nests within one thread, while autograd launches a GPU's backward pass from a thread that has
+no ranges. And nothing loads events again: of a run that is over there is only the file.
 
-A stage's time is the host's, from the beginning of its range to the end, without its inner ranges. What a GPU did
-belongs to the stage that was open on the host when it was launched.
+A range's time is the host's, from its beginning to its end, without its inner ranges. What a GPU did belongs to the
+range that was open on the host when it was launched.
 """
 
 import gzip
 import json
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,19 @@ from detr_fast.profiler_ranges import PROFILER_RANGES
 
 Track = tuple[Any, Any]
 """Process and thread, or device and stream."""
-Event = dict[str, Any]
+Event = Mapping[str, Any]
 
 CLOSING = "device wait"
 """The range in which whoever records waits for a GPU, so that a step's work ends within the step."""
 RANGES = (*PROFILER_RANGES, CLOSING)
-DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
-CALL_KINDS = ("cuda_runtime", "cuda_driver")
+OTHER = "other"
+"""Name of the time, and the work, that no range covers."""
+
+RANGE, OPERATOR, ALLOCATION = "user_annotation", "cpu_op", "cpu_instant_event"
+CALLS = ("cuda_runtime", "cuda_driver")
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of the trace: ranges, operators, allocations and releases, calls of the device's runtime and driver, and
+what these start on a GPU."""
 
 
 @dataclass(eq=False)
@@ -37,59 +44,30 @@ class Span:
 
     name: str
     kind: str
-    """The trace's category, as in cpu_op or kernel."""
+    """The trace's category."""
     track: Track
     start_ns: int
     end_ns: int
-    correlation: int | None = None
-    """Number that a call has in common with the kernel or copy that it started on the device."""
+    args: Mapping[str, Any] = field(default_factory=dict)
     parent: "Span | None" = None
-    """The span of its kind around it."""
-    inner_ns: int = 0
-    """Nanoseconds that spans of its kind take directly within it."""
+    """The one around it on its thread, of any kind."""
 
     @property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
 
     @property
-    def own_ns(self) -> int:
-        return self.duration_ns - self.inner_ns
+    def correlation(self) -> int | None:
+        """Return the number that a call has in common with the kernels and copies that it started on the device."""
+        return self.args.get("correlation")
 
-    def outward(self) -> "Iterator[Span]":
-        """Yield it, then what encloses it, innermost first."""
+    def outward(self, kind: str) -> "Iterator[Span]":
+        """Yield those of `kind` among it and what encloses it, innermost first."""
         span: Span | None = self
         while span is not None:
-            yield span
+            if span.kind == kind:
+                yield span
             span = span.parent
-
-
-class Nesting:
-    """Orders spans of one kind, each with the one around it on its thread."""
-
-    def __init__(self, spans: Iterable[Span]) -> None:
-        self.spans = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-        self._tracks: dict[Track, list[Span]] = defaultdict(list)
-        for span in self.spans:
-            track = self._tracks[span.track]
-            around = track[-1] if track else None
-            while around is not None and around.end_ns < span.end_ns:
-                around = around.parent
-            if around is not None:
-                span.parent = around
-                around.inner_ns += span.duration_ns
-            track.append(span)
-        self._starts = {track: [span.start_ns for span in spans] for track, spans in self._tracks.items()}
-
-    def innermost(self, track: Track, time_ns: int) -> Span | None:
-        """Find the one that is open on `track` at that time."""
-        if track not in self._tracks:
-            return None
-        index = bisect_right(self._starts[track], time_ns) - 1
-        found = self._tracks[track][index] if index >= 0 else None
-        while found is not None and found.end_ns <= time_ns:
-            found = found.parent
-        return found
 
 
 @dataclass
@@ -97,42 +75,46 @@ class Timeline:
     """Holds the parts of a trace that figures are made of."""
 
     steps: list[Span]
-    stages: Nesting
-    operators: Nesting
-    calls: list[Span]
-    """To the device's runtime and driver, in the order of time."""
+    host: list[Span]
+    """Ranges, operators, calls and allocations, in the order of time, each with the one around it."""
     device: list[Span]
     """Kernels, copies and fills on a GPU, of all its streams."""
-    memory: list[Event] = field(default_factory=list)
-    """Allocations and releases, as the trace has them, in the order of time."""
 
     @cached_property
-    def _step_starts(self) -> list[int]:
-        return [step.start_ns for step in self.steps]
+    def ranges(self) -> list[Span]:
+        return [span for span in self.host if span.kind == RANGE]
 
     @cached_property
-    def _call_of(self) -> dict[int, Span]:
-        return {call.correlation: call for call in self.calls if call.correlation is not None}
+    def operators(self) -> list[Span]:
+        return [span for span in self.host if span.kind == OPERATOR]
 
-    def step_at(self, time_ns: int) -> int | None:
-        """Return the index of the step that is under way."""
-        index = bisect_right(self._step_starts, time_ns) - 1
-        return index if index >= 0 and time_ns < self.steps[index].end_ns else None
+    @cached_property
+    def calls(self) -> list[Span]:
+        return [span for span in self.host if span.kind in CALLS]
 
-    def stage_at(self, track: Track, time_ns: int) -> str | None:
-        """Name the innermost stage open there, else on the step's own thread: autograd works on another one for it."""
-        own = self.stages.innermost(track, time_ns) or self.stages.innermost(self.steps[0].track, time_ns)
-        return own.name if own else None
+    @cached_property
+    def allocations(self) -> list[Span]:
+        return [span for span in self.host if span.kind == ALLOCATION]
 
-    def launch(self, work: Span) -> Span | None:
-        """Find the call that started `work` on the device."""
-        return None if work.correlation is None else self._call_of.get(work.correlation)
+    def step_of(self, span: Span) -> int | None:
+        """Return the index of the step that was under way when it began."""
+        index = bisect_right(self.steps, span.start_ns, key=lambda step: step.start_ns) - 1
+        return index if index >= 0 and span.start_ns < self.steps[index].end_ns else None
+
+    def range_of(self, span: Span) -> str:
+        """Name the innermost range around it, else the one open on the step's own thread: autograd works on another."""
+        around = next(span.outward(RANGE), None)
+        if around is None:
+            own = (each for each in reversed(self.ranges) if each.track == self.steps[0].track)
+            around = next((each for each in own if each.start_ns <= span.start_ns < each.end_ns), None)
+        return around.name if around else OTHER
 
     def launched(self) -> Iterator[tuple[int, Span, Span]]:
-        """Yield what ran on the device for a step: the step's index, the call, the work."""
+        """Yield what ran on the device for a step: the step's index, the call that started it, the work."""
+        call_of = {call.correlation: call for call in self.calls}
         for work in self.device:
-            call = self.launch(work)
-            step = None if call is None else self.step_at(call.start_ns)
+            call = None if work.correlation is None else call_of.get(work.correlation)
+            step = None if call is None else self.step_of(call)
             if call is not None and step is not None:
                 yield step, call, work
 
@@ -144,32 +126,40 @@ def read_timeline(path: Path) -> Timeline:
     return make_timeline(events, str(path))
 
 
-def make_timeline(events: Sequence[Event], source: str = "The trace") -> Timeline:
+def make_timeline(events: Iterable[Event], source: str = "The trace") -> Timeline:
     """Make it from events in any order: torch writes them by kind, not by time."""
-    spans: dict[str, list[Span]] = defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and "cat" in event:
-            spans[event["cat"]].append(make_span(event))
-    ranges = spans["user_annotation"]
-    steps = [span for span in ranges if span.name.startswith("ProfilerStep#")]
-    steps = steps or [span for span in ranges if span.name == "step"]
+    spans = [make_span(event) for event in events if event.get("ph") in ("X", "i") and "cat" in event]
+    steps = [span for span in spans if span.kind == RANGE and span.name.startswith("ProfilerStep#")]
+    steps = steps or [span for span in spans if span.kind == RANGE and span.name == "step"]
     require(bool(steps), f"{source} has no steps: call profiler.step() after each, or open a range named step.")
+    named = {RANGE: RANGES, ALLOCATION: ("[memory]",)}
     return Timeline(
         steps=sorted(steps, key=lambda span: span.start_ns),
-        stages=Nesting(span for span in ranges if span.name in RANGES),
-        operators=Nesting(spans["cpu_op"]),
-        calls=sorted((span for kind in CALL_KINDS for span in spans[kind]), key=lambda span: span.start_ns),
-        device=[span for kind in DEVICE_KINDS for span in spans[kind]],
-        memory=sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]),
+        host=nested(
+            [span for span in spans if span.kind in (OPERATOR, *CALLS) or span.name in named.get(span.kind, ())]
+        ),
+        device=[span for span in spans if span.kind in ON_DEVICE],
     )
 
 
 def make_span(event: Event) -> Span:
     start_ns = nanoseconds(event["ts"])
-    correlation = event.get("args", {}).get("correlation")
-    track = (event["pid"], event["tid"])
-    return Span(event["name"], event["cat"], track, start_ns, start_ns + nanoseconds(event["dur"]), correlation)
+    end_ns = start_ns + nanoseconds(event.get("dur", 0))
+    return Span(event["name"], event["cat"], (event["pid"], event["tid"]), start_ns, end_ns, event.get("args", {}))
 
 
 def nanoseconds(microseconds: float) -> int:
     return round(microseconds * 1e3)
+
+
+def nested(spans: Sequence[Span]) -> list[Span]:
+    """Order them by their beginning, and give each the one around it on its thread."""
+    ordered = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+    latest: dict[Track, Span] = {}
+    for span in ordered:
+        around = latest.get(span.track)
+        while around is not None and around.end_ns < span.end_ns:
+            around = around.parent
+        span.parent = around
+        latest[span.track] = span
+    return ordered
