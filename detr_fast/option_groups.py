@@ -1,6 +1,6 @@
 """Common ground of all classes of options: groups whose flags have no prefix, and options without effect."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -80,6 +80,16 @@ class Options(Checked):
 def default_of(field: Field[Any]) -> Any:
     """Return what a field holds where nothing is given; MISSING where it has to be."""
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def flags(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield options by name as the words of a command line; one that is None is not given."""
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif value is not None:
+            yield from (f"--{flag}", str(value))
 
 
 def _in_groups(kind: type[Options], groups: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

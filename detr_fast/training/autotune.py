@@ -15,10 +15,11 @@ from detr_fast.config import ModelConfig, UserError
 from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
+from detr_fast.option_groups import flags
 from detr_fast.options import TrainOptions
 from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
-from detr_fast.tuning import NAMED, Case, Tuning, find, keep
+from detr_fast.tuning import Case, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
 """Images whose mean size stands for the data set's."""
@@ -99,13 +100,11 @@ def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int])
         "size": f"{height}x{width}",
         "batch_size": options.optimizer.batch_size,
         "device": options.runtime.device,
-        **{name: getattr(options.runtime, name, None) for name in NAMED},
+        **options.runtime.asked(),
         "minutes": MINUTES,
         "output": str(Path(options.output, "profile")),
     }
-    for name, value in values.items():
-        if value is not None:
-            yield from (f"--{name.replace('_', '-')}", str(value))
+    yield from flags(values)
 
 
 def measure(arguments: list[str], console: Console) -> bool:

@@ -37,6 +37,7 @@ class WorkloadOptions(RuntimeOptions):
         Idle("dropout", lambda o: o.mode == "inference", "with --mode inference: give --mode training"),
         Idle("capture", lambda o: o.capture and o.resolved().device == "cpu", "on a CPU: give --device cuda"),
     )
+    switches: ClassVar[tuple[str, ...]] = (*RuntimeOptions.switches, "capture", "threads", "optimize")
     model: str = "detr_r50"
     """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
     num_classes: int | None = None
