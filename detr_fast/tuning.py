@@ -70,7 +70,7 @@ class Case(Checked):
     pixels: int
     """Pixels of an image, on average."""
     named: str = ""
-    """What is asked for by name, as in "precision fp32, compile True"."""
+    """Switches that are asked for by name, as in "precision fp32, compile True"."""
 
     @classmethod
     def of(

@@ -18,9 +18,10 @@ from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ladder_sections, ranks
 from detr_profiling.pages.markdown import render_markdown
+from detr_profiling.pages.report import make_report
 from detr_profiling.pages.results import load_results
 from detr_profiling.pages.terminal import show
-from detr_profiling.report import make_report, readme_table
+from detr_profiling.report import readme_table
 from detr_profiling.rounds import Entry, rows_of
 
 from detr_fast.config import UserError

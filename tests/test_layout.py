@@ -29,7 +29,7 @@ ENTRY_POINTS = {
     *(f"detr_profiling.{name}" for name in COMMANDS),
 }
 """Modules that a person starts by name."""
-STILL_IMPORTED = {"detr_profiling.trace", "detr_profiling.report"}
+STILL_IMPORTED = {"detr_profiling.trace"}
 """Those that hold what other commands of the profiling suite need, too."""
 
 

@@ -22,9 +22,9 @@ from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.techniques import start, techniques
 from detr_profiling.pages import formats
 from detr_profiling.pages.ladder import ladder_sections
+from detr_profiling.pages.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.pages.results import LADDER_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
 from detr_profiling.workload import WorkloadOptions
 

@@ -26,8 +26,8 @@ from detr_profiling.measuring.measurement import (
 )
 from detr_profiling.measuring.row import LadderRow, write_rows
 from detr_profiling.measuring.techniques import Technique
+from detr_profiling.pages.report import write_report
 from detr_profiling.pages.results import read_ladder
-from detr_profiling.report import write_report
 from detr_profiling.workload import WorkloadOptions
 
 

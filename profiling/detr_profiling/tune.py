@@ -38,10 +38,10 @@ from detr_profiling.measuring.measurement import FLOAT64, Configuration, write_r
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
+from detr_profiling.pages.report import HTML_FILE, write_report
 from detr_profiling.pages.results import TUNE_FILE, read_object
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.tuning import tuning_sections
-from detr_profiling.report import HTML_FILE, write_report
 from detr_profiling.trace import training_options
 from detr_profiling.workload import Mode, WorkloadOptions
 
