@@ -90,21 +90,13 @@ def remember_failure(device: torch.device, case: Case, console: Console) -> None
 
 
 def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
-    """Yield the words with which `tune` measures the same step."""
+    """Return the words with which `tune` measures the same step."""
     height, width = size
-    values = {
-        "model": options.network.model,
-        **{name: getattr(config, name) for name in ("num_classes", "num_queries", "encoder_layers", "decoder_layers")},
-        "dropout": config.dropout,
-        "source_position": config.source_position,
-        "size": f"{height}x{width}",
-        "batch_size": options.optimizer.batch_size,
-        "device": options.runtime.device,
-        **options.runtime.asked(),
-        "minutes": MINUTES,
-        "output": str(Path(options.output, "profile")),
-    }
-    yield from flags(values)
+    architecture = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "dropout", "source_position")
+    values = {name: getattr(config, name) for name in architecture} | options.runtime.asked()
+    values |= {"model": options.network.model, "size": f"{height}x{width}", "batch_size": options.optimizer.batch_size}
+    values |= {"device": options.runtime.device, "minutes": MINUTES, "output": str(Path(options.output, "profile"))}
+    return flags(values)
 
 
 def measure(arguments: list[str], console: Console) -> bool:
