@@ -167,9 +167,8 @@ def rows_of(entries: Sequence[Entry]) -> list[LadderRow]:
     """Make a row of each entry, with the machine and the commit that this is."""
     options = entries[0].configuration.options.to_dict()
     machine = describe_machine(torch.device(options["device"]))
-    place: dict[str, Any] = {
-        name: str(options[name]) for name in ("model", "size", "size_mix", "batch_size", "threads")
-    }
+    names = ("model", "size", "size_mix", "batch_size", "threads")
+    place: dict[str, Any] = {name: str(options[name]) for name in names}
     place |= {name: getattr(machine, name) or "" for name in ("device", "commit", "date")}
     place["torch"] = machine.versions["torch"] or ""
     return [row_of(entry, entries[0].measured, place) for entry in entries]

@@ -98,8 +98,7 @@ class TuneOptions(Options):
         device, images = self.workload.resolved().runtime.device, self.workload.batch_size or 0
         batches = with_batches(config.but(batch_size=images), model, device, 1, len(train_set))
         height, width = typical_size(train_set)
-        names = self.workload.network.field_types().keys() - {"model"}
-        found = {name: getattr(model, name) for name in names}
+        found = {name: getattr(model, name) for name in self.workload.network.field_types() if name != "model"}
         return self.but(data=None, size=f"{height}x{width}", batch_size=batches.optimizer.batch_size, **found)
 
 
