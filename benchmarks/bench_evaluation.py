@@ -7,7 +7,7 @@ eager code.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def model_cases(size: Size) -> Iterator[ModelCase]:
 def bench_model(benchmark: BenchmarkFixture, model_case: ModelCase, request: Any) -> None:
     root: Path = request.getfixturevalue(model_case.data)
     precision: Any = "fp32" if model_case.precision == "tf32" else model_case.precision
-    options = WorkloadOptions(model=model_case.model, precision=precision)
+    options = WorkloadOptions.of(model=model_case.model, precision=precision)
     detector = build(options)
     dataset = build_dataset(DataOptions(data=str(root)), "val", detector.config)
     assert len(dataset) == model_case.images
@@ -139,7 +139,7 @@ def bench_model(benchmark: BenchmarkFixture, model_case: ModelCase, request: Any
 
 
 def build(options: WorkloadOptions) -> Detector:
-    runtime = choose_runtime(options)
+    runtime = choose_runtime(options.runtime)
     return Detector(place(initial_model(options), runtime), runtime=runtime)
 
 
@@ -149,9 +149,9 @@ def load(dataset: CocoDataset, runtime: Runtime) -> Any:
 
 def judge(options: WorkloadOptions, dataset: CocoDataset) -> Verdict:
     """Compare scores and boxes of all images with those of DETR's own order of operations in float64."""
-    plain = replace(options, kernels="ref", attention="ref")
+    plain = options.but(kernels="ref", attention="ref")
     found, eager = (detections(build(each), dataset, torch.float32) for each in (options, plain))
-    exact = detections(build(replace(plain, precision="fp32")), dataset, torch.float64)
+    exact = detections(build(plain.but(precision="fp32")), dataset, torch.float64)
     judged = [
         (name, assert_close(a, b, c, scaled_tolerance(b, 1e-5), name))
         for name, a, b, c in zip(("scores", "boxes"), found, exact, eager, strict=True)

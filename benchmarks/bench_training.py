@@ -23,7 +23,7 @@ from benchmarks.workload_cases import (
 )
 from detr_fast.runtime import missing_for_compile
 
-TINY = WorkloadOptions(model="detr_tiny", size="64x64", batch_size=16, objects=5)
+TINY = WorkloadOptions.of(model="detr_tiny", size="64x64", batch_size=16, objects=5)
 
 
 def cases(size: Size) -> list[WorkloadCase]:

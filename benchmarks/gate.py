@@ -1,6 +1,5 @@
 """The gate before the clock: a model is timed only if it computes what the plain reference computes."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +28,13 @@ class PlainObservations:
         if workload.observe is None:
             return NOT_COMPARABLE
         options = workload.options
-        exact = self.load(replace(options, precision="fp32"), tf32, torch.float64)
+        exact = self.load(options.but(precision="fp32"), tf32, torch.float64)
         eager = self.load(options, tf32, torch.float32)
         return verdict_of(workload.observe(), exact | targets_of(options), eager)
 
     def load(self, options: WorkloadOptions, tf32: bool, dtype: torch.dtype) -> Observation:
-        words = (options.mode, options.model, options.size, options.batch_size, options.objects, options.precision)
+        values = options.to_dict()
+        words = [values[name] for name in ("mode", "model", "size", "batch_size", "objects", "precision")]
         path = self.folder / "-".join(map(str, (*words, tf32, dtype)))
         if not path.exists():
             observe = build_baseline("reference", options, dtype).observe

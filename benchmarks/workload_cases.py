@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class WorkloadCase:
     @property
     def precision(self) -> str:
         """Name the precision; tf32 is float32 as Tensor Cores multiply it."""
-        precision = self.configuration.options.precision
+        precision = self.configuration.options.runtime.precision
         return "tf32" if ON_GPU and precision == "fp32" and self.configuration.tf32 else precision
 
     @property
@@ -62,7 +62,7 @@ class WorkloadCase:
     @property
     def group(self) -> str:
         options = self.configuration.options
-        return f"{options.mode}, {options.model}, {self.size}, b{self.images}"
+        return f"{options.mode}, {options.network.model}, {self.size}, b{self.images}"
 
 
 def precisions() -> Sequence[str]:
@@ -78,12 +78,12 @@ def compiles(size: Size) -> bool:
 
 def workload_options(mode: Mode, size: Size, **changes: Any) -> WorkloadOptions:
     height_width, images = SIZES[mode, size]
-    return WorkloadOptions(mode=mode, size=height_width, batch_size=images, **changes)
+    return WorkloadOptions.of(mode=mode, size=height_width, batch_size=images, **changes)
 
 
 def case(name: str, options: WorkloadOptions, precision: str, **changes: Any) -> WorkloadCase:
     """Make a case; `changes`: other fields of Configuration."""
-    options = replace(options, precision="bf16" if precision == "bf16" else "fp32")
+    options = options.but(precision="bf16" if precision == "bf16" else "fp32")
     return WorkloadCase(name, Configuration(options, tf32=precision != "fp32", **changes))
 
 
@@ -109,18 +109,18 @@ def own_cases(
     be captured.
     """
     for name, change in changes.items():
-        changed = replace(options, **{key: value for key, value in change.items() if key != "backends"})
+        changed = options.but(**{key: value for key, value in change.items() if key != "backends"})
         backends = change.get("backends", {})
         for precision in in_precisions:
             yield case(name, changed, precision, backends=backends)
-        if compiled and name != "ref" and not (options.mode == "inference" and changed.capture):
-            yield case(f"{name}-compiled", replace(changed, compile=True), in_precisions[-1], backends=backends)
+        if compiled and name != "ref" and not (options.mode == "inference" and changed.runtime.capture):
+            yield case(f"{name}-compiled", changed.but(compile=True), in_precisions[-1], backends=backends)
 
 
 def time_workload(benchmark: BenchmarkFixture, case: WorkloadCase, plain: PlainObservations) -> None:
     """Pass the gate, then time."""
     workload, compile_s = case.configuration.build(), None
-    if workload.options.compile:
+    if workload.options.runtime.compile:
         compile_s = time_first_run(workload)
     verdict = plain.judge(workload, case.configuration.tf32)
     # judged was a graph without dropout, or of fewer images, whose number must not become a variable of the timed one

@@ -134,7 +134,7 @@ def refuse_empty(argv: Sequence[str]) -> None:
 def refuse_idle(options: Options, argv: Sequence[str]) -> None:
     """Raise UserError for an option that `argv` gives and that has no effect beside the others (`Idle`)."""
     given = {word.partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    for part in (options, *(group for _, group in options.groups())):
+    for part in options.parts():
         for one in part.idle:
             named = {f"__{one.option}", f"__no_{one.option}"}
             require(not given & named or not one.when(part), one.message())

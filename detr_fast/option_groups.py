@@ -1,8 +1,8 @@
 """Common ground of all classes of options: groups whose flags have no prefix, and options without effect."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, get_type_hints
 
 from detr_fast.config import Checked
 
@@ -22,13 +22,11 @@ class Idle:
         return f"{name} has no effect {self.why}, or leave {name} out."
 
 
-Part = TypeVar("Part", bound="Options")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
     """Options of a command, or a group of them: a field is a flag of its name, or a group, which adds no prefix.
 
+    A group may have groups, and a command's may be of a class derived from the field's type, as its default is.
     As a dict, and in a checkpoint, they are flat: by name, without the groups.
     """
 
@@ -38,11 +36,7 @@ class Options(Checked):
     @classmethod
     def field_types(cls) -> dict[str, Any]:
         """Return the type of each option by its name, those of the groups too."""
-        found: dict[str, Any] = {}
-        for name, kind in super().field_types().items():
-            is_group = isinstance(kind, type) and issubclass(kind, Options)
-            found |= kind.field_types() if is_group else {name: kind}
-        return found
+        return _types(cls, {each.name: default_of(each) for each in fields(cls)})
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -59,15 +53,17 @@ class Options(Checked):
         """Return the same with `changes`, by name, whatever group each is in."""
         return replace(self, **_in_groups(type(self), dict(self.groups()), changes))
 
-    def part(self, kind: type[Part]) -> Part:
-        """Return these as a `kind` that their class is derived from, without what it adds."""
-        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
-
     def groups(self) -> Iterator[tuple[str, "Options"]]:
         """Yield the groups that these are composed of, by name."""
         for each in fields(self):
             if isinstance(part := getattr(self, each.name), Options):
                 yield each.name, part
+
+    def parts(self) -> Iterator["Options"]:
+        """Yield these options and every group in them, those of groups too."""
+        yield self
+        for _, group in self.groups():
+            yield from group.parts()
 
     def to_dict(self) -> dict[str, Any]:
         own = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -80,6 +76,25 @@ class Options(Checked):
 def default_of(field: Field[Any]) -> Any:
     """Return what a field holds where nothing is given; MISSING where it has to be."""
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def flags(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield options by name as the words of a command line; one that is None is not given."""
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif value is not None:
+            yield from (f"--{flag}", str(value))
+
+
+def _types(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the types of the options of `kind`, in groups of the classes that those in `values` are of."""
+    found: dict[str, Any] = {}
+    kinds = get_type_hints(kind)
+    for name, value in values.items():
+        found |= _types(type(value), vars(value)) if isinstance(value, Options) else {name: kinds[name]}
+    return found
 
 
 def _in_groups(kind: type[Options], groups: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class RuntimeOptions(Options):
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("tune", lambda o: o.tune and o.kernels == "ref", "with --kernels ref: give --kernels auto"),
     )
+    switches: ClassVar[tuple[str, ...]] = (
+        *("precision", "kernels", "attention", "compile", "channels_last", "host_allocator"),
+    )
+    """Its options on which the speed of a step depends."""
     device: Device = "auto"
     """auto: the GPU where there is one."""
     precision: Precision = "auto"
@@ -46,6 +50,10 @@ class RuntimeOptions(Options):
     host_allocator: HostAllocator = "auto"
     """keep: freed memory of the host is kept by the process, in large pages; system: glibc as it is; auto: keep on a
     CPU with glibc. It holds for the whole process."""
+
+    def asked(self) -> dict[str, Any]:
+        """Return, by name, the switches that are not left open: what is measured with them serves such runs alone."""
+        return {name: value for name in self.switches if (value := getattr(self, name)) not in (None, "auto")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +198,7 @@ class AugmentationOptions(Options):
 class TrainRuntimeOptions(RuntimeOptions):
     """Choose device, precision and backends of the training step, and of the evaluations between."""
 
+    switches: ClassVar[tuple[str, ...]] = (*RuntimeOptions.switches, "capture")
     capture: bool | None = None
     """Replay the optimizer step as CUDA graphs, one for each shape of batch; needs a GPU. Without the option: where it
     was measured to be faster here."""

@@ -136,16 +136,10 @@ def not_asked_for(options: RuntimeOptions, tuning: Tuning | None, device: torch.
     """
     if tuning is None or not options.tune or options.kernels == "ref":
         return {}
-    left_open = {
-        "precision": options.precision == "auto",
-        "compile": options.compile is None,
-        "channels_last": options.channels_last is None,
-        "capture": getattr(options, "capture", None) is None,
-        "threads": "OMP_NUM_THREADS" not in os.environ,
-        "attention": options.attention == options.kernels == "auto",
-        "optimize": options.kernels == "auto" and getattr(options, "optimize", None) is None,
-    }
-    found = {name: each for name, each in tuning.measured().items() if left_open.get(name, options.kernels == "auto")}
+    closed = set(options.asked()) | ({"threads"} if "OMP_NUM_THREADS" in os.environ else set())
+    if "kernels" in closed:
+        closed |= {"optimize", *OPERATIONS}
+    found = {name: each for name, each in tuning.measured().items() if name not in closed}
     precision = found["precision"][0] if "precision" in found else options.precision
     about = device, choose_precision(precision, device)[0], USUAL_HEAD_DIM, tuning.parsed_case().mode
     problems = {name: why_not_measured(name, value, *about) for name, (value, _) in found.items()}
@@ -166,11 +160,10 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     """
     device, device_reason = choose_device(options.device)
     measured = not_asked_for(options, tuning, device)
-    value = {name: found for name, (found, _) in measured.items()}
-    dtype, precision_reason = choose_precision(value.get("precision", options.precision), device)
+    value = options.asked() | {name: found for name, (found, _) in measured.items()}
+    dtype, precision_reason = choose_precision(value.get("precision", "auto"), device)
     host_allocator, allocator_reason = choose_host_allocator(options.host_allocator, device)
-    compiled = bool(value.get("compile", options.compile))
-    channels_last = value.get("channels_last", options.channels_last is not False)
+    compiled = value.get("compile", False)
     lacking = missing_for_compile() if compiled else None
     require(lacking is None, f"--compile cannot run: {lacking}. Or leave --compile out.")
     for option in ("kernels", "attention"):
@@ -186,13 +179,13 @@ def choose_runtime(options: RuntimeOptions, tuning: Tuning | None = None) -> Run
     return Runtime(
         device,
         dtype,
-        channels_last,
+        value.get("channels_last", True),
         compiled,
         options.kernels,
         options.attention,
         reasons,
-        capture=value.get("capture", getattr(options, "capture", None)),
-        optimize=value.get("optimize", getattr(options, "optimize", None)),
+        capture=value.get("capture"),
+        optimize=value.get("optimize"),
         measured={name: found for name, found in measured.items() if name not in RUNTIME_SWITCHES},
         host_allocator=host_allocator,
         threads=value.get("threads") if device.type == "cpu" else None,

@@ -60,16 +60,6 @@ Measured = dict[str, tuple[Any, str]]
 """Switch -> its value, and what was measured that made it so."""
 
 
-NAMED = ("precision", "kernels", "attention", "compile", "channels_last", "capture", "threads", "host_allocator")
-"""Options that a measurement depends on where they are asked for by name."""
-
-
-def named(options: RuntimeOptions) -> str:
-    """List what `options` ask for by name, as in "compile True, precision fp32"."""
-    asked = {name: getattr(options, name, None) for name in NAMED}
-    return ", ".join(f"{name} {value}" for name, value in asked.items() if value not in (None, "auto"))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case(Checked):
     """The case that an entry is for: architecture, mode, batch, image size, and options asked for by name."""
@@ -80,6 +70,7 @@ class Case(Checked):
     pixels: int
     """Pixels of an image, on average."""
     named: str = ""
+    """Switches that are asked for by name, as in "precision fp32, compile True"."""
 
     @classmethod
     def of(
@@ -95,7 +86,7 @@ class Case(Checked):
             mode=mode,
             batch_size=batch_size,
             pixels=height * width,
-            named=named(options),
+            named=", ".join(f"{name} {value}" for name, value in options.asked().items()),
         )
 
     @classmethod

@@ -106,7 +106,7 @@ def test_without_the_clock_each_runs_once() -> None:
 
 
 def test_a_model_that_is_off_by_one_percent_does_not_pass(tmp_path: Path) -> None:
-    options = WorkloadOptions(size="64x96", batch_size=1, device="cpu", precision="fp32", objects=3)
+    options = WorkloadOptions.of(size="64x96", batch_size=1, device="cpu", precision="fp32", objects=3)
     workload, plain = build_workload(options), PlainObservations(tmp_path)
     verdict = plain.judge(workload, tf32=True)
     assert verdict.error is not None and verdict.allowed is not None and verdict.error <= verdict.allowed

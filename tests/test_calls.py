@@ -58,7 +58,9 @@ def test_make_report_gives_each_part_its_options_and_time(checkout: Path) -> Non
     assert [call[0] for call in calls] == list(kinds), "what is most important comes first"
     for name, *words in calls:
         options: Any = parsed(kinds[name], words)
-        assert options.output == "folder" and (name == "report" or (options.size, options.batch_size) == ("64x96", 2))
+        found = options.to_dict()
+        assert found["output"] == "folder"
+        assert name == "report" or (found["size"], found["batch_size"]) == ("64x96", 2)
     seconds = re.findall(r"(\d+) s", (checkout / "times").read_text())
     assert len(seconds) == 3 and sum(map(int, seconds)) <= 8 * 60
 

@@ -8,6 +8,11 @@ from typing import get_args
 
 import pytest
 from detr_kernels import OPERATIONS
+from detr_profiling.ladder import LadderOptions
+from detr_profiling.parity import ParityOptions
+from detr_profiling.trace import TraceOptions
+from detr_profiling.tune import TuneOptions
+from detr_profiling.workload import OpenRuntimeOptions, WorkloadOptions, WorkloadRuntimeOptions
 
 from detr_fast.config import MODELS, ModelConfig, UserError, model_config
 from detr_fast.option_groups import Options, default_of
@@ -63,10 +68,19 @@ def test_every_number_has_limits() -> None:
 
 def test_options_are_composed_of_groups_and_flat_for_a_command_line_and_a_file() -> None:
     """By name, whatever group each is in; so no two groups have one of the same name."""
-    for kind in (TrainOptions, EvaluateOptions, PredictOptions):
+    for kind in (
+        TrainOptions,
+        EvaluateOptions,
+        PredictOptions,
+        TraceOptions,
+        ParityOptions,
+        LadderOptions,
+        TuneOptions,
+    ):
         groups = [each for each in map(default_of, fields(kind)) if isinstance(each, Options)]
-        own = len(fields(kind)) - len(groups)
-        assert len(kind.field_types()) == own + sum(len(group.field_types()) for group in groups)
+        parts = [kind, *(part for group in groups for part in group.parts())]
+        own = sum(not isinstance(default_of(each), Options) for part in parts for each in fields(part))
+        assert len(kind.field_types()) == own
     recipe = RECIPES["detr_tiny"]
     changed = recipe.but(lr=1.0, seed=3, train_sizes=(7,))
     assert (changed.optimizer.lr, changed.seed, changed.augmentation.train_sizes) == (1.0, 3, (7,))
@@ -77,6 +91,19 @@ def test_options_are_composed_of_groups_and_flat_for_a_command_line_and_a_file()
         recipe.but(leraning_rate=1.0)
     with pytest.raises(UserError, match=r"'wieght_decay'.*'weight_decay'"):
         TrainOptions.from_dict(recipe.to_dict() | {"wieght_decay": 0.0})
+
+
+def test_a_group_has_groups_and_stays_of_the_class_that_its_command_has() -> None:
+    tune, ladder = TuneOptions.of(model="detr_tiny", seed=3), LadderOptions.of(runs=9, size="32x32", device="cpu")
+    assert (tune.workload.network.model, tune.workload.seed, ladder.timing.runs) == ("detr_tiny", 3, 9)
+    assert tune.but(threads=2).workload.runtime == OpenRuntimeOptions(threads=2)
+    assert TuneOptions.field_types()["compile"] == bool | None and LadderOptions.field_types()["compile"] is bool
+    assert (
+        tune.workload.runtime.asked() == {} and ladder.but(compile=False).workload.runtime.asked()["compile"] is False
+    )
+    measured = ladder.workload.resolved()
+    assert type(measured.runtime) is WorkloadRuntimeOptions and measured.runtime.compile
+    assert WorkloadOptions.from_dict(measured.to_dict()) == measured
 
 
 def test_backends_asked_for_by_name_are_those_of_the_registry() -> None:

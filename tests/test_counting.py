@@ -3,7 +3,6 @@
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import detr_kernels
@@ -28,7 +27,7 @@ from detr_fast.profiler_ranges import profiler_range
 
 FLOAT = 4
 """Bytes."""
-OPTIONS = WorkloadOptions(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3, threads=1)
+OPTIONS = WorkloadOptions.of(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3, threads=1)
 
 
 def flop_of(run: Callable[[], Any]) -> int:
@@ -301,7 +300,7 @@ def test_detr_r50_is_what_we_say_on_any_backend(named: dict[str, str] | None, pa
 def test_a_real_step_of_every_form_is_the_same_work() -> None:
     counts = {}
     for form in ("ref", "auto", "triton"):
-        options = replace(OPTIONS, model="detr_tiny", size="32x32", kernels=form)
+        options = OPTIONS.but(model="detr_tiny", size="32x32", kernels=form)
         counts[form] = count_work(build_workload(options).run)
     flop = {form: {name: work.flop for name, work in ranges.items() if work.flop} for form, ranges in counts.items()}
     assert flop["ref"] == flop["auto"] == flop["triton"]
@@ -313,7 +312,7 @@ def test_a_real_step_of_every_form_is_the_same_work() -> None:
 
 
 def test_inference_moves_at_least_images_weights_and_outputs() -> None:
-    workload = build_workload(replace(OPTIONS, mode="inference"))
+    workload = build_workload(OPTIONS.but(mode="inference"))
     workload.run()
     work = count_work(workload.run)
     weights = sum(each.nbytes for each in (*workload.model.backbone.parameters(), *workload.model.backbone.buffers()))  # type: ignore[union-attr]
@@ -324,7 +323,7 @@ def test_inference_moves_at_least_images_weights_and_outputs() -> None:
 
 def test_optimizer_of_a_real_step() -> None:
     """Weight, gradient and two moments in and out: what clips the gradient writes it."""
-    workload = build_workload(replace(OPTIONS, model="detr_tiny"))
+    workload = build_workload(OPTIONS.but(model="detr_tiny"))
     workload.run()
     nbytes = sum(each.nbytes for each in workload.model.parameters() if each.requires_grad)
     assert count_work(workload.run)["optimizer"].minimum_bytes == pytest.approx(8 * nbytes, rel=0.01)

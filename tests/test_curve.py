@@ -4,7 +4,6 @@ not."""
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from detr_profiling.comparison.average_precision import (
 from detr_profiling.comparison.curve import Task, TrainingCurve, allowed_errors, make_task
 from detr_profiling.comparison.variants import PRECISIONS
 from detr_profiling.reference.weights import reference_of
-from detr_profiling.workload import WorkloadOptions
+from detr_profiling.workload import WorkloadRuntimeOptions
 
 from detr_fast.config import UserError, model_config
 from detr_fast.model.detr import DETR
@@ -36,7 +35,7 @@ from detr_fast.weights.container import write_container
 from detr_fast.weights.files import ModelDescription
 
 CPU = torch.device("cpu")
-FP32 = WorkloadOptions(device="cpu", precision="fp32")
+FP32 = WorkloadRuntimeOptions(device="cpu", precision="fp32")
 STEPS = 4
 
 
@@ -80,7 +79,7 @@ def test_a_timm_backbone_has_no_reference() -> None:
 
 def test_ours_learns_as_the_reference_does(curve: TrainingCurve) -> None:
     for name in PRECISIONS:
-        curve.add(name, replace(FP32, precision=name))
+        curve.add(name, FP32.but(precision=name))
     result = curve.to_dict()
     assert result["close"] and result["losses"].keys() == {"reference", "reference bf16", "fp32", "bf16"}
     assert result["reference"][-1] < 0.95 * result["reference"][0]
@@ -142,7 +141,7 @@ def images(task: Task) -> Images:
 def test_the_same_weights_have_the_same_ap(trained: DETR, images: Images) -> None:
     ap = AveragePrecision(trained, images, CPU)
     for name in PRECISIONS:
-        ap.add(name, replace(FP32, precision=name))
+        ap.add(name, FP32.but(precision=name))
     result = ap.to_dict()
     assert result["close"] and result["images"] == 12
     rows = {row["name"]: row["AP50"] for row in result["rows"]}
@@ -186,7 +185,7 @@ def test_weights_that_hold_nan_have_no_ap_anywhere(trained: DETR, images: Images
     broken.get_parameter("bbox_embed.layers.2.bias").data[:] = math.nan
     ap = AveragePrecision(broken, images, CPU)
     for precision in PRECISIONS:
-        ap.add(precision, replace(FP32, precision=precision))
+        ap.add(precision, FP32.but(precision=precision))
     result = ap.to_dict()
     assert not result["close"] and result["images"] == 0 and all(row["AP"] is None for row in result["rows"])
 

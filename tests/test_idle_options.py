@@ -1,9 +1,10 @@
 """An option that is given and has no effect is refused, with the option that takes its effect away and what to do."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 from detr_profiling import __main__ as profiling
@@ -18,9 +19,10 @@ from detr_fast.check_data import CheckDataOptions
 from detr_fast.command import run
 from detr_fast.config import MODELS, UserError
 from detr_fast.data.coco import build_dataset
-from detr_fast.option_groups import Idle, Options
+from detr_fast.option_groups import Idle, Options, default_of
 from detr_fast.options import DataOptions, EvaluateOptions, PredictOptions, TrainOptions
 from detr_fast.train import default_options
+from tests.test_flags import flags
 
 WEIGHTS = "--weights w.pth "
 TRAIN, VAL = "--train-images t --train-annotations t.json ", "--val-images v --val-annotations v.json "
@@ -73,13 +75,11 @@ CASES: dict[type, list[tuple[str, str]]] = {
 
 
 def idle_of(options_type: type[Options]) -> list[tuple[type[Options], Idle]]:
-    """The rows of its own table and of its groups', each with whose it is."""
-    parts = [options_type, *(kind for kind in get_type_hints(options_type).values() if is_group(kind))]
-    return [(part, one) for part in parts for one in part.idle]
-
-
-def is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Options)
+    """The rows of its own table and of its groups', each with whose it is, of options that it has."""
+    there = {word for line in flags(options_type) for word in line.split()}
+    groups = (group for each in fields(options_type) if isinstance(group := default_of(each), Options))
+    parts = [options_type, *(type(part) for group in groups for part in group.parts())]
+    return [(part, one) for part in parts for one in part.idle if f"--{name_of(one)}" in there]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from detr_profiling.measuring.techniques import techniques
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.pages.ladder import ladder_sections, ranks
 from detr_profiling.pages.markdown import render_markdown
+from detr_profiling.pages.report import make_report
 from detr_profiling.pages.results import load_results
 from detr_profiling.pages.terminal import show
-from detr_profiling.report import make_report, readme_table
+from detr_profiling.report import readme_table
 from detr_profiling.rounds import Entry, rows_of
+from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import UserError
 from detr_fast.console import Console
 from tests.planted_clock import PlantedClock
 
-OPTIONS = LadderOptions(device="cpu", precision="bf16", size="64x96", runs=2)
+OPTIONS = LadderOptions.of(device="cpu", precision="bf16", size="64x96", runs=2)
 QUIET = Console(quiet=True)
 
 
@@ -47,17 +49,17 @@ class Measurer:
 
     def __call__(self, configuration: Configuration, runs: int, references: Path | None, limit_s: Any) -> Measurement:
         self.asked.append(configuration)
-        options = configuration.options
-        if options.precision == self.broken:
+        options, runtime = configuration.options, configuration.options.runtime
+        if runtime.precision == self.broken:
             raise UserError("out of memory")
         if configuration.backends.items() & self.broken_backends.items():
             raise UserError("no such kernel")
-        ms = 100.0 - 10 * sum((options.compile, options.channels_last, options.precision == "bf16"))
+        ms = 100.0 - 10 * sum(map(bool, (runtime.compile, runtime.channels_last, runtime.precision == "bf16")))
         ms -= sum(value not in ("ref", "scipy") for value in configuration.backends.values())
         timing = Timing(tuple(ms + offset for offset in range(runs)))
         close = not configuration.backends.items() & self.wrong_backends.items()
         error = {"error": 1e-3, "allowed": 2e-3, "quantity": "logits", "close": close} if references else {}
-        error["padding"] = 1.04 if options.buckets else 1.5
+        error["padding"] = 1.04 if options.mix.buckets else 1.5
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)
 
 
@@ -75,17 +77,18 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
     operations = ["frozen batch norm: folded", "convolution: onednn", "residual stage: onednn"]
     operations += ["attention: sdpa", "attention: blocked", "dropout: pcg64"]
     assert [entry.name for entry in entries] == [*names, *operations, "compile"]
-    assert [entry.configuration.options.host_allocator for entry in entries] == ["system"] + ["keep"] * 11
+    assert [entry.configuration.options.runtime.host_allocator for entry in entries] == ["system"] + ["keep"] * 11
     first, top = entries[0].configuration, entries[-1].configuration
-    assert first.implementation == "reference" and first.options.precision == "fp32" and not first.options.compile
-    assert top.implementation == "detr_fast" and top.options.compile and top.options.channels_last
-    assert top.options.precision == "bf16" and top.backends["attention"] == "blocked"
+    assert not first.options.runtime.compile
+    assert first.implementation == "reference" and first.options.runtime.precision == "fp32"
+    assert top.implementation == "detr_fast" and top.options.runtime.compile and top.options.runtime.channels_last
+    assert top.options.runtime.precision == "bf16" and top.backends["attention"] == "blocked"
     assert all(Configuration.from_dict(entry.configuration.to_dict()) == entry.configuration for entry in entries)
     assert all(a.configuration != b.configuration for a, b in itertools.pairwise(entries))
 
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
-    eager = replace(OPTIONS, mode="inference", compile=False)
+    eager = OPTIONS.but(mode="inference", compile=False)
     *_, folded, packed, attention = [entry.name for entry in build_entries(eager)]
     assert (folded, packed) == ("weights folded and rounded once", "packed convolution: onednn")
     assert attention == "attention: sdpa", "dropout is of training"
@@ -93,7 +96,7 @@ def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
 
 def test_what_a_later_row_replaces_is_not_left_out() -> None:
     """Without torch's attention ours stays on: there is nothing to measure."""
-    entries = {entry.name: entry for entry in build_entries(replace(OPTIONS, compile=False))}
+    entries = {entry.name: entry for entry in build_entries(OPTIONS.but(compile=False))}
     assert entries["attention: sdpa"].without is None
     without = entries["attention: blocked"].without
     assert isinstance(without, Configuration) and without.backends["attention"] == "sdpa"
@@ -102,7 +105,7 @@ def test_what_a_later_row_replaces_is_not_left_out() -> None:
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_model_has_rows_of_its_own_operations_alone(mode: Any) -> None:
     """detr_tiny's batch norm is live and its backbone is none of ours to fuse; it has no dropout."""
-    entries = build_entries(replace(OPTIONS, model="detr_tiny", mode=mode, compile=False))
+    entries = build_entries(OPTIONS.but(model="detr_tiny", mode=mode, compile=False))
     assert [entry.name for entry in entries if ":" in entry.name] == ["attention: sdpa"]
 
 
@@ -118,7 +121,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
     training, inference = (
-        {each.name: each for each in techniques(replace(OPTIONS, mode=mode, compile=False))}
+        {each.name: each for each in techniques(OPTIONS.workload.but(mode=mode, compile=False))}
         for mode in ("training", "inference")
     )
     folding = [f"frozen batch norm: {backend}" for backend in ("folded", "foreach")]
@@ -130,17 +133,17 @@ def test_on_a_gpu_each_kernel_has_a_row(gpu: None) -> None:
     folded_once = "weights folded and rounded once"
     assert list(inference)[-11:] == [*both, folded_once, *attention, "layer norm: triton", "captured inference"]
     assert training["set loss: triton"].backends == {"set_loss": "triton"}
-    ours = [each.name for each in techniques(replace(OPTIONS, kernels="triton", compile=False))]
+    ours = [each.name for each in techniques(OPTIONS.workload.but(kernels="triton", compile=False))]
     assert not {"attention: xformers", "convolution: cudnn"} & set(ours) and "attention: triton" in ours
-    plain = [each.name for each in techniques(replace(OPTIONS, kernels="ref", compile=False))]
+    plain = [each.name for each in techniques(OPTIONS.workload.but(kernels="ref", compile=False))]
     assert not [name for name in plain if ":" in name]
 
 
 def test_what_does_not_run_is_left_out_of_the_rows_after_it(
     gpu: None, measurer: Measurer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LadderOptions, "resolved", lambda self: self)
-    options = replace(OPTIONS, compile=False)
+    monkeypatch.setattr(WorkloadOptions, "resolved", lambda self: self)
+    options = OPTIONS.but(compile=False)
     entries = build_entries(options)
     measurer.broken_backends, measurer.wrong_backends = {"layer_norm": "triton"}, {"preprocessing": "triton"}
     list(measuring(entries, options, QUIET).run())
@@ -150,7 +153,7 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
     assert wrong.measured and wrong.note == "NOT close; left out of the rows after it"
     top = entries[-1]
     assert top.configuration.backends["layer_norm"] == top.configuration.backends["preprocessing"] == "ref"
-    assert top.configuration.backends["set_loss"] == "triton" and top.configuration.options.capture
+    assert top.configuration.backends["set_loss"] == "triton" and top.configuration.options.runtime.capture
     others = [entry for entry in entries if entry not in (broken, wrong)]
     assert all(entry.measured and entry.measured.timing.runs == 4 and not entry.note for entry in others)
     assert top.measured_without == entries[-2].measured and broken.without is wrong.without is None
@@ -160,15 +163,15 @@ def test_what_does_not_run_is_left_out_of_the_rows_after_it(
 
 
 def test_where_sizes_are_mixed_the_first_technique_is_buckets() -> None:
-    mixed = replace(OPTIONS, size_mix="mixed")
+    mixed = OPTIONS.but(size_mix="mixed")
     entries = build_entries(mixed)
     assert [entry.name for entry in entries[:3]] == ["reference", "buckets", "freed memory kept"]
-    assert [entry.configuration.options.buckets for entry in entries] == [False] + [True] * (len(entries) - 1)
+    assert [entry.configuration.options.mix.buckets for entry in entries] == [False] + [True] * (len(entries) - 1)
     assert entries[1].configuration.implementation == "reference"
     rest = entries[1].without
-    assert isinstance(rest, Configuration) and not rest.options.buckets
-    assert replace(rest.options, buckets=True) == entries[-1].configuration.options
-    for options in (OPTIONS, replace(mixed, buckets=False)):
+    assert isinstance(rest, Configuration) and not rest.options.mix.buckets
+    assert rest.options.but(buckets=True) == entries[-1].configuration.options
+    for options in (OPTIONS, mixed.but(buckets=False)):
         assert "buckets" not in [entry.name for entry in build_entries(options)]
 
 
@@ -190,18 +193,18 @@ def test_without_a_technique_everything_else_is_on() -> None:
     for name, (only, value) in plain.items():
         rest, top = without[name], build_entries(OPTIONS)[-1].configuration
         assert isinstance(rest, Configuration) and rest.backends == top.backends
-        assert getattr(rest.options, only) == value
-        assert replace(rest.options, **{only: getattr(top.options, only)}) == top.options
+        assert rest.options.to_dict()[only] == value
+        assert rest.options.but(**{only: top.options.to_dict()[only]}) == top.options
 
 
 def test_options_lower_the_top() -> None:
-    options = replace(OPTIONS, precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
+    options = OPTIONS.but(precision="fp32", channels_last=False, attention="ref", kernels="ref", compile=False)
     assert [entry.name for entry in build_entries(options)] == [
         "reference",
         "freed memory kept",
         "joint loss, fused AdamW",
     ]
-    without_allocator = build_entries(replace(options, host_allocator="system"))
+    without_allocator = build_entries(options.but(host_allocator="system"))
     assert [entry.name for entry in without_allocator] == ["reference", "joint loss, fused AdamW"]
 
 
@@ -220,7 +223,7 @@ def test_what_does_not_run_says_why_and_the_rest_goes_on(measurer: Measurer) -> 
     list(measuring(entries, OPTIONS, QUIET).run())
     assert entries[0].measured is None and entries[0].note == "out of memory"
     assert entries[3].measured and entries[3].measured_without is None and entries[3].note == "out of memory"
-    row = rows_of(entries, OPTIONS)[3]
+    row = rows_of(entries)[3]
     assert row.speedup is None and row.note == "out of memory"
 
 
@@ -230,7 +233,7 @@ def test_no_measurement_starts_that_would_end_too_late(measurer: Measurer, monke
     monkeypatch.setattr(rounds, "time", clock)
     monkeypatch.setattr(rounds, "measure_in_process", lambda *order: (clock.sleep(60), measurer(*order))[1])
     entries = build_entries(OPTIONS)
-    list(measuring(entries, replace(OPTIONS, minutes=3.5), QUIET).run())
+    list(measuring(entries, OPTIONS.but(minutes=3.5), QUIET).run())
     assert [entry.configuration for entry in entries[:3]] == measurer.asked
     assert all("no time" in entry.note for entry in entries), "the first three are not measured a second time"
 
@@ -245,13 +248,13 @@ def test_what_is_measured_is_in_the_file_before_the_ladder_ends(
 
     monkeypatch.setattr(rounds, "measure_in_process", stopped)
     with pytest.raises(KeyboardInterrupt):
-        ladder.main(replace(OPTIONS, output=str(tmp_path)))
+        ladder.main(OPTIONS.but(output=str(tmp_path)))
     assert [bool(row.median_ms) for row in read_rows(tmp_path / "ladder.csv")] == [True] * 3 + [False] * 9
 
 
 def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, tmp_path: Path) -> None:
     for mode in ("training", "inference", "training"):
-        assert ladder.main(replace(OPTIONS, rounds=1, mode=mode, output=str(tmp_path))) == 0
+        assert ladder.main(OPTIONS.but(rounds=1, mode=mode, output=str(tmp_path))) == 0
     rows = read_rows(tmp_path / "ladder.csv")
     assert [row.mode for row in rows] == ["inference"] * 11 + ["training"] * 12
     last = rows[-1]
@@ -273,10 +276,10 @@ FILLED: dict[Any, Any] = {float | None: 2.5, bool | None: False, tuple[float, ..
 
 
 def test_a_row_of_mixed_sizes_says_so_and_how_much_is_padding(measurer: Measurer, tmp_path: Path) -> None:
-    options = replace(OPTIONS, size_mix="mixed", rounds=1, leave_one_out=False)
+    options = OPTIONS.but(size_mix="mixed", rounds=1, leave_one_out=False)
     entries = build_entries(options)
     list(measuring(entries, options, QUIET).run())
-    write_rows(rows_of(entries, options), tmp_path / "ladder.csv")
+    write_rows(rows_of(entries), tmp_path / "ladder.csv")
     rows = read_rows(tmp_path / "ladder.csv")
     assert [row.padding for row in rows] == [1.5] + [1.04] * (len(rows) - 1)
     assert {row.size_mix for row in rows} == {"mixed"}

@@ -28,8 +28,8 @@ from torch import nn
 from detr_fast.config import UserError
 from tests.planted_clock import PlantedClock
 
-OPTIONS = WorkloadOptions(size="64x64", device="cpu", precision="fp32", objects=2, threads=1, dropout=0.0)
-INFERENCE = replace(OPTIONS, mode="inference")
+OPTIONS = WorkloadOptions.of(size="64x64", device="cpu", precision="fp32", objects=2, threads=1, dropout=0.0)
+INFERENCE = OPTIONS.but(mode="inference")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def test_a_fresh_process_measures_a_training_step(tmp_path: Path) -> None:
 
 
 def test_of_mixed_sizes_a_steps_time_is_the_mean_over_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(INFERENCE, model="detr_tiny", size_mix="mixed", batch_size=2)
+    options = INFERENCE.but(model="detr_tiny", size_mix="mixed", batch_size=2)
     monkeypatch.setattr("detr_profiling.measuring.measurement.measure", lambda *_, **__: Timing((100.0, 80.0)))
     for buckets in (False, True):
-        each = replace(options, buckets=buckets)
+        each = options.but(buckets=buckets)
         found = measure_workload(Configuration(each), 2, None)
         assert found.timing.runs_ms == (25.0, 20.0)
         assert found.padding == padding(batch_shapes(each)) and (found.padding < 1.1) == buckets
@@ -67,9 +67,7 @@ def test_on_a_gpu_a_run_is_many_steps_and_the_device_is_waited_for_at_its_ends(
     monkeypatch.setattr("detr_profiling.workload.choose_device", lambda _: (torch.device("cuda"), "as if"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: did.append("wait"))
     monkeypatch.setattr("detr_profiling.measuring.measurement.peak_memory", lambda _: nullcontext(Peak(7.0)))
-    workload = Workload(
-        "stand-in", replace(OPTIONS, device="cuda", batch_size=2), nn.Identity(), lambda: did.append("step")
-    )
+    workload = Workload("stand-in", OPTIONS.but(device="cuda", batch_size=2), nn.Identity(), lambda: did.append("step"))
     found = measure_runs(workload, runs=3, first_run_s=1.0)
     *warm, one, two, three = "".join("." if each == "wait" else "s" for each in did).replace("..", ". .").split()
     assert warm == [".s."] * (STEADY_AFTER["cuda"] - 1), "with the first run all that is compiled or captured is there"
@@ -79,7 +77,7 @@ def test_on_a_gpu_a_run_is_many_steps_and_the_device_is_waited_for_at_its_ends(
 
 def test_an_option_that_cannot_be_is_told_in_a_line() -> None:
     with pytest.raises(UserError, match=r"hf-eager could not be measured: .*detr_tiny has no counterpart"):
-        measure_in_process(Configuration(replace(OPTIONS, model="detr_tiny"), "hf-eager"), runs=1)
+        measure_in_process(Configuration(OPTIONS.but(model="detr_tiny"), "hf-eager"), runs=1)
 
 
 def test_a_failure_is_named_by_its_exception() -> None:
@@ -113,11 +111,11 @@ def wrong_layer_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tens
 
 
 def test_a_row_is_judged_by_what_multiplies_as_it_does() -> None:
-    cuda = replace(OPTIONS, device="cuda")
+    cuda = OPTIONS.but(device="cuda")
     expected = {
         "fp32.pt": [Configuration(OPTIONS), Configuration(cuda, tf32=False)],
         "tf32.pt": [Configuration(cuda)],
-        "bf16.pt": [Configuration(replace(OPTIONS, precision="bf16")), Configuration(replace(cuda, precision="fp16"))],
+        "bf16.pt": [Configuration(OPTIONS.but(precision="bf16")), Configuration(cuda.but(precision="fp16"))],
     }
     assert all(eager_file(each) == name for name, configurations in expected.items() for each in configurations)
 

@@ -24,8 +24,8 @@ from detr_fast import host_memory
 from detr_fast.training.step import TrainStep
 from tests.planted_clock import PlantedClock
 
-TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", threads=1)
-SHORT = LadderOptions(
+TINY = WorkloadOptions.of(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", threads=1)
+SHORT = LadderOptions.of(
     **{"size": "64x64", "device": "cpu", "precision": "fp32", "channels_last": False, "kernels": "ref"},
     **{"attention": "ref", "compile": False, "runs": 2, "rounds": 1, "threads": 1, "objects": 2},
 )
@@ -44,7 +44,7 @@ def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[LadderRow]:
     monkeypatch.setattr(rounds, "write_references_in_process", write_references)
     entries = build_entries(SHORT)
     list(measuring(entries, SHORT, Console(quiet=True)).run())
-    return rows_of(entries, SHORT)
+    return rows_of(entries)
 
 
 def test_a_wrong_kernel_and_a_slow_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from detr_fast.config import MODELS, UserError
 from detr_fast.training.optimizer import build_optimizer
 
-OPTIONS = WorkloadOptions(size="32x256", batch_size=2, objects=3, device="cpu", precision="fp32", threads=1)
+OPTIONS = WorkloadOptions.of(size="32x256", batch_size=2, objects=3, device="cpu", precision="fp32", threads=1)
 """8 tokens, of which the second image, an eighth narrower, has 7."""
 FP32 = Variant("fp32", OPTIONS)
 
@@ -75,7 +75,7 @@ def test_every_quantity_has_its_row(outputs: OutputParity, found: Observation) -
 
 
 def test_bf16_is_judged_by_what_bf16_does_to_the_reference(outputs: OutputParity) -> None:
-    found, rows = outputs.compare(Variant("bf16", replace(OPTIONS, precision="bf16")))
+    found, rows = outputs.compare(Variant("bf16", OPTIONS.but(precision="bf16")))
     assert not far(rows)
     as_fp32 = far(judge(found, outputs.reference, outputs.eager_in("fp32")))
     assert {"logits", "encoder.layers.1", "gradients of all"} <= set(as_fp32)
@@ -83,8 +83,8 @@ def test_bf16_is_judged_by_what_bf16_does_to_the_reference(outputs: OutputParity
 
 def test_packed_tokens_are_brought_into_rows() -> None:
     """Of four images: the third has a token less, so the fourth's lie elsewhere."""
-    options = replace(OPTIONS, batch_size=4, mode="inference")
-    workload = build_workload(replace(options, attention="triton"))
+    options = OPTIONS.but(batch_size=4, mode="inference")
+    workload = build_workload(options.but(attention="triton"))
     assert workload.model.transformer.packed  # type: ignore[union-attr]
     found, exact = map(observe_with_blocks, (workload, build_baseline("reference", options, torch.float64)))
     for name in ("block encoder.layers.0", "block encoder.layers.1", "block decoder.layers.1"):
@@ -95,7 +95,7 @@ def test_packed_tokens_are_brought_into_rows() -> None:
 def test_a_compiled_forward_has_no_blocks(outputs: OutputParity, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module: module)
     monkeypatch.setattr("detr_fast.runtime.missing_for_compile", lambda: None)
-    found, rows = outputs.compare(Variant("fp32 compiled", replace(OPTIONS, compile=True)))
+    found, rows = outputs.compare(Variant("fp32 compiled", OPTIONS.but(compile=True)))
     assert not far(rows) and not any(row.kind == "block" for row in rows) and "logits" in found
 
 
@@ -116,7 +116,7 @@ def test_hugging_face_is_compared_in_inference(outputs: OutputParity, monkeypatc
 
 
 def test_an_inference_has_blocks_and_outputs() -> None:
-    options = replace(OPTIONS, mode="inference")
+    options = OPTIONS.but(mode="inference")
     _, rows = OutputParity(options).compare(Variant("fp32", options))
     assert not far(rows) and {row.kind for row in rows} == {"block", "output"}
 
@@ -145,7 +145,7 @@ def test_a_kernel_that_is_off_by_a_percent_once(
     operation: str, number: int, block: str, precision: Any, outputs: OutputParity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 the first block that is not close is where it is; bf16's rounding is as large, but has no scale."""
-    workload = build_workload(replace(OPTIONS, precision=precision, mode="inference", optimize=False))
+    workload = build_workload(OPTIONS.but(precision=precision, mode="inference", optimize=False))
     monkeypatch.setattr(operation, nth_call(pkgutil.resolve_name(operation), number))
     found = observe_with_blocks(workload)
     blocks = [name for name in found if name.startswith("block ")]
@@ -235,15 +235,15 @@ def test_samples_and_histogram() -> None:
 
 
 def test_variants() -> None:
-    names = [variant.name for variant in build_variants(replace(OPTIONS, precision="auto", compile=True))]
+    names = [variant.name for variant in build_variants(OPTIONS.but(precision="auto", compile=True))]
     assert names == ["fp32 ref", "fp32", "bf16", "hf", "fp32 compiled", "bf16 compiled"]
-    asked = build_variants(replace(OPTIONS, kernels="triton", attention="sdpa"))
+    asked = build_variants(OPTIONS.but(kernels="triton", attention="sdpa"))
     assert [variant.name for variant in asked] == ["fp32 ref", "fp32", "fp32 triton sdpa", "hf"]
-    assert asked[2].options.attention == "sdpa" and asked[1].options.kernels == "auto"
+    assert asked[2].options.runtime.attention == "sdpa" and asked[1].options.runtime.kernels == "auto"
     with pytest.raises(UserError, match="Use --precision bf16"):
-        build_variants(replace(OPTIONS, precision="fp16"))
+        build_variants(OPTIONS.but(precision="fp16"))
     with pytest.raises(UserError, match="--steps 1"):
-        ParityOptions(steps=1)
+        ParityOptions.of(steps=1)
 
 
 def run_main(
@@ -252,7 +252,7 @@ def run_main(
     """Of one variant, with the reference's side that is there already, and a curve of few images."""
     monkeypatch.setattr(parity, "build_variants", lambda options: [variant])
     monkeypatch.setattr(parity, "OutputParity", lambda options: outputs)
-    code = main(ParityOptions(**OPTIONS.to_dict(), output=str(out), data=str(data), steps=2))
+    code = main(ParityOptions.of(**OPTIONS.to_dict(), output=str(out), data=str(data), steps=2))
     return code, json.loads((out / "parity.json").read_text())
 
 

@@ -9,7 +9,7 @@ from torch.profiler import profile
 
 from detr_fast.profiler_ranges import PROFILER_RANGES, current_range, profiler_range
 
-TINY = WorkloadOptions(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", objects=2)
+TINY = WorkloadOptions.of(model="detr_tiny", size="32x32", batch_size=2, device="cpu", precision="fp32", objects=2)
 
 
 def test_a_step_opens_every_range_but_waiting_for_data() -> None:

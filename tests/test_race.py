@@ -1,7 +1,6 @@
 """Ours compared with baselines: which run, in what order, and what the ratio is taken from."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from detr_profiling.race import EAGER_BASELINES, RaceOptions, build_entries, fas
 
 from detr_fast.config import UserError
 
-OPTIONS = RaceOptions(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, compiled_baseline=False)
+OPTIONS = RaceOptions.of(device="cpu", precision="bf16", size="64x96", batch_size=1, runs=2, compiled_baseline=False)
 TIMES_MS = {"reference": 100.0, "hf-eager": 90.0, "hf-sdpa": 80.0, "hf-compiled": 10.0, "detr_fast": 20.0}
 
 
@@ -41,21 +40,22 @@ def test_baselines_run_in_float32_and_ours_as_the_options_say() -> None:
     entries = {entry.name: entry.configuration for entry in build_entries(OPTIONS)}
     assert list(entries) == [*EAGER_BASELINES, "reference bf16", "detr_fast"]
     for name in EAGER_BASELINES:
-        options = entries[name].options
+        options = entries[name].options.runtime
         assert (options.precision, options.compile, options.channels_last) == ("fp32", False, False)
-    assert entries["detr_fast"].options.precision == "bf16" and entries["detr_fast"].options.channels_last
-    assert {each.options.host_allocator for each in entries.values()} == {"auto"}
-    as_they_come = build_entries(replace(OPTIONS, same_settings=False))
-    assert [entry.configuration.options.host_allocator for entry in as_they_come] == ["system"] * 4 + ["auto"]
-    sizes = {(each.options.size, each.options.batch_size, each.options.threads) for each in entries.values()}
+    ours = entries["detr_fast"].options.runtime
+    assert ours.precision == "bf16" and ours.channels_last
+    assert {each.options.runtime.host_allocator for each in entries.values()} == {"auto"}
+    as_they_come = build_entries(OPTIONS.but(same_settings=False))
+    assert [entry.configuration.options.runtime.host_allocator for entry in as_they_come] == ["system"] * 4 + ["auto"]
+    sizes = {(each.options.size, each.options.batch_size, each.options.runtime.threads) for each in entries.values()}
     assert len(sizes) == 1
-    assert [options.buckets for options in (each.options for each in entries.values())] == [False] * 4 + [True]
+    assert [each.options.mix.buckets for each in entries.values()] == [False] * 4 + [True]
 
 
 def test_all_take_turns_and_the_ratio_is_over_the_fastest_eager_one(
     measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = RaceOptions(**{**vars(OPTIONS), "output": str(tmp_path), "rounds": 2})
+    options = OPTIONS.but(output=str(tmp_path), rounds=2)
     assert race.main(options) == 1  # one baseline is not there
     assert measured == ["reference", "hf-eager", "hf-sdpa", "reference", "detr_fast"] * 2
     assert "4.50 times the fastest eager baseline" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_compiled_baseline_is_no_eager_one() -> None:
 
 
 def test_the_share_of_the_peak_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = RaceOptions(device="cpu", precision="fp32", size="64x96", batch_size=1, mode="inference", threads=1)
+    options = OPTIONS.workload.but(precision="fp32", mode="inference", threads=1)
     flop = sum(work.flop for work in count_work(build_workload(options).run).values())
     monkeypatch.setattr(race, "measure_peaks", lambda *_: Peaks(bandwidth_gb_s=20.0, gemm_tflop_s=0.5, dtype="fp32"))
     assert peak_fraction(options, 1e4) == pytest.approx(flop / 10 / 0.5e12)

@@ -28,7 +28,9 @@ PARENTS: dict[str, set[str | None]] = {
 
 @pytest.fixture(scope="module")
 def tiny() -> Workload:
-    options = WorkloadOptions(model="detr_tiny", size="64x64", batch_size=4, device="cpu", precision="fp32", threads=1)
+    options = WorkloadOptions.of(
+        model="detr_tiny", size="64x64", batch_size=4, device="cpu", precision="fp32", threads=1
+    )
     return build_workload(options)
 
 

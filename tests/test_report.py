@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from detr_profiling.pages.html import render_html as html_of
 from detr_profiling.pages.markdown import render_markdown as markdown_of
+from detr_profiling.pages.report import make_report
 from detr_profiling.pages.results import Results, load_results
-from detr_profiling.report import ReportOptions, main, make_report
+from detr_profiling.report import ReportOptions, main
 from markdown_it import MarkdownIt
 
 from tests.sample_results import ladder_rows, parity, trace, write_results

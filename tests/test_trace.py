@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.fed_workload import build_fed_workload, training_options
 from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.trace import trace_sections
-from detr_profiling.trace import TraceOptions, build_fed_workload, how_to_look, main, training_options
+from detr_profiling.trace import TraceOptions, how_to_look, main
 from detr_profiling.tracing.recording import missing_events, profile_workload, without_nan
 from detr_profiling.tracing.timeline import Span, Timeline, read_timeline
 from detr_profiling.workload import Workload
@@ -40,12 +41,12 @@ BLOCK = {
 
 def tiny_options(out: Path, **changes: Any) -> TraceOptions:
     named: dict[str, Any] = {"model": "detr_tiny", "size": "64x64", "batch_size": 2, "precision": "fp32", "threads": 1}
-    return TraceOptions(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "output": str(out)} | changes))
+    return TraceOptions.of(**(named | {"device": "cpu", "steps": 2, "warmup": 1, "output": str(out)} | changes))
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Workload:
-    return build_workload(tiny_options(Path("unused")))
+    return build_workload(tiny_options(Path("unused")).workload)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_a_read_is_found(tiny: Workload, result: dict[str, Any], tmp_path: Path)
 
 def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="auto")
-    workload = build_fed_workload(options, str(shapes_root))
+    workload = build_fed_workload(options.workload, str(shapes_root))
 
     def slow() -> None:
         time.sleep(0.02)
@@ -142,7 +143,7 @@ def test_batches_of_a_data_set_are_waited_for(shapes_root: Path, tmp_path: Path)
 
 def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> None:
     options = tiny_options(tmp_path, data=str(shapes_root), size="32x48")
-    workload = build_fed_workload(options, str(shapes_root))
+    workload = build_fed_workload(options.workload, str(shapes_root))
     sizes: list[torch.Size] = []
     backbone = workload.model.get_submodule("backbone")
     handle = backbone.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[2:]))
@@ -153,8 +154,8 @@ def test_a_size_bounds_a_data_sets_images(shapes_root: Path, tmp_path: Path) -> 
 
 
 def test_a_size_leaves_no_room_for_the_recipes_crops(tmp_path: Path) -> None:
-    bounded = training_options(tiny_options(tmp_path, model="detr_r50", size="48x32"), "somewhere")
-    recipe = training_options(tiny_options(tmp_path, model="detr_r50", size="auto"), "somewhere")
+    bounded = training_options(tiny_options(tmp_path, model="detr_r50", size="48x32").workload, "somewhere")
+    recipe = training_options(tiny_options(tmp_path, model="detr_r50", size="auto").workload, "somewhere")
     drawn = bounded.augmentation
     assert (drawn.train_sizes, drawn.crop_sizes, bounded.dataset.max_size) == ((32,), (), 48)
     assert recipe.augmentation.crop_sizes == (400, 500, 600)

@@ -3,9 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from detr_profiling.measuring.switches import Switch, first_guess, switches, val
 from detr_profiling.measuring.timing import Timing
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.tune import TuneOptions, Tuner, main, tune
-from detr_profiling.workload import WorkloadOptions
 
 from detr_fast.config import UserError
 from detr_fast.data.shapes import write_split
@@ -25,7 +22,9 @@ from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Tuning, checked_choices, find
 
-OPTIONS = TuneOptions(model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2)
+OPTIONS = TuneOptions.of(
+    model="detr_tiny", size="32x48", batch_size=1, mode="inference", device="cpu", threads=1, turns=2
+)
 KINDS = {2: "slow", 3: "wrong", 4: "crashing", 5: "raising", 6: "hanging", 7: "same", 8: "fast"}
 """What a configuration of so many threads is."""
 IMPATIENT_S = 1
@@ -33,7 +32,7 @@ IMPATIENT_S = 1
 
 class Planted(Candidate):
     def __init__(self, configuration: Configuration) -> None:
-        self.kind = KINDS.get(configuration.options.threads or 0, "first")
+        self.kind = KINDS.get(configuration.options.runtime.threads or 0, "first")
         command = (sys.executable, str(Path(__file__).with_name("planted_candidate.py")), self.kind)
         super().__init__(configuration, command)
 
@@ -44,7 +43,7 @@ class Planted(Candidate):
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("references")
-    write_references(compared(first_guess(OPTIONS).options), folder)
+    write_references(compared(first_guess(OPTIONS.workload).options), folder)
     return folder
 
 
@@ -76,7 +75,7 @@ def test_planted_candidates_are_refused_with_their_reason(references: Path) -> N
 
 
 def test_a_first_guess_that_fails_is_said() -> None:
-    tuner = Tuner(replace(OPTIONS, threads=4), Path(), new=Planted)
+    tuner = Tuner(OPTIONS.but(threads=4), Path(), new=Planted)
     with pytest.raises(UserError, match="cannot be measured: crashed: SIGSEGV"):
         tuner.search([])
 
@@ -88,7 +87,7 @@ def test_no_time_left() -> None:
 
 
 def test_a_candidate_that_is_parked_is_built_again() -> None:
-    candidate = Candidate(first_guess(OPTIONS))
+    candidate = Candidate(first_guess(OPTIONS.workload))
     try:
         assert candidate.time(2, 600).runs == 2
         candidate.park()
@@ -96,7 +95,7 @@ def test_a_candidate_that_is_parked_is_built_again() -> None:
     finally:
         candidate.close()
     with pytest.raises(CandidateError, match="attention by xformers"):
-        Candidate(with_value(first_guess(OPTIONS), "attention", "xformers")).time(1, 600)
+        Candidate(with_value(first_guess(OPTIONS.workload), "attention", "xformers")).time(1, 600)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +116,17 @@ def test_who_has_won(best: list[list[float]], candidate: list[list[float]], reas
 
 
 def test_only_what_is_left_open_is_tried() -> None:
-    assert not switches(replace(OPTIONS, kernels="triton", precision="fp32", compile=True, channels_last=True))
-    open_ = {switch.name for switch in switches(replace(OPTIONS, threads=None))}
+    assert not switches(OPTIONS.workload.but(kernels="triton", precision="fp32", compile=True, channels_last=True))
+    open_ = {switch.name for switch in switches(OPTIONS.workload.but(threads=None))}
     assert {"precision", "optimize", "compile", "channels_last"} <= open_
-    assert "threads" not in {switch.name for switch in switches(OPTIONS)}
-    assert "precision" not in {switch.name for switch in switches(replace(OPTIONS, precision="fp32"))}
+    assert "threads" not in {switch.name for switch in switches(OPTIONS.workload)}
+    assert "precision" not in {switch.name for switch in switches(OPTIONS.workload.but(precision="fp32"))}
     assert {"convolution", "frozen_batch_norm", "dropout"} <= {
-        s.name for s in switches(TuneOptions(device="cpu", mode="training"))
+        s.name for s in switches(TuneOptions.of(device="cpu", mode="training").workload)
     }
-    for switch in switches(TuneOptions(device="cpu")):
+    for switch in switches(TuneOptions.of(device="cpu").workload):
         for value in switch.values:
-            changed = with_value(first_guess(OPTIONS), switch.name, value)
+            changed = with_value(first_guess(OPTIONS.workload), switch.name, value)
             assert value_of(changed, switch.name) == value and checked_choices({switch.name: value})
 
 
@@ -136,7 +135,7 @@ def test_the_command_writes_what_auto_reads(
 ) -> None:
     monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr("detr_profiling.tune.switches", lambda options: [Switch("precision", ("fp32",))])
-    assert main(replace(OPTIONS, minutes=5, output=str(tmp_path / "out"))) == 0
+    assert main(OPTIONS.but(minutes=5, output=str(tmp_path / "out"))) == 0
     entry = find(torch.device("cpu"), OPTIONS.case())
     assert entry is not None and [trial.switch for trial in entry.parsed_trials()] == ["precision"]
     assert Tuning.from_dict(json.loads((tmp_path / "out" / "tune.json").read_text())["inference"]) == entry
@@ -149,13 +148,12 @@ def test_the_command_writes_what_auto_reads(
 
 def test_what_is_compiled_or_not_optimised_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detr_profiling.measuring.switches.choose_precision", lambda *_: (torch.bfloat16, ""))
-    on_gpu: Any = {"device": "cuda", "capture": None}
-    monkeypatch.setattr(TuneOptions, "resolved", lambda self: WorkloadOptions(mode=self.mode, **on_gpu))
-    inference, training = (first_guess(TuneOptions(mode=mode)) for mode in ("inference", "training"))
-    assert inference.options.capture and not training.options.capture
+    monkeypatch.setattr("detr_profiling.workload.choose_device", lambda *_: (torch.device("cuda"), ""))
+    inference, training = (first_guess(TuneOptions.of(mode=mode).workload) for mode in ("inference", "training"))
+    assert inference.options.runtime.capture and not training.options.runtime.capture
     for switch, value in (("compile", True), ("optimize", False)):
-        assert not with_value(inference, switch, value).options.capture
-    assert with_value(with_value(training, "capture", True), "compile", True).options.capture
+        assert not with_value(inference, switch, value).options.runtime.capture
+    assert with_value(with_value(training, "capture", True), "compile", True).options.runtime.capture
 
 
 class Dying(Planted):
@@ -184,24 +182,24 @@ def test_a_batch_that_does_not_fit_is_measured_in_parts(monkeypatch: pytest.Monk
     asked: list[int | None] = []
 
     def search(self: Tuner, among: list[Switch]) -> Turns:
-        asked.append(self.options.batch_size)
-        if self.options.batch_size != 4:
+        asked.append(self.options.workload.batch_size)
+        if self.options.workload.batch_size != 4:
             raise UserError("What runs here by default cannot be measured: torch.OutOfMemoryError: CUDA out of memory.")
         return Turns([Timing((2.0, 2.0))], [Timing((2.0, 2.0))])
 
     monkeypatch.setattr(Tuner, "search", search)
-    entry = tune(replace(OPTIONS, batch_size=16), lambda line: None)
+    entry = tune(OPTIONS.but(batch_size=16), lambda line: None)
     assert asked == [16, 8, 4] and entry.case["batch_size"] == 16 and entry.first_guess_ms == 2
 
 
 def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
     write_split(tmp_path, "val", 1, 64, 5)
-    options = TuneOptions(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
+    options = TuneOptions.of(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
     config = RECIPES["detr_tiny"].but(data=str(tmp_path), device="cpu")
     train_set, _, model = make_data(config)
     run = with_batches(config, model, "cpu", 1, len(train_set))
     images, size = run.optimizer.batch_size, typical_size(train_set)
     assert options.case() == Case.of(model, "training", images, *size, options=run.runtime)
     with pytest.raises(UserError, match="--data is for training"):
-        TuneOptions(data="shapes:64", mode="inference")
+        TuneOptions.of(data="shapes:64", mode="inference")

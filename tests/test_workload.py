@@ -1,6 +1,5 @@
 """What is measured is the same for all: weights, batch, and what is computed from them."""
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,8 +25,8 @@ from detr_fast.preprocessing import Preprocessing
 from tests.planted_clock import PlantedClock
 from tests.stand_in import StandIn
 
-OPTIONS = WorkloadOptions(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3)
-INFERENCE = replace(OPTIONS, mode="inference")
+OPTIONS = WorkloadOptions.of(size="64x96", batch_size=2, device="cpu", precision="fp32", objects=3)
+INFERENCE = OPTIONS.but(mode="inference")
 
 
 @pytest.mark.parametrize("options", [OPTIONS, INFERENCE], ids=["training", "inference"])
@@ -87,19 +86,19 @@ def test_the_batch_is_ragged_and_from_the_seed_alone() -> None:
     assert batch.original_sizes.tolist() == [[38, 58], [38, 50]]
     assert [place.hflip for place in batch.images.slots] == [0, 1]
     assert not any(place.hflip for place in make_batches(INFERENCE, 91)[0].images.slots)
-    embedded = make_batches(replace(OPTIONS, model="detr_tiny"), 91)[0]
+    embedded = make_batches(OPTIONS.but(model="detr_tiny"), 91)[0]
     assert [image.shape[:2] for image in embedded.images] == embedded.images.sizes
-    assert not torch.equal(batch.images.buffer, make_batches(replace(OPTIONS, seed=1), 91)[0].images.buffer)
-    assert not make_batches(replace(OPTIONS, batch_size=1), 91)[0].padded
+    assert not torch.equal(batch.images.buffer, make_batches(OPTIONS.but(seed=1), 91)[0].images.buffer)
+    assert not make_batches(OPTIONS.but(batch_size=1), 91)[0].padded
 
 
 @pytest.mark.parametrize("name", ["detr_fast", "reference", "hf-sdpa"])
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode: Any) -> None:
-    options = replace(OPTIONS, size_mix="mixed", mode=mode, model="detr_tiny")
+    options = OPTIONS.but(size_mix="mixed", mode=mode, model="detr_tiny")
     if name.startswith("hf"):
         pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-        options = replace(options, model="detr_r50")
+        options = options.but(model="detr_r50")
     workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     seen: list[tuple[int, ...]] = []
 
@@ -114,32 +113,32 @@ def test_a_run_is_a_step_with_each_of_the_batches_of_mixed_sizes(name: str, mode
 
 
 def test_batches_of_mixed_sizes_are_padded_as_their_shapes_say() -> None:
-    mixed = replace(OPTIONS, size_mix="mixed", batch_size=4)
-    random, bucketed = (make_batches(replace(mixed, buckets=buckets), 91) for buckets in (False, True))
-    for options, batches in ((replace(mixed, buckets=False), random), (mixed, bucketed)):
+    mixed = OPTIONS.but(size_mix="mixed", batch_size=4)
+    random, bucketed = (make_batches(mixed.but(buckets=buckets), 91) for buckets in (False, True))
+    for options, batches in ((mixed.but(buckets=False), random), (mixed, bucketed)):
         shapes = batch_shapes(options)
         assert [(batch.images.sizes, batch.padded_size) for batch in batches] == shapes
         assert padding(shapes) == pytest.approx(
             sum(4 * h * w for h, w in (batch.padded_size for batch in batches))
             / sum(h * w for batch in batches for h, w in batch.images.sizes)
         )
-    assert padding(batch_shapes(replace(mixed, buckets=False))) > 1.3 * padding(batch_shapes(mixed))
-    compiled = batch_shapes(replace(mixed, compile=True))
+    assert padding(batch_shapes(mixed.but(buckets=False))) > 1.3 * padding(batch_shapes(mixed))
+    compiled = batch_shapes(mixed.but(compile=True))
     assert all(side % 64 == 0 for shape in compiled for side in shape.padded_size)
     assert [shape.sizes for shape in compiled] == [shape.sizes for shape in batch_shapes(mixed)]
 
 
 def test_what_is_compared_has_one_size() -> None:
-    mixed = replace(OPTIONS, size_mix="mixed")
-    for options in (mixed, replace(mixed, buckets=False)):
+    mixed = OPTIONS.but(size_mix="mixed")
+    for options in (mixed, mixed.but(buckets=False)):
         assert torch.equal(observed_batch(options, 91).images.buffer, observed_batch(OPTIONS, 91).images.buffer)
 
 
 def test_what_is_compared_is_resized_without_rounding() -> None:
-    batch = observed_batch(replace(OPTIONS, size="14x20"), 91)
+    batch = observed_batch(OPTIONS.but(size="14x20"), 91)
     assert batch.images.sizes == [(14, 20), (14, 18)] and batch.images.slots[1].hflip
     assert [image.shape[:2] for image in batch.images] == [(7, 10), (7, 9)]
-    odd = observed_batch(replace(OPTIONS, size="15x20", batch_size=1), 91)
+    odd = observed_batch(OPTIONS.but(size="15x20", batch_size=1), 91)
     assert [image.shape[:2] for image in odd.images] == [(15, 10)]
     images, arguments = batch.images, (*batch.padded_size, (0.0,) * 3, (1 / 255,) * 3)
     exact = torch.zeros(2, 3, *batch.padded_size, dtype=torch.float64)
@@ -156,19 +155,19 @@ def test_what_is_compared_is_resized_without_rounding() -> None:
 
 @pytest.mark.parametrize("name", ["detr_fast", "reference"])
 def test_a_runs_batches_come_in_turns_and_a_step_takes_any(name: str) -> None:
-    options = replace(INFERENCE, model="detr_tiny", size_mix="mixed")
+    options = INFERENCE.but(model="detr_tiny", size_mix="mixed")
     workload = build_workload(options) if name == "detr_fast" else build_baseline(name, options)
     padded_sizes: list[tuple[int, ...]] = []
     workload.model.register_forward_pre_hook(lambda _, given: padded_sizes.append(tuple(given[0].shape[2:])))
     assert workload.step is not None
     for _ in range(2):
         workload.run()
-    workload.step(observed_batch(options, workload.options.architecture().num_classes))
+    workload.step(observed_batch(options, workload.options.network.config().num_classes))
     assert padded_sizes == [shape.padded_size for shape in batch_shapes(workload.options)] * 2 + [(64, 96)]
 
 
 def test_baselines_get_the_same_pixels_as_ours() -> None:
-    config = OPTIONS.architecture()
+    config = OPTIONS.network.config()
     batches = make_batches(OPTIONS, config.num_classes)
     placed = next(plain_feed(batches, config, torch.device("cpu")))
     expected, mask = Preprocessing(config.image_mean, config.image_std, channels_last=True)(batches[0])
@@ -179,12 +178,12 @@ def test_baselines_get_the_same_pixels_as_ours() -> None:
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_captured_row_is_compared_as_it_is_replayed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     capturer = StandIn()
-    options = replace(OPTIONS, mode=mode, model="detr_tiny")
+    options = OPTIONS.but(mode=mode, model="detr_tiny")
     monkeypatch.setattr("detr_profiling.own_workload.why_not_graphed", lambda _: None)
     monkeypatch.setattr("detr_fast.training.graphed_step.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr("detr_fast.detector.CudaCapturer", lambda *_, **__: capturer)
     monkeypatch.setattr(Detector, "replays", property(lambda detector: detector.runtime.capture))
-    plain, captured = build_workload(options), build_workload(replace(options, capture=True))
+    plain, captured = build_workload(options), build_workload(options.but(capture=True))
     assert plain.observe is not None and captured.observe is not None
     before = {name: value.clone() for name, value in captured.model.state_dict().items()}
     expected, found = plain.observe(), captured.observe()
@@ -204,24 +203,24 @@ def test_forms_of_single_operations() -> None:
 @pytest.mark.parametrize("size", ["800", "0x64", "64x", "axb", "64 x 64"])
 def test_a_size_that_is_none(size: str) -> None:
     with pytest.raises(UserError, match="--size"):
-        WorkloadOptions(size=size)
+        WorkloadOptions.of(size=size)
 
 
 def test_what_cannot_be_compared_says_so() -> None:
     with pytest.raises(UserError, match="no counterpart in hf-sdpa"):
-        build_baseline("hf-sdpa", replace(OPTIONS, model="detr_tiny"))
+        build_baseline("hf-sdpa", OPTIONS.but(model="detr_tiny"))
     with pytest.raises(UserError, match="fasterrcnn resizes"):
-        build_baseline("fasterrcnn", replace(OPTIONS, size_mix="mixed"))
+        build_baseline("fasterrcnn", OPTIONS.but(size_mix="mixed"))
     with pytest.raises(UserError, match="Did you mean 'reference'"):
         build_baseline("referense", OPTIONS)
 
 
 def test_auto_is_decided_once() -> None:
-    options = WorkloadOptions(device="cpu").resolved()
+    options = WorkloadOptions.of(device="cpu").resolved()
     assert (options.size, options.batch_size, options.height_width) == ("320x427", 1, (320, 427))
     assert options == options.resolved()
-    assert WorkloadOptions(device="cpu").observed().batch_size == 1
-    assert replace(options, batch_size=16).observed().batch_size == MOST_OBSERVED
+    assert WorkloadOptions.of(device="cpu").observed().batch_size == 1
+    assert options.but(batch_size=16).observed().batch_size == MOST_OBSERVED
 
 
 def test_timing() -> None:

@@ -15,10 +15,11 @@ from detr_fast.config import ModelConfig, UserError
 from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
+from detr_fast.option_groups import flags
 from detr_fast.options import TrainOptions
 from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
-from detr_fast.tuning import NAMED, Case, Tuning, find, keep
+from detr_fast.tuning import Case, Tuning, find, keep
 
 TYPICAL_IMAGES = 256
 """Images whose mean size stands for the data set's."""
@@ -89,23 +90,13 @@ def remember_failure(device: torch.device, case: Case, console: Console) -> None
 
 
 def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
-    """Yield the words with which `tune` measures the same step."""
+    """Return the words with which `tune` measures the same step."""
     height, width = size
-    values = {
-        "model": options.network.model,
-        **{name: getattr(config, name) for name in ("num_classes", "num_queries", "encoder_layers", "decoder_layers")},
-        "dropout": config.dropout,
-        "source_position": config.source_position,
-        "size": f"{height}x{width}",
-        "batch_size": options.optimizer.batch_size,
-        "device": options.runtime.device,
-        **{name: getattr(options.runtime, name, None) for name in NAMED},
-        "minutes": MINUTES,
-        "output": str(Path(options.output, "profile")),
-    }
-    for name, value in values.items():
-        if value is not None:
-            yield from (f"--{name.replace('_', '-')}", str(value))
+    architecture = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "dropout", "source_position")
+    values = {name: getattr(config, name) for name in architecture} | options.runtime.asked()
+    values |= {"model": options.network.model, "size": f"{height}x{width}", "batch_size": options.optimizer.batch_size}
+    values |= {"device": options.runtime.device, "minutes": MINUTES, "output": str(Path(options.output, "profile"))}
+    return flags(values)
 
 
 def measure(arguments: list[str], console: Console) -> bool:

@@ -22,11 +22,12 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
     """List one batch, the later half of whose images is an eighth narrower; or those that represent mixed sizes."""
     options = options.resolved()
     (height, width), images = options.height_width, options.batch_size or 1
-    if options.size_mix == "same":
+    if options.mix.size_mix == "same":
         narrow = [index >= (images + 1) // 2 for index in range(images)]
         return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
-    step = shape_step_px(options.device, options.compile) if options.buckets else 1
-    shapes = typical_shapes(images, options.seed, options.buckets, min(height, width))
+    buckets, runtime = options.mix.buckets, options.runtime
+    step = shape_step_px(runtime.device, bool(runtime.compile)) if buckets else 1
+    shapes = typical_shapes(images, options.seed, buckets, min(height, width))
     return [shape.in_steps(step) for shape in shapes]
 
 
@@ -35,14 +36,14 @@ def make_batches(options: WorkloadOptions, num_classes: int) -> list[Batch]:
 
     detr_tiny's photographs have their size already, as those of the embedded data set that it is for.
     """
-    fraction = 1.0 if options.model == "detr_tiny" else SOURCE_FRACTION
+    fraction = 1.0 if options.network.model == "detr_tiny" else SOURCE_FRACTION
     generator = torch.Generator().manual_seed(options.seed)
     batches = []
     for shape in batch_shapes(options):
         sources = [(max(1, round(fraction * h)), max(1, round(fraction * w))) for h, w in shape.sizes]
         hflip = options.mode == "training"
         batches.append(draw_batch(shape, sources, hflip, options.objects, num_classes, generator))
-    return [batch.pin_memory() for batch in batches] if options.resolved().device == "cuda" else batches
+    return [batch.pin_memory() for batch in batches] if options.resolved().runtime.device == "cuda" else batches
 
 
 def observed_batch(options: WorkloadOptions, num_classes: int) -> Batch:

@@ -16,38 +16,47 @@ from typing import ClassVar, Literal
 import tyro
 
 from detr_fast.console import Console
-from detr_fast.option_groups import Idle
+from detr_fast.option_groups import Idle, Options
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.measuring.measurement import NO_TIME, Configuration
 from detr_profiling.measuring.techniques import start, techniques
 from detr_profiling.pages import formats
 from detr_profiling.pages.ladder import ladder_sections
+from detr_profiling.pages.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.pages.results import LADDER_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.report import HTML_FILE, MARKDOWN_FILE
 from detr_profiling.rounds import Entry, RoundOptions, Rounds, exit_code, measure_into
-from detr_profiling.workload import WorkloadOptions
+from detr_profiling.workload import WorkloadOptions, WorkloadRuntimeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LadderOptions(RoundOptions):
-    """Climb from the plain reference to these options, one technique at a time; `auto` is all that this device has."""
+class TopRuntimeOptions(WorkloadRuntimeOptions):
+    """Choose device, precision and backends of the row that the ladder ends at."""
 
-    idle: ClassVar[tuple[Idle, ...]] = tuple(one for one in WorkloadOptions.idle if one.option != "capture")
+    idle: ClassVar[tuple[Idle, ...]] = ()
     compile: bool = True
     """Compile with torch.compile at the top."""
     capture: tyro.conf.Suppress[Literal[False]] = False
     """On a GPU it is a row of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions(Options):
+    """Climb from the plain reference to these options, one technique at a time; `auto` is all that this device has."""
+
     leave_one_out: bool = True
     """Also measure everything on but one technique."""
 
+    timing: RoundOptions = RoundOptions()
+    workload: WorkloadOptions = WorkloadOptions(runtime=TopRuntimeOptions())
 
-def build_entries(top: WorkloadOptions, leave_one_out: bool = True) -> list[Entry]:
-    """Make the reference's entry, then one for each technique that runs on the device of `top`."""
-    top = top.resolved()
+
+def build_entries(options: LadderOptions) -> list[Entry]:
+    """Make the reference's entry, then one for each technique that runs on the device."""
+    top = options.workload.resolved()
     entries = [Entry(REFERENCE, start(top))]
     entries += [Entry(technique.name, start(top), technique) for technique in techniques(top)]
-    configure(entries, leave_one_out)
+    configure(entries, options.leave_one_out)
     return entries
 
 
@@ -82,7 +91,7 @@ def measuring(entries: Sequence[Entry], options: LadderOptions, console: Console
             entry.note, entry.is_left_out = f"{reason}; left out of the rows after it", True
             configure(entries, options.leave_one_out)
 
-    return Rounds(entries, options, console, review)
+    return Rounds(entries, options.timing, console, review)
 
 
 def why_broken(entry: Entry) -> str | None:
@@ -96,9 +105,8 @@ def why_broken(entry: Entry) -> str | None:
 
 
 def main(options: LadderOptions) -> int:
-    console, out = Console(), Path(options.output)
-    entries = build_entries(options, options.leave_one_out)
-    rows = measure_into(LADDER_FILE, measuring(entries, options, console))
+    console, out = Console(), Path(options.timing.output)
+    rows = measure_into(LADDER_FILE, measuring(build_entries(options), options, console))
     show(ladder_sections(rows), console)
     console.print(f"{out / LADDER_FILE}, and as a table and a picture {out / HTML_FILE} and {out / MARKDOWN_FILE}")
     return exit_code(rows)

@@ -32,8 +32,8 @@ def initial_model(options: WorkloadOptions) -> DETR:
     Norms and biases are not 1 and 0, so that every term shows.
     """
     torch.manual_seed(options.seed)
-    model = DETR(options.architecture())
-    if options.model in MODELS and options.model != "detr_tiny":
+    model = DETR(options.network.config())
+    if options.network.model in MODELS and options.network.model != "detr_tiny":
         load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), options.seed))
     return model
 
@@ -44,8 +44,8 @@ def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None 
     Raises UserError where something asked for by name is not there.
     """
     options = options.resolved()
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    runtime = choose_runtime(options)
+    torch.set_num_threads(options.runtime.threads or torch.get_num_threads())
+    runtime = choose_runtime(options.runtime)
     model = place(initial_model(options).train(options.mode == "training"), runtime, backends)
     if options.mode == "inference" and runtime.optimizes:
         model = optimized(model, runtime.dtype)
@@ -61,9 +61,9 @@ def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None 
     def observe() -> Observation:
         observed = observed_batch(options, model.config.num_classes).to(runtime.device)
         with torch.set_grad_enabled(options.mode == "training"):
-            for _ in range(STEADY_AFTER["cuda"] if options.capture and options.mode == "inference" else 1):
+            for _ in range(STEADY_AFTER["cuda"] if options.runtime.capture and options.mode == "inference" else 1):
                 found = observe_model(model, forward, criterion, observed, runtime)
-            if options.capture and options.mode == "training":
+            if options.runtime.capture and options.mode == "training":
                 found |= observe_captured_step(model, criterion, observed, runtime)
         return found
 
@@ -79,7 +79,7 @@ def training_step(
     """
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     step = TrainStep(model, criterion, optimizer, runtime)
-    if not options.capture:
+    if not options.runtime.capture:
         return lambda batch: step([batch]), step.forward
     problem = why_not_graphed(step)
     require(problem is None, f"--capture cannot be done: {problem}.")
@@ -93,7 +93,7 @@ def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> t
     Raises UserError where it cannot be captured.
     """
     # without --capture no replay, which evaluation on a GPU is by default: hooks and the names of stages stay
-    detector = Detector(model, runtime=replace(runtime, capture=options.capture))
-    replays = detector.replays or not options.capture
+    detector = Detector(model, runtime=replace(runtime, capture=options.runtime.capture))
+    replays = detector.replays or not options.runtime.capture
     require(replays, "--capture takes an optimised model on a GPU, without --compile.")
     return detector.detect, detector.forward

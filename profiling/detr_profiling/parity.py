@@ -1,7 +1,7 @@
 """`python -m detr_profiling parity`: is it still DETR? Ours against the plain reference, from blocks to AP."""
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,7 +11,7 @@ import tyro
 
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
-from detr_fast.option_groups import Idle
+from detr_fast.option_groups import Idle, Options
 from detr_fast.options import Output, Precision
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
@@ -28,27 +28,35 @@ from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.workload import MOST_OBSERVED, Workload, WorkloadOptions
+from detr_profiling.workload import MOST_OBSERVED, ArchitectureOptions, OneSizeOptions, Workload, WorkloadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParityOptions(WorkloadOptions):
+class UnbatchedOptions(OneSizeOptions):
+    """Leave no choice: padding itself changes a little of what DETR computes."""
+
+    buckets: tyro.conf.Suppress[Literal[True]] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactArchitectureOptions(ArchitectureOptions):
+    """Choose the model; all that is compared is without dropout."""
+
+    dropout: tyro.conf.Suppress[None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions(Options):
     """Every block, output, loss, gradient and match, an optimizer step, a training curve and AP, held against the plain
     reference with the same weights; in inference also Hugging Face's DETR."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
-        *(one for one in WorkloadOptions.idle if one.option not in ("buckets", "dropout")),
         Idle(
             "batch_size",
-            lambda o: o.batch_size > MOST_OBSERVED,
+            lambda o: o.workload.batch_size > MOST_OBSERVED,
             f"above {MOST_OBSERVED}, the images that are compared: give a smaller one",
         ),
     )
-    size_mix: tyro.conf.Suppress[Literal["same"]] = "same"
-    """Padding itself changes a little of what DETR computes."""
-    buckets: tyro.conf.Suppress[Literal[True]] = True
-    dropout: tyro.conf.Suppress[None] = None
-    """All that is compared is without it."""
     output: Output = "runs/profile"
     """Folder for parity.json."""
     data: str = "shapes:64"
@@ -61,8 +69,9 @@ class ParityOptions(WorkloadOptions):
     """A checkpoint whose AP on the validation images of --data is compared; default: the weights that the training
     curve leaves, on the images that they were trained on."""
 
+    workload: WorkloadOptions = WorkloadOptions(network=ExactArchitectureOptions(), mix=UnbatchedOptions())
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.steps >= 2, f"--steps {self.steps}: at least 2, the second shows what the first did.")
 
 
@@ -84,26 +93,26 @@ class OutputParity:
     """Compares variants of a workload, one after another, with the reference on the same batch."""
 
     def __init__(self, options: WorkloadOptions) -> None:
-        self.plain = replace(options, precision="fp32", compile=False, kernels="auto", attention="auto")
+        self.plain = options.but(precision="fp32", compile=False, kernels="auto", attention="auto")
         self.reference = observe_all(build_baseline("reference", self.plain, torch.float64)) | targets_of(self.plain)
         self.eager: dict[Precision, Observation] = {}
 
     def eager_in(self, precision: Precision) -> Observation:
         if precision not in self.eager:
-            baseline = build_baseline("reference", replace(self.plain, precision=precision))
+            baseline = build_baseline("reference", self.plain.but(precision=precision))
             self.eager[precision] = observe_all(baseline, self.reference)
         return self.eager[precision]
 
     def compare(self, variant: Variant) -> tuple[Observation, list[Row]]:
         """Return what it computes, and the verdicts. Raises UserError where it cannot run."""
-        options, reference, eager = variant.options, self.reference, self.eager_in(variant.options.precision)
+        options, reference, eager = variant.options, self.reference, self.eager_in(variant.options.runtime.precision)
         if variant.baseline:
             observe = build_baseline(variant.baseline, options).observe
             assert observe is not None
             found = observe()
             return found, judge(found, last_layer(reference), last_layer(eager))
         found = observe_all(build_workload(options), reference)
-        if options.compile:
+        if options.runtime.compile:
             reference, eager = (
                 {name: value for name, value in side.items() if not name.startswith("block ")}
                 for side in (reference, eager)
@@ -118,9 +127,9 @@ class Parity:
     """
 
     def __init__(self, options: ParityOptions, record: ParityRecord) -> None:
-        self.options, self.record, self.workload = options, record, options.observed()
-        self.device = torch.device(self.workload.device)
-        self.task = make_task(options.data, options.curve_model, options.seed)
+        self.options, self.record, self.workload = options, record, options.workload.observed()
+        self.device = torch.device(self.workload.runtime.device)
+        self.task = make_task(options.data, options.curve_model, self.workload.seed)
         self.checkpoint = checkpoint_and_images(options.weights, options.data) if options.weights else None
 
     @cached_property
@@ -153,9 +162,9 @@ class Parity:
 
     def compare_training(self, variant: Variant) -> None:
         """Compare the curve and AP."""
-        self.curve.add(variant.name, variant.options)
+        self.curve.add(variant.name, variant.options.runtime)
         self.record.curve = self.curve.to_dict()
-        self.average_precision.add(variant.name, variant.options)
+        self.average_precision.add(variant.name, variant.options.runtime)
         self.record.ap = self.average_precision.to_dict()
         self.finish_part()
 
@@ -169,15 +178,15 @@ class Parity:
 
 
 def main(options: ParityOptions) -> int:
-    workload, console = options.observed(), Console()
+    workload, console = options.workload.observed(), Console()
     variants = build_variants(workload)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it leaves fp32 ten bits
-    torch.set_num_threads(workload.threads or torch.get_num_threads())
-    machine = describe_machine(torch.device(workload.device)).to_dict()
+    torch.set_num_threads(workload.runtime.threads or torch.get_num_threads())
+    machine = describe_machine(torch.device(workload.runtime.device)).to_dict()
     record = ParityRecord(Path(options.output) / PARITY_FILE, machine, {"name": "detr_fast", **workload.to_dict()})
     parity = Parity(options, record)
     for compiled in (False, True):  # first what takes no minutes
-        group = [variant for variant in variants if variant.options.compile == compiled]
+        group = [variant for variant in variants if variant.options.runtime.compile == compiled]
         for variant in group:
             with console.status(f"{variant.name}: blocks, outputs, gradients"):
                 parity.compare_outputs(variant)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from detr_fast.console import Console
-from detr_fast.option_groups import Idle
+from detr_fast.option_groups import Idle, Options
 from detr_fast.runtime import choose_device, choose_precision, missing_for_compile
 from detr_profiling.baselines.build import REFERENCE
 from detr_profiling.batches import batch_shapes
@@ -35,12 +35,11 @@ EAGER_BASELINES = (REFERENCE, "hf-eager", "hf-sdpa")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaceOptions(RoundOptions):
+class RaceOptions(Options):
     """Compare ours, as these options ask for it, with the baselines."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
-        *WorkloadOptions.idle,
-        Idle("same_settings", lambda o: o.resolved().device == "cuda", "on a GPU: give --device cpu"),
+        Idle("same_settings", lambda o: o.workload.resolved().runtime.device == "cuda", "on a GPU: give --device cpu"),
         Idle(
             "compiled_baseline",
             lambda o: o.compiled_baseline and missing_for_compile() is not None,
@@ -52,19 +51,22 @@ class RaceOptions(RoundOptions):
     same_settings: bool = True
     """Give the baselines our --host-allocator, which on a CPU keeps freed memory; without, they have glibc's."""
 
+    timing: RoundOptions = RoundOptions()
+    workload: WorkloadOptions = WorkloadOptions()
+
 
 def build_entries(options: RaceOptions) -> list[Entry]:
     """List the eager baselines, the compiled one, the reference in our precision, and ours."""
-    ours = options.resolved()
+    ours = options.workload.resolved()
     plain = start(ours)
     if options.same_settings:
-        plain = replace(plain, options=replace(plain.options, host_allocator=ours.host_allocator))
+        plain = replace(plain, options=plain.options.but(host_allocator=ours.runtime.host_allocator))
     entries = [Entry(name, replace(plain, implementation=name)) for name in EAGER_BASELINES]
     if options.compiled_baseline and missing_for_compile() is None:
         entries.append(Entry("hf-compiled", replace(plain, implementation="hf-compiled")))
-    dtype, _ = choose_precision(ours.precision, choose_device(ours.device)[0])
+    dtype, _ = choose_precision(ours.runtime.precision, choose_device(ours.runtime.device)[0])
     if dtype == torch.bfloat16:
-        in_bf16 = replace(plain, options=replace(plain.options, precision="bf16"), tf32=True)
+        in_bf16 = replace(plain, options=plain.options.but(precision="bf16"), tf32=True)
         entries.append(Entry("reference bf16", in_bf16))
     return [*entries, Entry("detr_fast", Configuration(ours))]
 
@@ -77,19 +79,21 @@ def fastest_eager_ms(rows: Sequence[LadderRow]) -> float | None:
 
 def peak_fraction(options: WorkloadOptions, median_ms: float) -> float:
     """Return the fraction of the device's matrix peak, measured here and now, that a step of that time reaches."""
-    workload = build_workload(replace(options.resolved(), compile=False))
+    workload = build_workload(options.resolved().but(compile=False))
     flop = sum(work.flop for work in count_work(workload.run).values()) / len(batch_shapes(workload.options))
-    dtype, _ = choose_precision(options.precision, workload.device)
+    dtype, _ = choose_precision(options.runtime.precision, workload.device)
     return flop / (median_ms / 1e3) / (measure_peaks(workload.device, dtype).gemm_tflop_s * 1e12)
 
 
 def main(options: RaceOptions) -> int:
     console = Console()
-    rows = measure_into(RACE_FILE, Rounds(build_entries(options), options, console))
+    rows = measure_into(RACE_FILE, Rounds(build_entries(options), options.timing, console))
     show(baseline_sections(rows), console)
     eager_ms, ours_ms = fastest_eager_ms(rows), rows[-1].median_ms
     if eager_ms and ours_ms:
         console.print(f"{number(eager_ms / ours_ms)} times the fastest eager baseline; ")
-        fraction = peak_fraction(options, ours_ms)
-        console.print(f"{fraction:.0%} of this device's measured matrix peak. {Path(options.output) / RACE_FILE}")
+        fraction = peak_fraction(options.workload, ours_ms)
+        console.print(
+            f"{fraction:.0%} of this device's measured matrix peak. {Path(options.timing.output) / RACE_FILE}"
+        )
     return exit_code(rows)

@@ -15,6 +15,7 @@ import torch
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable
+from detr_fast.option_groups import Options
 from detr_fast.options import Output
 from detr_profiling.measuring.machine import describe_machine
 from detr_profiling.measuring.measurement import (
@@ -26,14 +27,13 @@ from detr_profiling.measuring.measurement import (
 )
 from detr_profiling.measuring.row import LadderRow, write_rows
 from detr_profiling.measuring.techniques import Technique
+from detr_profiling.pages.report import write_report
 from detr_profiling.pages.results import read_ladder
-from detr_profiling.report import write_report
-from detr_profiling.workload import WorkloadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundOptions(WorkloadOptions):
-    """Names a workload, and how often it is measured."""
+class RoundOptions(Options):
+    """Say how often each row is measured, and where the rows go."""
 
     output: Output = "runs/profile"
     """Folder for the rows as CSV, and the report that shows them."""
@@ -45,7 +45,6 @@ class RoundOptions(WorkloadOptions):
     """Leave out, and say so, what would end later."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.runs >= 1 and self.rounds >= 1, "--runs and --rounds must be at least 1.")
 
 
@@ -150,13 +149,13 @@ def measure_into(file: str, rounds: Rounds) -> list[LadderRow]:
 
     Rows of another mode stay in the file. Raises UserError where it cannot be read or written.
     """
-    options, path = rounds.options, Path(rounds.options.output) / file
-    kept = [row for row in read_ladder(path, path.stem) if row.mode != options.mode]
+    path, mode = Path(rounds.options.output) / file, rounds.entries[0].configuration.options.mode
+    kept = [row for row in read_ladder(path, path.stem) if row.mode != mode]
     require_writable("--output", path.parent)
     for _ in rounds.run():
-        write_rows([*kept, *rows_of(rounds.entries, options)], path)
+        write_rows([*kept, *rows_of(rounds.entries)], path)
     write_report(path.parent)
-    return rows_of(rounds.entries, options)
+    return rows_of(rounds.entries)
 
 
 def exit_code(rows: Sequence[LadderRow]) -> int:
@@ -164,21 +163,20 @@ def exit_code(rows: Sequence[LadderRow]) -> int:
     return 0 if all(row.median_ms is not None and row.close is not False for row in rows) else 1
 
 
-def rows_of(entries: Sequence[Entry], options: WorkloadOptions) -> list[LadderRow]:
+def rows_of(entries: Sequence[Entry]) -> list[LadderRow]:
     """Make a row of each entry, with the machine and the commit that this is."""
-    options = options.resolved()
-    machine = describe_machine(torch.device(options.device))
-    place: dict[str, Any] = {
-        name: str(getattr(options, name)) for name in ("model", "size", "size_mix", "batch_size", "threads")
-    }
+    options = entries[0].configuration.options.to_dict()
+    machine = describe_machine(torch.device(options["device"]))
+    names = ("model", "size", "size_mix", "batch_size", "threads")
+    place: dict[str, Any] = {name: str(options[name]) for name in names}
     place |= {name: getattr(machine, name) or "" for name in ("device", "commit", "date")}
     place["torch"] = machine.versions["torch"] or ""
-    return [row_of(entry, entries[0].measured, options, place) for entry in entries]
+    return [row_of(entry, entries[0].measured, place) for entry in entries]
 
 
-def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, place: dict[str, Any]) -> LadderRow:
+def row_of(entry: Entry, first: Measurement | None, place: dict[str, Any]) -> LadderRow:
     """Make a row; `first` is what its speedup is over."""
-    found, lost = entry.measured, entry.measured_without
+    options, found, lost = entry.configuration.options, entry.measured, entry.measured_without
     figures: dict[str, Any] = lost.timing.columns("without_") if lost else {}
     if found:
         others = {name: value for name, value in asdict(found).items() if name not in ("timing", "quantity")}
@@ -190,7 +188,7 @@ def row_of(entry: Entry, first: Measurement | None, options: WorkloadOptions, pl
         entry.name,
         note=entry.note,
         rounds_ms=tuple(entry.rounds_ms),
-        precision=entry.configuration.options.precision,
+        precision=options.runtime.precision,
         **figures,
         **place,
     )

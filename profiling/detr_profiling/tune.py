@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ import torch
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.files import require_writable, write_json
-from detr_fast.option_groups import Idle
+from detr_fast.option_groups import Idle, Options
 from detr_fast.options import Output
 from detr_fast.out_of_memory import is_out_of_memory
 from detr_fast.runtime import choose_precision, why_not_measured
@@ -32,18 +32,18 @@ from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data
 from detr_fast.tuning import Case, Trial, Tuning, keep, require_keeping
+from detr_profiling.fed_workload import training_options
 from detr_profiling.measuring.candidate import Candidate, CandidateError, compared
 from detr_profiling.measuring.machine import commit
 from detr_profiling.measuring.measurement import FLOAT64, Configuration, write_references_in_process
 from detr_profiling.measuring.switches import Switch, first_guess, switches, value_of, with_value
 from detr_profiling.measuring.turns import Turns
 from detr_profiling.pages.formats import number
+from detr_profiling.pages.report import HTML_FILE, write_report
 from detr_profiling.pages.results import TUNE_FILE, read_object
 from detr_profiling.pages.terminal import show
 from detr_profiling.pages.tuning import tuning_sections
-from detr_profiling.report import HTML_FILE, write_report
-from detr_profiling.trace import training_options
-from detr_profiling.workload import Mode, WorkloadOptions
+from detr_profiling.workload import Mode, OpenRuntimeOptions, WorkloadOptions
 
 TURN_MS = 400
 """A turn takes about this long, but has at least `LEAST_RUNS` runs."""
@@ -60,19 +60,14 @@ COMPILE_NEEDS_S = 120
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneOptions(WorkloadOptions):
+class TuneOptions(Options):
     """Find the fastest backends and switches for a model on this machine, and keep them for every `auto`."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
-        *WorkloadOptions.idle,
         Idle("size", lambda o: o.data is not None, "beside --data, which gives its images' size: give one of them"),
     )
     data: str | None = None
     """A data set to train on: sizes, classes and batch are then as `train` takes them from it."""
-    compile: bool | None = None  # type: ignore[assignment]
-    """If given, as the next two, it is not tried but taken as it is; the entry then serves runs that ask for it."""
-    channels_last: bool | None = None  # type: ignore[assignment]
-    capture: bool | None = None  # type: ignore[assignment]
     minutes: float = 15
     """Time for everything; candidates that do not fit are not tried, and the table says so."""
     turns: int = 4
@@ -80,29 +75,31 @@ class TuneOptions(WorkloadOptions):
     output: Output = "runs/profile"
     """Folder for tune.json, and the report that shows it."""
 
+    workload: WorkloadOptions = WorkloadOptions(runtime=OpenRuntimeOptions())
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.minutes > 0, f"--minutes must be positive, got {self.minutes}.")
         require(self.turns >= 2, f"--turns must be at least 2, got {self.turns}.")
-        require(self.data is None or self.mode == "training", "--data is for training: give --size for inference.")
+        require(
+            self.data is None or self.workload.mode == "training", "--data is for training: give --size for inference."
+        )
 
     def case(self) -> Case:
-        options = self.resolved()
+        asked, options = self.workload.runtime, self.workload.resolved()
         images = options.batch_size or 1
-        return Case.of(options.architecture(), options.mode, images, *options.height_width, options=self)
+        return Case.of(options.network.config(), options.mode, images, *options.height_width, options=asked)
 
     def on_its_data(self) -> "TuneOptions":
         """Return the options of what `train` runs on --data. Raises UserError where that cannot be read."""
         if self.data is None:
             return self
-        config = training_options(replace(self, size="auto"), self.data)
+        config = training_options(self.workload.but(size="auto"), self.data)
         train_set, _, model = make_data(config.but(batch_size=0))
-        device = self.resolved().device
-        batches = with_batches(config.but(batch_size=self.batch_size or 0), model, device, 1, len(train_set))
+        device, images = self.workload.resolved().runtime.device, self.workload.batch_size or 0
+        batches = with_batches(config.but(batch_size=images), model, device, 1, len(train_set))
         height, width = typical_size(train_set)
-        names = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
-        found = {name: getattr(model, name) for name in names}
-        return replace(self, data=None, size=f"{height}x{width}", batch_size=batches.optimizer.batch_size, **found)
+        found = {name: getattr(model, name) for name in self.workload.network.field_types() if name != "model"}
+        return self.but(data=None, size=f"{height}x{width}", batch_size=batches.optimizer.batch_size, **found)
 
 
 @dataclass
@@ -121,7 +118,7 @@ class Tuner:
     """When all has to be done, in seconds of `time.perf_counter`."""
 
     def __post_init__(self) -> None:
-        self.best = self.new(first_guess(self.options))
+        self.best = self.new(first_guess(self.options.workload))
         self.alone = False
         """True if the device's memory does not hold two candidates at once."""
         self.longest_s = 0.0
@@ -139,7 +136,7 @@ class Tuner:
             timing = self.best.time(LEAST_RUNS, self._limit_s(self.best))
             steps = round(TURN_MS / timing.median_ms)
             self.runs, self.calls = min(MOST_RUNS, max(LEAST_RUNS, steps)), 1
-            if guess.options.device == "cuda":
+            if guess.options.runtime.device == "cuda":
                 self.runs, self.calls = RUNS_ON_A_GPU, max(1, steps // RUNS_ON_A_GPU)
             for switch in among:
                 for value in switch.values:
@@ -181,7 +178,7 @@ class Tuner:
     def _tried(self, switch: str, value: Any) -> Trial:
         trial = partial(Trial, switch=switch, value=value)
         configuration = with_value(self.best.configuration, switch, value)
-        compiled = configuration.options.compile
+        compiled = configuration.options.runtime.compile
         if problem := self._why_not_tried(switch, value, COMPILE_NEEDS_S if compiled else self.longest_s):
             return trial(verdict="not tried", reason=problem)
         began = time.perf_counter()
@@ -200,7 +197,7 @@ class Tuner:
             return trial(verdict="won")
         except CandidateError as error:
             if self.best.process is None:  # it begins again when it is asked next
-                self.alone = self.best.configuration.options.device == "cuda"
+                self.alone = self.best.configuration.options.runtime.device == "cuda"
                 return trial(verdict="failed", reason=f"the best so far does not run beside it: {error}")
             return trial(verdict="failed", reason=str(error))
         finally:
@@ -211,8 +208,8 @@ class Tuner:
     def _why_not_tried(self, switch: str, value: Any, needs_s: float) -> str | None:
         """Say why a candidate is left out. Time is kept for the last turns, which take about as long as one."""
         options = self.best.configuration.options
-        config, device = options.architecture(), torch.device(options.device)
-        dtype, _ = choose_precision(options.precision, device)
+        config, device = options.network.config(), torch.device(options.runtime.device)
+        dtype, _ = choose_precision(options.runtime.precision, device)
         problem = why_not_measured(switch, value, device, dtype, config.hidden_dim // config.num_heads, options.mode)
         short = self.ends - time.perf_counter() < needs_s + self.longest_s
         return problem or ("no time left" if short else None)
@@ -220,14 +217,14 @@ class Tuner:
     def _references(self) -> Path:
         """Return the folder of the reference's observations, made at the first call: float64 takes its time."""
         if not (self.references / FLOAT64).exists():
-            write_references_in_process(compared(first_guess(self.options).options), self.references)
+            write_references_in_process(compared(first_guess(self.options.workload).options), self.references)
         return self.references
 
     def _begun(self, configuration: Configuration) -> Candidate:
         """Begin a candidate of it. Beside a GPU, where there are cores to spare, the next process begins already."""
         candidate, self.spare = self.spare or self.new(configuration), None
         candidate.configuration = configuration
-        if configuration.options.device == "cuda" and (os.cpu_count() or 1) >= SPARE_CORES:
+        if configuration.options.runtime.device == "cuda" and (os.cpu_count() or 1) >= SPARE_CORES:
             self.spare = self.new(configuration)
             self.spare.start()
         return candidate
@@ -247,13 +244,13 @@ class Tuner:
 
     def _limit_s(self, side: Candidate) -> float:
         """Return the seconds that a process may take to answer: those that are left, but enough for one that works."""
-        longest_s = COMPILE_S if side.configuration.options.compile else START_S
+        longest_s = COMPILE_S if side.configuration.options.runtime.compile else START_S
         return max(min(longest_s, self.ends - time.perf_counter()), 20 + self.longest_s)
 
 
 def fills_the_device(candidate: Candidate) -> bool:
     """Tell whether a GPU's memory holds no second one."""
-    device = torch.device(candidate.configuration.options.device)
+    device = torch.device(candidate.configuration.options.runtime.device)
     if device.type != "cuda":
         return False
     return candidate.peak_mib * 2 * 1.2 > torch.cuda.get_device_properties(device).total_memory / 2**20
@@ -269,17 +266,17 @@ def tune(options: TuneOptions, say: Callable[[str], None]) -> Tuning:
         while True:
             tuner = Tuner(options, Path(folder), say, ends=ends)
             try:
-                turns = tuner.search(switches(options))
+                turns = tuner.search(switches(options.workload))
                 break
             except UserError as error:
-                images = options.resolved().batch_size or 1
+                images = options.workload.resolved().batch_size or 1
                 if images == 1 or not is_out_of_memory(RuntimeError(error)):
                     raise
-                options = replace(options, batch_size=images // 2)
+                options = options.but(batch_size=images // 2)
                 say(f"{images} images do not fit into the memory at once: measured with {images // 2}")
     choices, (first, found) = tuner.choices(turns), turns.joined()
     return Tuning.of(
-        torch.device(options.resolved().device),
+        torch.device(options.workload.resolved().runtime.device),
         case,
         choices,
         tuner.trials,
@@ -302,16 +299,16 @@ def write_result(entry: Tuning, mode: Mode, folder: Path) -> None:
 def main(options: TuneOptions) -> int:
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no candidate outlives this
-    require(options.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    require(options.workload.runtime.kernels != "ref", "--kernels ref leaves nothing to choose: leave it out.")
+    torch.set_num_threads(options.workload.runtime.threads or torch.get_num_threads())
     options = options.on_its_data()
     require_writable("--output", Path(options.output))
-    require_keeping(torch.device(options.resolved().device), options.case())
+    require_keeping(torch.device(options.workload.resolved().runtime.device), options.case())
     console.print(f"What is fastest for {options.case().text()}? At most {number(options.minutes)} minutes.")
     entry = tune(options, console.print)
-    path = keep(torch.device(options.resolved().device), entry)
-    write_result(entry, options.mode, Path(options.output))
-    show(tuning_sections({options.mode: entry.to_dict()}), console)
+    path = keep(torch.device(options.workload.resolved().runtime.device), entry)
+    write_result(entry, options.workload.mode, Path(options.output))
+    show(tuning_sections({options.workload.mode: entry.to_dict()}), console)
     for name, value in entry.choices.items():
         console.print(f"{name.replace('_', ' '):>18}  {value}")
     if entry.choices:

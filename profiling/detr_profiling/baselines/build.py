@@ -1,6 +1,5 @@
 """Baselines on the same weights and the same batch: the plain reference, and what people use."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,14 +36,14 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
     """
     if name not in BASELINES:
         raise unknown_name("baseline", name, BASELINES)
-    options = replace(options.resolved(), compile=name == "hf-compiled", channels_last=False)
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    options = options.resolved().but(compile=name == "hf-compiled", channels_last=False)
+    torch.set_num_threads(options.runtime.threads or torch.get_num_threads())
     ours = initial_model(options)
     if name == REFERENCE:
         return reference_workload(ours, options, dtype)
     require(
         ours.config.backbone in ("resnet50", "resnet101") and not ours.config.source_position,
-        f"--model {options.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 variants.",
+        f"--model {options.network.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 variants.",
     )
     if name == "fasterrcnn":
         return faster_rcnn_workload(ours.config, options)
@@ -52,7 +51,7 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
 
 
 def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype) -> Workload:
-    device, config = torch.device(options.device), ours.config
+    device, config = torch.device(options.runtime.device), ours.config
     reference = reference_of(ours).to(device, dtype)
     batches = make_batches(options, config.num_classes)
 

@@ -21,9 +21,9 @@ def hugging_face_workload(name: str, ours: DETR, options: WorkloadOptions) -> Wo
     Trains with its own loss and `auxiliary_loss`, as people do; that feeds normed states on, which is not DETR's
     function (docs/specification.md), so only its inference is compared.
     """
-    training, device = options.mode == "training", torch.device(options.device)
+    training, device = options.mode == "training", torch.device(options.runtime.device)
     model = hugging_face_model(ours, "eager" if name == "hf-eager" else "sdpa", auxiliary_loss=training).to(device)
-    compiled: Any = torch.compile(model) if options.compile else model
+    compiled: Any = torch.compile(model) if options.runtime.compile else model
     batches = make_batches(options, ours.config.num_classes)
 
     def loss(placed: PlainBatch) -> Tensor:
@@ -70,8 +70,8 @@ def faster_rcnn_workload(config: ModelConfig, options: WorkloadOptions) -> Workl
     module resizes on the device. Raises UserError for mixed sizes, which it would make one."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    require(options.size_mix == "same", "fasterrcnn resizes all images to one size: leave out --size-mix mixed.")
-    device, (height, width) = torch.device(options.device), options.height_width
+    require(options.mix.size_mix == "same", "fasterrcnn resizes all images to one size: leave out --size-mix mixed.")
+    device, (height, width) = torch.device(options.runtime.device), options.height_width
     model = fasterrcnn_resnet50_fpn(
         weights=None,
         weights_backbone=None,

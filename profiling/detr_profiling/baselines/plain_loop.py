@@ -70,7 +70,7 @@ def plain_feed(
 
 
 def autocast(options: WorkloadOptions) -> torch.autocast:
-    return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+    return torch.autocast(options.runtime.device, torch.bfloat16, enabled=options.runtime.precision == "bf16")
 
 
 def training_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:

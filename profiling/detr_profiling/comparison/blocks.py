@@ -31,7 +31,7 @@ def observe_with_blocks(workload: Workload) -> Observation:
     """
     if workload.observe is None:
         raise ValueError(f"{workload.name} is not comparable")
-    if workload.options.compile:
+    if workload.options.runtime.compile:
         return workload.observe()
     with recorded_outputs(workload.model) as outputs:
         found = workload.observe()
@@ -90,7 +90,7 @@ def as_rows(outputs: dict[str, Tensor], workload: Workload) -> Observation:
 
 def observed_padding(workload: Workload, size: torch.Size) -> Tensor:
     """Mark the tokens of features of `size` that are padding of the observed batch: (B, N) bool."""
-    config = workload.options.architecture()
+    config = workload.options.network.config()
     batch = observed_batch(workload.options, config.num_classes)
     images, mask = Preprocessing(config.image_mean, config.image_std)(batch)
     if mask is None:

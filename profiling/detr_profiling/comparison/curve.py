@@ -72,7 +72,7 @@ def make_task(data: str, model: str, seed: int) -> Task:
 
 def train_ours(task: Task, options: RuntimeOptions, steps: int) -> Losses:
     """Train by the step that training takes, with the backends that `options` ask for."""
-    runtime = choose_runtime(options.part(RuntimeOptions))
+    runtime = choose_runtime(options)
     model = place(copy.deepcopy(task.model), runtime).train()
     step = make_step(model, task.config, runtime, World(), None)
     batch = task.batch.to(runtime.device)

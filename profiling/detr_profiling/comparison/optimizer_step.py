@@ -25,7 +25,7 @@ def observe_step(workload: Workload, gradients: Observation) -> Observation:
     before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     training = model.training
     model.eval()  # no dropout, and a compiled forward is not compiled once more
-    workload.step(observed_batch(workload.options, workload.options.architecture().num_classes))
+    workload.step(observed_batch(workload.options, workload.options.network.config().num_classes))
     model.train(training)
     decrease: dict[str, torch.Tensor] = {}
     for name, value in model.named_parameters():

@@ -23,7 +23,7 @@ TARGET_KEYS = ("target labels", "target boxes", "target counts")
 
 def targets_of(options: WorkloadOptions) -> Observation:
     """Take the targets of a workload's observed batch."""
-    targets = observed_batch(options, options.architecture().num_classes).targets
+    targets = observed_batch(options, options.network.config().num_classes).targets
     return dict(zip(TARGET_KEYS, (targets.labels, targets.boxes_cxcywh, targets.count), strict=True))
 
 

@@ -1,6 +1,6 @@
 """The variants of our model that parity compares: each precision by default, compiled, and as else was asked for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from detr_fast.config import require
 from detr_fast.options import Attention, Kernels, Precision
@@ -31,26 +31,26 @@ class Variant:
 
 
 def build_variants(options: WorkloadOptions) -> list[Variant]:
-    """List those of `options.precision`, or of both where it is auto, last those that compile, which takes minutes.
+    """List those of --precision, or of both where it is auto, last those that compile, which takes minutes.
 
     Raises UserError for fp16, of which the reference has no eager run.
     """
-    require(options.precision != "fp16", "parity compares fp32 and bf16. Use --precision bf16, fp32 or auto.")
-    base = replace(options.resolved(), compile=False, kernels="auto", attention="auto")
+    require(options.runtime.precision != "fp16", "parity compares fp32 and bf16. Use --precision bf16, fp32 or auto.")
+    runtime, base = options.runtime, options.resolved().but(compile=False, kernels="auto", attention="auto")
     asked_for: dict[Backends, bool] = {("auto", "auto"): True}
-    if base.device == "cuda":
+    if base.runtime.device == "cuda":
         asked_for |= dict.fromkeys(ON_A_GPU, False)
-    asked_for[options.kernels, options.attention] = True
-    variants = [Variant(REFERENCE_ORDER, replace(base, precision="fp32", kernels="ref"))]
-    for precision in PRECISIONS if options.precision == "auto" else (options.precision,):
+    asked_for[runtime.kernels, runtime.attention] = True
+    variants = [Variant(REFERENCE_ORDER, base.but(precision="fp32", kernels="ref"))]
+    for precision in PRECISIONS if runtime.precision == "auto" else (runtime.precision,):
         for (kernels, attention), asked in asked_for.items():
-            changed = replace(base, precision=precision, kernels=kernels, attention=attention)
+            changed = base.but(precision=precision, kernels=kernels, attention=attention)
             words = [precision, *dict.fromkeys(word for word in (kernels, attention) if word != "auto")]
             variants.append(Variant(" ".join(words), changed, asked))
-            if options.compile and asked:
-                variants.append(Variant(" ".join([*words, "compiled"]), replace(changed, compile=True)))
-    if options.architecture().backbone.startswith("resnet"):
-        inference = replace(base, precision="fp32", mode="inference")
+            if runtime.compile and asked:
+                variants.append(Variant(" ".join([*words, "compiled"]), changed.but(compile=True)))
+    if options.network.config().backbone.startswith("resnet"):
+        inference = base.but(precision="fp32", mode="inference")
         variants.append(Variant("hf", inference, asked=False, baseline="hf-sdpa"))
     unique = {variant.name: variant for variant in variants}
-    return sorted(unique.values(), key=lambda variant: variant.options.compile)
+    return sorted(unique.values(), key=lambda variant: bool(variant.options.runtime.compile))

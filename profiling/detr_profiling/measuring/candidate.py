@@ -41,7 +41,7 @@ def compared(options: WorkloadOptions) -> WorkloadOptions:
     height, width = options.height_width
     scale = min(1.0, (MOST_OBSERVED_PX / (height * width)) ** 0.5)
     size = f"{max(1, round(height * scale))}x{max(1, round(width * scale))}"
-    return replace(options, size=size, size_mix="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
+    return options.but(size=size, size_mix="same", batch_size=min(options.batch_size or 1, MOST_OBSERVED))
 
 
 class Candidate:

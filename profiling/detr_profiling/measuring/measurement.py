@@ -48,8 +48,8 @@ class Configuration:
 
         Raises UserError where something asked for by name is not there.
         """
-        device, _ = choose_device(self.options.device)
-        use_host_allocator(choose_host_allocator(self.options.host_allocator, device)[0])
+        device, _ = choose_device(self.options.runtime.device)
+        use_host_allocator(choose_host_allocator(self.options.runtime.host_allocator, device)[0])
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if self.implementation == "detr_fast":
             return build_workload(self.options, self.backends)
@@ -151,10 +151,10 @@ def write_references(options: WorkloadOptions, folder: Path) -> None:
         ("bf16.pt", "bf16", torch.float32),
     )
     for name, precision, dtype in references:
-        if name == "tf32.pt" and options.device != "cuda":
+        if name == "tf32.pt" and options.runtime.device != "cuda":
             continue
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32.pt"
-        plain = replace(options.observed(), precision=precision, compile=False, kernels="auto", attention="auto")
+        plain = options.observed().but(precision=precision, compile=False, kernels="auto", attention="auto")
         observe = build_baseline("reference", plain, dtype).observe
         assert observe is not None
         with atomic_write(folder / name) as file:
@@ -163,10 +163,10 @@ def write_references(options: WorkloadOptions, folder: Path) -> None:
 
 def eager_file(configuration: Configuration) -> str:
     """Name the file of the eager reference that multiplies as `configuration` does."""
-    options = configuration.options
-    if options.precision != "fp32":
+    runtime = configuration.options.runtime
+    if runtime.precision != "fp32":
         return "bf16.pt"
-    return "tf32.pt" if configuration.tf32 and options.device == "cuda" else "fp32.pt"
+    return "tf32.pt" if configuration.tf32 and runtime.device == "cuda" else "fp32.pt"
 
 
 def measure_in_process(

@@ -19,7 +19,7 @@ def runnable_backends(operation: Operation, options: WorkloadOptions) -> list[st
     a CPU, where it is an interpreter.
     """
     facts = facts_of(options)
-    if operation.mode not in (None, options.mode) or operation.name not in model_operations(options.architecture()):
+    if operation.mode not in (None, options.mode) or operation.name not in model_operations(options.network.config()):
         return []
     names = [backend.name for backend in operation.backends if backend.why_not(facts) is None]
     return [name for name in names if name != "triton" or facts.device.type != "cpu"]
@@ -27,15 +27,15 @@ def runnable_backends(operation: Operation, options: WorkloadOptions) -> list[st
 
 def facts_of(options: WorkloadOptions) -> Facts:
     """Describe where and how the operations of a workload run."""
-    device, _ = choose_device(options.device)
-    config, training = options.architecture(), options.mode == "training"
+    device, _ = choose_device(options.runtime.device)
+    config, training = options.network.config(), options.mode == "training"
     return Facts(
         device,
-        choose_precision(options.precision, device)[0],
+        choose_precision(options.runtime.precision, device)[0],
         training,
         config.dropout if training else 0.0,
         config.hidden_dim // config.num_heads,
-        bool(options.compile),
+        bool(options.runtime.compile),
     )
 
 

@@ -27,8 +27,8 @@ PROMISING = ("threads", "precision", "capture", "convolution", "attention", "pre
 
 def switches(options: WorkloadOptions) -> list[Switch]:
     """List those of the device and mode of `options` that it does not decide by name and that its model has."""
-    resolved, threads = options.resolved(), torch.get_num_threads()
-    on_gpu = resolved.device == "cuda"
+    resolved, runtime, threads = options.resolved(), options.runtime, torch.get_num_threads()
+    on_gpu = resolved.runtime.device == "cuda"
     fewer = tuple(sorted({count for count in (threads // 2, 1) if 0 < count < threads}))
     found: dict[str, tuple[Any, ...]] = {
         "threads": () if on_gpu else fewer,
@@ -38,9 +38,9 @@ def switches(options: WorkloadOptions) -> list[Switch]:
         "channels_last": (True, False),
         "optimize": (False,) if options.mode == "inference" else (),
     }
-    found = {name: values if getattr(options, name) in (None, "auto") else () for name, values in found.items()}
-    asked = backends_asked(options.kernels, options.attention)
-    if options.kernels == "auto":
+    found |= dict.fromkeys(found.keys() & runtime.asked().keys(), ())
+    asked = backends_asked(runtime.kernels, runtime.attention)
+    if runtime.kernels == "auto":
         found |= {name: other_backends(operation, resolved) for name, operation in OPERATIONS.items()}
         found |= dict.fromkeys(found.keys() & asked.keys(), ())
     elif found["optimize"]:
@@ -60,15 +60,15 @@ def other_backends(operation: Operation, options: WorkloadOptions) -> tuple[str,
 def first_guess(options: WorkloadOptions) -> Configuration:
     """Return what runs where nothing was measured: training as it comes, inference on a GPU as CUDA graphs."""
     resolved = options.resolved()
-    dtype, _ = choose_precision(resolved.precision, torch.device(resolved.device))
+    runtime = resolved.runtime
+    dtype, _ = choose_precision(runtime.precision, torch.device(runtime.device))
     names: dict[torch.dtype, Any] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    replayed = resolved.device == "cuda" and resolved.mode == "inference" and not resolved.compile
-    workload = replace(
-        resolved,
+    replayed = runtime.device == "cuda" and resolved.mode == "inference" and not runtime.compile
+    workload = resolved.but(
         precision=names[dtype],
-        compile=bool(resolved.compile),
-        channels_last=resolved.channels_last is not False,
-        capture=replayed if resolved.capture is None else resolved.capture,
+        compile=bool(runtime.compile),
+        channels_last=runtime.channels_last is not False,
+        capture=replayed if runtime.capture is None else runtime.capture,
     )
     return Configuration(workload)
 
@@ -76,14 +76,14 @@ def first_guess(options: WorkloadOptions) -> Configuration:
 def with_value(configuration: Configuration, switch: str, value: Any) -> Configuration:
     options = configuration.options
     if options.mode == "inference" and (switch, value) in (("compile", True), ("optimize", False)):
-        configuration = replace(configuration, options=replace(options, capture=False))  # such a model is not captured
+        configuration = replace(configuration, options=options.but(capture=False))  # such a model is not captured
     if switch in RUNTIME_SWITCHES:
-        return replace(configuration, options=replace(configuration.options, **{switch: value}))
+        return replace(configuration, options=configuration.options.but(**{switch: value}))
     return replace(configuration, backends={**configuration.backends, switch: value})
 
 
 def value_of(configuration: Configuration, switch: str) -> Any:
     """Return what a configuration has for a switch; None for an operation that runs by its first guess."""
     if switch in RUNTIME_SWITCHES:
-        return getattr(configuration.options, switch)
+        return getattr(configuration.options.runtime, switch)
     return configuration.backends.get(switch)

@@ -38,7 +38,7 @@ class Technique:
 
     def applied(self, to: Configuration) -> Configuration:
         return replace(
-            to, options=replace(to.options, **self.options), backends={**to.backends, **self.backends}, **self.settings
+            to, options=to.options.but(**self.options), backends={**to.backends, **self.backends}, **self.settings
         )
 
 
@@ -46,7 +46,7 @@ def start(options: WorkloadOptions) -> Configuration:
     """Return the reference as it comes: eager, float32 in full, NCHW, images batched at random, glibc's allocator."""
     plain: dict[str, Any] = {"channels_last": False, "kernels": "ref", "attention": "ref", "compile": False}
     plain |= {"precision": "fp32", "buckets": False, "optimize": False, "host_allocator": "system"}
-    return Configuration(replace(options, **plain), "reference", tf32=False)
+    return Configuration(options.but(**plain), "reference", tf32=False)
 
 
 def techniques(top: WorkloadOptions) -> list[Technique]:
@@ -63,30 +63,30 @@ def techniques(top: WorkloadOptions) -> list[Technique]:
 
 
 def _techniques(top: WorkloadOptions) -> Iterator[Technique]:
-    facts = facts_of(top)
+    facts, runtime = facts_of(top), top.runtime
     on_gpu = facts.device.type == "cuda"
-    if top.size_mix == "mixed" and top.buckets:
+    if top.mix.size_mix == "mixed" and top.mix.buckets:
         yield Technique("buckets", options={"buckets": True})
     if on_gpu:
         yield Technique("TF32", settings={"tf32": True})
-    if top.host_allocator == "keep" or (top.host_allocator == "auto" and not on_gpu and why_not_kept() is None):
+    if runtime.host_allocator == "keep" or (runtime.host_allocator == "auto" and not on_gpu and why_not_kept() is None):
         yield Technique("freed memory kept", options={"host_allocator": "keep"})
     if top.mode == "training":
         yield Technique("joint loss, fused AdamW", backends=REFERENCES, settings={"implementation": "detr_fast"})
     else:
         yield Technique("detr_fast's plain operations", backends=REFERENCES, settings={"implementation": "detr_fast"})
     if facts.dtype.itemsize == 2:
-        precision = "bf16" if top.precision == "auto" else top.precision
+        precision = "bf16" if runtime.precision == "auto" else runtime.precision
         yield Technique(precision, options={"precision": precision})
-    if top.channels_last:
+    if runtime.channels_last:
         yield Technique("channels-last", options={"channels_last": True})
     yield from _operations(top)
-    if top.compile and missing_for_compile() is None:
+    if runtime.compile and missing_for_compile() is None:
         yield Technique("compile", options={"compile": True})
-    if on_gpu and top.kernels != "ref":
+    if on_gpu and runtime.kernels != "ref":
         if top.mode == "training":
             yield Technique("captured step", options={"capture": True})
-        elif not top.compile:
+        elif not runtime.compile:
             yield Technique("captured inference", options={"capture": True})
 
 
@@ -95,9 +95,9 @@ def _operations(top: WorkloadOptions) -> Iterator[Technique]:
 
     Of several that do the same work the last one stays on: the one that is asked for, or expected to win.
     """
-    asked = backends_asked(top.kernels, top.attention)
+    asked = backends_asked(top.runtime.kernels, top.runtime.attention)
     for name, operation in OPERATIONS.items():
-        if name == "packed_convolution" and top.mode == "inference" and top.kernels != "ref":
+        if name == "packed_convolution" and top.mode == "inference" and top.runtime.kernels != "ref":
             yield Technique("weights folded and rounded once", options={"optimize": True})
         if asked.get(name) == operation.reference:
             continue

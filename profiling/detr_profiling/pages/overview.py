@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from detr_profiling.command_line import arguments
+from detr_fast.option_groups import flags
 from detr_profiling.pages import formats
 from detr_profiling.pages import parity as report_parity
 from detr_profiling.pages.blocks import BAD, Block, Cell, Facts, Paragraph, Table, cells, code, figures, sentence, words
@@ -195,5 +195,6 @@ def command(results: Results, name: str, mode: str | None = None) -> str:
     """Return the command line of a part that is there, or of one that would go with the others."""
     own, shared = options_of(results, name, mode), WorkloadOptions().to_dict()
     options = own or {key: value for key, value in workload_options(results).items() if key in shared}
-    words = ["python -m detr_profiling", name, "--output", folder(results), shlex.join(arguments(options))]
+    changed = {key: value for key, value in options.items() if str(value) != str(shared.get(key, False))}
+    words = ["python -m detr_profiling", name, "--output", folder(results), shlex.join(flags(changed))]
     return " ".join(words).strip()

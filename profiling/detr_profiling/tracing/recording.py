@@ -140,7 +140,7 @@ def profile_workload(
     with_roofline &= problem is None  # a range's fraction of the host's time is not its fraction of the device's
     result = {
         "machine": describe_machine(workload.device).to_dict(),
-        "workload": {"name": workload.name, **workload.options.to_dict()},
+        "workload": workload.to_dict(),
         "steps": steps,
         "step_ms": plain.timing.to_dict(),
         "profiled_step_ms": Timing(tuple(step.duration_ns / 1e6 for step in timeline.steps)).to_dict(),
@@ -178,8 +178,8 @@ def count_figures(timeline: Timeline) -> dict[str, Any]:
 def roofline_of(workload: Workload, ranges: list[RangeTime], step: Timing) -> dict[str, Any]:
     """Compute the roofline from each range's time on the device, or from its fraction of the host's, scaled to the
     unprofiled step."""
-    dtype, _ = choose_precision(workload.options.precision, workload.device)
-    if workload.name != "detr_fast" and workload.options.precision != "bf16":
+    dtype, _ = choose_precision(workload.options.runtime.precision, workload.device)
+    if workload.name != "detr_fast" and workload.options.runtime.precision != "bf16":
         dtype = torch.float32  # a baseline's own
     range_ms = {row.name: row.fraction * step.median_ms if row.device_ms is None else row.device_ms for row in ranges}
     work = count_work(partial(run_step, workload))
