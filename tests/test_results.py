@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from detr_profiling.pages import formats
+from detr_profiling.pages.report import make_report
 from detr_profiling.pages.results import load_results
-from detr_profiling.report import ReportOptions, main, make_report
+from detr_profiling.report import ReportOptions, main
 
 from detr_fast.config import UserError
 

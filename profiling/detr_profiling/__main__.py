@@ -7,7 +7,7 @@ from detr_fast.command import Command, as_typed, dispatch
 
 COMMANDS = {
     "trace": Command(
-        "detr_profiling.trace", "TraceOptions", "one step in a profiler: stages, kernels, waits, memory, roofline"
+        "detr_profiling.trace", "TraceOptions", "one step in a profiler: its ranges, kernels, waits, memory, roofline"
     ),
     "parity": Command(
         "detr_profiling.parity",

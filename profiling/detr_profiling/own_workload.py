@@ -92,7 +92,7 @@ def inference_step(model: DETR, options: WorkloadOptions, runtime: Runtime) -> t
 
     Raises UserError where it cannot be captured.
     """
-    # without --capture no replay, which evaluation on a GPU is by default: hooks and the names of stages stay
+    # without --capture no replay, which evaluation on a GPU is by default: hooks and profiler ranges stay
     detector = Detector(model, runtime=replace(runtime, capture=options.runtime.capture))
     replays = detector.replays or not options.runtime.capture
     require(replays, "--capture takes an optimised model on a GPU, without --compile.")

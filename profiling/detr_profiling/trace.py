@@ -27,7 +27,7 @@ SNAPSHOT_ENTRIES = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions(Options):
-    """One step in a profiler: stages, kernels, device synchronisations, memory, roofline."""
+    """One step in a profiler: its ranges, kernels, device synchronisations, memory, roofline."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("buckets", lambda o: o.data is None, "where all images have one size: give --data"),
