@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from detr_kernels import OPERATIONS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, UserError
 from detr_fast.data.batch import Targets
-from detr_fast.detector import place
+from detr_fast.detector import Detector, place, runtime_of
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
@@ -164,6 +165,31 @@ def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> Non
     with torch.no_grad(), Operators() as operators:
         made(torch.randn(1, 3, 64, 64))
     assert ("detr_kernels::conv_bias_act_library" in operators.seen) == (packed == "ref")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_is_printed_of_optimised_inference_is_what_runs(tiny: bool) -> None:
+    """Of a network with frozen or live batch norm: it is folded for good, and no stage is one operator then."""
+    detector = Detector(DETR(MODELS["detr_tiny"]) if tiny else make_model())
+    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
+    runtime.reasons["residual stage"] = "onednn (of a network that it was chosen for before)"
+    detector.optimize(runtime)
+    printed = {name for name in runtime.reasons if name.replace(" ", "_") in OPERATIONS}
+    assert printed == {"preprocessing", "convolution", "packed convolution", "attention", "layer norm"}
+    with torch.no_grad(), Operators() as operators:
+        detector(torch.randn(1, 3, 64, 64))
+    assert "detr_kernels::residual_stage" not in operators.seen
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_is_asked_for_runs_in_optimised_inference(tiny: bool) -> None:
+    network = DETR(MODELS["detr_tiny"]) if tiny else make_model()
+    made = optimized(place(network.eval(), replace(runtime_of(network), kernels="triton")), torch.float32)
+    with torch.no_grad(), Operators() as operators:
+        made(torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert {"detr_kernels::conv1x1_bias_act", "detr_kernels::bias_act"} <= operators.seen
+    assert "detr_kernels::conv_bias_act_library" not in operators.seen
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")

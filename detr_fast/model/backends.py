@@ -62,6 +62,8 @@ def backends_asked(kernels: Kernels, attention: Attention) -> dict[str, str]:
             named[name] = operation.reference
         elif wanted in operation.names:
             named[name] = wanted
+    if named.get("convolution") == "triton":
+        named["packed_convolution"] = "ref"  # in the order of another library's weights, our kernel would not run
     return named
 
 
