@@ -249,15 +249,15 @@ def runtime_of(network: nn.Module) -> Runtime:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Switch dropout and live batch norm off, until the context ends."""
-    training = network.training
-    if training:
-        network.eval()
+    """Switch dropout and live batch norm off, until the context ends: each module's mode is then as it was."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            network.train()
+        for module in training:
+            module.training = True
 
 
 def halved_to_fit(

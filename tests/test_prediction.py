@@ -105,6 +105,17 @@ def test_the_models_mode_is_restored_also_after_an_error(pixels: np.ndarray) -> 
     assert not constant.training
 
 
+def test_a_part_that_is_in_another_mode_stays_in_it(pixels: np.ndarray) -> None:
+    """As where batch norm stays as it is in fine-tuning, or one part alone is trained."""
+    for training in (True, False):
+        network = Constant().train(training)
+        network.part = nn.Dropout().train(not training)
+        during: list[bool] = []
+        network.register_forward_pre_hook(lambda module, _, during=during: during.append(module.part.training))
+        Detector(network).predict(pixels)
+        assert during == [False] and (network.training, network.part.training) == (training, not training)
+
+
 def test_paths_pil_images_and_arrays_give_the_same(detector: Detector, pixels: np.ndarray, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     Image.fromarray(pixels).save(file)
