@@ -196,6 +196,18 @@ def test_it_runs_where_and_as_it_was_moved(optimize: bool, pixels: np.ndarray) -
     torch.testing.assert_close(found.scores, expected.scores, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.filterwarnings("error")
+def test_pixels_that_may_not_be_written_are_read(detector: Detector, pixels: np.ndarray) -> None:
+    """As those are that NumPy makes of bytes, or of a PIL image."""
+    (expected,) = detector.predict(pixels, threshold=0.0)
+    torch.set_warn_always(True)  # once a process otherwise
+    try:
+        (found,) = detector.predict(np.frombuffer(pixels.tobytes(), np.uint8).reshape(pixels.shape), threshold=0.0)
+    finally:
+        torch.set_warn_always(False)
+    assert same(found, expected)
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
