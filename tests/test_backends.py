@@ -156,6 +156,16 @@ def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fa
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("name", FAST)
+def test_the_reference_of_one_operation_runs_beside_the_others_backends(name: str) -> None:
+    model = DETR(replace(NARROW, dropout=0.1)).train()
+    select_backends(model, named={name: OPERATIONS[name].reference})
+    with Operators() as operators:
+        model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
+    assert {OPERATORS[seen] for seen in operators.seen if seen in OPERATORS} == set(FAST) - {name}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
 @pytest.mark.parametrize("packed", ["onednn", "ref"])
 def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> None:
     """Packed weights go to oneDNN itself, others through our operator."""
