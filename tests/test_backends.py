@@ -19,6 +19,7 @@ from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.options import Attention, Kernels, RuntimeOptions
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from tests.factories import NARROW
@@ -153,6 +154,20 @@ def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fa
         model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
     assert {OPERATORS[name] for name in operators.seen if name in OPERATORS} == fast
     assert {name for name, backend in FAST.items() if selection.backend(name, training=True) == backend} == fast
+
+
+KERNELS = "conv1x1_bias_act bias_act packed_attention add_layer_norm match_cost assignment set_loss"
+OURS = {f"detr_kernels::{name}" for name in KERNELS.split()}
+
+
+@pytest.mark.parametrize("kernels", ["triton", "ref"])
+def test_every_kernel_of_ours_runs_where_it_is_asked_for(kernels: Kernels) -> None:
+    """The results are the same, whichever runs."""
+    model = make_model()
+    with Operators() as operators:
+        run(model, kernels, "auto", padded=True)
+    assert operators.seen & OURS == (OURS if kernels == "triton" else set())
+    assert Preprocessing.of(model, runtime_of(model)).backend == kernels
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
