@@ -39,7 +39,7 @@ def test_auto_keeps_freed_memory_on_a_cpu() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UserError, match="one of auto, keep, system, not 'jemalloc'"):
-        choose_host_allocator("jemalloc", CPU)  # type: ignore[arg-type]
+        choose_host_allocator("jemalloc", CPU)
 
 
 @needs_glibc
