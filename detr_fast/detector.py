@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from detr_kernels import OPERATIONS, Selection
 from torch import Tensor, nn
 
 from detr_fast.config import ModelConfig, UserError
@@ -12,7 +13,7 @@ from detr_fast.cuda_graphs import CudaCapturer, GraphCache
 from detr_fast.data.annotations import Category
 from detr_fast.data.batch import Batch
 from detr_fast.host_memory import use_host_allocator
-from detr_fast.model.backends import reasons, select_backends
+from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR, optimized
 from detr_fast.out_of_memory import is_out_of_memory
@@ -84,8 +85,12 @@ class Detector:
         return {**self.__dict__, "graphs": None, "_captured_with": None, "_compiled": None}
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the network as `nn.Module.to` does; from then on it runs where it is and as it is."""
+        """Move or cast the network as `nn.Module.to` does; from then on it runs where it is and as it is.
+
+        Backends that were chosen for where it was are forgotten: each call chooses by its own tensors.
+        """
         self.network.to(*args, **kwargs)
+        hand_out(Selection(), self.network)
         self._replace(self.network, None)
         return self
 
@@ -95,7 +100,10 @@ class Detector:
         See `detr_fast.model.optimized`: such a network cannot be trained.
         """
         network = place(self.network.eval(), runtime)
-        self._replace(optimized(network, runtime.dtype) if runtime.optimizes else network, runtime)
+        if runtime.optimizes:
+            network = optimized(network, runtime.dtype)
+            explain_backends(network, runtime)  # a norm that is folded for good no longer runs
+        self._replace(network, runtime)
         return self
 
     def predict(
@@ -197,7 +205,7 @@ def place(network: DETR, runtime: Runtime, named: Mapping[str, str] | None = Non
     configure_process(runtime)
     memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
     network.to(device=runtime.device, memory_format=memory_format)  # type: ignore[call-overload]
-    selection = select_backends(
+    select_backends(
         network,
         runtime.kernels,
         runtime.attention,
@@ -206,8 +214,15 @@ def place(network: DETR, runtime: Runtime, named: Mapping[str, str] | None = Non
         measured=runtime.measured,
         compiled=runtime.compile,
     )
-    runtime.reasons.update(reasons(network, selection, network.training))
+    explain_backends(network, runtime)
     return network
+
+
+def explain_backends(network: DETR, runtime: Runtime) -> None:
+    """Write into `runtime.reasons` which backends `network` runs, in the mode that it is in, and no others."""
+    for operation in OPERATIONS.values():
+        runtime.reasons.pop(operation.title, None)
+    runtime.reasons.update(reasons(network, network.selection, network.training))
 
 
 def configure_process(runtime: Runtime) -> None:
@@ -234,15 +249,15 @@ def runtime_of(network: nn.Module) -> Runtime:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Switch dropout and live batch norm off, until the context ends."""
-    training = network.training
-    if training:
-        network.eval()
+    """Switch dropout and live batch norm off, until the context ends: each module's mode is then as it was."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if training:
-            network.train()
+        for module in training:
+            module.training = True
 
 
 def halved_to_fit(

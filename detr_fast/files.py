@@ -3,6 +3,7 @@
 Nothing else opens a file for writing (tests/test_layout.py).
 """
 
+import errno
 import json
 import os
 import shutil
@@ -24,13 +25,15 @@ def atomic_write(path: Path, advice: str = FREE_SPACE) -> Iterator[BinaryIO]:
     """Replace `path` by what is written inside, in one step: a kill at any moment leaves the old file or the new one.
 
     Folders are made as needed; a link is followed, so that it stays one. Raises UserError that ends with `advice`
-    where the file cannot be written; the old one is then still there, and the partial one is gone.
+    where the file cannot be written, as where a device or a pipe has its name; the old one is then still there, and the
+    partial one is gone.
     """
     target = Path(os.path.realpath(path))
     partial = target.with_name(f"{target.name[:40]}.{os.getpid()}{PARTIAL_SUFFIX}")  # a process's own, and not too long
     with explained(path, advice):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            require_replaceable(target)
             with partial.open("wb") as file:
                 yield file
                 file.flush()
@@ -39,6 +42,14 @@ def atomic_write(path: Path, advice: str = FREE_SPACE) -> Iterator[BinaryIO]:
             sync_folder(target.parent)
         finally:
             remove(partial)
+
+
+def require_replaceable(target: Path) -> None:
+    """Raise OSError for a device, a pipe or a folder: root could put a file in the place of /dev/null."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a special file")
 
 
 def write_text(path: Path, text: str, errors: str = "strict", advice: str = FREE_SPACE) -> None:

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -39,8 +39,10 @@ def choose_host_allocator(asked: HostAllocator, device: torch.device) -> tuple[A
     """Choose what `use_host_allocator` is to do (None: nothing), and return it with the reason.
 
     `auto` keeps to what was decided for this process before. Raises UserError where what is asked for by name cannot be
-    had: `system` in a process that keeps freed memory already, `keep` without glibc.
+    had: `system` in a process that keeps freed memory already, `keep` without glibc; or is none of the names.
     """
+    names = get_args(HostAllocator)
+    require(asked in names, f"The host's allocator is one of {', '.join(names)}, not {asked!r}.")
     problem = why_not_kept()
     if asked == "system":
         require(

@@ -79,7 +79,7 @@ def read_pixels(image: ImageLike) -> Tensor:
         form = f"array {array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise UserError(f"An image must be a path, a PIL image or an array (H, W, 3) uint8, not {form}.")
     require(array.size > 0, f"An image of {array.shape[1]}x{array.shape[0]} pixels has nothing on it.")
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(array, requirements=("C", "W"))).permute(2, 0, 1)  # torch warns of read-only
 
 
 def read_pil(image: Image.Image) -> np.ndarray:

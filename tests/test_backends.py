@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from detr_kernels import OPERATIONS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, UserError
 from detr_fast.data.batch import Targets
-from detr_fast.detector import place
+from detr_fast.detector import Detector, place, runtime_of
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.options import Attention, Kernels, RuntimeOptions
+from detr_fast.preprocessing import Preprocessing
 from detr_fast.runtime import choose_runtime
 from detr_fast.training.criterion import build_criterion
 from tests.factories import NARROW
@@ -155,6 +157,30 @@ def test_what_was_chosen_is_what_runs(kernels: Kernels, attention: Attention, fa
     assert {name for name, backend in FAST.items() if selection.backend(name, training=True) == backend} == fast
 
 
+KERNELS = "conv1x1_bias_act bias_act packed_attention add_layer_norm match_cost assignment set_loss"
+OURS = {f"detr_kernels::{name}" for name in KERNELS.split()}
+
+
+@pytest.mark.parametrize("kernels", ["triton", "ref"])
+def test_every_kernel_of_ours_runs_where_it_is_asked_for(kernels: Kernels) -> None:
+    """The results are the same, whichever runs."""
+    model = make_model()
+    with Operators() as operators:
+        run(model, kernels, "auto", padded=True)
+    assert operators.seen & OURS == (OURS if kernels == "triton" else set())
+    assert Preprocessing.of(model, runtime_of(model)).backend == kernels
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("name", FAST)
+def test_the_reference_of_one_operation_runs_beside_the_others_backends(name: str) -> None:
+    model = DETR(replace(NARROW, dropout=0.1)).train()
+    select_backends(model, named={name: OPERATIONS[name].reference})
+    with Operators() as operators:
+        model(torch.randn(1, 3, 64, 64))["pred_logits"].sum().backward()
+    assert {OPERATORS[seen] for seen in operators.seen if seen in OPERATORS} == set(FAST) - {name}
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
 @pytest.mark.parametrize("packed", ["onednn", "ref"])
 def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> None:
@@ -165,6 +191,31 @@ def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> Non
     with torch.no_grad(), Operators() as operators:
         made(torch.randn(1, 3, 64, 64))
     assert ("detr_kernels::conv_bias_act_library" in operators.seen) == (packed == "ref")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_is_printed_of_optimised_inference_is_what_runs(tiny: bool) -> None:
+    """Of a network with frozen or live batch norm: it is folded for good, and no stage is one operator then."""
+    detector = Detector(DETR(MODELS["detr_tiny"]) if tiny else make_model())
+    runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
+    runtime.reasons["residual stage"] = "onednn (of a network that it was chosen for before)"
+    detector.optimize(runtime)
+    printed = {name for name in runtime.reasons if name.replace(" ", "_") in OPERATIONS}
+    assert printed == {"preprocessing", "convolution", "packed convolution", "attention", "layer norm"}
+    with torch.no_grad(), Operators() as operators:
+        detector(torch.randn(1, 3, 64, 64))
+    assert "detr_kernels::residual_stage" not in operators.seen
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_is_asked_for_runs_in_optimised_inference(tiny: bool) -> None:
+    network = DETR(MODELS["detr_tiny"]) if tiny else make_model()
+    made = optimized(place(network.eval(), replace(runtime_of(network), kernels="triton")), torch.float32)
+    with torch.no_grad(), Operators() as operators:
+        made(torch.randn(1, 3, 64, 64, device=DEVICE))
+    assert {"detr_kernels::conv1x1_bias_act", "detr_kernels::bias_act"} <= operators.seen
+    assert "detr_kernels::conv_bias_act_library" not in operators.seen
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")

@@ -30,11 +30,12 @@ class Doubling:
 def test_it_is_computed_again_where_a_source_has_changed_and_in_the_same_memory() -> None:
     doubling = Doubling(nn.Parameter(torch.ones(3)))
     first = doubling()
+    memory = first.data_ptr()  # which a captured graph reads
     assert doubling() is first and doubling.computed == 1 and not first.requires_grad
     with torch.no_grad():
         doubling.source.add_(1)
     assert doubling() is first and doubling.computed == 2
-    assert torch.equal(first, torch.full((3,), 4.0))
+    assert torch.equal(first, torch.full((3,), 4.0)) and first.data_ptr() == memory
     doubling.source = nn.Parameter(torch.ones(5))
     assert doubling().shape == (5,)
 

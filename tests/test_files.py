@@ -111,6 +111,17 @@ def test_a_write_that_fails_names_the_file_and_the_reason(tmp_path: Path, reason
     assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [("a.json", "[\n  1\n]\n")]
 
 
+def test_nothing_takes_the_place_of_a_pipe_or_a_folder(tmp_path: Path) -> None:
+    """Nor of /dev/null, where root gives that as --output."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("pipe", "special file"), ("link", "special file"), ("folder", "Is a directory")):
+        with pytest.raises(UserError, match=rf"{name} cannot be written: .*{reason}"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")

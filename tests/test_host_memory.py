@@ -37,6 +37,11 @@ def test_auto_keeps_freed_memory_on_a_cpu() -> None:
     assert asked.host_allocator == "system" and asked.reasons["host allocator"] == "system (asked for)"
 
 
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UserError, match="one of auto, keep, system, not 'jemalloc'"):
+        choose_host_allocator("jemalloc", CPU)
+
+
 @needs_glibc
 def test_a_choice_alone_does_nothing(process: Process) -> None:
     choose_runtime(RuntimeOptions(device="cpu"))

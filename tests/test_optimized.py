@@ -186,6 +186,31 @@ def test_a_copy_of_one_that_has_run_computes_the_same() -> None:
         torch.testing.assert_close(value, expected[key])
 
 
+@pytest.mark.parametrize("name", ["resnet50", "tiny"])
+def test_one_that_has_run_follows_what_is_loaded(name: str) -> None:
+    """Its packed weights are copies."""
+    made, other = (optimized(make_model(name), torch.float32) for _ in range(2))
+    before = outputs(made)["pred_logits"]
+    for module in other.modules():
+        if isinstance(module, FoldedConvolution):
+            module.weight.mul_(1.1)
+    made.load_state_dict(other.state_dict())
+    found, expected = outputs(made), outputs(other)
+    assert not torch.allclose(expected["pred_logits"], before)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_detector_may_be_cast_to_what_its_backends_do_not_compute_in(name: str, dtype: torch.dtype) -> None:
+    """Those were chosen for float32: oneDNN has no float64, nor float16 on most processors."""
+    detector = Detector(make_model(name)).optimize(choose_runtime(RuntimeOptions(device="cpu", precision="fp32")))
+    image = torch.randint(256, (80, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    (expected,), (found,) = detector.predict(image, 0.0), detector.to(dtype).predict(image, 0.0)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0.01)
+
+
 def test_one_that_has_run_may_be_cast_and_moved() -> None:
     """Its packed weights are of the dtype it ran in."""
     made = optimized(make_model("resnet50"), torch.float32)

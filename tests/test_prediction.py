@@ -105,6 +105,17 @@ def test_the_models_mode_is_restored_also_after_an_error(pixels: np.ndarray) -> 
     assert not constant.training
 
 
+def test_a_part_that_is_in_another_mode_stays_in_it(pixels: np.ndarray) -> None:
+    """As where batch norm stays as it is in fine-tuning, or one part alone is trained."""
+    for training in (True, False):
+        network = Constant().train(training)
+        network.part = nn.Dropout().train(not training)
+        during: list[bool] = []
+        network.register_forward_pre_hook(lambda module, _, during=during: during.append(module.part.training))
+        Detector(network).predict(pixels)
+        assert during == [False] and (network.training, network.part.training) == (training, not training)
+
+
 def test_paths_pil_images_and_arrays_give_the_same(detector: Detector, pixels: np.ndarray, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     Image.fromarray(pixels).save(file)
@@ -183,6 +194,18 @@ def test_it_runs_where_and_as_it_was_moved(optimize: bool, pixels: np.ndarray) -
     (found,) = made.to(torch.bfloat16).predict(pixels, threshold=0.0)
     assert made.runtime.dtype == torch.bfloat16 and len(found) == len(expected)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_that_may_not_be_written_are_read(detector: Detector, pixels: np.ndarray) -> None:
+    """As those are that NumPy makes of bytes, or of a PIL image."""
+    (expected,) = detector.predict(pixels, threshold=0.0)
+    torch.set_warn_always(True)  # once a process otherwise
+    try:
+        (found,) = detector.predict(np.frombuffer(pixels.tobytes(), np.uint8).reshape(pixels.shape), threshold=0.0)
+    finally:
+        torch.set_warn_always(False)
+    assert same(found, expected)
 
 
 @pytest.mark.parametrize(

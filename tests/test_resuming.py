@@ -357,6 +357,15 @@ def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) 
         load_resumed(path)
 
 
+def test_an_option_that_came_later_keeps_its_default(stored: Path, tmp_path: Path) -> None:
+    path, whole = tmp_path / "last.pt", read_container(stored)
+    later = {"profile", "host_allocator"}
+    options = {name: value for name, value in whole["options"].items() if name not in later}
+    write_container(path, whole | {"options": options})
+    state, expected = load_resumed(path), load_resumed(stored)
+    assert state is not None and expected is not None and state.options == expected.options
+
+
 def test_what_is_saved_is_what_is_loaded(stored: Path, shapes_root: Path) -> None:
     """Every field of the one schema; and files from before it had a version, or what was measured, go on."""
     whole, loaded, expected = read_container(stored), load_resumed(stored), state_of(begun(shapes_root))

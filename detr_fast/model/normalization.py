@@ -144,10 +144,10 @@ class FoldedConvolution(Selectable):
         weight, bias = folded(conv, norm, dtype)
         self.geometry = conv.stride[0], int(conv.padding[0]), conv.dilation[0]
         self.eval()
-        self.use(getattr(norm, "selection", Selection()))
         self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
         self.register_buffer("bias", bias.detach())
         self.packed: OneDNNConvolution | None = None
+        self.register_load_state_dict_post_hook(_unpack)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FoldedConvolution":
         """Do what `to` and its like ask: the weight is packed anew where and as it lies then."""
@@ -163,6 +163,11 @@ class FoldedConvolution(Selectable):
         if self.packed is None:
             self.packed = OneDNNConvolution(self.weight, self.bias, *self.geometry)
         return self.packed(x.contiguous(memory_format=torch.channels_last), residual, relu)
+
+
+def _unpack(convolution: FoldedConvolution, _: Any) -> None:
+    """Forget the packed weight after a state dict was loaded: it is a copy of the one before."""
+    convolution.packed = None
 
 
 def computed_in(x: Tensor, weight: Tensor) -> torch.dtype:

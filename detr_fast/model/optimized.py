@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from detr_fast.config import require
-from detr_fast.model.backbone import BasicBlock, Bottleneck, ResNet, TinyResNet
+from detr_fast.model.backbone import BasicBlock, Bottleneck, ResNet, Stage, TinyResNet
+from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.normalization import FoldedConvolution
 
@@ -37,6 +38,7 @@ def optimized(network: DETR, dtype: torch.dtype) -> OptimizedDETR:
     for module in list(made.backbone.modules()):
         if isinstance(module, ResNet | TinyResNet | Bottleneck | BasicBlock):
             _fold_norms(module, dtype)
+    hand_out(network.selection, made)
     for module in made.modules():
         if not isinstance(module, nn.LayerNorm | FoldedConvolution):
             for parameter in module.parameters(recurse=False):
@@ -54,3 +56,6 @@ def _fold_norms(block: nn.Module, dtype: torch.dtype) -> None:
     if shortcut is not None:
         conv, norm = shortcut
         block.downsample = nn.Sequential(FoldedConvolution(conv, norm, dtype), nn.Identity())
+    for name, stage in block.named_children():
+        if isinstance(stage, Stage):  # which is one operation only where its norms are folded in every call
+            setattr(block, name, nn.Sequential(*stage))

@@ -132,10 +132,10 @@ PARSED = ("model_config", "categories", "options", "data", "progress")
 READ_OF = {
     "optimizer": ("state", "param_groups"),
     "data": ("train", "val"),
-    "options": tuple(TrainOptions.field_types()),
     "model_config": tuple(each.name for each in fields(ModelConfig)),
 }
-"""Keys that are read of the parts that are dictionaries."""
+"""Keys that are read of the parts that are dictionaries. Options may lack some, which came later: these keep their
+defaults, with which a run goes on as it did without them."""
 
 
 def lacking(content: dict[str, Any]) -> Iterator[str]:
