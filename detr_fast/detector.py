@@ -233,12 +233,11 @@ def configure_process(runtime: Runtime) -> None:
 
 
 def runtime_of(network: nn.Module) -> Runtime:
-    """Describe a network where it is and as it is: not compiled, autocast for half-precision weights alone."""
+    """Describe a network where it is and as it is: not compiled, in its weights' dtype."""
     weight = next(network.parameters())
-    half = weight.dtype in (torch.bfloat16, torch.float16)
     return Runtime(
         device=weight.device,
-        dtype=weight.dtype if half else torch.float32,
+        dtype=weight.dtype,
         channels_last=isinstance(network, OptimizedDETR),
         compile=False,
         kernels="auto",

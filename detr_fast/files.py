@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -29,7 +30,8 @@ def atomic_write(path: Path, advice: str = FREE_SPACE) -> Iterator[BinaryIO]:
     partial one is gone.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f"{target.name[:40]}.{os.getpid()}{PARTIAL_SUFFIX}")  # a process's own, and not too long
+    own = f"{os.getpid()}-{threading.get_ident()}"  # a thread's, since several may write one file
+    partial = target.with_name(f"{target.name[:40]}.{own}{PARTIAL_SUFFIX}")  # not too long a name
     with explained(path, advice):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,9 @@ class Preprocessing:
         from it.
         """
         height, width = batch.padded_size
-        images = resize_normalize_pad(batch.images, height, width, self.mean, self.std, self.dtype, self.backend)
+        computed = torch.float32 if self.dtype == torch.float64 else self.dtype
+        images = resize_normalize_pad(batch.images, height, width, self.mean, self.std, computed, self.backend)
+        images = images.to(self.dtype)
         if not self.channels_last:
             images = images.contiguous()
         if not batch.padded:

@@ -63,7 +63,8 @@ class Runtime:
         return min(max(own_cores - 1, 1), MOST_WORKERS)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Autocast to half precision, where it computes in that."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
     @property
     def optimizes(self) -> bool:

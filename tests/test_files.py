@@ -5,6 +5,7 @@ import errno
 import multiprocessing
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,15 @@ def test_of_two_that_make_a_folder_the_first_stays(tmp_path: Path) -> None:
             write_text(first / "first", "")
         write_text(second / "second", "")
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "first"]
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path: Path) -> None:
+    path, texts = tmp_path / "a.json", [f"{number}" * 1000 for number in range(3)]
+
+    def write_often(text: str) -> None:
+        for _ in range(30):
+            write_text(path, text)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(write_often, texts)) == [None] * 3
+    assert path.read_text() in texts and list(tmp_path.iterdir()) == [path]

@@ -22,9 +22,14 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mall
 @pytest.fixture(autouse=True)
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     """A process in which nothing was decided; nothing is done to this one."""
-    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: None)
+    CALLS.clear()
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: CALLS.append("kept"))
     monkeypatch.setattr(host_memory, "PROCESS", Process())
     return host_memory.PROCESS
+
+
+CALLS: list[str] = []
+"""What would have been done to the process."""
 
 
 @needs_glibc
@@ -45,7 +50,7 @@ def test_an_unknown_name_is_refused() -> None:
 @needs_glibc
 def test_a_choice_alone_does_nothing(process: Process) -> None:
     choose_runtime(RuntimeOptions(device="cpu"))
-    assert process.allocator is None
+    assert process.allocator is None and not CALLS
 
 
 def test_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +64,7 @@ def test_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("first", ["auto", "keep"])
 def test_what_is_kept_cannot_be_given_back(first: str) -> None:
     use_host_allocator(choose_host_allocator(first, CPU)[0])
+    assert CALLS == ["kept"]
     with pytest.raises(UserError, match=r"--host-allocator system cannot be had: this process keeps.*another process"):
         choose_host_allocator("system", CPU)
     assert choose_host_allocator("auto", GPU) == ("keep", "decided before, for all of this process")
@@ -67,6 +73,7 @@ def test_what_is_kept_cannot_be_given_back(first: str) -> None:
 @needs_glibc
 def test_what_was_asked_for_by_name_stays_until_another_name() -> None:
     use_host_allocator(choose_host_allocator("system", CPU)[0])
+    assert not CALLS
     assert choose_host_allocator("auto", CPU) == ("system", "decided before, for all of this process")
     use_host_allocator(choose_host_allocator("keep", CPU)[0])
     assert choose_host_allocator("auto", CPU)[0] == "keep"

@@ -329,7 +329,7 @@ def test_auto_takes_the_first_that_can_and_says_why() -> None:
 
 
 def test_what_is_asked_for_runs_or_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"two words by fast: it is for training\. Or ask for plain\."):
+    with pytest.raises(RuntimeError, match=r"two words by fast: it is for training\. Or ask for auto\."):
         TWO.choose(Facts(CPU), "fast")
     with pytest.raises(ValueError, match="two words: backend must be auto, fast, odd, plain, not 'fats'"):
         TWO.choose(Facts(CPU), "fats")

@@ -184,16 +184,19 @@ def test_it_is_called_like_its_network(detector: Detector) -> None:
     assert torch.equal(found["pred_boxes"], expected["pred_boxes"]) and len(found["aux_outputs"]) == 2
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
 @pytest.mark.parametrize("optimize", [False, True])
-def test_it_runs_where_and_as_it_was_moved(optimize: bool, pixels: np.ndarray) -> None:
+def test_it_runs_where_and_as_it_was_moved(
+    optimize: bool, dtype: torch.dtype, close: float, pixels: np.ndarray
+) -> None:
     torch.manual_seed(0)
     made = Detector(build_model("detr_tiny").eval())
     (expected,) = made.predict(pixels, threshold=0.0)
     if optimize:
         made.optimize(choose_runtime(RuntimeOptions(device="cpu", precision="fp32", channels_last=False)))
-    (found,) = made.to(torch.bfloat16).predict(pixels, threshold=0.0)
-    assert made.runtime.dtype == torch.bfloat16 and len(found) == len(expected)
-    torch.testing.assert_close(found.scores, expected.scores, rtol=0.1, atol=0.05)
+    (found,) = made.to(dtype).predict(pixels, threshold=0.0)
+    assert made.runtime.dtype == dtype and len(found) == len(expected)
+    torch.testing.assert_close(found.scores.float(), expected.scores, rtol=2 * close, atol=close)
 
 
 @pytest.mark.filterwarnings("error")

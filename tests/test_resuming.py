@@ -338,8 +338,12 @@ def test_a_finished_run_makes_up_for_what_was_not_written(
 def stored(shapes_root: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     optimizer = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}
-    replace(state_of(begun(shapes_root)), optimizer=optimizer, model={"a": torch.ones(2)}).save(path)
+    weights = {"model": {"a": torch.ones(2)}, "ema": {"a": torch.zeros(2)}}
+    replace(state_of(begun(shapes_root)), optimizer=optimizer, progress=PROGRESS, **weights).save(path)
     return path
+
+
+PROGRESS = Progress(step=3, evaluated_step=2, best_ap=0.25, nonfinite_readings=1, seconds=7.5)
 
 
 def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) -> None:
@@ -355,6 +359,10 @@ def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) 
     write_container(path, whole | {"version": VERSION + 1})
     with pytest.raises(UserError, match=rf"another version.*, {VERSION + 1} of checkpoints.*--weights"):
         load_resumed(path)
+    for part in ("options", "progress"):  # a word that only a later version knows
+        write_container(path, whole | {part: whole[part] | {"unheard_of": 1}})
+        with pytest.raises(UserError, match=r"last\.pt was written by another version.*unheard_of.*--weights"):
+            load_resumed(path)
 
 
 def test_an_option_that_came_later_keeps_its_default(stored: Path, tmp_path: Path) -> None:
@@ -368,13 +376,16 @@ def test_an_option_that_came_later_keeps_its_default(stored: Path, tmp_path: Pat
 
 def test_what_is_saved_is_what_is_loaded(stored: Path, shapes_root: Path) -> None:
     """Every field of the one schema; and files from before it had a version, or what was measured, go on."""
-    whole, loaded, expected = read_container(stored), load_resumed(stored), state_of(begun(shapes_root))
+    whole, loaded = read_container(stored), load_resumed(stored)
+    expected = replace(state_of(begun(shapes_root)), progress=PROGRESS)
     assert whole.keys() == {each.name for each in fields(TrainingState)}
     assert loaded is not None and torch.equal(loaded.model["a"], torch.ones(2))
-    assert replace(loaded, model={}, optimizer={}) == expected
+    assert loaded.ema is not None and torch.equal(loaded.ema["a"], torch.zeros(2))
+    bare: dict[str, Any] = {"model": {}, "optimizer": {}, "ema": None}
+    assert replace(loaded, **bare) == expected
     write_container(stored, {name: value for name, value in whole.items() if name not in ("version", "tuning")})
     older = load_resumed(stored)
-    assert older is not None and replace(older, model={}, optimizer={}) == expected
+    assert older is not None and replace(older, **bare) == expected
 
 
 def test_a_command_reads_its_checkpoint_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_what_torch_does_is_always_there(asked: str) -> None:
 
 
 def test_what_cannot_run_is_refused_where_it_is_asked_for() -> None:
-    with pytest.raises(RuntimeError, match=r"attention by xformers: xformers has no cpu path.* Or ask for ref"):
+    with pytest.raises(RuntimeError, match=r"attention by xformers: xformers has no cpu path.* Or ask for auto"):
         chosen(torch.device("cpu"), torch.bfloat16, 32, True, "xformers")
     with pytest.raises(RuntimeError, match=r"attention by triton: .* float64"):
         chosen(torch.device("cpu"), torch.float64, 32, True, "triton")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from detr_fast.config import Checked, ModelConfig, require
+from detr_fast.config import Checked, ModelConfig, UserError, require
 from detr_fast.data.annotations import Category
 from detr_fast.options import TrainOptions
 from detr_fast.weights.container import read_container, write_container
@@ -117,14 +117,17 @@ class TrainingState(RunFacts):
         require(version == VERSION, f"{another}, {version} of checkpoints. Continue it with that version. {advice}")
         categories = content["categories"]
         plain = [each.name for each in fields(cls) if each.name not in PARSED]
-        return cls(
-            **{name: content[name] for name in plain if name in content},
-            model_config=ModelConfig.from_dict(content["model_config"]),
-            categories=None if categories is None else tuple(Category(**each) for each in categories),
-            options=TrainOptions.from_dict(content["options"]),
-            data={split: SplitDigest.from_dict(digest) for split, digest in content["data"].items()},
-            progress=Progress(**content["progress"]),
-        )
+        try:
+            return cls(
+                **{name: content[name] for name in plain if name in content},
+                model_config=ModelConfig.from_dict(content["model_config"]),
+                categories=None if categories is None else tuple(Category(**each) for each in categories),
+                options=TrainOptions.from_dict(content["options"]),
+                data={split: SplitDigest.from_dict(digest) for split, digest in content["data"].items()},
+                progress=Progress(**content["progress"]),
+            )
+        except (UserError, TypeError) as error:  # a word that only a later version knows
+            raise UserError(f"{another}: {error} Continue it with that version. {advice}") from error
 
 
 PARSED = ("model_config", "categories", "options", "data", "progress")

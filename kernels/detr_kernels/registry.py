@@ -99,7 +99,7 @@ class Operation:
         if asked != "auto":
             problem = self.why_not(asked, facts)
             if problem:
-                raise RuntimeError(f"{self.title} by {asked}: {problem}. Or ask for {self.reference}.")
+                raise RuntimeError(f"{self.title} by {asked}: {problem}. Or ask for auto.")
             return Choice(asked, "asked for")
         impossible = left_alone = ""
         for each in self.backends:
