@@ -45,7 +45,8 @@ WARM_UP_CALLS = {"small": 1, "large": 3}
 class Detector:
     """Finds objects: `predict` on photographs, `detect` on batches; called on normalised images, it is its network.
 
-    Move it by its own `to`: the CUDA graphs of its forward pass read the weights' memory.
+    Move it by its own `to`: the CUDA graphs of its forward pass read the weights' memory. They have one input's memory,
+    too: threads that predict at once need a detector each.
     """
 
     def __init__(
