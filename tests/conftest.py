@@ -29,6 +29,13 @@ from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
+FIRST = ("absent_gpu", "compile", "training", "benchmarks", "operations", "measurement", "notices", "reference")
+"""Files of a minute or so: one that began last would run alone, beside processes that have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(scope="session", autouse=True)
