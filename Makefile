@@ -13,7 +13,7 @@ test: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check
@@ -22,7 +22,7 @@ lint: setup
 	.venv/bin/codespell
 
 coverage: setup
-	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --cov $(ARGS)
+	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov $(ARGS)
 
 bench: setup
 	.venv/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

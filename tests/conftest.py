@@ -23,11 +23,19 @@ if not torch.cuda.is_available():
 
 from detr_fast import DETR, build_model, export_state_dict
 from detr_fast.data.shapes import ensure_shapes
+from detr_fast.files import atomic_write
 from detr_fast.model import backbone
 from tests.coco_files import Write
 from tests.small_detr import SMALL, Weights
 
 SHARED = Path(__file__).parents[2] / "shared"
+FIRST = ("absent_gpu", "compile", "training", "benchmarks", "operations", "measurement", "notices", "reference")
+"""Files of a minute or so: one that began last would run alone, beside processes that have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,6 +63,20 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         return ensure_shapes(64, sizes={"train": 48, "val": 12})
+
+
+@pytest.fixture(scope="module")
+def unrendered() -> Iterator[None]:
+    """Figures are drawn and leave empty files: rendering takes three quarters of a small run's time."""
+
+    def leave_empty(figure: Any, path: Path) -> None:
+        with atomic_write(path):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("plots", "pictures"):
+            patch.setattr(f"detr_fast.evaluation.{module}.save_figure", leave_empty)
+        yield
 
 
 @pytest.fixture

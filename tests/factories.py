@@ -74,12 +74,14 @@ def make_step(
 def run_processes(run: Callable[[World], Any], count: int, folder: Path) -> list[Any]:
     """Join `count` processes on this CPU, call `run` with each one's world and return the results in order of rank.
 
-    `run` is a function of a module; what it returns is kept in `folder` as torch saves it.
+    `run` is a function of a module; what it returns is kept in `folder` as torch saves it. The processes are forks of
+    one that has imported what they need, and has run nothing.
     """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "detr_fast.train"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_one_process, (run, count, port, folder), nprocs=count)
+    multiprocessing.start_processes(_one_process, (run, count, port, folder), count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 

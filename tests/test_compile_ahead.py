@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from detr_kernels.compile_ahead import CAPABILITIES, SPECIMENS, recorded_launches
+from detr_kernels.compile_ahead import CAPABILITIES, SPECIMENS, main, recorded_launches
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -77,6 +77,7 @@ def test_a_slice_of_a_batchs_targets_compiles_nothing_anew() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["nonsense"], "Known: "), (["--sm", "ninety"], "invalid int value")]
 )
-def test_a_mistake_is_named(arguments: list[str], message: str) -> None:
-    result = compile_ahead(*arguments)
-    assert result.returncode == 2 and message in result.stderr
+def test_a_mistake_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main(arguments)
+    assert ending.value.code == 2 and message in capsys.readouterr().err

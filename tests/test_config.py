@@ -1,12 +1,10 @@
 """Options and configurations: misspelt or senseless ones are refused by name (docs/faults.md, row 36)."""
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from typing import get_args
 
 import pytest
+import torch
 from detr_kernels import OPERATIONS
 from detr_profiling.ladder import LadderOptions
 from detr_profiling.parity import ParityOptions
@@ -14,6 +12,8 @@ from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
 from detr_profiling.workload import OpenRuntimeOptions, WorkloadOptions, WorkloadRuntimeOptions
 
+from detr_fast import train
+from detr_fast.command import run
 from detr_fast.config import MODELS, ModelConfig, UserError, model_config
 from detr_fast.option_groups import Options, default_of
 from detr_fast.options import (
@@ -127,10 +127,12 @@ def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
         (["--device", "cuda"], "--device"),
     ],
 )
-def test_the_command_answers_a_mistake_with_one_message_and_exit_code_2(arguments: list[str], message: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "detr_fast.train", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_answers_a_mistake_with_one_message_and_exit_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own: tests/test_backends.py."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ending:
+        run(train.main, TrainOptions, train.default_options, arguments)
+    printed = capsys.readouterr()
+    assert ending.value.code == 2 and message in printed.out + printed.err

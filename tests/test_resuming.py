@@ -43,6 +43,8 @@ from detr_fast.training.resuming import (
 )
 from detr_fast.weights.container import read_container, write_container
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 README = Path(__file__).parents[1] / "README.md"
 OTHERWISE: dict[str, Any] = {
     **{"model": "detr_r50", "num_classes": 91, "num_queries": 11, "encoder_layers": 3, "decoder_layers": 1},

@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 
 from detr_fast import load_model
 from detr_fast.config import UserError
@@ -28,6 +29,8 @@ from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.weights.container import read_container
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 STEPS = 12
 """Two epochs of 48 images in batches of 8."""
@@ -143,13 +146,13 @@ def test_an_interrupted_run_continues_bit_equal(
 
 
 def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path: Path, whole: Path) -> None:
-    """docs/faults.md, rows 1 and 4: SIGKILL as soon as some checkpoint is there, again until the run is done."""
+    """docs/faults.md, rows 1 and 4: SIGKILL as soon as some checkpoint is there, and again where the next goes on."""
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "detr_fast.train", "--data", str(shapes_root), "--model", "detr_tiny"]
     command += ["--epochs", "2", "--batch-size", "8", "--log-every", "1", "--eval-every", "2", "--warmup-steps", "2"]
     command += ["--device", "cpu", "--save-every", "1", "--output", str(killed), "--resume", "auto"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    for lines_before_kill in (2, 5, None):
+    for lines_before_kill in (2, 5):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert process.stdout is not None
         seen = 0
@@ -159,8 +162,9 @@ def test_a_run_killed_again_and_again_ends_bit_equal(shapes_root: Path, tmp_path
                 process.kill()
                 break
         process.stdout.read()
-        process.wait()
-    assert process.returncode == 0
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < read_container(killed / "checkpoints" / "last.pt")["progress"]["step"] < STEPS
+    assert main(options(shapes_root, killed, resume="auto", save_every=1)) == 0
     require_bit_equal(whole, killed)
 
 
@@ -288,6 +292,8 @@ def test_two_processes_leave_one_run_that_one_continues(
     assert "8 images a step" in done.stdout
     assert [step for step, _ in losses(tmp_path)] == ["2", "4", "6"]
     assert "AP" in json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("loss", "ap", "precision_recall", "detections"):
+        assert Image.open(tmp_path / "plots" / f"{name}.png").width > 800
     resumed = default_options(["--resume", str(tmp_path)])
     assert main(resumed.but(resume="auto", epochs=2)) == 0
     assert "8 x 1 accumulated x 1 processes = 8 images a step" in capsys.readouterr().out

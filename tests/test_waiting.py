@@ -28,6 +28,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from detr_fast.config import MODELS
 from detr_fast.data.batch import Batch, Targets
+from detr_fast.model import backbone
 from detr_fast.model.backends import select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.options import Attention, Kernels
@@ -95,7 +96,8 @@ def device() -> torch.device:
 
 @pytest.fixture
 def reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[RefuseHostReads]:
-    """Refuses them; Triton counts as running on the device."""
+    """Refuses them; Triton counts as running on the device, and a ResNet has one block a stage."""
+    monkeypatch.setitem(backbone.DEPTHS, "resnet50", (1, 1, 1, 1))
     for module in ("launch", "attention.backends", "convolution.conv_bias_act"):
         monkeypatch.setattr(f"detr_kernels.{module}.why_not_triton", lambda _: None)
     with (
