@@ -41,6 +41,7 @@ def save_until(path: Path, owner: ModuleType, name: str, there: Event) -> None:
         there.set()
         time.sleep(1000)
 
+    torch.set_num_threads(1)  # the others of a pool are not forked: an operator would wait for them for ever
     for step in (0, 1, 2):
         if step == 2:
             setattr(owner, name, stay)
