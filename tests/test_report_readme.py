@@ -56,7 +56,9 @@ def test_the_readme_has_the_table_of_the_committed_results() -> None:
     checkout = Path(__file__).parents[1]
     readme = (checkout / "README.md").read_text(encoding="utf-8")
     shown = readme.partition(BEGIN)[2].partition(END)[0].lstrip("\n")
-    assert shown == readme_table(load_results(checkout / "benchmarks" / "results" / "cpu_amx_202611"))
+    assert shown == readme_table(
+        load_results(checkout / "benchmarks" / "results" / "cpu_epyc_202611" / "comparison_and_ladder")
+    )
 
 
 def test_modes_from_two_days_are_named_apart(folder: Path) -> None:
