@@ -5,7 +5,7 @@ import math
 import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any, Self, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
@@ -76,9 +76,24 @@ class ModelConfig(Checked):
     """resnet50, resnet101, tiny, or the name of a timm model."""
     dilation: bool = False
     """DC5: the last stage's stride becomes dilation."""
+    token_stride: int | None = None
+    """Pixels a token is wide: the backbone's feature map of that stride, and no later stage. None: its last map."""
+    fold_norms: bool = False
+    """Make the frozen batch norms of a timm backbone part of its convolutions, whose biases then learn."""
     num_classes: int = 91
-    """Logits have one entry more, "no object", the last."""
     num_queries: int = 100
+    queries: Literal["learned", "encoder"] = "learned"
+    """learned: the same queries for every image. encoder: the tokens with the best class scores, each of which proposes
+    a box and has a loss of its own (Zhu et al. 2021, "two-stage"; Zhang et al. 2023, "query selection")."""
+    query_positions: Literal["learned", "boxes"] = "learned"
+    """boxes: made anew in every decoder layer from the boxes it corrects (Liu et al. 2022, DAB-DETR)."""
+    box_refinement: bool = False
+    """Each decoder layer corrects the boxes of the one before (Zhu et al. 2021); without, all correct the first."""
+    layer_heads: bool = False
+    """Every decoder layer has class and box heads of its own, instead of one pair for all."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: logits have one entry more than classes, "no object", the last. sigmoid: each class by itself, with the
+    focal loss (Lin et al. 2017)."""
     hidden_dim: int = 256
     num_heads: int = 8
     encoder_layers: int = 6
@@ -88,6 +103,10 @@ class ModelConfig(Checked):
     source_position: bool = False
     """Add the position to the encoder's input too, not to queries and keys alone. Not in DETR; a shallow backbone
     needs it."""
+    position_temperature: float = 10000.0
+    """Base of the periods of sine positions; 20 tells near places apart better."""
+    token_norm: bool = False
+    """Norm the tokens before the encoder: a timm backbone's features are of any size."""
     image_size: int = 800
     """Shorter side at evaluation and prediction, in pixels."""
     max_size: int = 1333
@@ -105,6 +124,14 @@ class ModelConfig(Checked):
         )
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
         require(
+            self.position_temperature > 1, f"position_temperature must be above 1, got {self.position_temperature}."
+        )
+        require(
+            self.queries == "learned" or (self.scores, self.query_positions) == ("sigmoid", "boxes"),
+            'queries "encoder" need scores "sigmoid" and query_positions "boxes".',
+        )
+        require(not (self.dilation and self.token_stride), "dilation and token_stride both set the stride: give one.")
+        require(
             1 <= self.image_size <= self.max_size,
             f"image_size {self.image_size} must be between 1 and max_size {self.max_size}. "
             "Give a smaller --image-size, or a larger --max-size too.",
@@ -116,12 +143,57 @@ class ModelConfig(Checked):
             f"image_mean {self.image_mean} and image_std {self.image_std} must be finite, and image_std positive.",
         )
 
+    @property
+    def beyond_detr(self) -> dict[str, Any]:
+        """Return what is chosen otherwise than DETR has it, by field; sizes and the backbone are not among it."""
+        usual = {each.name: each.default for each in fields(self)}
+        return {name: value for name in BEYOND_DETR if (value := getattr(self, name)) != usual[name]}
+
+    @property
+    def num_logits(self) -> int:
+        """Count the class head's outputs."""
+        return self.num_classes + (self.scores == "softmax")
+
+    @property
+    def corrects_boxes(self) -> bool:
+        """Tell whether the decoder's boxes are corrections of others, instead of boxes themselves."""
+        return self.box_refinement or self.query_positions == "boxes"
+
+
+BEYOND_DETR = (
+    *("token_stride", "fold_norms", "token_norm", "source_position", "position_temperature"),
+    *("queries", "query_positions", "box_refinement", "layer_heads", "scores"),
+)
+"""Fields of ModelConfig whose defaults are DETR's and whose other values make another architecture of it."""
 
 MODELS = {
     "detr_r50": ModelConfig(),
     "detr_r50_dc5": ModelConfig(dilation=True),
     "detr_r101": ModelConfig(backbone="resnet101"),
     "detr_r101_dc5": ModelConfig(backbone="resnet101", dilation=True),
+    "detr_lite": ModelConfig(
+        backbone="tf_efficientnet_lite0",
+        token_stride=16,
+        fold_norms=True,
+        num_queries=60,
+        queries="encoder",
+        query_positions="boxes",
+        box_refinement=True,
+        layer_heads=True,
+        scores="sigmoid",
+        hidden_dim=128,
+        encoder_layers=1,
+        decoder_layers=3,
+        feedforward_dim=512,
+        dropout=0.0,
+        source_position=True,
+        position_temperature=20.0,
+        token_norm=True,
+        image_size=256,
+        max_size=448,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    ),
     "detr_tiny": ModelConfig(
         backbone="tiny",
         num_classes=6,

@@ -143,7 +143,7 @@ class Detector:
         with profiler_range("forward"), runtime.autocast(), evaluation_mode(self.network):
             logits, boxes = halved_to_fit(self.forward, images, mask, batch.image_ids)
         with profiler_range("postprocess"):
-            return postprocess(logits, boxes, batch.original_sizes)
+            return postprocess(logits, boxes, batch.original_sizes, self.config.scores)
 
     @property
     def replays(self) -> bool:

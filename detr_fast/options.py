@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from detr_fast.config import MODELS, ModelConfig, require
+from detr_fast.config import MODELS, ModelConfig, model_config, require
 from detr_fast.option_groups import Idle, Options
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -103,8 +103,53 @@ class DataOptions(LocationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
-    """Choose the network, and the weights that it begins with."""
+class ArchitectureOptions(Options):
+    """Choose the network. An option that is not given is as the model has it."""
+
+    model: str = "detr_r50"
+    """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_lite, detr_tiny, or a timm backbone's name."""
+    num_classes: int | None = None
+    num_queries: int | None = None
+    encoder_layers: int | None = None
+    """Fewer learn faster from little data, and so do fewer of the next."""
+    decoder_layers: int | None = None
+    dropout: float | None = None
+    source_position: bool | None = None
+    """Add positions to the encoder's input too. Learns faster, but is no longer DETR; likewise all that follow."""
+    token_stride: int | None = None
+    """Pixels a token is wide: the backbone's feature map of that stride, and no later stage."""
+    token_norm: bool | None = None
+    """Norm the tokens before the encoder."""
+    fold_norms: bool | None = None
+    """Make the frozen batch norms of a timm backbone part of its convolutions, whose biases then learn."""
+    position_temperature: float | None = None
+    """Base of the periods of sine positions: DETR's 10,000, or 20."""
+    queries: Literal["learned", "encoder"] | None = None
+    """learned: the same for every image; encoder: the tokens that propose the best boxes."""
+    query_positions: Literal["learned", "boxes"] | None = None
+    """boxes: made anew in every decoder layer from the boxes that it corrects."""
+    box_refinement: bool | None = None
+    """Each decoder layer corrects the boxes of the one before."""
+    layer_heads: bool | None = None
+    """Class and box heads of its own for every decoder layer."""
+    scores: Literal["softmax", "sigmoid"] | None = None
+    """softmax: one class a query, or no object; sigmoid: each class by itself, with the focal loss."""
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields of ModelConfig that are asked for."""
+        names = ArchitectureOptions.field_types().keys() - {"model"}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def config(self, **changes: Any) -> ModelConfig:
+        """Return the model's configuration with `changes`. Raises UserError for a model that there is not."""
+        return model_config(self.model, **(self.changes() | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(ArchitectureOptions):
+    """Choose the network, and the weights that it begins with. An option that is not given is as the model has it; the
+    classes are the data's. With more of them than the largest category id, as DETR's 91 for COCO, the labels are those
+    ids themselves."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("backbone_weights", lambda o: o.weights, "beside --weights, which hold the backbone's: give one of them"),
@@ -114,29 +159,10 @@ class NetworkOptions(Options):
             "with --model detr_tiny, which nobody trained on ImageNet: give a file, or none",
         ),
     )
-    model: str = "detr_r50"
-    """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
-    num_classes: int | None = None
-    """Default: what the data has. With more than the largest category id, as DETR's 91 for COCO, the labels are those
-    ids themselves."""
-    num_queries: int | None = None
-    """Default: the model's (100)."""
-    encoder_layers: int | None = None
-    """Default: the model's (6); fewer learn faster from little data, and so do fewer of the next."""
-    decoder_layers: int | None = None
-    source_position: bool = False
-    """Add positions to the encoder's input too, as detr_tiny does. Learns faster, but is no longer DETR."""
-    dropout: float | None = None
-    """Default: the model's (0.1)."""
     weights: str | None = None
     """Start from these detector weights (own, facebookresearch or Hugging Face), the class head fitted to the data."""
     backbone_weights: str = "imagenet"
-    """imagenet (downloaded), none (random), or a file."""
-
-    def sizes_given(self) -> dict[str, Any]:
-        """Return the fields of ModelConfig that are asked for, but for the classes, which the data has."""
-        names = ("num_queries", "encoder_layers", "decoder_layers", "source_position", "dropout")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    """imagenet (downloaded, but detr_lite's), none (random), or a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +171,12 @@ class OptimizerOptions(Options):
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("lr_drop", lambda o: o.schedule != "step", "with --schedule cosine: give --schedule step"),
+        Idle("epochs", lambda o: o.minutes, "beside --minutes: give one of them"),
     )
     epochs: int = 300
+    minutes: float = 0
+    """Train for that long, evaluations apart, instead of --epochs: the schedule ends within it. Two such runs differ;
+    what one came to, it says as --epochs."""
     batch_size: int = 0
     """Images a step on each device, before accumulation; 0: as many as the effective batch leaves to a device."""
     accumulate: int = 0
@@ -271,22 +301,32 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("save_every", "profile"), (0, LARGEST_INT)),
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
-    **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1)},
+    **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},
+    **{"token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
     **{"workers": (0, 1024), "seed": (-(2**63), 2**63 - 1)},
 }
 """Least and most of every number that training is given; NaN is neither."""
 RECIPE_BATCH = 16
 """Images an update that the recipes' learning rates are made for: DETR's published runs have 2 on each of 8 GPUs."""
 RECIPES = {
-    "detr_tiny": TrainOptions(
-        network=NetworkOptions(
-            model="detr_tiny", source_position=MODELS["detr_tiny"].source_position, backbone_weights="none"
+    "detr_lite": TrainOptions(
+        network=NetworkOptions(model="detr_lite"),
+        optimizer=OptimizerOptions(
+            epochs=30, batch_size=8, lr=7e-4, lr_backbone=2e-4, schedule="cosine", warmup_steps=60, ema=0.998
         ),
+        augmentation=AugmentationOptions(
+            train_sizes=tuple(range(160, 385, 16)), crop_sizes=(256, 320, 384), crop_range=(160, 320)
+        ),
+        eval_every=10,
+        log_every=20,
+    ),
+    "detr_tiny": TrainOptions(
+        network=NetworkOptions(model="detr_tiny", backbone_weights="none"),
         optimizer=OptimizerOptions(epochs=6, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup_steps=200),
         augmentation=AugmentationOptions(train_sizes=(64,), crop_sizes=()),
         eval_every=3,
         log_every=20,
-    )
+    ),
 }
 
 

@@ -24,7 +24,7 @@ from detr_fast.evaluation.report import write_evaluation
 from detr_fast.files import write_json
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
-from detr_fast.options import TrainOptions
+from detr_fast.options import OptimizerOptions, TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.autotune import tuning_of
 from detr_fast.training.batch_size import batch_line, with_batches
@@ -46,6 +46,7 @@ from detr_fast.training.interruption import deferred_interruption
 from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.optimizer import Schedule
 from detr_fast.training.profiled_step import ProfiledStep
 from detr_fast.training.recipes import recipe_of
 from detr_fast.training.resuming import (
@@ -90,7 +91,7 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
         options = continued(options, state, world.size)
     options = with_batches(options, config, runtime.device.type, world.size, len(train_set))
     per_epoch = batches_per_epoch(len(train_set), options.optimizer.batch_size, world.size)
-    schedule = make_schedule(options.optimizer, per_epoch)
+    schedule = make_schedule(options.optimizer, per_epoch, state)
     if options.data_only:
         configure_process(runtime)
         rate = training_rate(RunFolder(Path(options.output)).metrics, world.size)
@@ -99,9 +100,9 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
         return 0
     progress = progress_of(state, options, config, schedule.total_steps)
     if progress.step == schedule.total_steps and progress.evaluated_step == progress.step:
-        console.print(
-            f"{resumed} has finished its {options.optimizer.epochs} epochs: nothing to do. More --epochs go on."
-        )
+        asked = "minutes" if options.optimizer.minutes else "epochs"
+        length = getattr(options.optimizer, asked)
+        console.print(f"{resumed} has finished its {length:g} {asked}: nothing to do. More --{asked} go on.")
         return 0
     if state:
         console.print(changes(state, options))
@@ -114,7 +115,8 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
         wrapped = wrapped_step(
             step, options, largest_batch(options, config, extremes_of(options, train_set, per_epoch))
         )
-        describe(console, options, wrapped, (train_set, val_set), schedule.total_steps)
+        length = length_line(options.optimizer, schedule)
+        describe(console, options, wrapped, (train_set, val_set), length)
         facts = RunFacts(
             model_config=config,
             categories=train_set.categories,
@@ -125,7 +127,7 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
         )
         if world.is_main:  # nothing can be refused any more: these are the options that run
             write_json(folder.config, facts.about())
-        columns = METRICS + UNLIMITED  # the latter stay empty where COCO's limit is never met
+        columns = (*METRICS, *UNLIMITED, "trained_seconds")  # the limit's stay empty where it is never met
         log = MetricsLog(folder.metrics, folder.tensorboard, columns, progress.step) if world.is_main else None
         loop = TrainingLoop(
             step=step,
@@ -151,6 +153,9 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
             code = loop.run(interruption)
         if loop.evaluation and world.is_main:
             write_results(folder, loop.evaluation, val_set)
+            if options.optimizer.minutes:
+                epochs = loop.epochs_of(loop.total_steps)
+                console.print(f"{loop.total_steps} steps, {epochs:.1f} epochs: --epochs {epochs:.0f} repeats it.")
             console.print(last_line(folder, loop.progress))
     return code
 
@@ -237,7 +242,7 @@ def describe(
     options: TrainOptions,
     wrapped: MicroBatches | GraphedStep,
     data: tuple[CocoDataset, CocoDataset],
-    total_steps: int,
+    length: str,
 ) -> None:
     """Print what is about to happen, before it does."""
     step, graphed = wrapped.step, isinstance(wrapped, GraphedStep) and not wrapped.gave_up
@@ -248,7 +253,7 @@ def describe(
         "model": f"{options.network.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.dataset.data}: {len(train_set)} training and {len(val_set)} validation images",
         "batch": batch_line(options.optimizer, processes, wrapped.count),
-        "length": f"{options.optimizer.epochs} epochs, {total_steps} steps",
+        "length": length,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
         "capture": "CUDA graphs, one for each shape" if graphed else "no",
         **runtime.reasons,  # where something was measured, with that
@@ -259,6 +264,12 @@ def describe(
     for dataset in data:
         for line in dataset.annotations.corrections.lines():
             console.print(f"{dataset.annotation_file}: {line}")
+
+
+def length_line(options: OptimizerOptions, schedule: Schedule) -> str:
+    if options.minutes:
+        return f"{options.minutes:g} minutes, evaluations apart: as many steps as then fit"
+    return f"{options.epochs} epochs, {schedule.total_steps} steps"
 
 
 def write_results(folder: RunFolder, evaluation: Evaluation, val_set: CocoDataset) -> None:

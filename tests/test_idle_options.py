@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from detr_profiling import __main__ as profiling
 from detr_profiling import race
+from detr_profiling.accuracy import AccuracyOptions
 from detr_profiling.ladder import LadderOptions
 from detr_profiling.parity import ParityOptions
 from detr_profiling.race import RaceOptions
@@ -38,6 +39,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
     TrainOptions: [
         *RUNTIME,
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
+        ("--minutes 3 --epochs 3", "--minutes 3"),
         ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
         ("--profile 3 --data-only", "--profile 3"),
         ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
@@ -59,6 +61,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
         ("--data shapes:64 --objects 3", "--objects 3"),
     ],
     LadderOptions: WORKLOAD[:3],
+    AccuracyOptions: [("--val-fraction 0.3", "--val-fraction 0.3 --data d")],
     RaceOptions: [
         *WORKLOAD,
         ("--same-settings --device cuda", "--same-settings --device cpu"),

@@ -135,12 +135,24 @@ def losses(backend: str) -> Row:
     counts = torch.tensor([3, 1], device=DEVICE)
     queries = torch.tensor([[[4, 0, 2], [1, -1, -1]], [[0, 1, 2], [3, -1, -1]]], device=DEVICE)
     sums = [torch.tensor(value, device=DEVICE) for value in (4.0, 5.5)]
-    return lambda *given: torch.stack(set_loss(*given, *targets, counts, queries, *sums, 0.1, backend)[:3]), tensors
+
+    def both(*given: Tensor) -> Tensor:
+        """The terms of softmax and of sigmoid scores."""
+        kinds = (None, 0.25)
+        terms = [set_loss(*given, *targets, counts, queries, *sums, 0.1, backend, alpha)[:3] for alpha in kinds]
+        return torch.stack([*terms[0], *terms[1]])
+
+    return both, tensors
 
 
 def costs(backend: str) -> Row:
     tensors, targets = predictions()
-    return lambda *given: match_cost(*given, *targets, backend=backend), tensors
+
+    def both(*given: Tensor) -> tuple[Tensor, ...]:
+        """Of softmax and of sigmoid scores."""
+        return tuple(match_cost(*given, *targets, backend=backend, focal_alpha=alpha) for alpha in (None, 0.25))
+
+    return both, tensors
 
 
 def images(backend: str) -> Row:

@@ -8,10 +8,10 @@ from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detr_fast.config import MODELS
-from detr_fast.model.backbone import TimmBackbone
+from detr_fast.config import MODELS, UserError
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
+from detr_fast.model.timm_backbone import TimmBackbone
 from detr_fast.runtime import multiplies_bf16
 
 timm = pytest.importorskip("timm", reason="timm is an extra")
@@ -93,3 +93,53 @@ def test_a_model_for_inference_is_as_exact_as_eager_code(name: str, dtype: torch
     eager, found = outputs(model.float(), dtype), outputs(optimized(model, dtype), dtype)
     for key, value in exact.items():
         assert_close(found[key], value, eager[key], 1e-5 * value.abs().max().item(), key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folded_norms_change_no_feature(name: str) -> None:
+    _, model = make_pair(name)
+    backbone = model.backbone
+    assert isinstance(backbone, TimmBackbone)
+    learning = {key for key, each in backbone.named_parameters() if each.requires_grad}
+    with torch.no_grad():
+        expected = backbone(IMAGES)
+        assert backbone.fold_norms()
+        torch.testing.assert_close(backbone(IMAGES), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    assert learning <= {key for key, each in backbone.named_parameters() if each.requires_grad}
+
+
+def test_what_does_not_fold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = make_pair("seresnet18")
+    backbone = model.backbone
+    assert isinstance(backbone, TimmBackbone)
+    pairs = backbone._normed_convolutions()
+    crossed = [(conv, pairs[index - 1][1]) for index, (conv, _) in enumerate(pairs)]
+    crossed = [each for each in crossed if each[0].out_channels == backbone.body.get_submodule(each[1]).weight.numel()]
+    monkeypatch.setattr(backbone, "_normed_convolutions", lambda: crossed)
+    expected = backbone(IMAGES)
+    assert not backbone.fold_norms() and not backbone.folded
+    assert torch.equal(backbone(IMAGES), expected)
+
+
+@pytest.mark.parametrize(("name", "stride"), [("tf_efficientnet_lite0", 16), ("regnety_002", 8), ("test_convnext", 16)])
+def test_a_map_of_a_stride_needs_no_later_stage(name: str, stride: int) -> None:
+    whole, cut = TimmBackbone(name, False), TimmBackbone(name, False, stride)
+    own = whole.body.state_dict()
+    cut.body.load_state_dict({key: own[key] for key in cut.body.state_dict()})
+    number = whole.body.feature_info.reduction().index(stride)
+    with torch.no_grad():
+        images = IMAGES.float()
+        expected = whole.eval().body(images)[number]
+        assert torch.equal(cut.eval()(images), expected) and cut.out_channels == expected.shape[1]
+    sizes = [sum(each.numel() for each in backbone.parameters()) for backbone in (cut, whole)]
+    assert sizes[0] < 0.6 * sizes[1]
+    with pytest.raises(UserError, match=f"{name} has no feature map of stride 64"):
+        TimmBackbone(name, False, 64)
+
+
+def test_what_the_map_of_stride_4_is_made_by_does_not_learn() -> None:
+    """As of DETR's ResNet; of another body by what is computed, whatever it is called."""
+    backbone = TimmBackbone("tf_efficientnet_lite0", False)
+    learns = {key.split(".")[2]: each.requires_grad for key, each in backbone.named_parameters() if "blocks" in key}
+    assert learns == {"0": False, "1": False, "2": True, "3": True, "4": True, "5": True, "6": True}
+    assert not backbone.body.conv_stem.weight.requires_grad

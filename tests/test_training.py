@@ -337,12 +337,14 @@ def test_the_best_weights_are_the_latest_where_nothing_was_measured(
     loop = object.__new__(TrainingLoop)
     loop.step, loop.folder, loop.log, loop.display, loop.meter = (MagicMock() for _ in range(5))
     loop.progress, loop.facts, loop.batches_per_epoch, loop._began = progress, facts, 1, 0.0
-    loop.step.world.size = 1
+    loop.step.world.size, loop._evaluating = 1, 0.0
     loop.options = TrainOptions().but(accumulate=1)
     for progress.step, ap in enumerate(aps, 1):
         loop.evaluate = lambda ap=ap: evaluated(progress.step, ap)
         loop._evaluate()
     assert saved[-1] == best
-    assert loop.log.write.call_args_list[0].args[-1] == evaluated(1, aps[0]).measured | {"AP_all_detections": 0.5}
+    written = loop.log.write.call_args_list[0].args[-1]
+    assert written.pop("trained_seconds") > 0
+    assert written == evaluated(1, aps[0]).measured | {"AP_all_detections": 0.5}
     recommended = "see plots/" in last_line(RunFolder(tmp_path), progress)
     assert recommended == (max(aps) >= 0)

@@ -210,6 +210,6 @@ class Reading(torch.autograd.Function):
 def check_that_a_planted_read_is_seen(read: Callable[[Tensor], Any], backward: bool, device: torch.device) -> None:
     step = make_step(device)
     plant: Any = lambda _, __, output: Reading.apply(output, read, backward)  # noqa: E731
-    step.model.transformer.register_forward_hook(plant)
+    step.model.transformer.encoder.layers[-1].register_forward_hook(plant)
     with pytest.raises(REFUSALS):
         step([make_batch(device, True)])

@@ -20,7 +20,7 @@ NAMED_AT_MOST = 10
 def collect_detections(
     detector: Detector, batches: Iterable[Batch], categories: Sequence[Category] | None
 ) -> np.ndarray:
-    """Return all queries of all images, of every process, as rows (N, 7) float64 in ascending order of image ids.
+    """Return all detections of all images, of every process, as rows (N, 7) float64 in ascending order of image ids.
 
     `categories` says which category id a label stands for; without them labels are ids. Batches do not wait
     for the device. Raises UserError for an output that is not finite, with the images' ids.
@@ -30,7 +30,7 @@ def collect_detections(
     for batch in batches:
         values.append(row_values(*detector.detect(batch)))
         image_ids += batch.image_ids
-    rows = gather_rows(join_rows(image_ids, values, detector.config.num_queries))
+    rows = gather_rows(join_rows(image_ids, values))
     rows = rows[np.argsort(rows[:, IMAGE_ID], kind="stable")]
     require_finite(rows)
     if categories is not None:
@@ -44,12 +44,13 @@ def row_values(scores: Tensor, labels: Tensor, boxes_xyxy_px: Tensor) -> Tensor:
     return torch.cat((low, high - low, scores[..., None], labels[..., None]), dim=-1)
 
 
-def join_rows(image_ids: Sequence[int], values: Sequence[Tensor], queries: int) -> np.ndarray:
+def join_rows(image_ids: Sequence[int], values: Sequence[Tensor]) -> np.ndarray:
     """Join batches of `row_values` into rows (N, 7) float64; they leave the device here, all at once."""
     if not values:
         return np.zeros((0, 7))
-    on_host = torch.cat(list(values)).flatten(0, 1).double().cpu().numpy()
-    return np.column_stack((np.repeat(np.asarray(image_ids, dtype=np.float64), queries), on_host))
+    on_host = torch.cat([each.flatten(0, 1) for each in values]).double().cpu().numpy()
+    counts = [each.shape[1] for each in values for _ in range(len(each))]
+    return np.column_stack((np.repeat(np.asarray(image_ids, dtype=np.float64), counts), on_host))
 
 
 def require_finite(rows: np.ndarray) -> None:

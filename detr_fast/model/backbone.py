@@ -5,7 +5,6 @@ ResNet: He et al. 2016, with torchvision's parameter names. DC5: DETR (Carion et
 
 from collections.abc import Sequence
 
-import torch
 from detr_kernels import residual_stage
 from detr_kernels.convolution.stage import blocks_of
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from detr_fast.config import require
 from detr_fast.model.backends import Selectable
 from detr_fast.model.normalization import Fold, FrozenBatchNorm2d, computed_in, conv_norm_act, folded_together
+from detr_fast.model.timm_backbone import TimmBackbone
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -79,7 +79,10 @@ class Stage(nn.Sequential, Selectable):
 
 
 class ResNet(nn.Module):
-    """ResNet: images (B, 3, H, W) to features (B, out_channels, ceil(H/32), ceil(W/32)); DC5: stride 16."""
+    """ResNet: images (B, 3, H, W) to features (B, out_channels, ceil(H/32), ceil(W/32)); DC5: stride 16.
+
+    Of fewer than four `depths`, the last stages are left out.
+    """
 
     def __init__(self, depths: tuple[int, ...], dilation: bool = False) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class ResNet(nn.Module):
         self.bn1 = FrozenBatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.out_channels = 64
-        for stage, (depth, width) in enumerate(zip(depths, STAGE_WIDTHS, strict=True), start=1):
+        for stage, (depth, width) in enumerate(zip(depths, STAGE_WIDTHS, strict=False), start=1):
             dilated = dilation and stage == 4
             stride = 1 if stage == 1 or dilated else 2
             # the first block of a dilated stage keeps the dilation of the stage before, as torchvision's does
@@ -98,13 +101,16 @@ class ResNet(nn.Module):
                 blocks.append(Bottleneck(self.out_channels, width, block_stride, dilations[index], FrozenBatchNorm2d))
                 self.out_channels = width * Bottleneck.expansion
             self.add_module(f"layer{stage}", Stage(*blocks))
+        self.stages = [f"layer{stage}" for stage in range(1, len(depths) + 1)]
         initialize_convolutions(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return x
 
 
 class BasicBlock(nn.Module):
@@ -153,45 +159,22 @@ def initialize_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
 
 
-class TimmBackbone(nn.Module):
-    """The last feature map of a timm model, its batch norms frozen, and of a ResNet the stem and first stage too.
+STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
+"""Stride of a ResNet's feature map -> stages that it takes."""
 
-    Raises UserError for a model that gives no feature map (B, C, h, w) for images of any size.
+
+def build_backbone(name: str, dilation: bool, stride: int | None = None, fold_norms: bool = False) -> nn.Module:
+    """Build resnet50, resnet101, tiny or a timm backbone with random weights and an `out_channels` attribute.
+
+    `stride`: of the feature map that it gives; None: the last. `fold_norms`: of a timm backbone. Raises UserError where
+    it has no map of that stride.
     """
-
-    def __init__(self, name: str, dilation: bool) -> None:
-        super().__init__()
-        import timm
-        from timm.layers import freeze_batch_norm_2d
-
-        stride = {"output_stride": 16} if dilation else {}
-        body = timm.create_model(name, pretrained=False, features_only=True, **stride)
-        self.out_channels: int = body.feature_info.channels()[-1]
-        self.body = freeze_batch_norm_2d(body)
-        for parameter_name, parameter in self.body.named_parameters():
-            parameter.requires_grad_(not parameter_name.startswith(("conv1.", "bn1.", "layer1.")))
-        self._probe(name)
-
-    @torch.no_grad()
-    def _probe(self, name: str) -> None:
-        training = self.body.training
-        try:
-            channels = self.body.eval()(torch.zeros(1, 3, 128, 96))[-1].shape[1]
-        except (AssertionError, RuntimeError, ValueError):
-            channels = 0
-        require(
-            channels == self.out_channels, f"--model {name} takes no images of any size: choose a convolutional one."
-        )
-        self.body.train(training)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images)[-1]
-
-
-def build_backbone(name: str, dilation: bool) -> nn.Module:
-    """Build resnet50, resnet101, tiny or a timm backbone with random weights and an `out_channels` attribute."""
     if name in DEPTHS:
-        return ResNet(DEPTHS[name], dilation)
+        require(
+            stride is None or stride in STAGES_OF_STRIDE, f"{name} has no feature map of stride {stride}: 8, 16, 32."
+        )
+        return ResNet(DEPTHS[name][: STAGES_OF_STRIDE[stride or 32]], dilation)
     if name == "tiny":
+        require(stride in (None, 8), f"tiny has a feature map of stride 8 alone, not {stride}.")
         return TinyResNet()
-    return TimmBackbone(name, dilation)
+    return TimmBackbone(name, dilation, stride, fold_norms)

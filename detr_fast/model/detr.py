@@ -1,6 +1,9 @@
-"""The network: backbone, transformer, class and box heads (DETR, Carion et al. 2020, section 3.2)."""
+"""The network: backbone, transformer, class and box heads (DETR, Carion et al. 2020, section 3.2).
 
-from collections.abc import Mapping
+The configuration chooses where queries come from, and how boxes and scores are made; its defaults are DETR's.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -10,8 +13,20 @@ from torch.nn import functional as F
 from detr_fast.config import ModelConfig
 from detr_fast.model.backbone import build_backbone
 from detr_fast.model.backends import Selectable
-from detr_fast.model.position_encoding import sine_position_encoding
-from detr_fast.model.transformer import Transformer
+from detr_fast.model.position_encoding import sine_box_encoding, sine_position_encoding
+from detr_fast.model.queries import (
+    MLP,
+    LayerHeads,
+    LearnedBoxes,
+    Proposals,
+    Queries,
+    QuerySelection,
+    box_head,
+    class_head,
+    corrected,
+    token_anchors,
+)
+from detr_fast.model.transformer import Memory, Transformer
 from detr_fast.profiler_ranges import profiler_range
 
 
@@ -19,33 +34,34 @@ class Predictions(NamedTuple):
     """The predictions of every decoder layer, first to last, float32."""
 
     logits: Tensor
-    """(L, B, Q, num_classes + 1)"""
+    """(L, B, Q, num_logits)"""
     boxes_cxcywh: Tensor
     """(L, B, Q, 4) in [0, 1] of the image without its padding"""
+    proposals: Proposals | None = None
+    """Those of the encoder's tokens, where queries are chosen from them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Name the last layer's `pred_logits` and `pred_boxes`, and under `aux_outputs` those of the earlier layers."""
-        layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(*self, strict=True)]
-        return {**layers[-1], "aux_outputs": layers[:-1]}
+        """Name the last layer's `pred_logits` and `pred_boxes`, under `aux_outputs` those of the earlier layers, and
+        under `enc_outputs` the encoder's, where there are any."""
+        layers = [named_outputs(*pair) for pair in zip(self.logits, self.boxes_cxcywh, strict=True)]
+        encoder = {} if self.proposals is None else {"enc_outputs": named_outputs(*self.proposals)}
+        return {**layers[-1], "aux_outputs": layers[:-1], **encoder}
 
     @classmethod
     def from_dict(cls, outputs: Mapping[str, Any]) -> Self:
         """Stack what `to_dict` gives, or another implementation's mapping of the same names."""
         layers = [*outputs["aux_outputs"], outputs]
-        return cls(*(torch.stack([layer[name] for layer in layers]).float() for name in ("pred_logits", "pred_boxes")))
+        encoder = outputs.get("enc_outputs")
+        logits, boxes = (torch.stack([layer[name] for layer in layers]).float() for name in OUTPUTS)
+        proposals = None if encoder is None else Proposals(*(encoder[name].float() for name in OUTPUTS))
+        return cls(logits, boxes, proposals)
 
 
-class BoxHead(nn.Module):
-    """Three linear layers with ReLU between them."""
+OUTPUTS = ("pred_logits", "pred_boxes")
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.layers[0](x))
-        x = F.relu(self.layers[1](x))
-        return self.layers[2](x)
+def named_outputs(logits: Tensor, boxes_cxcywh: Tensor) -> dict[str, Tensor]:
+    return dict(zip(OUTPUTS, (logits, boxes_cxcywh), strict=True))
 
 
 class DETR(Selectable):
@@ -54,9 +70,10 @@ class DETR(Selectable):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone, config.dilation)
+        self.backbone = build_backbone(config.backbone, config.dilation, config.token_stride, config.fold_norms)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
+        self.input_norm = nn.LayerNorm(dim) if config.token_norm else None
         self.transformer = Transformer(
             dim,
             config.num_heads,
@@ -65,14 +82,28 @@ class DETR(Selectable):
             config.feedforward_dim,
             config.dropout,
         )
-        self.query_embed = nn.Embedding(config.num_queries, dim)
-        self.class_embed = nn.Linear(dim, config.num_classes + 1)
-        self.bbox_embed = BoxHead(dim)
+        sigmoid, corrects = config.scores == "sigmoid", config.corrects_boxes
+        if config.queries == "encoder":
+            self.query_selection = QuerySelection(dim, config.num_logits, config.num_queries)
+        elif corrects:
+            self.query_boxes = LearnedBoxes(config.num_queries)
+        if config.query_positions == "learned":
+            self.query_embed = nn.Embedding(config.num_queries, dim)
+        else:
+            self.query_position = MLP(2 * dim, dim, dim)
+        self.class_embed: Any = self.heads(lambda: class_head(dim, config.num_logits, sigmoid))
+        self.bbox_embed: Any = self.heads(lambda: box_head(dim, corrects))
+
+    def heads(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """Make the decoder's head of one kind, or one for each layer."""
+        if self.config.layer_heads:
+            return LayerHeads([make() for _ in range(self.config.decoder_layers)])
+        return make()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Predict from images (B, 3, H, W), normalised, and a mask (B, H, W), True where padded; None: nothing is.
 
-        Returns `pred_logits` (B, Q, num_classes + 1), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the image without its
+        Returns `pred_logits` (B, Q, num_logits), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the image without its
         padding, both float32, and under `aux_outputs` the same for the decoder's earlier layers, first to last.
         """
         return self.predict_layers(images, mask).to_dict()
@@ -87,10 +118,55 @@ class DETR(Selectable):
         else:
             small_mask = F.interpolate(mask[None].float(), size=size)[0].bool()  # (B, h, w), by nearest neighbour
         padding = None if mask is None else small_mask.flatten(1)  # (B, N)
-        position = sine_position_encoding(small_mask, self.config.hidden_dim).flatten(1, 2).to(features.dtype)
+        position = sine_position_encoding(small_mask, self.config.hidden_dim, self.config.position_temperature)
+        position = position.flatten(1, 2).to(features.dtype)
         source = features.flatten(2).transpose(1, 2)  # (B, N, D)
+        if self.input_norm is not None:
+            source = self.input_norm(source)
         if self.config.source_position:
             source = source + position
-        states = self.transformer(source, padding, self.query_embed.weight, position)  # (L, B, Q, D)
+        with profiler_range("encoder"):
+            memory = self.transformer.encode(source, padding, position)
+        return self.decode(memory, self.queries(memory, (*size,), (*images.shape[-2:],), mask))
+
+    def queries(
+        self, memory: Memory, size_hw: tuple[int, int], padded_hw: tuple[int, int], mask: Tensor | None
+    ) -> Queries:
+        """Make what the decoder starts from: learned, or chosen from the memory of h x w tokens."""
+        if self.config.queries == "encoder":
+            with profiler_range("queries"):
+                tokens = memory.rows()
+                return self.query_selection(tokens, token_anchors(size_hw, padded_hw, mask, tokens), memory.padding)
+        images, _, dim = memory.tokens.shape
+        with profiler_range("decoder"):
+            state = memory.tokens.new_zeros(images, self.config.num_queries, dim)
+            return Queries(state, self.query_boxes(images) if self.config.corrects_boxes else None)
+
+    def query_positions(self, boxes: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return the queries' positions: learned, (Q, D), or made from the boxes that a layer corrects, (B, Q, D)."""
+        if boxes is None or self.config.query_positions == "learned":
+            return self.query_embed.weight
+        encoded = sine_box_encoding(boxes, self.config.hidden_dim, self.config.position_temperature)
+        return self.query_position(encoded.to(dtype))
+
+    def decode(self, memory: Memory, queries: Queries) -> Predictions:
+        """Decode layer by layer. Each layer's state is normed for the heads; the unnormed one goes on."""
+        state, boxes, proposals = queries
+        states, found = [], []
+        with profiler_range("decoder"):
+            masks = memory.masks(state.shape[1])
+            for index in range(self.config.decoder_layers):
+                position = self.query_positions(boxes, state.dtype)
+                state, normed = self.transformer.decode_layer(index, state, position, memory, masks)
+                states.append(normed)
+                if boxes is not None and self.config.box_refinement:
+                    head = self.bbox_embed[index] if self.config.layer_heads else self.bbox_embed
+                    found.append(corrected(boxes, head(normed)))
+                    boxes = found[-1].detach()
         with profiler_range("heads"):
-            return Predictions(self.class_embed(states).float(), self.bbox_embed(states).float().sigmoid())
+            stacked = torch.stack(states)
+            logits = self.class_embed(stacked).float()
+            if found:
+                return Predictions(logits, torch.stack(found), proposals)
+            changes = self.bbox_embed(stacked).float()
+            return Predictions(logits, changes.sigmoid() if boxes is None else corrected(boxes, changes), proposals)

@@ -10,6 +10,7 @@ from detr_fast.model.backbone import BasicBlock, Bottleneck, ResNet, Stage, Tiny
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.normalization import FoldedConvolution
+from detr_fast.model.timm_backbone import TimmBackbone
 
 NORM_AFTER = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
 """Attribute of a block's convolution -> that of the norm that follows it."""
@@ -35,6 +36,8 @@ def optimized(network: DETR, dtype: torch.dtype) -> OptimizedDETR:
     if isinstance(network, OptimizedDETR):
         return network
     made = copy.deepcopy(network).eval().requires_grad_(False)
+    if isinstance(made.backbone, TimmBackbone):
+        made.backbone.fold_norms()
     for module in list(made.backbone.modules()):
         if isinstance(module, ResNet | TinyResNet | Bottleneck | BasicBlock):
             _fold_norms(module, dtype)

@@ -1,13 +1,13 @@
 """DETR's transformer: post-norm, positions added to queries and keys of every attention (Carion et al. 2020, A.3)."""
 
-import torch
+from typing import NamedTuple
+
 from detr_kernels import ROW_BACKENDS, Packing, fused_add_layer_norm, relu_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast.model.attention import AttentionMask, MultiheadAttention
 from detr_fast.model.backends import Selectable
-from detr_fast.profiler_ranges import profiler_range
 
 
 class PostNormLayer(Selectable):
@@ -84,8 +84,31 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
 
+class Memory(NamedTuple):
+    """The encoder's output for the tokens of all images, as the decoder reads it."""
+
+    tokens: Tensor
+    """(B, N, D); where attention takes packed tokens, those of all images one after another, padding last."""
+    with_position: Tensor
+    packing: Packing | None
+    """The order of packed tokens; None: each image has its row."""
+    padding: Tensor | None
+    """(B, N) bool, True where padded, in the images' own order; None: nothing is."""
+
+    def rows(self) -> Tensor:
+        """Return the tokens (B, N, D) in the images' own order."""
+        return self.tokens if self.packing is None else self.packing.unpack(self.tokens.flatten(0, 1))
+
+    def masks(self, num_queries: int) -> tuple[AttentionMask, AttentionMask]:
+        """Return which queries and which tokens each of `num_queries` queries of an image attends to."""
+        if self.packing is None:
+            return AttentionMask(), AttentionMask(self.padding)
+        queries = Packing.uniform(self.packing.images, num_queries, self.tokens.device)
+        return AttentionMask.of(queries, queries), AttentionMask.of(queries, self.packing)
+
+
 class Transformer(Selectable):
-    """Encoder over the image's tokens and decoder over the queries, which start from zeros."""
+    """Encoder over the image's tokens, decoder over the queries."""
 
     operations = ("attention",)
 
@@ -106,34 +129,37 @@ class Transformer(Selectable):
         """Tell whether the attention backend takes packed tokens."""
         return self.backend("attention") not in ("auto", *ROW_BACKENDS)
 
-    def forward(self, source: Tensor, padding: Tensor | None, query_position: Tensor, position: Tensor) -> Tensor:
-        """Transform tokens (B, N, D) with padding (B, N) and query positions (Q, D) into normed states (L, B, Q, D).
+    def encode(self, source: Tensor, padding: Tensor | None, position: Tensor) -> Memory:
+        """Encode tokens (B, N, D) with padding (B, N); `position` is (B, N, D), or without padding (1, N, D).
 
-        `position` is (B, N, D), or without padding (1, N, D). Each layer's state is normed for the heads; the unnormed
-        one goes on to the next layer. Where attention takes packed tokens, they are packed once, here: nothing after
-        the encoder needs the order of the memory's tokens.
+        Where attention takes packed tokens, they are packed once, here: attention needs no order of the memory's.
         """
-        encoder_mask, self_mask, cross_mask = AttentionMask(padding), AttentionMask(), AttentionMask(padding)
-        with profiler_range("encoder"):
-            if self.packed:
-                images, count = source.shape[:2]
-                tokens = Packing.uniform(images, count, source.device) if padding is None else Packing.of(padding)
-                queries = Packing.uniform(images, len(query_position), source.device)
-                if padding is not None:
-                    source, position = (tokens.pack(x).view(x.shape) for x in (source, position))
-                encoder_mask, self_mask, cross_mask = map(
-                    AttentionMask.of, (tokens, queries, queries), (tokens, queries, tokens)
-                )
-            for layer in self.encoder.layers:
-                source = self._run(layer, source, position, encoder_mask)
-        with profiler_range("decoder"):
-            with_position = source + position
-            state = source.new_zeros(source.shape[0], *query_position.shape)
-            states = []
-            for layer in self.decoder.layers:
-                state = self._run(layer, state, query_position, source, with_position, self_mask, cross_mask)
-                states.append(self.decoder.norm(state))
-            return torch.stack(states)
+        mask, packing = AttentionMask(padding), None
+        if self.packed:
+            images, count = source.shape[:2]
+            packing = Packing.uniform(images, count, source.device) if padding is None else Packing.of(padding)
+            if padding is not None:
+                source, position = (packing.pack(x).view(x.shape) for x in (source, position))
+            mask = AttentionMask.of(packing, packing)
+        for layer in self.encoder.layers:
+            source = self._run(layer, source, position, mask)
+        return Memory(source, source + position, packing, padding)
+
+    def decode_layer(
+        self,
+        index: int,
+        state: Tensor,
+        position: Tensor,
+        memory: Memory,
+        masks: tuple[AttentionMask, AttentionMask],
+    ) -> tuple[Tensor, Tensor]:
+        """Run decoder layer `index` on the state (B, Q, D) with the queries' positions, (Q, D) or (B, Q, D).
+
+        Returns the next layer's state, and that state normed, for the heads. `masks` are the memory's for Q queries.
+        """
+        layer = self.decoder.layers[index]
+        state = self._run(layer, state, position, memory.tokens, memory.with_position, *masks)
+        return state, self.decoder.norm(state)
 
     def _run(self, layer: nn.Module, *inputs: Tensor | AttentionMask) -> Tensor:
         if self.checkpoint_activations and self.training:

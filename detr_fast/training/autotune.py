@@ -16,7 +16,7 @@ from detr_fast.console import Console
 from detr_fast.data.coco import CocoDataset
 from detr_fast.machine import environment
 from detr_fast.option_groups import flags
-from detr_fast.options import TrainOptions
+from detr_fast.options import ArchitectureOptions, TrainOptions
 from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
 from detr_fast.tuning import Case, Tuning, find, keep
@@ -92,8 +92,8 @@ def remember_failure(device: torch.device, case: Case, console: Console) -> None
 def arguments(options: TrainOptions, config: ModelConfig, size: tuple[int, int]) -> Iterator[str]:
     """Return the words with which `tune` measures the same step."""
     height, width = size
-    architecture = ("num_classes", "num_queries", "encoder_layers", "decoder_layers", "dropout", "source_position")
-    values = {name: getattr(config, name) for name in architecture} | options.runtime.asked()
+    architecture = ArchitectureOptions.field_types().keys() - {"model"}
+    values = {name: getattr(config, name) for name in sorted(architecture)} | options.runtime.asked()
     values |= {"model": options.network.model, "size": f"{height}x{width}", "batch_size": options.optimizer.batch_size}
     values |= {"device": options.runtime.device, "minutes": MINUTES, "output": str(Path(options.output, "profile"))}
     return flags(values)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from detr_fast.config import ModelConfig, model_config
+from detr_fast.config import ModelConfig
 from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets
@@ -21,7 +21,7 @@ from detr_fast.training.batch_size import lr_factor
 from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
-from detr_fast.training.optimizer import Schedule, build_optimizer
+from detr_fast.training.optimizer import UNPLANNED_STEPS, Schedule, build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
 
@@ -29,8 +29,7 @@ from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_
 def make_data(options: TrainOptions) -> tuple[CocoDataset, CocoDataset, ModelConfig]:
     """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
-    given = options.network.sizes_given() | options.dataset.sizes_given()
-    config = model_config(options.network.model, num_classes=train_set.num_classes, **given)
+    config = options.network.config(num_classes=train_set.num_classes, **options.dataset.sizes_given())
     train_set.warn_if_queries_are_few(config.num_queries)
     val_set = build_dataset(options, "val", config, categories=train_set.categories)
     warn_before_training(train_set, val_set)
@@ -62,7 +61,9 @@ def make_step(
 ) -> TrainStep:
     """Make the step of a model that is on its device already."""
     asked, factor = options.optimizer, lr_factor(options.optimizer, world.size)
-    criterion = build_criterion(model.config.num_classes, LossWeights(no_object=asked.no_object_weight))
+    criterion = build_criterion(
+        model.config.num_classes, LossWeights(no_object=asked.no_object_weight), scores=model.config.scores
+    )
     step = TrainStep(
         model=model,
         criterion=criterion,
@@ -104,11 +105,17 @@ def keep_layouts(optimizer: torch.optim.Optimizer) -> None:
                 moments[name] = torch.empty_like(parameter).copy_(value)
 
 
-def make_schedule(options: OptimizerOptions, batches_per_epoch: int) -> Schedule:
+def make_schedule(options: OptimizerOptions, batches_per_epoch: int, state: TrainingState | None = None) -> Schedule:
+    """Make the schedule of --epochs; with --minutes one without an end, or with that which `state` planned for them."""
+
     def steps(epochs: int) -> int:
         return epochs * batches_per_epoch // options.accumulate
 
-    return Schedule(options.schedule, steps(options.epochs), steps(options.lr_drop), options.warmup_steps)
+    schedule = Schedule(options.schedule, steps(options.epochs), steps(options.lr_drop), options.warmup_steps)
+    if not options.minutes:
+        return schedule
+    planned = state is not None and state.options.optimizer.minutes == options.minutes
+    return schedule.of((planned and state and state.progress.planned_steps) or UNPLANNED_STEPS)
 
 
 class Extremes(NamedTuple):

@@ -37,7 +37,11 @@ class Progress:
     """Below 0 as long as none was measured: best.pt then has the latest weights."""
     nonfinite_readings: int = 0
     seconds: float = 0.0
-    """Time trained before this process."""
+    """Time of the run before this process."""
+    trained_seconds: float = 0.0
+    """That time without its evaluations."""
+    planned_steps: int = 0
+    """Steps that are to fit into --minutes, as it was planned last; 0: not planned yet."""
 
 
 @dataclass(frozen=True)

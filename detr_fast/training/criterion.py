@@ -1,8 +1,8 @@
 """DETR's set loss (Carion et al. 2020, section 3.1 and A.2): class, L1 and GIoU of every decoder layer at once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from detr_kernels import set_loss
@@ -11,6 +11,7 @@ from torch import Tensor
 from detr_fast.data.batch import Targets
 from detr_fast.model.backends import Selectable
 from detr_fast.model.detr import Predictions
+from detr_fast.model.queries import Proposals
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.training.matcher import MatchCosts, match
 
@@ -23,6 +24,8 @@ class LossWeights:
     bbox: float = 5.0
     giou: float = 2.0
     no_object: float = 0.1
+    focal_alpha: float | None = None
+    """Weight of an object in the focal loss of sigmoid scores; None: softmax, where "no object" is a class."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class SetCriterion(Selectable):
     ) -> dict[str, Tensor]:
         """Compute all terms of the predictions, given as the network's `Predictions` or as its output mapping.
 
+        Where there are proposals, they are matched and judged like a layer, and their terms end in `_enc`.
+
         `normalizers`: those of the whole optimizer step; default: of this batch. Terms: `loss_ce`, `loss_bbox`,
         `loss_giou`, `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of the earlier ones; `class_error`
         of the last; `loss`; `nonfinite_costs`, the count of pairs whose cost had to be replaced.
@@ -71,8 +76,18 @@ class SetCriterion(Selectable):
             predictions = Predictions.from_dict(predictions)
         if not isinstance(targets, Targets):
             targets = Targets.from_list(targets)
-        logits, boxes_cxcywh = predictions  # (L, B, Q, C+1), (L, B, Q, 4)
-        normalizers = normalizers or self.normalizers(targets, logits.shape[2])
+        normalizers = normalizers or self.normalizers(targets, predictions.logits.shape[2])
+        result = self.layers(predictions, targets, normalizers)
+        if predictions.proposals is not None:
+            proposed = self.layers(as_layer(predictions.proposals), targets, normalizers)
+            for name in ("loss", "nonfinite_costs"):
+                result[name] = result[name] + proposed.pop(name)
+            result |= {f"{name}_enc": value for name, value in proposed.items()}
+        return result
+
+    def layers(self, predictions: Predictions, targets: Targets, normalizers: Normalizers) -> dict[str, Tensor]:
+        """Compute the terms of stacked predictions: logits (L, B, Q, .), boxes (L, B, Q, 4)."""
+        logits, boxes_cxcywh = predictions.logits, predictions.boxes_cxcywh
         with torch.autocast(logits.device.type, enabled=False):
             with profiler_range("matching"):
                 query_of_target, nonfinite_costs = match(predictions, targets, self.costs, self.selection)
@@ -87,6 +102,7 @@ class SetCriterion(Selectable):
                 normalizers.class_weight,
                 self.weights.no_object,
                 self.selection.backend("set_loss", training=True),
+                focal_alpha=self.weights.focal_alpha,
             )
         terms = {
             "loss_ce": losses.ce,
@@ -105,8 +121,22 @@ class SetCriterion(Selectable):
         return {**result, "nonfinite_costs": nonfinite_costs}
 
 
+def as_layer(proposals: Proposals) -> Predictions:
+    """Take proposals (B, N, .) for the predictions of one layer (1, B, N, .)."""
+    return Predictions(proposals.logits[None], proposals.boxes_cxcywh[None])
+
+
 def build_criterion(
-    num_classes: int = 91, weights: LossWeights | None = None, costs: MatchCosts | None = None
+    num_classes: int = 91,
+    weights: LossWeights | None = None,
+    costs: MatchCosts | None = None,
+    scores: Literal["softmax", "sigmoid"] = "softmax",
 ) -> SetCriterion:
-    """Build DETR's criterion: the official costs 1/5/2, coefficients 1/5/2 and no-object weight 0.1 unless given."""
-    return SetCriterion(num_classes, weights or LossWeights(), costs or MatchCosts())
+    """Build DETR's criterion: the official costs 1/5/2, coefficients 1/5/2 and no-object weight 0.1 unless given.
+
+    Of sigmoid scores the class loss is focal with alpha 0.25, and it and its cost weigh 2 (Zhu et al. 2021).
+    """
+    weights, costs = weights or LossWeights(), costs or MatchCosts()
+    if scores == "sigmoid":
+        weights, costs = replace(weights, ce=2.0, focal_alpha=0.25), replace(costs, class_=2.0, focal_alpha=0.25)
+    return SetCriterion(num_classes, weights, costs)

@@ -32,10 +32,15 @@ class TrainingDisplay:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def plan(self, total_steps: int, epochs: int) -> None:
+        """Show another end from now on."""
+        self.total_steps, self.epochs = total_steps, epochs
+        self._progress.update(self._task, total=total_steps)
+
     def update(self, epoch: float, step: int, values: dict[str, float], eta_seconds: float) -> None:
         figures = FIGURES.format(**values)
         shown_epoch = f"{min(int(epoch) + 1, self.epochs)}/{self.epochs}"
-        minutes, seconds = divmod(int(eta_seconds), 60)
+        minutes, seconds = divmod(max(0, int(eta_seconds)), 60)
         eta = f"{minutes}:{seconds:02d}"
         self._progress.update(self._task, completed=step, epoch=shown_epoch, figures=figures, eta=eta)
         if not self.console.is_terminal:

@@ -24,13 +24,18 @@ from detr_fast.training.optimizer import Schedule
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.training.step import TrainStep
 
+WARM_UP_STEPS, FIRST_PLAN_STEP = 3, 20
+"""Steps of a process before its pace is measured, and after which it is used first."""
 MOST_NONFINITE_READINGS = 20
 """Log lines with non-finite matching costs or gradients after which a run stops; a non-finite loss stops it at once."""
 
 
 @dataclass
 class TrainingLoop:
-    """Makes steps of `batches` until `total_steps`; `evaluate` gives the validation metrics of the model to keep."""
+    """Makes steps of `batches` to the schedule's end; `evaluate` gives the validation metrics of the model to keep.
+
+    With --minutes the schedule's end is planned: from the pace of the first steps, and anew after every epoch.
+    """
 
     step: TrainStep
     take_step: Callable[[list[Batch]], Any]
@@ -50,10 +55,12 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.options = self.facts.options
-        self.total_steps = self.schedule.total_steps
+        self.minutes = self.options.optimizer.minutes
         self.meter = Meter(self.step.runtime.device, self.step.world, self.step.sums)
         self._began = time.perf_counter() - self.progress.seconds
         self._first_step = self.progress.step
+        self._evaluating = self.progress.seconds - self.progress.trained_seconds
+        self._warm: tuple[int, float] | None = None
         self._skipped: set[str] = set()
 
     def run(self, interruption: Interruption) -> int:
@@ -67,6 +74,7 @@ class TrainingLoop:
             if self.progress.step >= self.total_steps:
                 return 0
             self._advance()
+            self._plan()
             stopping = self._agreed(interruption)
             saving = stopping or self._ended_epoch() or self._is_last() or self._due(self.options.save_every)
             if saving or self._due(self.options.log_every):
@@ -95,10 +103,31 @@ class TrainingLoop:
         seed = np.random.SeedSequence((self.options.seed % 2**64, self.progress.step, self.step.world.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         self.schedule.apply(self.step.optimizer, self.progress.step)
+        self.step.warm_ema_up(self.progress.step)
         self.take_step(batches)
         self.progress.step += 1
         padding_overhead = sum(batch.padding_overhead for batch in batches) / len(batches)
         self.meter.add(sum(len(batch.image_ids) for batch in batches), waited, padding_overhead)
+
+    def _plan(self) -> None:
+        """Let the schedule of --minutes end with the step that, at the pace so far, ends within them."""
+        done, now = self.progress.step - self._first_step, self._trained()
+        if not self.minutes or done < WARM_UP_STEPS:
+            return
+        self._warm = self._warm or (self.progress.step, now)
+        first, began = self._warm
+        spent = self.step.world.size == 1 and now >= 60 * self.minutes  # of several ranks none may plan alone
+        if self.progress.step > first and (done == FIRST_PLAN_STEP or self._ended_epoch() or spent):
+            pace = (now - began) / (self.progress.step - first)
+            left = max(0.0, 60 * self.minutes - now) / pace
+            average = self.step.world.sum(torch.tensor(left, device=self.step.runtime.device)) / self.step.world.size
+            self.progress.planned_steps = self.progress.step + round(average.item())
+            self.schedule = self.schedule.of(self.progress.planned_steps)
+            self.display.plan(self.total_steps, math.ceil(self.epochs_of(self.total_steps)))
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
 
     def _name_skipped(self, batches: list[Batch]) -> None:
         """Print each image that could not be read once, with --on-bad-image skip."""
@@ -109,7 +138,10 @@ class TrainingLoop:
     @property
     def epoch(self) -> float:
         """Return the epochs done, with the fraction of the present one."""
-        return self.progress.step * self.options.optimizer.accumulate / self.batches_per_epoch
+        return self.epochs_of(self.progress.step)
+
+    def epochs_of(self, steps: int) -> float:
+        return steps * self.options.optimizer.accumulate / self.batches_per_epoch
 
     def _ended_epoch(self) -> int:
         """Return the number of epochs done, if this step ended one, else 0."""
@@ -132,6 +164,10 @@ class TrainingLoop:
     def _seconds(self) -> float:
         return time.perf_counter() - self._began
 
+    def _trained(self) -> float:
+        """Return the seconds that the run has trained, without its evaluations."""
+        return self._seconds() - self._evaluating
+
     def _read(self) -> None:
         """Read the device's sums, check them, and show them."""
         if self.meter.steps == 0:
@@ -141,6 +177,8 @@ class TrainingLoop:
         done = self.progress.step - self._first_step
         elapsed = self._seconds() - self.progress.seconds
         eta = (self.total_steps - self.progress.step) * elapsed / max(done, 1)
+        if self.minutes:
+            eta = 60 * self.minutes - self._trained()
         if self.log:
             self.log.write("train", self.epoch, self.progress.step, self._seconds(), values)
             self.display.update(self.epoch, self.progress.step, values, eta)
@@ -157,13 +195,16 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         share_buffers(self.step.model, self.step.world)
+        began = self._seconds()
         self.evaluation = self.evaluate()
+        self._evaluating += self._seconds() - began
         self.progress.evaluated_step = self.progress.step
         metrics = self.evaluation.measured
         ap = metrics.get("AP", -math.inf)
         self.step.model.train()
         if self.log and self.folder:
-            self.log.write("val", self.epoch, self.progress.step, self._seconds(), metrics | self.evaluation.unlimited)
+            found = metrics | self.evaluation.unlimited | {"trained_seconds": self._trained()}
+            self.log.write("val", self.epoch, self.progress.step, self._seconds(), found)
             self.display.print(f"epoch {int(self.epoch)}: {self.evaluation.line()}")
             if ap > self.progress.best_ap or self.progress.best_ap < 0:
                 model = self.step.ema or self.step.model
@@ -183,6 +224,6 @@ class TrainingLoop:
             ema=ema.state_dict() if ema else None,
             optimizer=self.step.optimizer.state_dict(),
             scaler=self.step.scaler.state_dict(),
-            progress=replace(self.progress, seconds=self._seconds()),
+            progress=replace(self.progress, seconds=self._seconds(), trained_seconds=self._trained()),
         )
         state.save(self.folder.last)

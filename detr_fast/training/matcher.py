@@ -17,6 +17,8 @@ class MatchCosts:
     class_: float = 1.0
     l1: float = 5.0
     giou: float = 2.0
+    focal_alpha: float | None = None
+    """Alpha of the focal losses whose difference is the class term of sigmoid scores; None: softmax."""
 
 
 @torch.no_grad()
@@ -30,7 +32,10 @@ def match(
     layers = len(predictions.logits)
     wanted = (targets.labels, targets.boxes_cxcywh)
     backend, solver = (selection.backend(name, training=True) for name in ("match_cost", "assignment"))
-    cost = match_cost(*predictions, *wanted, weights.class_, weights.l1, weights.giou, backend)
+    given = predictions.logits, predictions.boxes_cxcywh
+    cost = match_cost(
+        *given, *wanted, weights.class_, weights.l1, weights.giou, backend, focal_alpha=weights.focal_alpha
+    )
     nonfinite = torch.zeros(1, dtype=torch.int64, device=cost.device)
     query_of_target = batched_assignment(cost, targets.count.repeat(layers), solver, nonfinite)
     return query_of_target.unflatten(0, (layers, -1)), nonfinite[0]

@@ -1,8 +1,8 @@
 """AdamW with DETR's two groups, and the learning rate as a function of the step alone."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_deca
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
+UNPLANNED_STEPS = 1 << 40
+"""A schedule's end as long as none is planned: learning rates begin alike whatever it will be."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The factor on every learning rate at an optimizer step; it has no state, so nothing of it is saved."""
@@ -27,6 +31,11 @@ class Schedule:
     total_steps: int
     drop_step: int
     warmup_steps: int
+
+    def of(self, total_steps: int) -> Self:
+        """Return the same over another number of steps; warm-up stays."""
+        drop_step = round(self.drop_step * total_steps / max(1, self.total_steps))
+        return replace(self, total_steps=total_steps, drop_step=drop_step)
 
     def factor(self, step: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0

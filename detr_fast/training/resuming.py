@@ -25,7 +25,18 @@ FIXED = "are fixed: another value is refused"
 
 ON_RESUMING: dict[str, tuple[str, ...]] = {
     TAKES_EFFECT: (
-        *("epochs", "lr", "lr_backbone", "weight_decay", "clip", "schedule", "lr_drop", "warmup_steps", "scale_lr"),
+        *(
+            "epochs",
+            "minutes",
+            "lr",
+            "lr_backbone",
+            "weight_decay",
+            "clip",
+            "schedule",
+            "lr_drop",
+            "warmup_steps",
+            "scale_lr",
+        ),
         *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range", "image_size", "max_size"),
         *(
             "device",
@@ -45,6 +56,8 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
     SAME_CONTENT: ("data", "train_images", "train_annotations", "val_images", "val_annotations"),
     FIXED: (
         *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
+        *("token_stride", "token_norm", "fold_norms", "position_temperature", "queries", "query_positions"),
+        *("box_refinement", "layer_heads", "scores"),
         *("weights", "backbone_weights", "seed", "buckets"),
     ),
 }

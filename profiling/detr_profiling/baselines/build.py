@@ -42,7 +42,7 @@ def build_baseline(name: str, options: WorkloadOptions, dtype: torch.dtype = tor
     if name == REFERENCE:
         return reference_workload(ours, options, dtype)
     require(
-        ours.config.backbone in ("resnet50", "resnet101") and not ours.config.source_position,
+        ours.config.backbone in ("resnet50", "resnet101") and not ours.config.beyond_detr,
         f"--model {options.network.model} has no counterpart in {name}: use detr_r50, detr_r101 or their DC5 variants.",
     )
     if name == "fasterrcnn":

@@ -90,7 +90,7 @@ def reference_detections(model: DETR, images: Images, device: torch.device) -> n
             row_values(*plain_detections(outputs["pred_logits"], outputs["pred_boxes"], placed.original_sizes))
         )
         image_ids += batch.image_ids
-    rows = join_rows(image_ids, parts, model.config.num_queries)
+    rows = join_rows(image_ids, parts)
     require_finite(rows)
     if images.dataset.categories is not None:
         rows[:, CATEGORY_ID] = category_ids(rows[:, CATEGORY_ID], images.dataset.categories)

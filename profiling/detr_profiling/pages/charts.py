@@ -269,3 +269,23 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]]) -> Figure:
     if losses:
         figure.legend(loc="outside right upper")
     return figure
+
+
+def accuracy_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float, float]]]], minutes: float) -> Figure:
+    """Draw AP50 over minutes of training: a thin line a seed, a broad one for the median at each evaluation's time."""
+    figure, (axes,) = axes_of(3.4)
+    colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
+    for index, (name, runs) in enumerate(curves.items()):
+        style: dict[str, Any] = {
+            "color": colours[index % len(colours)],
+            "linestyle": LINE_STYLES[index // len(colours)],
+        }
+        for points in runs:
+            axes.plot([0, *(point[0] / 60 for point in points)], [0, *(point[2] for point in points)], lw=0.6, **style)
+        times = np.linspace(0, minutes, 61)
+        values = [np.interp(times, [0, *(p[0] / 60 for p in run)], [0, *(p[2] for p in run)]) for run in runs]
+        axes.plot(times, np.median(values, axis=0), lw=2.2, label=shorten(name, 60), **style)
+    axes.set(xlabel="minutes of training", ylabel="AP50", xlim=(0, minutes), ylim=(0, 1))
+    axes.grid()
+    figure.legend(loc="outside lower left", ncols=2)
+    return figure

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.files import write_text
+from detr_profiling.pages.accuracy import accuracy_sections
 from detr_profiling.pages.blocks import Report, Section, capital
 from detr_profiling.pages.html import render_html
 from detr_profiling.pages.ladder import baseline_sections, ladder_sections
@@ -19,12 +20,13 @@ from detr_profiling.pages.overview import (
     reading_blocks,
 )
 from detr_profiling.pages.parity import parity_sections
-from detr_profiling.pages.results import RACE_FILE, TUNE_FILE, Results, complete, load_results
+from detr_profiling.pages.results import ACCURACY_FILE, RACE_FILE, TUNE_FILE, Results, complete, load_results
 from detr_profiling.pages.trace import trace_sections
 from detr_profiling.pages.tuning import tuning_sections
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 PARTS: tuple[tuple[str, str, Callable[[Any], Iterable[Section]]], ...] = (
+    ("accuracy", ACCURACY_FILE, accuracy_sections),
     ("race", RACE_FILE, baseline_sections),
     ("tune", TUNE_FILE, tuning_sections),
     ("ladder", FILES["ladder"], ladder_sections),

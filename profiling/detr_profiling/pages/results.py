@@ -12,7 +12,7 @@ from detr_fast.config import UserError, require
 from detr_profiling.measuring.row import LadderRow, read_rows
 
 TRACE_FILE, PARITY_FILE, LADDER_FILE, RACE_FILE = "trace.json", "parity.json", "ladder.csv", "race.csv"
-TUNE_FILE = "tune.json"
+TUNE_FILE, ACCURACY_FILE = "tune.json", "accuracy.json"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Results:
     parity: dict[str, Any] | None = None
     ladder: tuple[LadderRow, ...] = ()
     race: tuple[LadderRow, ...] = ()
+    accuracy: dict[str, Any] | None = None
     tune: dict[str, Any] | None = None
     """Mode to the entry of it (`detr_fast.tuning.Tuning`)."""
 
@@ -37,6 +38,7 @@ def load_results(folder: Path) -> Results:
         read_object(folder / PARITY_FILE, "parity"),
         read_ladder(folder / LADDER_FILE, "ladder"),
         read_ladder(folder / RACE_FILE, "race"),
+        read_object(folder / ACCURACY_FILE, "accuracy"),
         read_object(folder / TUNE_FILE, "tune"),
     )
 

@@ -8,13 +8,17 @@ from detr_profiling.reference.detr import ReferenceDETR
 
 
 def reference_of(model: DETR) -> ReferenceDETR:
-    """Build it on the CPU, in float32 and in evaluation mode. Raises UserError for a timm backbone."""
+    """Build it on the CPU, in float32 and in evaluation mode. Raises UserError for a timm backbone,
+    and for a decoder that is not DETR's.
+    """
     config = model.config
     require(
         config.backbone in (*NUM_BLOCKS, "tiny"),
         f"The plain reference has no backbone {config.backbone}: compare a model with one of {', '.join(NUM_BLOCKS)}, "
         "or detr_tiny.",
     )
+    others = config.beyond_detr.keys() - {"source_position"}
+    require(not others, f"The plain reference is DETR alone: it has no {', '.join(sorted(others))}.")
     reference = ReferenceDETR(
         config.backbone,
         config.dilation,

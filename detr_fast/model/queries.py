@@ -1,0 +1,139 @@
+"""Queries that a decoder starts from, learned or the encoder's best tokens, and the correction of boxes.
+
+Every token of the memory proposes a class and a box, has a loss of its own, and the best of an image become its queries
+(Deformable DETR, Zhu et al. 2021, A.4; DINO, Zhang et al. 2023). All shapes follow from the images' alone.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ANCHOR_CELLS = 4.0
+"""Side of the box that a token's proposal corrects, in tokens."""
+PADDED_LOGIT = -100.0
+"""Class logit of a token of padding: its score, its loss and its gradient are zero."""
+PRIOR = 0.01
+"""Score that a sigmoid class head begins with, so that the many queries without an object start right."""
+EPS = 1e-5
+"""Least distance of a box's numbers from 0 and 1 where their logit is taken."""
+
+
+class MLP(nn.Module):
+    """Linear layers of the given widths with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(widths)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+
+class LayerHeads(nn.ModuleList):
+    """One head for each decoder layer: states (L, B, Q, D) -> (L, B, Q, .)."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.stack([head(state) for head, state in zip(self, states, strict=True)])
+
+
+def class_head(dim: int, logits: int, sigmoid: bool) -> nn.Linear:
+    """Make a class head; of sigmoid scores, all begin at `PRIOR`."""
+    head = nn.Linear(dim, logits)
+    if sigmoid:
+        nn.init.constant_(head.bias, -torch.logit(torch.tensor(1 - PRIOR)).item())
+    return head
+
+
+def box_head(dim: int, corrects: bool) -> MLP:
+    """Make a box head; one that corrects boxes begins by leaving them as they are."""
+    head = MLP(dim, dim, dim, 4)
+    if corrects:
+        nn.init.zeros_(head.layers[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(head.layers[-1].bias)  # type: ignore[arg-type]
+    return head
+
+
+def corrected(boxes_cxcywh: Tensor, change: Tensor) -> Tensor:
+    """Move boxes (..., 4) in [0, 1] by `change` in logits; float32."""
+    return torch.sigmoid(change.float() + torch.logit(boxes_cxcywh.float(), eps=EPS))
+
+
+class Proposals(NamedTuple):
+    """The proposals of every token of the memory, float32."""
+
+    logits: Tensor
+    """(B, N, num_logits)"""
+    boxes_cxcywh: Tensor
+    """(B, N, 4) in [0, 1] of the image without its padding"""
+
+
+class Queries(NamedTuple):
+    """Start of the decoder."""
+
+    state: Tensor
+    """(B, Q, D)"""
+    boxes_cxcywh: Tensor | None = None
+    """(B, Q, 4), without gradient but where they are learned; None: the decoder's boxes correct none."""
+    proposals: Proposals | None = None
+
+
+class LearnedBoxes(nn.Module):
+    """A box for each query that is the same for every image (DAB-DETR's anchors)."""
+
+    def __init__(self, num_queries: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(num_queries, 4))
+        with torch.no_grad():
+            self.logits.copy_(torch.logit(torch.rand(num_queries, 4), eps=0.02))
+
+    def forward(self, images: int) -> Tensor:
+        return self.logits.float().sigmoid().expand(images, -1, -1)
+
+
+class QuerySelection(nn.Module):
+    """Proposes a class and a box from every token of the memory; the best tokens of an image become its queries."""
+
+    def __init__(self, dim: int, num_logits: int, num_queries: int) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.linear = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.class_embed = class_head(dim, num_logits, sigmoid=True)
+        self.bbox_embed = box_head(dim, corrects=True)
+
+    def forward(self, tokens: Tensor, anchors: Tensor, padding: Tensor | None) -> Queries:
+        """Choose of tokens (B, N, D), with anchors (B or 1, N, 4) and padding (B, N); at most N queries an image."""
+        tokens = self.norm(self.linear(tokens))
+        logits = self.class_embed(tokens).float()
+        if padding is not None:
+            logits = logits.masked_fill(padding[..., None], PADDED_LOGIT)
+        boxes = corrected(anchors, self.bbox_embed(tokens))
+        best = logits.detach().amax(-1).topk(min(self.num_queries, tokens.shape[1])).indices[..., None]  # (B, Q, 1)
+        chosen = [each.detach().gather(1, best.expand(-1, -1, each.shape[-1])) for each in (tokens, boxes)]
+        return Queries(chosen[0], chosen[1], Proposals(logits, boxes))
+
+
+def token_anchors(size_hw: tuple[int, int], padded_hw: tuple[int, int], mask: Tensor | None, like: Tensor) -> Tensor:
+    """Make a box around each of h * w tokens, (B or 1, N, 4) cxcywh float32, in fractions of the unpadded image.
+
+    `mask` (B, H, W), True where padded, is of the images of `padded_hw`; None: nothing is.
+    """
+    sides, centers = [], []
+    for axis, (tokens, pixels) in enumerate(zip(size_hw, padded_hw, strict=True), start=1):
+        if mask is None:
+            extent = torch.full((1,), float(tokens), device=like.device)
+        else:
+            extent = (~mask).any(3 - axis).sum(1).float() * (tokens / pixels)  # tokens of the image itself
+        extent = extent.clamp(min=1)[:, None]
+        centers.append((torch.arange(tokens, device=like.device) + 0.5) / extent)  # (B or 1, h or w)
+        sides.append(ANCHOR_CELLS / extent)
+    height, width = size_hw
+    grids = (centers[1][:, None, :], centers[0][:, :, None], sides[1][:, :, None], sides[0][:, :, None])
+    boxes = torch.stack([each.expand(-1, height, width) for each in grids], dim=-1)
+    return boxes.flatten(1, 2).clamp(max=1)
