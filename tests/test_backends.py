@@ -196,7 +196,7 @@ def test_what_was_chosen_is_what_runs_in_optimised_inference(packed: str) -> Non
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
 @pytest.mark.parametrize("tiny", [False, True])
 def test_what_is_printed_of_optimised_inference_is_what_runs(tiny: bool) -> None:
-    """Of a network with frozen or live batch norm: it is folded for good, and no stage is one operator then."""
+    """Frozen or live, batch norm is folded for good, and no stage is one operator then."""
     detector = Detector(DETR(MODELS["detr_tiny"]) if tiny else make_model())
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     runtime.reasons["residual stage"] = "onednn (of a network that it was chosen for before)"

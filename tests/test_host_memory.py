@@ -29,7 +29,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Process:
 
 
 CALLS: list[str] = []
-"""What would have been done to the process."""
+"""Calls that would have changed the process."""
 
 
 @needs_glibc

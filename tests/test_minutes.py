@@ -73,7 +73,7 @@ def test_as_many_steps_as_fit(shapes_root: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_a_pace_that_changes_is_planned_for(shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second epoch on a step takes twice as long: too many steps were planned after the first."""
+    """Too many steps were planned after the first epoch: from the second on each takes twice as long."""
     Clock(monkeypatch, slower_after=PER_EPOCH)
     assert main(options(shapes_root, tmp_path)) == 0
     (*_, last) = rows(tmp_path, "val")

@@ -149,7 +149,7 @@ def costs(backend: str) -> Row:
     tensors, targets = predictions()
 
     def both(*given: Tensor) -> tuple[Tensor, ...]:
-        """Of softmax and of sigmoid scores."""
+        """Compute it for softmax and for sigmoid scores."""
         return tuple(match_cost(*given, *targets, backend=backend, focal_alpha=alpha) for alpha in (None, 0.25))
 
     return both, tensors

@@ -37,3 +37,15 @@ def test_every_query_is_kept_even_where_two_agree() -> None:
     logits = torch.zeros(1, 100, 92)
     scores, labels, boxes = postprocess(logits, torch.full((1, 100, 4), 0.5), torch.tensor([[8, 8]]))
     assert (scores.shape, labels.shape, boxes.shape) == ((1, 100), (1, 100), (1, 100, 4))
+
+
+def test_of_sigmoid_scores_each_class_of_a_query_is_a_detection() -> None:
+    logits = torch.full((1, 2, 3), -9.0)
+    logits[0, 0, 1], logits[0, 0, 2], logits[0, 1, 0] = 2.0, 1.0, 3.0
+    boxes_cxcywh = torch.tensor([[[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]]])
+    scores, labels, boxes = postprocess(logits, boxes_cxcywh, torch.tensor([[10, 20]]), "sigmoid")
+    assert labels[0, :3].tolist() == [0, 1, 2] and boxes[0, :3, 0].tolist() == [10, 0, 0]
+    torch.testing.assert_close(scores[0, :3], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
+    assert scores.shape == (1, 6) and boxes.shape == (1, 6, 4)  # as many as there are
+    best, _, _ = postprocess(torch.randn(1, 60, 6), torch.rand(1, 60, 4), torch.tensor([[8, 8]]), "sigmoid")
+    assert best.shape == (1, 100) and torch.equal(best, best.sort(descending=True).values)

@@ -106,7 +106,7 @@ def test_the_models_mode_is_restored_also_after_an_error(pixels: np.ndarray) -> 
 
 
 def test_a_part_that_is_in_another_mode_stays_in_it(pixels: np.ndarray) -> None:
-    """As where batch norm stays as it is in fine-tuning, or one part alone is trained."""
+    """Fine-tuning keeps batch norm in evaluation mode, or trains one part alone."""
     for training in (True, False):
         network = Constant().train(training)
         network.part = nn.Dropout().train(not training)
@@ -201,7 +201,7 @@ def test_it_runs_where_and_as_it_was_moved(
 
 @pytest.mark.filterwarnings("error")
 def test_pixels_that_may_not_be_written_are_read(detector: Detector, pixels: np.ndarray) -> None:
-    """As those are that NumPy makes of bytes, or of a PIL image."""
+    """NumPy makes such ones of bytes, or of a PIL image."""
     (expected,) = detector.predict(pixels, threshold=0.0)
     torch.set_warn_always(True)  # once a process otherwise
     try:

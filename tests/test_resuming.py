@@ -121,7 +121,7 @@ def test_what_may_not_change_is_refused_by_name(shapes_root: Path, name: str) ->
 
 
 ALONG: dict[str, dict[str, Any]] = {"queries": {"query_positions": "boxes", "scores": "sigmoid"}}
-"""What an option does not go without."""
+"""Options that another one does not go without."""
 
 
 def test_a_fixed_option_spelt_out_is_no_change(shapes_root: Path) -> None:

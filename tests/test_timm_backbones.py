@@ -138,7 +138,7 @@ def test_a_map_of_a_stride_needs_no_later_stage(name: str, stride: int) -> None:
 
 
 def test_what_the_map_of_stride_4_is_made_by_does_not_learn() -> None:
-    """As of DETR's ResNet; of another body by what is computed, whatever it is called."""
+    """DETR freezes its ResNet so; here what is computed decides, whatever it is called."""
     backbone = TimmBackbone("tf_efficientnet_lite0", False)
     learns = {key.split(".")[2]: each.requires_grad for key, each in backbone.named_parameters() if "blocks" in key}
     assert learns == {"0": False, "1": False, "2": True, "3": True, "4": True, "5": True, "6": True}

@@ -17,8 +17,7 @@ from detr_fast.config import require
 from detr_fast.data.batch import Batch
 from detr_fast.data.checks import COCO_DETECTIONS
 from detr_fast.data.coco import CocoDataset
-from detr_fast.detector import Detector
-from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, collect_detections
+from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, NAMED_AT_MOST, Detects, collect_detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """In the evaluators' order: average precision over IoU 0.50:0.95, at 0.50, at 0.75; of small (below 32² px), medium and
@@ -131,7 +130,7 @@ def without_absent(value: Any) -> Any:
 
 
 def evaluate_detector(
-    detector: Detector, dataset: CocoDataset, batches: Iterable[Batch], evaluator: Evaluator | None = None
+    detector: Detects, dataset: CocoDataset, batches: Iterable[Batch], evaluator: Evaluator | None = None
 ) -> Evaluation:
     """Evaluate the detections on `batches` (an evaluation loader over `dataset`) against the data's annotations.
 

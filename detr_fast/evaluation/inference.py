@@ -1,6 +1,7 @@
 """A detector run over a data set: every image's detections as the rows that COCO's evaluators read."""
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
 from detr_fast.data.coco import Category
-from detr_fast.detector import Detector
 
 IMAGE_ID, X, Y, WIDTH, HEIGHT, SCORE, CATEGORY_ID = range(7)
 """Columns of the rows (N, 7) float64; boxes are in pixels of the original image."""
 NAMED_AT_MOST = 10
 
 
+class Detects(Protocol):
+    """Interface of what is evaluated: a `Detector`, or another program's model behind the same method."""
+
+    def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores (B, N), labels (B, N) and boxes xyxy (B, N, 4) in pixels of the original images."""
+        ...
+
+
 def collect_detections(
-    detector: Detector, batches: Iterable[Batch], categories: Sequence[Category] | None
+    detector: Detects, batches: Iterable[Batch], categories: Sequence[Category] | None
 ) -> np.ndarray:
     """Return all detections of all images, of every process, as rows (N, 7) float64 in ascending order of image ids.
 

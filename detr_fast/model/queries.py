@@ -54,8 +54,8 @@ def box_head(dim: int, corrects: bool) -> MLP:
     """Make a box head; one that corrects boxes begins by leaving them as they are."""
     head = MLP(dim, dim, dim, 4)
     if corrects:
-        nn.init.zeros_(head.layers[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(head.layers[-1].bias)  # type: ignore[arg-type]
+        for parameter in head.layers[-1].parameters():
+            nn.init.zeros_(parameter)
     return head
 
 

@@ -7,7 +7,9 @@ chosen on a part of the training images, which is set apart, so that the test im
 
 import json
 import random
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,21 +113,19 @@ def words(configuration: str, place: LocationOptions, seed: int, options: Accura
 def finished(folder: Path, configuration: str, seed: int, minutes: float) -> AccuracyRun:
     """Read a run's accuracy at its evaluations from its metrics.csv."""
     rows = [row for row in read_rows(folder / "metrics.csv") if row["kind"] == "val"]
-    points = [tuple(float(row[name] or "nan") for name in ("trained_seconds", "AP", "AP50")) for row in rows]
-    return AccuracyRun(configuration, seed, minutes, tuple(points))  # type: ignore[arg-type]
+    seconds, ap, ap50 = ([float(row[name] or "nan") for row in rows] for name in ("trained_seconds", "AP", "AP50"))
+    return AccuracyRun(configuration, seed, minutes, tuple(zip(seconds, ap, ap50, strict=True)))
 
 
-def measured(options: AccuracyOptions, console: Console) -> Iterator[AccuracyRun]:
-    """Make every run that the output folder has not got yet, in turns, and yield all."""
-    place = set_apart(options)
-    before = {(each.configuration, each.seed, each.minutes): each for each in read_runs(Path(options.output))}
+def measured(options: AccuracyOptions, known: list[AccuracyRun], console: Console) -> Iterator[AccuracyRun]:
+    """Make, in turns, every run that is not among `known`, and yield it."""
+    place, made = set_apart(options), {(run.configuration, run.seed) for run in known}
     for seed in options.seeds:
-        for number, configuration in enumerate(options.configurations):
-            known = before.get((configuration, seed, options.minutes))
-            if known is not None and not known.note:
-                yield known
+        for configuration in options.configurations:
+            if (configuration, seed) in made:
                 continue
-            folder = Path(options.output, "runs", f"{number}-{seed}")
+            folder = Path(options.output, "runs", f"{seed} {re.sub('[^A-Za-z0-9._]+', '-', configuration)}")
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that failed, or was stopped with this command
             run = one_run(words(configuration, place, seed, options, folder), configuration, seed, options, folder)
             console.print(f"seed {seed}  {configuration:40} {run.text()}")
             yield run
@@ -149,22 +149,28 @@ def one_run(command: list[str], configuration: str, seed: int, options: Accuracy
     return finished(folder, configuration, seed, options.minutes)
 
 
-def read_runs(folder: Path) -> list[AccuracyRun]:
-    found = read_object(folder / ACCURACY_FILE, "accuracy") or {"runs": []}
-    return [AccuracyRun.from_dict(each) for each in found["runs"]]
+def known_runs(folder: Path, about: dict[str, Any]) -> list[AccuracyRun]:
+    """Read the whole runs of `folder`. Raises UserError where they are of other data or minutes than `about` says."""
+    found = read_object(folder / ACCURACY_FILE, "accuracy")
+    if found is None:
+        return []
+    for name in ("data", "val_fraction", "minutes"):
+        same = found.get(name) == about[name]
+        require(same, f"{folder} has runs with {name} {found.get(name)}, not {about[name]}: give another --output.")
+    return [run for each in found["runs"] if not (run := AccuracyRun.from_dict(each)).note]
 
 
 def main(options: AccuracyOptions) -> int:
     console, output = Console(), Path(options.output)
     about: dict[str, Any] = {
-        "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")).to_dict(),
         "data": options.data,
         "val_fraction": 0.0 if is_shapes(options.data) else options.val_fraction,
         "minutes": options.minutes,
     }
-    runs: list[AccuracyRun] = []
-    for run in measured(options, console):
-        runs.append(run)
+    runs = known_runs(output, about)
+    about["machine"] = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")).to_dict()
+    for run in measured(options, runs, console):
+        runs = [*runs, run]
         write_json(output / ACCURACY_FILE, about | {"runs": [each.to_dict() for each in runs]})
     show(accuracy_sections(about | {"runs": [each.to_dict() for each in runs]}), console)
     write_report(output)

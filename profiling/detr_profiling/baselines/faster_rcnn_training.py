@@ -166,7 +166,7 @@ def main(options: RefereeOptions) -> int:
         step += 1
         seconds += time.perf_counter() - began
         if (now > epoch and now % options.eval_every == 0) or seconds >= budget:
-            found = evaluate_detector(Judged(model), val_set, evaluation_loader(val_set, BATCH, 0))  # type: ignore[arg-type]
+            found = evaluate_detector(Judged(model), val_set, evaluation_loader(val_set, BATCH, 0))
             log.write("val", now, step, seconds, found.measured | {"trained_seconds": seconds})
             print(f"{seconds:.0f} s, epoch {now}: {found.line()}", flush=True)
         epoch = now
