@@ -78,6 +78,8 @@ def test_a_pace_that_changes_is_planned_for(shapes_root: Path, tmp_path: Path, m
     assert main(options(shapes_root, tmp_path)) == 0
     (*_, last) = rows(tmp_path, "val")
     assert 55 <= float(last["trained_seconds"]) <= 66
+    rates = [float(row["lr"]) for row in rows(tmp_path, "train")]
+    assert rates[-1] < 0.05 * max(rates)  # the schedule was not cut off
 
 
 def test_a_run_goes_on_within_its_minutes(shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +93,9 @@ def test_a_run_goes_on_within_its_minutes(shapes_root: Path, tmp_path: Path, mon
     assert main(stopped.but(resume="auto")) == 0
     (*_, last) = rows(tmp_path, "val")
     assert float(last["trained_seconds"]) == pytest.approx(60, abs=STEP_S)
+    rates = [float(row["lr"]) for row in rows(tmp_path, "train")]
+    before, after = rates[2 * PER_EPOCH - 1 : 2 * PER_EPOCH + 1]
+    assert after < before < max(rates)  # where the schedule was, until it is planned anew
 
 
 def test_a_schedule_over_other_steps() -> None:

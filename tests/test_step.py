@@ -115,6 +115,22 @@ def test_the_average_follows_its_formula() -> None:
     assert torch.equal(step.ema.backbone.bn1.running_mean, norm)  # type: ignore[union-attr]
 
 
+def test_the_average_forgets_its_start() -> None:
+    """Its first steps go far; later ones no less far than the decay that is asked for."""
+    step = make_step(decay=0.75)
+    rates = []
+    for number in (0, 2, 100):
+        step.warm_ema_up(number)
+        rates.append(step.ema_rate.item())
+    assert rates == pytest.approx([0.9, 0.75, 0.25])
+    step.warm_ema_up(0)
+    assert step.ema is not None
+    before = step.ema.query_embed.weight.clone()
+    step([RAGGED])
+    moved = before + 0.9 * (step.model.query_embed.weight - before)
+    torch.testing.assert_close(step.ema.query_embed.weight, moved)
+
+
 def test_what_training_does_not_change_is_not_copied() -> None:
     """A frozen batch norm's four buffers, 53 times in a ResNet-50, are neither averaged nor sent to other ranks."""
     model = DETR(replace(MODELS["detr_r50"], encoder_layers=1, decoder_layers=1, hidden_dim=32, feedforward_dim=32))
