@@ -15,11 +15,14 @@ from detr_fast.config import MODELS, ModelConfig
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
-from detr_fast.options import RuntimeOptions
+from detr_fast.options import RECIPES, RuntimeOptions, TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
+from detr_fast.training.build import make_data
+from detr_fast.training.checkpoint import Progress, TrainingState
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.resuming import digests
 from detr_fast.training.step import TrainStep
 
 TINY = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
@@ -90,3 +93,22 @@ def _one_process(rank: int, run: Callable[[World], Any], count: int, port: int, 
     torch.set_num_threads(1)
     with joined_world(torch.device("cpu")) as world:
         torch.save(run(world), folder / f"{rank}.pt")
+
+
+def begun(root: Path, **options: Any) -> TrainOptions:
+    small = {"data": str(root), "batch_size": 8, "accumulate": 1, "epochs": 1, "device": "cpu", "warmup_steps": 2}
+    return RECIPES["detr_tiny"].but(**(small | options))
+
+
+def state_of(options: TrainOptions, processes: int = 1) -> TrainingState:
+    """What last.pt holds after three steps, without weights and moments."""
+    train_set, val_set, config = make_data(options)
+    return TrainingState(
+        model_config=config,
+        categories=train_set.categories,
+        options=options,
+        data=digests(train_set, val_set),
+        processes=processes,
+        progress=Progress(step=3),
+        **{"model": {}, "ema": None, "optimizer": {}, "scaler": {}},
+    )

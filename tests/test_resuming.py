@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 from detr_fast.config import MODELS, UserError
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
-from detr_fast.options import RECIPES, TrainOptions
+from detr_fast.options import TrainOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, main
 from detr_fast.training import checkpoint
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data, make_step
-from detr_fast.training.checkpoint import VERSION, Progress, TrainingState
+from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.distributed import World
 from detr_fast.training.resuming import (
     FIXED,
@@ -34,14 +34,13 @@ from detr_fast.training.resuming import (
     continued,
     digests,
     flag,
-    load_resumed,
     located,
     options_table,
-    resumed_options,
     spelt,
     stored_defaults,
 )
-from detr_fast.weights.container import read_container, write_container
+from detr_fast.weights.container import read_container
+from tests.factories import begun, state_of
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -66,25 +65,6 @@ OTHERWISE: dict[str, Any] = {
     **{"host_allocator": "system", "data_only": True, "profile": 7, "eval_every": 7, "log_every": 7, "save_every": 7},
 }
 """For every option whose value matters on resuming, one that the run below does not have."""
-
-
-def begun(root: Path, **options: Any) -> TrainOptions:
-    small = {"data": str(root), "batch_size": 8, "accumulate": 1, "epochs": 1, "device": "cpu", "warmup_steps": 2}
-    return RECIPES["detr_tiny"].but(**(small | options))
-
-
-def state_of(options: TrainOptions, processes: int = 1) -> TrainingState:
-    """What last.pt holds after three steps, without weights and moments."""
-    train_set, val_set, config = make_data(options)
-    return TrainingState(
-        model_config=config,
-        categories=train_set.categories,
-        options=options,
-        data=digests(train_set, val_set),
-        processes=processes,
-        progress=Progress(step=3),
-        **{"model": {}, "ema": None, "optimizer": {}, "scaler": {}},
-    )
 
 
 def ask(state: TrainingState, processes: int = 1, **asked: Any) -> TrainOptions:
@@ -340,75 +320,6 @@ def test_a_finished_run_makes_up_for_what_was_not_written(
     assert main(resumed) == 0 and evaluation.read_text() == "old"
     assert main(resumed.but(image_size=48)) == 0 and evaluation.read_text() != "old"
     assert read_container(last)["progress"]["step"] == step
-
-
-@pytest.fixture
-def stored(shapes_root: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    optimizer = {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"params": [0]}]}
-    weights = {"model": {"a": torch.ones(2)}, "ema": {"a": torch.zeros(2)}}
-    replace(state_of(begun(shapes_root)), optimizer=optimizer, progress=PROGRESS, **weights).save(path)
-    return path
-
-
-PROGRESS = Progress(step=3, evaluated_step=2, best_ap=0.25, nonfinite_readings=1, seconds=7.5)
-
-
-def test_a_checkpoint_of_another_version_is_named(stored: Path, tmp_path: Path) -> None:
-    path, whole = tmp_path / "last.pt", read_container(stored)
-    write_container(path, {"optimizer": {}, "options": {}})
-    with pytest.raises(UserError, match=r"another version.*lacks .*processes.*--weights"):
-        load_resumed(path)
-    empty: Any
-    for empty in ({}, 5, None):
-        write_container(path, dict.fromkeys(whole, empty))
-        with pytest.raises(UserError, match=r"another version.*lacks optimizer\.state.*--weights"):
-            load_resumed(path)
-    write_container(path, whole | {"version": VERSION + 1})
-    with pytest.raises(UserError, match=rf"another version.*, {VERSION + 1} of checkpoints.*--weights"):
-        load_resumed(path)
-    for part in ("options", "progress"):  # a word that only a later version knows
-        write_container(path, whole | {part: whole[part] | {"unheard_of": 1}})
-        with pytest.raises(UserError, match=r"last\.pt was written by another version.*unheard_of.*--weights"):
-            load_resumed(path)
-
-
-def test_an_option_that_came_later_keeps_its_default(stored: Path, tmp_path: Path) -> None:
-    path, whole = tmp_path / "last.pt", read_container(stored)
-    later = {"profile", "host_allocator"}
-    options = {name: value for name, value in whole["options"].items() if name not in later}
-    write_container(path, whole | {"options": options})
-    state, expected = load_resumed(path), load_resumed(stored)
-    assert state is not None and expected is not None and state.options == expected.options
-
-
-def test_what_is_saved_is_what_is_loaded(stored: Path, shapes_root: Path) -> None:
-    """Every field of the one schema; and files from before it had a version, or what was measured, go on."""
-    whole, loaded = read_container(stored), load_resumed(stored)
-    expected = replace(state_of(begun(shapes_root)), progress=PROGRESS)
-    assert whole.keys() == {each.name for each in fields(TrainingState)}
-    assert loaded is not None and torch.equal(loaded.model["a"], torch.ones(2))
-    assert loaded.ema is not None and torch.equal(loaded.ema["a"], torch.zeros(2))
-    bare: dict[str, Any] = {"model": {}, "optimizer": {}, "ema": None}
-    assert replace(loaded, **bare) == expected
-    write_container(stored, {name: value for name, value in whole.items() if name not in ("version", "tuning")})
-    older = load_resumed(stored)
-    assert older is not None and replace(older, **bare) == expected
-
-
-def test_a_command_reads_its_checkpoint_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its options and then for its run; what was written since is read again."""
-    read: list[Path] = []
-    monkeypatch.setattr(checkpoint, "read_container", lambda path: read.append(path) or read_container(path))
-    resumed = resumed_options(stored, data_asked=False)
-    state = load_resumed(stored)
-    assert state is not None and state.options.optimizer.lr == resumed.optimizer.lr and len(read) == 1
-    load_resumed(stored)
-    assert len(read) == 2  # it was handed over, not kept
-    resumed_options(stored, data_asked=False)
-    replace(state, processes=7).save(stored)
-    again = load_resumed(stored)
-    assert again is not None and again.processes == 7 and len(read) == 4
 
 
 def test_a_run_goes_on_as_asked_from_another_folder(
