@@ -1,5 +1,6 @@
 """Queries that the encoder chooses, and boxes that are corrected layer by layer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -7,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from detr_profiling.baselines.build import build_baseline
+from detr_profiling.own_workload import build_workload
+from detr_profiling.workload import WorkloadOptions
+from torch.profiler import ProfilerActivity, profile
 
 from detr_fast import export_state_dict, load_model
 from detr_fast.config import MODELS, ModelConfig, UserError
+from detr_fast.data.annotations import Category
 from detr_fast.data.batch import Targets
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.model.queries import PADDED_LOGIT, PRIOR, QuerySelection, corrected, token_anchors
 from detr_fast.options import RECIPES
 from detr_fast.train import main
 from detr_fast.training.criterion import as_layer, build_criterion
+from detr_fast.weights import load_for_fine_tuning
+from detr_fast.weights.container import write_container
 
 PROPOSING: dict[str, Any] = {
     **{"queries": "encoder", "query_positions": "boxes", "box_refinement": True, "layer_heads": True},
@@ -149,6 +157,59 @@ def test_a_run_is_resumed_evaluated_and_loaded(shapes_root: Path, tmp_path: Path
         assert len(found[0]) == 60 and found[0].scores.isfinite().all()  # ten queries of six classes
     with pytest.raises(UserError, match=r"scores=sigmoid.* has no counterpart in facebook's DETR"):
         export_state_dict(detector, "facebook")
+
+
+def saved(model: DETR, path: Path, categories: Sequence[str]) -> Path:
+    """A file of `model` whose classes have these names."""
+    named = [{"id": number, "name": name} for number, name in enumerate(categories, 1)]
+    content = {"model": model.state_dict(), "model_config": model.config.to_dict(), "categories": named}
+    write_container(path, content)
+    return path
+
+
+def test_other_classes_keep_the_rows_of_those_that_agree(tmp_path: Path) -> None:
+    """In the heads of every layer and of the proposals, whatever their order."""
+    learned, fresh = make(num_classes=3), make(num_classes=2)
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter.add_(1)
+    path = saved(learned, tmp_path / "a.pt", ["cat", "dog", "cow"])
+    report = load_for_fine_tuning(fresh, path, [Category(5, "Cow"), Category(9, "owl")])
+    assert report.classes == ["Cow"] and not report.new
+    heads = [*zip(learned.class_embed, fresh.class_embed, strict=True)]
+    heads.append((learned.query_selection.class_embed, fresh.query_selection.class_embed))
+    untouched = make(num_classes=2)
+    for number, (theirs, ours) in enumerate(heads):
+        assert torch.equal(ours.weight[0], theirs.weight[2]) and torch.equal(ours.bias[0], theirs.bias[2])
+        own = [*untouched.class_embed, untouched.query_selection.class_embed][number]
+        assert torch.equal(ours.weight[1], own.weight[1])
+    assert torch.equal(fresh.bbox_embed[0].layers[0].weight, learned.bbox_embed[0].layers[0].weight)
+
+
+def test_it_starts_from_a_detr_as_far_as_shapes_agree(tmp_path: Path) -> None:
+    detr, model = DETR(MODELS["detr_tiny"]), make()
+    path = saved(detr, tmp_path / "detr.pt", ["a", "b", "c", "d", "e", "f"])
+    report = load_for_fine_tuning(model, path, [Category(1, "a")])
+    assert {"class_embed", "bbox_embed", "query_selection", "query_position"} <= set(report.new) and not report.classes
+    assert report.left_out and any("queries=learned" in note for note in report.notes)
+    for part in ("backbone", "transformer", "input_proj"):
+        theirs, ours = (getattr(each, part).state_dict() for each in (detr, model))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_the_suite_measures_it(mode: str) -> None:
+    asked = {"model": "detr_tiny", "size": "64x64", "batch_size": 2, "mode": mode, "device": "cpu", **PROPOSING}
+    workload = build_workload(WorkloadOptions.of(**asked))
+    assert workload.run() is not None and "queries" in ranges_of(workload.run)
+    with pytest.raises(UserError, match=r"The plain reference is DETR alone: it has no .*queries"):
+        build_baseline("reference", WorkloadOptions.of(**asked))
+
+
+def ranges_of(run: Callable[[], Any]) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    return {event.name for event in found.events()}
 
 
 def parts(config: ModelConfig) -> set[str]:

@@ -4,6 +4,7 @@ Every token of the memory proposes a class and a box, has a loss of its own, and
 (Deformable DETR, Zhu et al. 2021, A.4; DINO, Zhang et al. 2023). All shapes follow from the images' alone.
 """
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def class_head(dim: int, logits: int, sigmoid: bool) -> nn.Linear:
     """Make a class head; of sigmoid scores, all begin at `PRIOR`."""
     head = nn.Linear(dim, logits)
     if sigmoid:
-        nn.init.constant_(head.bias, -torch.logit(torch.tensor(1 - PRIOR)).item())
+        nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
     return head
 
 

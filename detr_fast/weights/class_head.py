@@ -24,23 +24,29 @@ def fit_class_head(
     source_categories: Sequence[Category] | None,
     own_categories: Sequence[Category] | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return `state_dict`, in its own naming, with a class head for the model's classes, and the names of those kept.
+    """Return `state_dict`, in its own naming, with class heads for the model's classes, and the names of those kept.
 
     A row of the source is kept where the class's name agrees, whatever the case; "no object" is always kept; the other
     rows are the model's own. Where either side's names are unknown and the sizes agree, the whole head is kept; a head
     that is missing, or of another kind, is the model's own.
     """
     weights = NamedWeights.recognise(state_dict)
-    own = {key: value for key, value in model.state_dict().items() if key.startswith("class_embed.")}
+    own = class_heads(model.state_dict())
     if not has_class_head(weights, own):
         return {**weights.tensors, **{counterparts(key, weights.naming)[0]: value for key, value in own.items()}}, []
     unknown = source_categories is None or own_categories is None
     if unknown and all(weights[key].shape == value.shape for key, value in own.items()):
         return dict(weights.tensors), [category.name for category in source_categories or own_categories or ()]
     rows = {} if unknown else _agreeing_rows(source_categories or (), own_categories or ())
-    head = {key: _fitted_rows(value, weights[key], [*rows.items(), (-1, -1)]) for key, value in own.items()}
+    no_object = [(-1, -1)] if model.config.scores == "softmax" else []
+    head = {key: _fitted_rows(value, weights[key], [*rows.items(), *no_object]) for key, value in own.items()}
     renamed = {counterparts(key, weights.naming)[0]: value for key, value in head.items()}
     return {**weights.tensors, **renamed}, [(own_categories or ())[row].name for row in rows]
+
+
+def class_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of all class heads: the decoder's, one for all layers or each its own, and the proposals'."""
+    return {key: value for key, value in tensors.items() if "class_embed" in key.split(".")}
 
 
 def has_class_head(weights: NamedWeights, own: Mapping[str, Tensor]) -> bool:
@@ -64,8 +70,8 @@ def _agreeing_rows(source: Sequence[Category], own: Sequence[Category]) -> dict[
 def _fitted_rows(own: Tensor, source: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """Copy `rows` of `source`, pairs of own and source row, into a copy of `own`."""
     fitted = own.clone()
-    mine, theirs = (list(side) for side in zip(*rows, strict=True))
-    fitted[mine] = source[theirs].to(own)
+    for mine, theirs in rows:
+        fitted[mine] = source[theirs].to(own)
     return fitted
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detr_fast.config import UserError, require
+from detr_fast.config import BEYOND_DETR, UserError, require
 from detr_fast.data.annotations import Category
 from detr_fast.model.detr import DETR
 from detr_fast.weights.architecture import from_args, from_huggingface, require_detr, visible_architecture
-from detr_fast.weights.class_head import class_names, fit_class_head, has_class_head
+from detr_fast.weights.class_head import class_heads, class_names, fit_class_head, has_class_head
 from detr_fast.weights.files import WeightsFile, read_weights_file
 from detr_fast.weights.loading import fill
-from detr_fast.weights.naming import HEADS, NamedWeights, counterparts
+from detr_fast.weights.naming import TRUNK, NamedWeights, counterparts
 from detr_fast.weights.pickles import brief, listed
 from detr_fast.weights.preprocessing import preprocessed
 
@@ -55,12 +55,17 @@ def load_for_fine_tuning(
     weights = NamedWeights.recognise(file.state_dict)
     require_detr(file, weights)
     otherwise = other_computation(model, file)
-    rows = visible_architecture(weights).get("num_classes")
+    stated = file.model_config if isinstance(file.model_config, dict) else {}
+    rows = stated.get("num_classes") or visible_architecture(weights).get("num_classes")
     source, assumed = class_names(file, rows) if rows else (None, None)
-    fitted, classes = fit_class_head(model, weights.tensors, source, categories)
+    tensors = dict(weights.tensors)
+    if stated.get("scores", "softmax") != model.config.scores:  # their rows mean something else
+        tensors = {name: value for name, value in tensors.items() if not class_heads({name: value})}
+    weights = NamedWeights(tensors, weights.naming, weights.left_out)
+    fitted, classes = fit_class_head(model, tensors, source, categories)
     named = NamedWeights(fitted, weights.naming)
     own = model.state_dict()
-    fits = has_class_head(weights, {key: value for key, value in own.items() if key.startswith("class_embed.")})
+    fits = has_class_head(weights, class_heads(own))
     heads, new = fitted_heads(own, named)
     outside = [name for name in named.unexpected(own) if not named.in_trunk(name)]
     tensors = {name: value for name, value in named.tensors.items() if name not in outside} | heads
@@ -76,7 +81,7 @@ def fitted_heads(own: dict[str, Tensor], weights: NamedWeights) -> tuple[dict[st
     """Return the heads' tensors for a model that has `own`, under the file's names, and which of them are new."""
     fitted: dict[str, Tensor] = {}
     new = []
-    for head in HEADS:
+    for head in dict.fromkeys(key.partition(".")[0] for key in own if not key.startswith(TRUNK["detr_fast"])):
         keys = [key for key in own if key.startswith(f"{head}.")]
         if all(key in weights and weights[key].shape == own[key].shape for key in keys):
             continue
@@ -108,7 +113,7 @@ def other_computation(model: DETR, file: WeightsFile) -> list[str]:
     )
     return [
         f"{file.path}: its detector has {name}={brief(stated[name])}, here it is {getattr(model.config, name)}"
-        for name in ("dilation", "source_position")
+        for name in ("dilation", *BEYOND_DETR)
         if stated.get(name, getattr(model.config, name)) != getattr(model.config, name)
     ]
 

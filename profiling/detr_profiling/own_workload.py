@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from detr_fast.config import MODELS, require
+from detr_fast.config import require
 from detr_fast.data.batch import Batch
 from detr_fast.detector import Detector, place
+from detr_fast.model.backbone import DEPTHS
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
@@ -29,11 +30,11 @@ from detr_profiling.workload import Workload, WorkloadOptions, stepping
 def initial_model(options: WorkloadOptions) -> DETR:
     """Make the model on the CPU, its weights from the seed alone.
 
-    Norms and biases are not 1 and 0, so that every term shows.
+    Norms and biases of DETR around a ResNet are not 1 and 0, so that every term shows.
     """
     torch.manual_seed(options.seed)
     model = DETR(options.network.config())
-    if options.network.model in MODELS and options.network.model != "detr_tiny":
+    if model.config.backbone in DEPTHS and not model.config.beyond_detr:
         load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), options.seed))
     return model
 
