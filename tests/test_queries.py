@@ -186,6 +186,15 @@ def test_other_classes_keep_the_rows_of_those_that_agree(tmp_path: Path) -> None
     assert torch.equal(fresh.bbox_embed[0].layers[0].weight, learned.bbox_embed[0].layers[0].weight)
 
 
+def test_rows_of_another_kind_of_scores_are_not_kept(tmp_path: Path) -> None:
+    """Two softmax classes have as many rows as three sigmoid ones: the last would become "no object"."""
+    plain: dict[str, Any] = {"queries": "learned", "query_positions": "learned", "layer_heads": False}
+    learned, fresh = make(num_classes=3, **plain), make(num_classes=2, scores="softmax", **plain)
+    before = fresh.class_embed.weight.clone()
+    report = load_for_fine_tuning(fresh, saved(learned, tmp_path / "a.pt", ["a", "b", "c"]), [Category(1, "a")])
+    assert report.new == ["class_embed"] and torch.equal(fresh.class_embed.weight, before)
+
+
 def test_it_starts_from_a_detr_as_far_as_shapes_agree(tmp_path: Path) -> None:
     detr, model = DETR(MODELS["detr_tiny"]), make()
     path = saved(detr, tmp_path / "detr.pt", ["a", "b", "c", "d", "e", "f"])
@@ -197,9 +206,10 @@ def test_it_starts_from_a_detr_as_far_as_shapes_agree(tmp_path: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("mode", ["training", "inference"])
-def test_the_suite_measures_it(mode: str) -> None:
-    asked = {"model": "detr_tiny", "size": "64x64", "batch_size": 2, "mode": mode, "device": "cpu", **PROPOSING}
+@pytest.mark.parametrize(("mode", "model"), [("training", "detr_tiny"), ("inference", "detr_r50")])
+def test_the_suite_measures_it(mode: str, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "encoder_layers": 1, "decoder_layers": 1, "mode": mode, "device": "cpu"}
+    asked |= {"size": "64x64", "batch_size": 2, **PROPOSING}
     workload = build_workload(WorkloadOptions.of(**asked))
     assert workload.run() is not None and "queries" in ranges_of(workload.run)
     with pytest.raises(UserError, match=r"The plain reference is DETR alone: it has no .*queries"):

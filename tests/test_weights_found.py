@@ -278,7 +278,7 @@ HEADLESS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "bbox_embed": (lambda w: without(w, "bbox_embed"), "1 of 2 classes; new: bbox_embed"),
     "a layer of it": (lambda w: without(w, "bbox_embed.layers.1."), "new: bbox_embed"),
     "query_embed": (lambda w: without(w, "query_embed"), "new: query_embed"),
-    "all": (lambda w: without(w, "class", "bbox", "query"), "new: class_embed, bbox_embed, query_embed"),
+    "all": (lambda w: without(w, "class", "bbox", "query"), "new: class_embed, query_embed, bbox_embed"),
 }
 
 
