@@ -77,7 +77,10 @@ class ModelConfig(Checked):
     dilation: bool = False
     """DC5: the last stage's stride becomes dilation."""
     token_stride: int | None = None
-    """Pixels a token is wide: the backbone's feature map of that stride, and no later stage. None: its last map."""
+    """Pixels a token is wide: the backbone's feature map of that stride. None: its last map."""
+    feature_strides: tuple[int, ...] = ()
+    """Strides of more feature maps whose channels every token has too (Hariharan et al. 2015, "hypercolumns"): a deep
+    map tells classes apart, a shallow one sees small objects."""
     fold_norms: bool = False
     """Make the frozen batch norms of a timm backbone part of its convolutions, whose biases then learn."""
     num_classes: int = 91
@@ -132,6 +135,19 @@ class ModelConfig(Checked):
         )
         require(not (self.dilation and self.token_stride), "dilation and token_stride both set the stride: give one.")
         require(
+            not self.feature_strides or self.token_stride is not None,
+            "feature_strides join maps at token_stride: give that, too.",
+        )
+        require(
+            len(set(self.map_strides)) == len(self.map_strides)
+            and all(
+                stride >= 1 and 0 in (stride % self.map_strides[0], self.map_strides[0] % stride)
+                for stride in self.feature_strides
+            ),
+            f"feature_strides {self.feature_strides} must each be another than token_stride {self.token_stride}, "
+            "and multiples or divisors of it.",
+        )
+        require(
             1 <= self.image_size <= self.max_size,
             f"image_size {self.image_size} must be between 1 and max_size {self.max_size}. "
             "Give a smaller --image-size, or a larger --max-size too.",
@@ -150,6 +166,11 @@ class ModelConfig(Checked):
         return {name: value for name in BEYOND_DETR if (value := getattr(self, name)) != usual[name]}
 
     @property
+    def map_strides(self) -> tuple[int, ...]:
+        """Return the strides of the feature maps that tokens are made of, their own first; none: the last map."""
+        return () if self.token_stride is None else (self.token_stride, *self.feature_strides)
+
+    @property
     def num_logits(self) -> int:
         """Count the class head's outputs."""
         return self.num_classes + (self.scores == "softmax")
@@ -161,7 +182,7 @@ class ModelConfig(Checked):
 
 
 BEYOND_DETR = (
-    *("token_stride", "fold_norms", "token_norm", "source_position", "position_temperature"),
+    *("token_stride", "feature_strides", "fold_norms", "token_norm", "source_position", "position_temperature"),
     *("queries", "query_positions", "box_refinement", "layer_heads", "scores"),
 )
 """Fields of ModelConfig whose defaults are DETR's and whose other values make another architecture of it."""
@@ -174,6 +195,7 @@ MODELS = {
     "detr_lite": ModelConfig(
         backbone="tf_efficientnet_lite0",
         token_stride=16,
+        feature_strides=(32,),
         fold_norms=True,
         num_queries=60,
         queries="encoder",

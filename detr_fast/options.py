@@ -117,7 +117,9 @@ class ArchitectureOptions(Options):
     source_position: bool | None = None
     """Add positions to the encoder's input too. Learns faster, but is no longer DETR; likewise all that follow."""
     token_stride: int | None = None
-    """Pixels a token is wide: the backbone's feature map of that stride, and no later stage."""
+    """Pixels a token is wide: the backbone's feature map of that stride."""
+    feature_strides: tuple[int, ...] | None = None
+    """Strides of more feature maps that every token is made of too, as 32 beside 16."""
     token_norm: bool | None = None
     """Norm the tokens before the encoder."""
     fold_norms: bool | None = None

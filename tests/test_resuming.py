@@ -47,7 +47,14 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 README = Path(__file__).parents[1] / "README.md"
 OTHERWISE: dict[str, Any] = {
     **{"model": "detr_r50", "num_classes": 91, "num_queries": 11, "encoder_layers": 3, "decoder_layers": 1},
-    **{"token_stride": 4, "token_norm": True, "fold_norms": True, "position_temperature": 20.0, "queries": "encoder"},
+    **{
+        "token_stride": 4,
+        "feature_strides": (8,),
+        "token_norm": True,
+        "fold_norms": True,
+        "position_temperature": 20.0,
+        "queries": "encoder",
+    },
     **{"query_positions": "boxes", "box_refinement": True, "layer_heads": True, "scores": "sigmoid", "minutes": 3.0},
     **{"source_position": False, "weights": "some.pth", "backbone_weights": "some.pth", "seed": 7, "buckets": False},
     **{"epochs": 9, "lr": 1e-6, "lr_backbone": 0.0, "weight_decay": 0.0, "clip": 0.5, "schedule": "step", "lr_drop": 3},
@@ -100,7 +107,10 @@ def test_what_may_not_change_is_refused_by_name(shapes_root: Path, name: str) ->
         ask(state, **{name: OTHERWISE[name]} | ALONG.get(name, {}))
 
 
-ALONG: dict[str, dict[str, Any]] = {"queries": {"query_positions": "boxes", "scores": "sigmoid"}}
+ALONG: dict[str, dict[str, Any]] = {
+    "queries": {"query_positions": "boxes", "scores": "sigmoid"},
+    "feature_strides": {"token_stride": 16},
+}
 """Options that another one does not go without."""
 
 

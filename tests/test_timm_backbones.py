@@ -123,7 +123,7 @@ def test_what_does_not_fold_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "stride"), [("tf_efficientnet_lite0", 16), ("regnety_002", 8), ("test_convnext", 16)])
 def test_a_map_of_a_stride_needs_no_later_stage(name: str, stride: int) -> None:
-    whole, cut = TimmBackbone(name, False), TimmBackbone(name, False, stride)
+    whole, cut = TimmBackbone(name, False), TimmBackbone(name, False, (stride,))
     own = whole.body.state_dict()
     cut.body.load_state_dict({key: own[key] for key in cut.body.state_dict()})
     number = whole.body.feature_info.reduction().index(stride)
@@ -134,7 +134,7 @@ def test_a_map_of_a_stride_needs_no_later_stage(name: str, stride: int) -> None:
     sizes = [sum(each.numel() for each in backbone.parameters()) for backbone in (cut, whole)]
     assert sizes[0] < 0.6 * sizes[1]
     with pytest.raises(UserError, match=f"{name} has no feature map of stride 64"):
-        TimmBackbone(name, False, 64)
+        TimmBackbone(name, False, (64,))
 
 
 def test_what_the_map_of_stride_4_is_made_by_does_not_learn() -> None:

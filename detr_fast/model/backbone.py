@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detr_fast.config import require
 from detr_fast.model.backends import Selectable
+from detr_fast.model.feature_maps import joined
 from detr_fast.model.normalization import Fold, FrozenBatchNorm2d, computed_in, conv_norm_act, folded_together
 from detr_fast.model.timm_backbone import TimmBackbone
 
@@ -81,15 +82,17 @@ class Stage(nn.Sequential, Selectable):
 class ResNet(nn.Module):
     """ResNet: images (B, 3, H, W) to features (B, out_channels, ceil(H/32), ceil(W/32)); DC5: stride 16.
 
-    Of fewer than four `depths`, the last stages are left out.
+    With `strides`, the feature maps of these are joined, at the size of the first; stages that none takes are left out.
     """
 
-    def __init__(self, depths: tuple[int, ...], dilation: bool = False) -> None:
+    def __init__(self, depths: tuple[int, ...], dilation: bool = False, strides: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = FrozenBatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.out_channels = 64
+        self.strides, channels = strides or (32,), 64
+        self.taken = [f"layer{STAGE_OF_STRIDE[stride]}" for stride in self.strides]
+        depths = depths[: STAGE_OF_STRIDE[max(self.strides)]]
         for stage, (depth, width) in enumerate(zip(depths, STAGE_WIDTHS, strict=False), start=1):
             dilated = dilation and stage == 4
             stride = 1 if stage == 1 or dilated else 2
@@ -98,19 +101,21 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(depth):
                 block_stride = stride if index == 0 else 1
-                blocks.append(Bottleneck(self.out_channels, width, block_stride, dilations[index], FrozenBatchNorm2d))
-                self.out_channels = width * Bottleneck.expansion
+                blocks.append(Bottleneck(channels, width, block_stride, dilations[index], FrozenBatchNorm2d))
+                channels = width * Bottleneck.expansion
             self.add_module(f"layer{stage}", Stage(*blocks))
         self.stages = [f"layer{stage}" for stage in range(1, len(depths) + 1)]
+        self.out_channels = sum(STAGE_WIDTHS[self.stages.index(name)] * Bottleneck.expansion for name in self.taken)
         initialize_convolutions(self)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
+        maps = {}
         for stage in self.stages:
-            x = getattr(self, stage)(x)
-        return x
+            maps[stage] = x = getattr(self, stage)(x)
+        return joined([maps[stage] for stage in self.taken], self.strides)
 
 
 class BasicBlock(nn.Module):
@@ -159,22 +164,23 @@ def initialize_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
 
 
-STAGES_OF_STRIDE = {8: 2, 16: 3, 32: 4}
-"""Stride of a ResNet's feature map -> stages that it takes."""
+STAGE_OF_STRIDE = {8: 2, 16: 3, 32: 4}
+"""Stride of a ResNet's feature map -> the stage that makes it, from 1."""
 
 
-def build_backbone(name: str, dilation: bool, stride: int | None = None, fold_norms: bool = False) -> nn.Module:
+def build_backbone(
+    name: str, dilation: bool = False, strides: tuple[int, ...] = (), fold_norms: bool = False
+) -> nn.Module:
     """Build resnet50, resnet101, tiny or a timm backbone with random weights and an `out_channels` attribute.
 
-    `stride`: of the feature map that it gives; None: the last. `fold_norms`: of a timm backbone. Raises UserError where
-    it has no map of that stride.
+    `strides`: of the feature maps that it gives, joined at the size of the first; none: the last. `fold_norms`: of a
+    timm backbone. Raises UserError where it has no map of such a stride.
     """
     if name in DEPTHS:
-        require(
-            stride is None or stride in STAGES_OF_STRIDE, f"{name} has no feature map of stride {stride}: 8, 16, 32."
-        )
-        return ResNet(DEPTHS[name][: STAGES_OF_STRIDE[stride or 32]], dilation)
+        for stride in strides:
+            require(stride in STAGE_OF_STRIDE, f"{name} has no feature map of stride {stride}: 8, 16, 32.")
+        return ResNet(DEPTHS[name], dilation, strides)
     if name == "tiny":
-        require(stride in (None, 8), f"tiny has a feature map of stride 8 alone, not {stride}.")
+        require(set(strides) <= {8}, f"tiny has a feature map of stride 8 alone, not {sorted(set(strides) - {8})}.")
         return TinyResNet()
-    return TimmBackbone(name, dilation, stride, fold_norms)
+    return TimmBackbone(name, dilation, strides, fold_norms)

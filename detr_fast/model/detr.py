@@ -70,7 +70,7 @@ class DETR(Selectable):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone, config.dilation, config.token_stride, config.fold_norms)
+        self.backbone = build_backbone(config.backbone, config.dilation, config.map_strides, config.fold_norms)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
         self.input_norm = nn.LayerNorm(dim) if config.token_norm else None

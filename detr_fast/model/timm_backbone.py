@@ -1,4 +1,4 @@
-"""Any timm model as a backbone: one of its feature maps, its batch norms frozen or folded into its convolutions."""
+"""Any timm model as a backbone: some of its feature maps, its batch norms frozen or folded into its convolutions."""
 
 import copy
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from detr_fast.config import require
+from detr_fast.model.feature_maps import joined
 
 FROZEN_STRIDE = 4
 """Stride of the map up to which nothing learns, as of DETR's ResNet (Carion et al. 2020, A.4)."""
@@ -17,41 +18,48 @@ FOLDED_CLOSE = 1e-3
 
 
 class TimmBackbone(nn.Module):
-    """A feature map of a timm model, (B, 3, H, W) -> (B, out_channels, h, w): the last one, or that of `stride`.
+    """A feature map of a timm model, (B, 3, H, W) -> (B, out_channels, h, w): the last one, or those of `strides`,
+    joined at the size of the first.
 
-    Raises UserError for a model that takes no images of any size, has no map of `stride`, or whose norms do not fold.
+    Raises UserError for a model that takes no images of any size, has no such map, or whose norms do not fold.
     """
 
-    def __init__(self, name: str, dilation: bool, stride: int | None = None, fold_norms: bool = False) -> None:
+    def __init__(self, name: str, dilation: bool, strides: tuple[int, ...] = (), fold_norms: bool = False) -> None:
         super().__init__()
         import timm
         from timm.layers import freeze_batch_norm_2d
 
         asked: dict[str, Any] = {"output_stride": 16} if dilation else {}
-        if stride is not None:
-            strides = timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
-            require(stride in strides, f"{name} has no feature map of stride {stride}: it has {strides}.")
-            asked["out_indices"] = [strides.index(each) for each in sorted({FROZEN_STRIDE, stride}) if each in strides]
+        if strides:
+            there = timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+            for stride in strides:
+                require(stride in there, f"{name} has no feature map of stride {stride}: it has {there}.")
+            asked["out_indices"] = [there.index(each) for each in sorted({FROZEN_STRIDE, *strides}) if each in there]
         body = timm.create_model(name, pretrained=False, features_only=True, **asked)
-        self.out_channels: int = body.feature_info.channels()[-1]
-        if stride is not None and isinstance(getattr(body, "blocks", None), nn.Sequential):
+        made = body.feature_info.reduction()
+        self.strides = strides or (made[-1],)
+        self.taken = [made.index(stride) for stride in strides] or [len(made) - 1]
+        channels: list[int] = body.feature_info.channels()
+        self.out_channels = sum(channels[index] for index in self.taken)
+        if strides and isinstance(getattr(body, "blocks", None), nn.Sequential):
             last = int(body.feature_info.module_name()[-1].rpartition(".")[2])
             body.blocks = body.blocks[: last + 1]  # timm cuts other models by itself
         self.body: Any = freeze_batch_norm_2d(body)
-        self.made_of, self.folded = (name, dilation, stride), False
-        self._freeze_early(body.feature_info.reduction())
+        self.made_of, self.folded = (name, dilation, strides), False
+        self._freeze_early(made)
         if fold_norms:
             require(self.fold_norms(), f"--fold-norms: {name}'s batch norms are not each behind a convolution.")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.body(images)[-1]
+        maps = self.body(images)
+        return joined([maps[index] for index in self.taken], self.strides)
 
     def _probed(self) -> list[Tensor]:
         """Return the maps of a gray image, as in evaluation."""
         training, weight = self.body.training, next(self.body.parameters())
         try:
             maps = self.body.eval()(torch.full((1, *PROBE_SIZE), 0.5, device=weight.device, dtype=weight.dtype))
-            channels = maps[-1].shape[1]
+            channels = sum(maps[index].shape[1] for index in self.taken)
         except (AssertionError, RuntimeError, ValueError):
             maps, channels = [], 0
         suitable = channels == self.out_channels
@@ -75,7 +83,7 @@ class TimmBackbone(nn.Module):
         Returns False, and changes nothing, where the map would not be the same: what a convolution computes may go
         elsewhere, too.
         """
-        unfolded, before = copy.deepcopy(self.body), self._probed()[-1]
+        unfolded, before = copy.deepcopy(self.body), self._probed()
         for conv, norm_name in self._normed_convolutions():
             norm = self.body.get_submodule(norm_name)
             learns = conv.weight.requires_grad
@@ -84,8 +92,10 @@ class TimmBackbone(nn.Module):
             conv.weight, conv.bias = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
             parent, _, attribute = norm_name.rpartition(".")
             setattr(self.body.get_submodule(parent), attribute, getattr(norm, "act", nn.Identity()))
-        error = (self._probed()[-1] - before).abs().max() / before.abs().max().clamp(min=1e-12)
-        self.folded = error.is_meta or bool(error < FOLDED_CLOSE)  # of a model without data there is nothing to see
+        now = self._probed()
+        pairs = [(now[index], before[index]) for index in self.taken]
+        error = torch.stack([(one - other).abs().max() / other.abs().max().clamp(min=1e-12) for one, other in pairs])
+        self.folded = error.is_meta or bool((error < FOLDED_CLOSE).all())  # without data there is nothing to see
         if not self.folded:
             self.body = unfolded
         return self.folded

@@ -56,7 +56,15 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
     SAME_CONTENT: ("data", "train_images", "train_annotations", "val_images", "val_annotations"),
     FIXED: (
         *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
-        *("token_stride", "token_norm", "fold_norms", "position_temperature", "queries", "query_positions"),
+        *(
+            "feature_strides",
+            "token_stride",
+            "token_norm",
+            "fold_norms",
+            "position_temperature",
+            "queries",
+            "query_positions",
+        ),
         *("box_refinement", "layer_heads", "scores"),
         *("weights", "backbone_weights", "seed", "buckets"),
     ),
