@@ -14,6 +14,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Kernels = Literal["auto", "triton", "ref"]
 Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
 HostAllocator = Literal["auto", "keep", "system"]
+Recipe = Literal["paper", "small", "tiny"]
 Output = Annotated[str, tyro.conf.arg(aliases=("--out",))]
 """A file or folder to write; --out is short for --output."""
 
@@ -240,8 +241,7 @@ class TrainRuntimeOptions(RuntimeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
-    """Train a detector. Defaults are the recipe of DETR's authors (Carion et al. 2020, section A.4); detr_tiny has a
-    recipe of its own."""
+    """Train a detector. All defaults are the recipe's."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("profile", lambda o: o.data_only, "with --data-only, which makes no step: leave that out"),
@@ -259,6 +259,9 @@ class TrainOptions(Options):
             "where a size is above --max-size, the bound on the longer side: give a larger --max-size too",
         ),
     )
+    recipe: Recipe = "paper"
+    """Defaults of all other options. paper: those of DETR's authors (Carion et al. 2020, section A.4); small: for some
+    hundred photographs, detr_lite's; tiny: detr_tiny's."""
     output: str = "runs/default"
     """Folder for everything a run leaves behind."""
     resume: str | None = None
@@ -310,26 +313,6 @@ LIMITS: dict[str, tuple[float, float]] = {
 """Least and most of every number that training is given; NaN is neither."""
 RECIPE_BATCH = 16
 """Images an update that the recipes' learning rates are made for: DETR's published runs have 2 on each of 8 GPUs."""
-RECIPES = {
-    "detr_lite": TrainOptions(
-        network=NetworkOptions(model="detr_lite"),
-        optimizer=OptimizerOptions(
-            epochs=30, batch_size=8, lr=7e-4, lr_backbone=2e-4, schedule="cosine", warmup_steps=60, ema=0.998
-        ),
-        augmentation=AugmentationOptions(
-            train_sizes=tuple(range(160, 385, 16)), crop_sizes=(256, 320, 384), crop_range=(160, 320)
-        ),
-        eval_every=10,
-        log_every=20,
-    ),
-    "detr_tiny": TrainOptions(
-        network=NetworkOptions(model="detr_tiny", backbone_weights="none"),
-        optimizer=OptimizerOptions(epochs=6, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup_steps=200),
-        augmentation=AugmentationOptions(train_sizes=(64,), crop_sizes=()),
-        eval_every=3,
-        log_every=20,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

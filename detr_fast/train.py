@@ -67,13 +67,14 @@ from detr_fast.training.step import TrainStep
 def default_options(argv: Sequence[str]) -> TrainOptions:
     """Return the defaults of all options: a resumed run's own options, else the recipe of the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--data", "--train-images", "--model", "--output", "--resume"):
+    for name in ("--data", "--train-images", "--model", "--recipe", "--image-size", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
     path = resumed_path(asked.resume, asked.output or TrainOptions.output)
     if path:
         return resumed_options(path, data_asked=asked.data is not None)
-    return recipe_of(asked.model, asked.train_images or asked.data)
+    side = int(asked.image_size) if (asked.image_size or "").isdecimal() else None  # what is not is refused later
+    return recipe_of(asked.model, asked.train_images or asked.data, asked.recipe, side)
 
 
 def train(options: TrainOptions, runtime: Runtime, world: World) -> int:

@@ -15,13 +15,14 @@ from detr_fast.config import MODELS, ModelConfig
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
-from detr_fast.options import RECIPES, RuntimeOptions, TrainOptions
+from detr_fast.options import RuntimeOptions, TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.build import make_data
 from detr_fast.training.checkpoint import Progress, TrainingState
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import build_optimizer
+from detr_fast.training.recipes import RECIPES
 from detr_fast.training.resuming import digests
 from detr_fast.training.step import TrainStep
 
@@ -97,7 +98,7 @@ def _one_process(rank: int, run: Callable[[World], Any], count: int, port: int, 
 
 def begun(root: Path, **options: Any) -> TrainOptions:
     small = {"data": str(root), "batch_size": 8, "accumulate": 1, "epochs": 1, "device": "cpu", "warmup_steps": 2}
-    return RECIPES["detr_tiny"].but(**(small | options))
+    return RECIPES["tiny"].but(**(small | options))
 
 
 def state_of(options: TrainOptions, processes: int = 1) -> TrainingState:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from detr_fast.config import MODELS, UserError
-from detr_fast.options import RECIPES, RuntimeOptions, TrainOptions
+from detr_fast.options import RuntimeOptions, TrainOptions
 from detr_fast.runtime import MOST_WORKERS, choose_runtime
 from detr_fast.training.batch_size import batch_line, lr_factor, with_batches
+from detr_fast.training.recipes import RECIPES
 
-R50, TINY = TrainOptions(), RECIPES["detr_tiny"]
+R50, TINY = TrainOptions(), RECIPES["tiny"]
 PLENTY = 100_000
 
 

@@ -18,7 +18,6 @@ from detr_fast.config import MODELS, ModelConfig, UserError, model_config
 from detr_fast.option_groups import Options, default_of
 from detr_fast.options import (
     LIMITS,
-    RECIPES,
     Attention,
     EvaluateOptions,
     Kernels,
@@ -26,6 +25,7 @@ from detr_fast.options import (
     PredictOptions,
     TrainOptions,
 )
+from detr_fast.training.recipes import RECIPES
 
 
 @pytest.mark.parametrize("config", [*MODELS.values(), *RECIPES.values()])
@@ -81,7 +81,7 @@ def test_options_are_composed_of_groups_and_flat_for_a_command_line_and_a_file()
         parts = [kind, *(part for group in groups for part in group.parts())]
         own = sum(not isinstance(default_of(each), Options) for part in parts for each in fields(part))
         assert len(kind.field_types()) == own
-    recipe = RECIPES["detr_tiny"]
+    recipe = RECIPES["tiny"]
     changed = recipe.but(lr=1.0, seed=3, train_sizes=(7,))
     assert (changed.optimizer.lr, changed.seed, changed.augmentation.train_sizes) == (1.0, 3, (7,))
     assert changed.optimizer.epochs == recipe.optimizer.epochs and changed.network == recipe.network

@@ -10,11 +10,12 @@ from rich.console import Console
 from detr_fast import train
 from detr_fast.data.batch import Batch
 from detr_fast.data.loader import on_device
-from detr_fast.options import RECIPES, RuntimeOptions
+from detr_fast.options import RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.training import data_rate
 from detr_fast.training.build import make_batches, make_data
 from detr_fast.training.distributed import World
+from detr_fast.training.recipes import RECIPES
 from tests.planted_clock import PlantedClock
 
 
@@ -23,7 +24,7 @@ def test_it_says_how_many_images_a_second(
 ) -> None:
     monkeypatch.setattr(data_rate, "SECONDS", 0.3)
     output = str(tmp_path / "run")
-    options = RECIPES["detr_tiny"].but(data=str(shapes_root), output=output, data_only=True, workers=1)
+    options = RECIPES["tiny"].but(data=str(shapes_root), output=output, data_only=True, workers=1)
     assert train.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.strip().split("  ")[0] for line in lines] == ["read", "read and prepared"]
@@ -47,7 +48,7 @@ def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatc
     clock = PlantedClock()
     monkeypatch.setattr(data_rate, "time", clock)
     monkeypatch.setattr(data_rate, "SECONDS", 0.4)
-    options = RECIPES["detr_tiny"].but(data=str(shapes_root), batch_size=2)
+    options = RECIPES["tiny"].but(data=str(shapes_root), batch_size=2)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     train_set, _, config = make_data(options)
     batches = make_batches(options, train_set, runtime, World(), (0, 0))
@@ -63,7 +64,7 @@ def test_a_slow_reader_is_seen(shapes_root: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_batches_on_a_cpu_pass_as_they_are(shapes_root: Path) -> None:
-    options = RECIPES["detr_tiny"].but(data=str(shapes_root), batch_size=2)
+    options = RECIPES["tiny"].but(data=str(shapes_root), batch_size=2)
     runtime = choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     train_set, _, _ = make_data(options)
     given = [next(make_batches(options, train_set, runtime, World(), (0, start))) for start in (0, 3)]

@@ -12,12 +12,13 @@ from torch import Tensor
 from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
 from detr_fast.model.detr import DETR, Predictions
-from detr_fast.options import RECIPES, TrainOptions
+from detr_fast.options import TrainOptions
 from detr_fast.train import main
 from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
 from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import GraphedStep
 from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.recipes import RECIPES
 from tests import factories
 from tests.factories import TINY, make_batch, run_processes
 from tests.stand_in import StandIn
@@ -149,7 +150,7 @@ def test_a_run_says_that_its_memory_ran_out(shapes_root: Path, tmp_path: Path, m
         return predict_layers(self, images, mask)
 
     monkeypatch.setattr(DETR, "predict_layers", bounded)
-    options = RECIPES["detr_tiny"].but(data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)
+    options = RECIPES["tiny"].but(data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)
     with pytest.warns(match="from now on each batch is computed in 2 micro-batches") as warned:
         assert main(options.but(device="cpu", precision="fp32")) == 0
     assert sum("The memory ran out" in str(each.message) for each in warned) == 1
@@ -172,7 +173,7 @@ def test_the_largest_batch_is_as_large_as_training_can_ask_for(
 
 
 def test_what_training_can_meet_is_known_from_the_annotations(shapes_root: Path) -> None:
-    options = RECIPES["detr_tiny"].but(data=str(shapes_root), model="detr_tiny")
+    options = RECIPES["tiny"].but(data=str(shapes_root), model="detr_tiny")
     train_set, _, _ = make_data(options)
     most = max(len(record.labels) for record in train_set.records)
     assert extremes_of(options, train_set, 256) == (most, False, False)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from detr_fast.options import RECIPES, TrainOptions
+from detr_fast.options import TrainOptions
 from detr_fast.train import main
 from detr_fast.training.loop import FIRST_PLAN_STEP, WARM_UP_STEPS, TrainingLoop
 from detr_fast.training.optimizer import UNPLANNED_STEPS, Schedule
+from detr_fast.training.recipes import RECIPES
 from detr_fast.weights.container import read_container
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -49,7 +50,7 @@ class Clock:
 
 def options(root: Path, output: Path, **changes: Any) -> TrainOptions:
     small = {"data": str(root), "output": str(output), "minutes": 1.0, "batch_size": 8, "log_every": 1, "eval_every": 3}
-    return RECIPES["detr_tiny"].but(**(small | {"device": "cpu", "warmup_steps": 2} | changes))
+    return RECIPES["tiny"].but(**(small | {"device": "cpu", "warmup_steps": 2} | changes))
 
 
 def rows(output: Path, kind: str) -> list[dict[str, str]]:

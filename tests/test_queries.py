@@ -147,7 +147,7 @@ def test_a_run_is_resumed_evaluated_and_loaded(shapes_root: Path, tmp_path: Path
         "epochs": 1,
         "ema": 0.9,
     }
-    options = RECIPES["detr_tiny"].but(**small, **PROPOSING)
+    options = RECIPES["tiny"].but(**small, **PROPOSING)
     assert main(options) == 0 and main(options.but(resume="auto", epochs=2)) == 0
     best = tmp_path / "checkpoints" / "best.pt"
     detector = load_model(best)

@@ -46,7 +46,14 @@ pytestmark = pytest.mark.usefixtures("unrendered")
 
 README = Path(__file__).parents[1] / "README.md"
 OTHERWISE: dict[str, Any] = {
-    **{"model": "detr_r50", "num_classes": 91, "num_queries": 11, "encoder_layers": 3, "decoder_layers": 1},
+    **{
+        "recipe": "small",
+        "model": "detr_r50",
+        "num_classes": 91,
+        "num_queries": 11,
+        "encoder_layers": 3,
+        "decoder_layers": 1,
+    },
     **{
         "token_stride": 4,
         "feature_strides": (8,),

@@ -20,13 +20,14 @@ from PIL import Image
 from detr_fast import load_model
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
-from detr_fast.options import RECIPES, TrainOptions
+from detr_fast.options import TrainOptions
 from detr_fast.train import default_options, last_line, main
 from detr_fast.training.build import make_data
 from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
 from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.micro_batches import MicroBatches
+from detr_fast.training.recipes import RECIPES
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.weights.container import read_container
 
@@ -38,7 +39,7 @@ STEPS = 12
 
 def options(root: Path, output: Path, **changes: Any) -> TrainOptions:
     small = {"data": str(root), "output": str(output), "epochs": 2, "batch_size": 8, "log_every": 1, "eval_every": 2}
-    return RECIPES["detr_tiny"].but(**(small | {"device": "cpu", "warmup_steps": 2} | changes))
+    return RECIPES["tiny"].but(**(small | {"device": "cpu", "warmup_steps": 2} | changes))
 
 
 def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:

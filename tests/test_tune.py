@@ -196,7 +196,7 @@ def test_a_data_set_says_what_training_would_measure(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 0, 64, 20)
     write_split(tmp_path, "val", 1, 64, 5)
     options = TuneOptions.of(data=str(tmp_path), model="detr_tiny", device="cpu").on_its_data()
-    config = RECIPES["detr_tiny"].but(data=str(tmp_path), device="cpu")
+    config = RECIPES["tiny"].but(data=str(tmp_path), device="cpu")
     train_set, _, model = make_data(config)
     run = with_batches(config, model, "cpu", 1, len(train_set))
     images, size = run.optimizer.batch_size, typical_size(train_set)

@@ -1,17 +1,76 @@
-"""Recipes: the options that a model is trained with on some data, where nothing else is asked for."""
+"""Recipes as data: the options that a model is trained with where nothing else is asked for."""
+
+from typing import Any, get_args
 
 from detr_fast.data.shapes import is_shapes, parse_shapes
-from detr_fast.options import RECIPES, DataOptions, NetworkOptions, TrainOptions
+from detr_fast.options import (
+    AugmentationOptions,
+    DataOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    Recipe,
+    TrainOptions,
+)
+
+SMALL_SIDE_PX = 256
+"""Shorter side of images in the recipe for small data sets, where none is asked for."""
 
 
-def recipe_of(model: str | None, data: str | None) -> TrainOptions:
-    """Return the recipe of `model` for `data`, a folder or shapes:SIDE; None stands for the default.
+def small_sizes(side_px: int) -> dict[str, Any]:
+    """Return the sizes of the recipe for small data sets around images of the shorter side `side_px`."""
 
-    Raises UserError for a SIDE that is no number from 48 to 1024.
+    def times(*sixteenths: int) -> tuple[int, ...]:
+        return tuple(round(side_px * each / 16) for each in sixteenths)
+
+    return {
+        "image_size": side_px,
+        "max_size": 7 * side_px // 4,
+        "train_sizes": times(*range(10, 25)),
+        "crop_sizes": times(16, 20, 24),
+        "crop_range": times(10, 20),
+    }
+
+
+RECIPES: dict[Recipe, TrainOptions] = {
+    "paper": TrainOptions(),
+    "small": TrainOptions(
+        recipe="small",
+        network=NetworkOptions(model="detr_lite"),
+        optimizer=OptimizerOptions(
+            epochs=30, batch_size=8, lr=1e-3, lr_backbone=2e-4, schedule="cosine", warmup_steps=60, ema=0.998
+        ),
+        eval_every=10,
+        log_every=20,
+    ).but(**small_sizes(SMALL_SIDE_PX)),
+    "tiny": TrainOptions(
+        recipe="tiny",
+        network=NetworkOptions(model="detr_tiny", backbone_weights="none"),
+        optimizer=OptimizerOptions(epochs=6, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup_steps=200),
+        augmentation=AugmentationOptions(train_sizes=(64,), crop_sizes=()),
+        eval_every=3,
+        log_every=20,
+    ),
+}
+USUAL: dict[str, Recipe] = {recipe.network.model: name for name, recipe in RECIPES.items() if name != "paper"}
+"""A model's recipe; of every other model the paper's."""
+
+
+def recipe_of(
+    model: str | None, data: str | None, recipe: str | None = None, image_size: int | None = None
+) -> TrainOptions:
+    """Return the options of `recipe` for `model` on `data`, a folder or shapes:SIDE; None stands for the default.
+
+    `image_size`: the shorter side that is asked for, around which the sizes of "small" are. Raises UserError for a SIDE
+    that is no number from 48 to 1024.
     """
     data = data or DataOptions.data
-    if not is_shapes(data):
-        return RECIPES.get(model or "", TrainOptions.of(model=model or NetworkOptions.model))
-    model, side = model or "detr_tiny", parse_shapes(data)
-    recipe = RECIPES.get(model, TrainOptions.of(model=model))
-    return recipe.but(train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
+    side = parse_shapes(data) if is_shapes(data) else None
+    model = model or (NetworkOptions.model if side is None else "detr_tiny")
+    chosen: Recipe = next((name for name in get_args(Recipe) if name == recipe), USUAL.get(model, "paper"))
+    pretrained = "none" if model == "detr_tiny" else NetworkOptions.backbone_weights
+    options = RECIPES[chosen].but(model=model, backbone_weights=pretrained)
+    if chosen == "small":
+        return options.but(**small_sizes(image_size or side or SMALL_SIDE_PX))
+    if side is None:
+        return options
+    return options.but(train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)

@@ -55,7 +55,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
     SAME_UPDATE: ("batch_size", "accumulate", "effective_batch"),
     SAME_CONTENT: ("data", "train_images", "train_annotations", "val_images", "val_annotations"),
     FIXED: (
-        *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
+        *("recipe", "model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
         *(
             "feature_strides",
             "token_stride",

@@ -1,0 +1,56 @@
+"""Tests of recipes: which options a run has where nothing else is asked for."""
+
+from typing import Any
+
+import pytest
+
+from detr_fast.options import TrainOptions
+from detr_fast.train import default_options
+from detr_fast.training.recipes import RECIPES, SMALL_SIDE_PX, recipe_of, small_sizes
+
+
+@pytest.mark.parametrize(
+    ("line", "recipe", "model"),
+    [
+        ("--data photographs", "paper", "detr_r50"),
+        ("--data photographs --model detr_lite", "small", "detr_lite"),
+        ("--data photographs --model detr_lite --recipe paper", "paper", "detr_lite"),
+        ("--data photographs --model detr_r50 --recipe small", "small", "detr_r50"),
+        ("", "tiny", "detr_tiny"),
+        ("--data shapes:96 --model detr_tiny --recipe paper", "paper", "detr_tiny"),
+    ],
+)
+def test_a_model_has_its_recipe_unless_another_is_asked_for(line: str, recipe: str, model: str) -> None:
+    options = default_options(line.split())
+    assert (options.recipe, options.network.model) == (recipe, model)
+    assert options.optimizer == RECIPES[options.recipe].optimizer
+    assert (options.network.backbone_weights == "none") == (model == "detr_tiny")
+
+
+def test_the_paper_s_recipe_is_what_options_are_without_one() -> None:
+    assert RECIPES["paper"] == TrainOptions() == recipe_of("detr_r50", "photographs")
+
+
+@pytest.mark.parametrize(("given", "side"), [([], SMALL_SIDE_PX), (["--image-size", "384"], 384)])
+def test_sizes_of_small_recipe_are_around_the_image_size(given: list[str], side: int) -> None:
+    options = default_options(["--data", "photographs", "--model", "detr_lite", *given])
+    drawn, largest = options.augmentation, options.dataset.max_size
+    assert options.dataset.image_size == side and largest == 1.75 * side
+    assert (min(drawn.train_sizes), max(drawn.train_sizes)) == (0.625 * side, 1.5 * side)
+    assert side in drawn.train_sizes and side in drawn.crop_sizes
+    assert max(drawn.train_sizes) < largest and drawn.crop_range[1] <= max(drawn.crop_sizes)
+
+
+@pytest.mark.parametrize("size", ["none", "1e3", "-4", ""])
+def test_an_image_size_that_is_none_is_left_to_the_parser(size: str) -> None:
+    assert default_options(["--data", "photographs", "--model", "detr_lite", "--image-size", size]) == recipe_of(
+        "detr_lite", "photographs"
+    )
+
+
+def test_other_recipes_keep_their_sizes() -> None:
+    """DETR's do not follow --image-size, which is of the evaluation alone."""
+    named: dict[str, Any] = {"model": "detr_r50", "data": "photographs"}
+    assert recipe_of(**named, image_size=400) == recipe_of(**named)
+    assert recipe_of("detr_tiny", "shapes:96").augmentation.train_sizes == (96,)
+    assert recipe_of("detr_lite", "shapes:96").dataset.image_size == 96 == small_sizes(96)["image_size"]
