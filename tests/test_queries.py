@@ -19,9 +19,9 @@ from detr_fast.data.annotations import Category
 from detr_fast.data.batch import Targets
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.model.queries import PADDED_LOGIT, PRIOR, QuerySelection, corrected, token_anchors
-from detr_fast.options import RECIPES
 from detr_fast.train import main
 from detr_fast.training.criterion import as_layer, build_criterion
+from detr_fast.training.recipes import RECIPES
 from detr_fast.weights import load_for_fine_tuning
 from detr_fast.weights.container import write_container
 

@@ -16,10 +16,10 @@ from detr_profiling.tune import TuneOptions, Tuner, main, tune
 
 from detr_fast.config import UserError
 from detr_fast.data.shapes import write_split
-from detr_fast.options import RECIPES
 from detr_fast.training.autotune import typical_size
 from detr_fast.training.batch_size import with_batches
 from detr_fast.training.build import make_data
+from detr_fast.training.recipes import RECIPES
 from detr_fast.tuning import Case, Tuning, checked_choices, find
 
 OPTIONS = TuneOptions.of(
