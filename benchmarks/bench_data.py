@@ -30,8 +30,9 @@ from detr_fast.data.batch import Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Group, Position
-from detr_fast.options import RECIPES, TrainOptions
+from detr_fast.options import TrainOptions
 from detr_fast.preprocessing import Preprocessing
+from detr_fast.training.recipes import RECIPES
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 16
@@ -92,7 +93,7 @@ def cases(size: Size) -> Iterator[DataCase]:
 
 def bench_data(benchmark: BenchmarkFixture, case: DataCase, request: Any) -> None:
     root: Path = request.getfixturevalue(case.data)
-    recipe = RECIPES["detr_tiny"] if case.data == "shapes_root" else TrainOptions()
+    recipe = RECIPES["tiny"] if case.data == "shapes_root" else TrainOptions()
     dataset = build_dataset(recipe.but(data=str(root)), "train")
     assert len(dataset) == case.images
     is_ours = case.pipeline == "ours"

@@ -195,7 +195,7 @@ MODELS = {
     "detr_lite": ModelConfig(
         backbone="tf_efficientnet_lite0",
         token_stride=16,
-        feature_strides=(32,),
+        feature_strides=(8, 32),
         fold_norms=True,
         num_queries=60,
         queries="encoder",
