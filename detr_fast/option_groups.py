@@ -51,9 +51,9 @@ class Options(Checked):
 
     def but(self, **changes: Any) -> Self:
         """Return the same with `changes`, by name, whatever group each is in."""
-        return replace(self, **_in_groups(type(self), dict(self.groups()), changes))
+        return replace(self, **_in_groups(type(self), dict(self.nested()), changes))
 
-    def groups(self) -> Iterator[tuple[str, "Options"]]:
+    def nested(self) -> Iterator[tuple[str, "Options"]]:
         """Yield the groups that these are composed of, by name."""
         for each in fields(self):
             if isinstance(part := getattr(self, each.name), Options):
@@ -62,12 +62,12 @@ class Options(Checked):
     def parts(self) -> Iterator["Options"]:
         """Yield these options and every group in them, those of groups too."""
         yield self
-        for _, group in self.groups():
+        for _, group in self.nested():
             yield from group.parts()
 
     def to_dict(self) -> dict[str, Any]:
         own = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name, part in self.groups():
+        for name, part in self.nested():
             del own[name]
             own |= part.to_dict()
         return own

@@ -202,6 +202,10 @@ class OptimizerOptions(Options):
     """Decay of the EMA model, which is then evaluated and kept beside the trained one; 0: none."""
     no_object_weight: float = 0.1
     """Weight of "no object" among the classes in the loss."""
+    groups: int = 1
+    """Sets of queries to train, each matched by itself; all but the first are left behind with training."""
+    denoise: int = 0
+    """Sets of queries to train that are noised targets; they are left behind, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +305,9 @@ class TrainOptions(Options):
 
 LARGEST_INT = 2**53
 LIMITS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("epochs", "lr_drop", "eval_every", "log_every"), (1, LARGEST_INT)),
+    **dict.fromkeys(("epochs", "lr_drop", "eval_every", "log_every", "groups"), (1, LARGEST_INT)),
     **dict.fromkeys(("batch_size", "accumulate", "effective_batch", "warmup_steps"), (0, LARGEST_INT)),
-    **dict.fromkeys(("save_every", "profile"), (0, LARGEST_INT)),
+    **dict.fromkeys(("save_every", "profile", "denoise"), (0, LARGEST_INT)),
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},

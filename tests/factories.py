@@ -15,6 +15,7 @@ from detr_fast.config import MODELS, ModelConfig
 from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.detector import place
 from detr_fast.model.detr import DETR
+from detr_fast.model.query_sets import QuerySets
 from detr_fast.options import RuntimeOptions, TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
 from detr_fast.training.build import make_data
@@ -24,7 +25,7 @@ from detr_fast.training.distributed import World, joined_world
 from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.recipes import RECIPES
 from detr_fast.training.resuming import digests
-from detr_fast.training.step import TrainStep
+from detr_fast.training.step import LayerwiseNetwork, TrainStep
 
 TINY = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 """The smallest DETR that has auxiliary losses."""
@@ -64,15 +65,18 @@ def make_step(
     world: World | None = None,
     learning_rate: float = 1e-4,
     clip: float = 0.1,
+    groups: int = 1,
+    denoising: int = 0,
 ) -> TrainStep:
     """Make the training step of a new model, always with the same weights; by itself, on a CPU in fp32."""
     torch.manual_seed(0)
     runtime = runtime or choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     model = place(DETR(config), runtime).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False) if decay else None
-    optimizer = build_optimizer(model, learning_rate, learning_rate, 1e-4)
-    criterion = build_criterion(config.num_classes)
-    return TrainStep(model, criterion, optimizer, runtime, world or World(), clip, ema=ema, ema_decay=decay)
+    sets = QuerySets(config, groups, denoising) if groups > 1 or denoising else None
+    optimizer = build_optimizer(LayerwiseNetwork(model, sets), learning_rate, learning_rate, 1e-4)
+    criterion = build_criterion(config.num_classes, scores=config.scores)
+    return TrainStep(model, criterion, optimizer, runtime, world or World(), clip, ema, decay, sets)
 
 
 def run_processes(run: Callable[[World], Any], count: int, folder: Path) -> list[Any]:

@@ -22,7 +22,7 @@ from detr_profiling.launches import (
 )
 from torch._dynamo.utils import counters
 
-from detr_fast.config import MODELS, UserError
+from detr_fast.config import BEYOND_DETR, MODELS, ModelConfig, UserError
 from detr_fast.model import backbone
 from detr_fast.model.backends import hand_out, select_backends
 from detr_fast.model.detr import DETR
@@ -81,6 +81,24 @@ def check_that_a_step_waits_for_nothing_and_launches_little(
     launches = count_step(make_step(CONFIG, gpu, kernels, attention), make_batch(gpu, 2, ROOM, padded))
     assert not launches.synchronizations and launches.ours == expected
     assert sum(launches.totals().values()) <= most, launches.totals()
+
+
+PROPOSING = replace(CONFIG, **{name: getattr(MODELS["detr_lite"], name) for name in BEYOND_DETR})
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"), [(CONFIG, "triton"), (PROPOSING, "xformers")], ids=["detr", "proposing"]
+)
+def check_that_query_sets_wait_for_nothing(config: ModelConfig, attention: Attention, gpu: torch.device) -> None:
+    """Whatever the number of targets, the step launches the same, and model and loss are one graph for two sizes."""
+    step, counted = make_step(config, gpu, "triton", attention, groups=2, denoising=2), []
+    for targets in (0, 1, 16, 64):
+        launches = count_step(step, make_batch(gpu, 2, ROOM, True, targets))
+        assert not launches.synchronizations and step.names.count("loss_denoising") == 1
+        counted.append(launches.totals())
+    assert counted[1:] == counted[:-1]
+    batches = [make_batch(gpu, 2, ROOM, True, targets) for targets in (16, 32, 64)]
+    assert compile_at(step, batches, "eager") == {"graphs": 2, "breaks": 0}
 
 
 def check_launches_at_the_real_depth(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detr_fast.config import UserError
 from detr_fast.data.batch import Batch
-from detr_fast.model.detr import DETR, Predictions
+from detr_fast.model.detr import DETR, MoreQueries, Predictions
 from detr_fast.options import TrainOptions
 from detr_fast.train import main
 from detr_fast.training.build import Extremes, extremes_of, largest_batch, make_data
@@ -34,8 +34,8 @@ def bound(model: DETR, room: list[int]) -> None:
     the memory runs out."""
     predict_layers = model.predict_layers
 
-    def bounded(images: Tensor, mask: Tensor | None = None) -> Predictions:
-        predictions = predict_layers(images, mask)
+    def bounded(images: Tensor, mask: Tensor | None = None, more: MoreQueries | None = None) -> Predictions:
+        predictions = predict_layers(images, mask, more)
         if len(images) > room[0]:
             raise torch.OutOfMemoryError("no room")
         return predictions
@@ -142,12 +142,12 @@ def test_several_processes_do_not_begin_again(monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_says_that_its_memory_ran_out(shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict_layers, calls = DETR.predict_layers, 0
 
-    def bounded(self: DETR, images: Tensor, mask: Tensor | None = None) -> Predictions:
+    def bounded(self: DETR, images: Tensor, mask: Tensor | None = None, more: MoreQueries | None = None) -> Predictions:
         nonlocal calls
         calls += 1
         if calls > 2 and len(images) > 4:
             raise torch.OutOfMemoryError("no room")
-        return predict_layers(self, images, mask)
+        return predict_layers(self, images, mask, more)
 
     monkeypatch.setattr(DETR, "predict_layers", bounded)
     options = RECIPES["tiny"].but(data=str(shapes_root), output=str(tmp_path), epochs=1, batch_size=8)

@@ -76,6 +76,7 @@ OTHERWISE: dict[str, Any] = {
         "on_bad_image": "skip",
         "follow_links": True,
     },
+    **{"groups": 2, "denoise": 1},
     **{"host_allocator": "system", "data_only": True, "profile": 7, "eval_every": 7, "log_every": 7, "save_every": 7},
 }
 """For every option whose value matters on resuming, one that the run below does not have."""

@@ -117,9 +117,9 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
     ("number", "code", "changes"),
     [
         (signal.SIGTERM, 143, {}),
-        (signal.SIGINT, 130, {"accumulate": 2, "ema": 0.9, "dropout": 0.1, "workers": 1}),
+        (signal.SIGINT, 130, {"accumulate": 2, "ema": 0.9, "dropout": 0.1, "workers": 1, "groups": 2, "denoise": 2}),
     ],
-    ids=["terminated in mid-epoch", "interrupted with accumulation, average, dropout, another number of workers"],
+    ids=["terminated in mid-epoch", "interrupted with accumulation, average, dropout, query sets, other workers"],
 )
 def test_an_interrupted_run_continues_bit_equal(
     shapes_root: Path,

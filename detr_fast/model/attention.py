@@ -30,10 +30,12 @@ class AttentionMask(NamedTuple):
     """(B, Nk) bool; None: no key is padding."""
     varlen: Varlen | None = None
     """Set where tokens are packed; None: each image has its row."""
+    sets: int = 1
+    """Equal parts of a row, one after another, each of which attends to itself as if it were an image."""
 
     @classmethod
-    def of(cls, queries: Packing, keys: Packing) -> "AttentionMask":
-        return cls(None, Varlen(queries.cu_seqlens, keys.cu_seqlens, queries.zero_rows(keys)))
+    def of(cls, queries: Packing, keys: Packing, sets: int = 1) -> "AttentionMask":
+        return cls(None, Varlen(queries.cu_seqlens, keys.cu_seqlens, queries.zero_rows(keys)), sets)
 
 
 UNPADDED = AttentionMask()
@@ -70,6 +72,8 @@ class MultiheadAttention(Selectable):
             q, k = F.linear(query, wq, bq), F.linear(key, wk, bk)
         v = F.linear(value, wv, bv)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))  # (B, N, H, D/H)
+        if mask.sets > 1:
+            q, k, v = (x.unflatten(1, (mask.sets, -1)).flatten(0, 1) for x in (q, k, v))  # (B * S, N / S, H, D/H)
         backend = self.backend("attention")
         if backend in ("auto", *ROW_BACKENDS):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -77,13 +81,15 @@ class MultiheadAttention(Selectable):
             mixed = padded_attention(q, k, v, attn_mask, self.dropout, self.training, backend).transpose(1, 2)
         else:
             mixed = self._attend_varlen(q, k, v, mask, backend)
-        return self.out_proj(mixed.flatten(2))
+        mixed = mixed.flatten(2)
+        return self.out_proj(mixed if mask.sets == 1 else mixed.reshape(query.shape))
 
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> Tensor:
         if mask.padding is not None:
             raise ValueError(f"attention by {backend} takes packed or unpadded tokens: see detr_kernels.Packing")
         if mask.varlen is None:
-            mask = AttentionMask.of(*(Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k)))
+            queries, keys = (Packing.uniform(x.shape[0], x.shape[1], x.device) for x in (q, k))
+            mask = AttentionMask.of(queries, keys)
         assert mask.varlen is not None
         mixed = packed_attention(
             q.flatten(0, 1),

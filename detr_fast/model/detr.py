@@ -3,7 +3,7 @@
 The configuration chooses where queries come from, and how boxes and scores are made; its defaults are DETR's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,18 +12,17 @@ from torch.nn import functional as F
 
 from detr_fast.config import ModelConfig
 from detr_fast.model.backbone import build_backbone
-from detr_fast.model.backends import Selectable
 from detr_fast.model.position_encoding import sine_box_encoding, sine_position_encoding
 from detr_fast.model.queries import (
     MLP,
     LayerHeads,
-    LearnedBoxes,
-    Proposals,
     Queries,
-    QuerySelection,
+    QuerySource,
+    Tokens,
     box_head,
     class_head,
     corrected,
+    joined,
     token_anchors,
 )
 from detr_fast.model.transformer import Memory, Transformer
@@ -31,20 +30,29 @@ from detr_fast.profiler_ranges import profiler_range
 
 
 class Predictions(NamedTuple):
-    """The predictions of every decoder layer, first to last, float32."""
+    """The predictions of every decoder layer, first to last, float32.
+
+    In training there may be S sets of queries. All layers of the first set come first, then all of the next.
+    """
 
     logits: Tensor
-    """(L, B, Q, num_logits)"""
+    """(S * L, B, Q, num_logits)"""
     boxes_cxcywh: Tensor
-    """(L, B, Q, 4) in [0, 1] of the image without its padding"""
-    proposals: Proposals | None = None
-    """Those of the encoder's tokens, where queries are chosen from them."""
+    """(S * L, B, Q, 4) in [0, 1] of the image without its padding"""
+    proposals: "Predictions | None" = None
+    """Those of the encoder's tokens, as one layer, where queries are chosen from them."""
+    groups: int = 1
+    """Sets whose queries are matched to targets."""
+    denoising: int = 0
+    """Sets behind them, S - groups, whose queries are noised targets."""
 
     def to_dict(self) -> dict[str, Any]:
         """Name the last layer's `pred_logits` and `pred_boxes`, under `aux_outputs` those of the earlier layers, and
         under `enc_outputs` the encoder's, where there are any."""
         layers = [named_outputs(*pair) for pair in zip(self.logits, self.boxes_cxcywh, strict=True)]
-        encoder = {} if self.proposals is None else {"enc_outputs": named_outputs(*self.proposals)}
+        encoder = {}
+        if self.proposals is not None:
+            encoder = {"enc_outputs": named_outputs(self.proposals.logits[0], self.proposals.boxes_cxcywh[0])}
         return {**layers[-1], "aux_outputs": layers[:-1], **encoder}
 
     @classmethod
@@ -53,7 +61,7 @@ class Predictions(NamedTuple):
         layers = [*outputs["aux_outputs"], outputs]
         encoder = outputs.get("enc_outputs")
         logits, boxes = (torch.stack([layer[name] for layer in layers]).float() for name in OUTPUTS)
-        proposals = None if encoder is None else Proposals(*(encoder[name].float() for name in OUTPUTS))
+        proposals = None if encoder is None else cls(*(encoder[name][None].float() for name in OUTPUTS))
         return cls(logits, boxes, proposals)
 
 
@@ -64,12 +72,15 @@ def named_outputs(logits: Tensor, boxes_cxcywh: Tensor) -> dict[str, Tensor]:
     return dict(zip(OUTPUTS, (logits, boxes_cxcywh), strict=True))
 
 
-class DETR(Selectable):
+MoreQueries = Callable[[Queries, Tokens], Sequence[Queries]]
+"""The network's own set of queries, and what it was made from -> further sets for it to decode, in training."""
+
+
+class DETR(QuerySource):
     """DETR: images in, a fixed set of class scores and boxes out."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.backbone = build_backbone(config.backbone, config.dilation, config.map_strides, config.fold_norms)
         dim = config.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.out_channels, dim, 1)  # type: ignore[arg-type]
@@ -83,13 +94,8 @@ class DETR(Selectable):
             config.dropout,
         )
         sigmoid, corrects = config.scores == "sigmoid", config.corrects_boxes
-        if config.queries == "encoder":
-            self.query_selection = QuerySelection(dim, config.num_logits, config.num_queries)
-        elif corrects:
-            self.query_boxes = LearnedBoxes(config.num_queries)
-        if config.query_positions == "learned":
-            self.query_embed = nn.Embedding(config.num_queries, dim)
-        else:
+        self.add_query_parts()
+        if config.query_positions == "boxes":
             self.query_position = MLP(2 * dim, dim, dim)
         self.class_embed: Any = self.heads(lambda: class_head(dim, config.num_logits, sigmoid))
         self.bbox_embed: Any = self.heads(lambda: box_head(dim, corrects))
@@ -108,8 +114,10 @@ class DETR(Selectable):
         """
         return self.predict_layers(images, mask).to_dict()
 
-    def predict_layers(self, images: Tensor, mask: Tensor | None = None) -> Predictions:
-        """Predict as `forward` does, with the decoder's layers stacked."""
+    def predict_layers(
+        self, images: Tensor, mask: Tensor | None = None, more: MoreQueries | None = None
+    ) -> Predictions:
+        """Predict as `forward` does, with the decoder's layers stacked; `more`: of these sets of queries too."""
         with profiler_range("backbone"):
             features = self.input_proj(self.backbone(images))  # (B, D, h, w)
         size = features.shape[-2:]
@@ -127,36 +135,33 @@ class DETR(Selectable):
             source = source + position
         with profiler_range("encoder"):
             memory = self.transformer.encode(source, padding, position)
-        return self.decode(memory, self.queries(memory, (*size,), (*images.shape[-2:],), mask))
+        tokens = self.tokens(memory, (*size,), (*images.shape[-2:],), mask)
+        queries = self.queries(tokens)
+        return self.decode(memory, [queries] if more is None else [queries, *more(queries, tokens)])
 
-    def queries(
+    def tokens(
         self, memory: Memory, size_hw: tuple[int, int], padded_hw: tuple[int, int], mask: Tensor | None
-    ) -> Queries:
-        """Make what the decoder starts from: learned, or chosen from the memory of h x w tokens."""
-        if self.config.queries == "encoder":
-            with profiler_range("queries"):
-                tokens = memory.rows()
-                return self.query_selection(tokens, token_anchors(size_hw, padded_hw, mask, tokens), memory.padding)
-        images, _, dim = memory.tokens.shape
-        with profiler_range("decoder"):
-            state = memory.tokens.new_zeros(images, self.config.num_queries, dim)
-            return Queries(state, self.query_boxes(images) if self.config.corrects_boxes else None)
+    ) -> Tokens:
+        """Return the memory of h x w tokens as queries are made from it."""
+        if self.config.queries == "learned":
+            return Tokens(memory.tokens)  # of which nothing is read but the shape
+        with profiler_range("queries"):
+            rows = memory.rows()
+            return Tokens(rows, token_anchors(size_hw, padded_hw, mask, rows), memory.padding)
 
-    def query_positions(self, boxes: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the queries' positions: learned, (Q, D), or made from the boxes that a layer corrects, (B, Q, D)."""
-        if boxes is None or self.config.query_positions == "learned":
-            return self.query_embed.weight
-        encoded = sine_box_encoding(boxes, self.config.hidden_dim, self.config.position_temperature)
-        return self.query_position(encoded.to(dtype))
+    def decode(self, memory: Memory, sets: Sequence[Queries]) -> Predictions:
+        """Decode layer by layer. Each layer's state is normed for the heads; the unnormed one goes on.
 
-    def decode(self, memory: Memory, queries: Queries) -> Predictions:
-        """Decode layer by layer. Each layer's state is normed for the heads; the unnormed one goes on."""
-        state, boxes, proposals = queries
+        Sets of queries do not see each other: (B, S * Q, D) for the memory, whose keys and values all share, they are
+        (B * S, Q, D) among themselves.
+        """
+        start = joined(sets)
+        state, boxes = start.state, start.boxes_cxcywh
         states, found = [], []
         with profiler_range("decoder"):
-            masks = memory.masks(state.shape[1])
+            masks = memory.masks(state.shape[1], len(sets))
             for index in range(self.config.decoder_layers):
-                position = self.query_positions(boxes, state.dtype)
+                position = self.positions(start, boxes)
                 state, normed = self.transformer.decode_layer(index, state, position, memory, masks)
                 states.append(normed)
                 if boxes is not None and self.config.box_refinement:
@@ -167,6 +172,31 @@ class DETR(Selectable):
             stacked = torch.stack(states)
             logits = self.class_embed(stacked).float()
             if found:
-                return Predictions(logits, torch.stack(found), proposals)
-            changes = self.bbox_embed(stacked).float()
-            return Predictions(logits, changes.sigmoid() if boxes is None else corrected(boxes, changes), proposals)
+                decoded = torch.stack(found)
+            else:
+                changes = self.bbox_embed(stacked).float()
+                decoded = changes.sigmoid() if boxes is None else corrected(boxes, changes)
+            return of_sets(sets, logits, decoded)
+
+    def positions(self, start: Queries, boxes_cxcywh: Tensor | None) -> Tensor:
+        """Return the queries' positions: those that all layers have, or made from the boxes that a layer corrects."""
+        if start.position is not None:
+            return start.position
+        assert boxes_cxcywh is not None
+        encoded = sine_box_encoding(boxes_cxcywh, self.config.hidden_dim, self.config.position_temperature)
+        return self.query_position(encoded.to(start.state.dtype))
+
+
+def of_sets(sets: Sequence[Queries], logits: Tensor, boxes_cxcywh: Tensor) -> Predictions:
+    """Make layers of sets: what was decoded, (L, B, S * Q, .), becomes (S * L, B, Q, .)."""
+    if len(sets) > 1:
+        decoded = (each.unflatten(2, (len(sets), -1)) for each in (logits, boxes_cxcywh))  # (L, B, S, Q, .)
+        logits, boxes_cxcywh = (each.movedim(2, 0).flatten(0, 1) for each in decoded)
+    denoising = sum(each.denoises for each in sets)
+    groups = len(sets) - denoising
+    proposals = [each.proposals for each in sets if each.proposals is not None]
+    of_tokens = None
+    if proposals:
+        scores, boxes = (torch.stack(each) for each in zip(*proposals, strict=True))  # (S, B, N, .)
+        of_tokens = Predictions(scores, boxes, groups=groups)
+    return Predictions(logits, boxes_cxcywh, of_tokens, groups, denoising)

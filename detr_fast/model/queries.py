@@ -5,12 +5,17 @@ Every token of the memory proposes a class and a box, has a loss of its own, and
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from detr_fast.config import ModelConfig
+from detr_fast.model.backends import Selectable
+from detr_fast.profiler_ranges import profiler_range
 
 ANCHOR_CELLS = 4.0
 """Side of the box that a token's proposal corrects, in tokens."""
@@ -74,14 +79,44 @@ class Proposals(NamedTuple):
     """(B, N, 4) in [0, 1] of the image without its padding"""
 
 
+class Tokens(NamedTuple):
+    """The encoder's output, as queries are made from it."""
+
+    rows: Tensor
+    """(B, N, D)"""
+    anchors: Tensor | None = None
+    """(B or 1, N, 4), the box that each token's proposal corrects; None: tokens propose nothing."""
+    padding: Tensor | None = None
+    """(B, N) bool, True where padded; None: nothing is."""
+
+
 class Queries(NamedTuple):
-    """Start of the decoder."""
+    """One set of queries, as the decoder starts from it."""
 
     state: Tensor
     """(B, Q, D)"""
     boxes_cxcywh: Tensor | None = None
     """(B, Q, 4), without gradient but where they are learned; None: the decoder's boxes correct none."""
+    position: Tensor | None = None
+    """(Q, D) or (B, Q, D), the same for all layers; None: each layer makes it from the boxes that it corrects."""
     proposals: Proposals | None = None
+    """Those of the tokens that the queries were chosen from."""
+    denoises: bool = False
+    """The queries are noised targets, each with its own target: they are not matched."""
+
+
+def joined(sets: Sequence[Queries]) -> Queries:
+    """Lay S sets of Q queries one after another: (B, S * Q, .)."""
+    if len(sets) == 1:
+        return sets[0]
+    images = len(sets[0].state)
+    boxes = [each.boxes_cxcywh for each in sets if each.boxes_cxcywh is not None]
+    positions = [each.position.expand(images, -1, -1) for each in sets if each.position is not None]
+    return Queries(
+        torch.cat([each.state for each in sets], dim=1),
+        torch.cat(boxes, dim=1) if boxes else None,
+        torch.cat(positions, dim=1) if positions else None,
+    )
 
 
 class LearnedBoxes(nn.Module):
@@ -117,7 +152,40 @@ class QuerySelection(nn.Module):
         boxes = corrected(anchors, self.bbox_embed(tokens))
         best = logits.detach().amax(-1).topk(min(self.num_queries, tokens.shape[1])).indices[..., None]  # (B, Q, 1)
         chosen = [each.detach().gather(1, best.expand(-1, -1, each.shape[-1])) for each in (tokens, boxes)]
-        return Queries(chosen[0], chosen[1], Proposals(logits, boxes))
+        return Queries(chosen[0], chosen[1], proposals=Proposals(logits, boxes))
+
+
+class QuerySource(Selectable):
+    """Makes one set of queries from the encoder's tokens: base of the network, whose set is the first."""
+
+    query_selection: QuerySelection
+    query_boxes: LearnedBoxes
+    query_embed: nn.Embedding
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def add_query_parts(self) -> None:
+        """Make what a set of queries has of its own."""
+        config = self.config
+        if config.queries == "encoder":
+            self.query_selection = QuerySelection(config.hidden_dim, config.num_logits, config.num_queries)
+        elif config.corrects_boxes:
+            self.query_boxes = LearnedBoxes(config.num_queries)
+        if config.query_positions == "learned":
+            self.query_embed = nn.Embedding(config.num_queries, config.hidden_dim)
+
+    def queries(self, tokens: Tokens) -> Queries:
+        """Make the set: learned, or chosen from the tokens."""
+        if tokens.anchors is not None:
+            with profiler_range("queries"):
+                return self.query_selection(tokens.rows, tokens.anchors, tokens.padding)
+        images, _, dim = tokens.rows.shape
+        with profiler_range("decoder"):
+            state = tokens.rows.new_zeros(images, self.config.num_queries, dim)
+            boxes = self.query_boxes(images) if self.config.corrects_boxes else None
+            return Queries(state, boxes, self.query_embed.weight if self.config.query_positions == "learned" else None)
 
 
 def token_anchors(size_hw: tuple[int, int], padded_hw: tuple[int, int], mask: Tensor | None, like: Tensor) -> Tensor:

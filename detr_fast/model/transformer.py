@@ -99,12 +99,17 @@ class Memory(NamedTuple):
         """Return the tokens (B, N, D) in the images' own order."""
         return self.tokens if self.packing is None else self.packing.unpack(self.tokens.flatten(0, 1))
 
-    def masks(self, num_queries: int) -> tuple[AttentionMask, AttentionMask]:
-        """Return which queries and which tokens each of `num_queries` queries of an image attends to."""
+    def masks(self, num_queries: int, sets: int = 1) -> tuple[AttentionMask, AttentionMask]:
+        """Return which queries and which tokens each of `num_queries` queries of an image attends to.
+
+        Of `sets` sets of queries, one after another, each attends to its own queries alone.
+        """
         if self.packing is None:
-            return AttentionMask(), AttentionMask(self.padding)
-        queries = Packing.uniform(self.packing.images, num_queries, self.tokens.device)
-        return AttentionMask.of(queries, queries), AttentionMask.of(queries, self.packing)
+            return AttentionMask(sets=sets), AttentionMask(self.padding)
+        images, device = self.packing.images, self.tokens.device
+        own = Packing.uniform(images * sets, num_queries // sets, device)
+        queries = own if sets == 1 else Packing.uniform(images, num_queries, device)
+        return AttentionMask.of(own, own, sets), AttentionMask.of(queries, self.packing)
 
 
 class Transformer(Selectable):

@@ -15,6 +15,7 @@ from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.loader import on_device, train_loader
 from detr_fast.data.sampler import BATCHES_A_GROUP
 from detr_fast.model.detr import DETR
+from detr_fast.model.query_sets import QuerySets
 from detr_fast.options import OptimizerOptions, TrainOptions
 from detr_fast.runtime import Runtime
 from detr_fast.training.batch_size import lr_factor
@@ -22,7 +23,7 @@ from detr_fast.training.checkpoint import TrainingState
 from detr_fast.training.criterion import LossWeights, build_criterion
 from detr_fast.training.distributed import World
 from detr_fast.training.optimizer import UNPLANNED_STEPS, Schedule, build_optimizer
-from detr_fast.training.step import TrainStep
+from detr_fast.training.step import LayerwiseNetwork, TrainStep
 from detr_fast.weights import load_backbone_weights, load_for_fine_tuning, load_state_dict
 
 
@@ -64,17 +65,23 @@ def make_step(
     criterion = build_criterion(
         model.config.num_classes, LossWeights(no_object=asked.no_object_weight), scores=model.config.scores
     )
+    sets = make_sets(model.config, options, runtime)
     step = TrainStep(
         model=model,
         criterion=criterion,
-        optimizer=build_optimizer(model, asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay),
+        optimizer=build_optimizer(
+            LayerwiseNetwork(model, sets), asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay
+        ),
         runtime=runtime,
         world=world,
         clip=asked.clip,
         ema=copy.deepcopy(model).eval().requires_grad_(False) if asked.ema else None,
         ema_decay=asked.ema,
+        sets=sets,
     )
     if state:
+        if sets and state.query_sets:
+            sets.load_state_dict(state.query_sets)
         restore_moments(step.optimizer, state.optimizer)
         keep_layouts(step.optimizer)
         if state.scaler:
@@ -82,6 +89,15 @@ def make_step(
         if step.ema and state.ema:
             load_state_dict(step.ema, state.ema)
     return step
+
+
+def make_sets(config: ModelConfig, options: TrainOptions, runtime: Runtime) -> QuerySets | None:
+    """Make the further sets of queries, the same for the same seed; None where the network's own is all."""
+    groups, denoise = options.optimizer.groups, options.optimizer.denoise
+    if (groups, denoise) == (1, 0):
+        return None
+    torch.manual_seed(options.seed)
+    return QuerySets(config, groups, denoise).to(runtime.device)
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:

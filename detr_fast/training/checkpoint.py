@@ -97,6 +97,8 @@ class TrainingState(RunFacts):
     scaler: dict[str, Any]
     """The gradient scaler's state_dict, empty where it is off."""
     progress: Progress
+    query_sets: dict[str, Tensor] | None = None
+    """Weights of the further sets of queries, which training alone has."""
     version: int = VERSION
 
     def save(self, path: Path) -> None:

@@ -11,19 +11,20 @@ from torch import Tensor
 from detr_fast.data.batch import Targets
 from detr_fast.model.backends import Selectable
 from detr_fast.model.detr import Predictions
-from detr_fast.model.queries import Proposals
 from detr_fast.profiler_ranges import profiler_range
+from detr_fast.training.denoising import own_queries
 from detr_fast.training.matcher import MatchCosts, match
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Coefficients of the three losses, and the weight of "no object" among the classes."""
+    """Coefficients of the three losses, of those of denoising sets, and of "no object" among the classes."""
 
     ce: float = 1.0
     bbox: float = 5.0
     giou: float = 2.0
     no_object: float = 0.1
+    denoising: float = 1.0
     focal_alpha: float | None = None
     """Weight of an object in the focal loss of sigmoid scores; None: softmax, where "no object" is a class."""
 
@@ -66,7 +67,9 @@ class SetCriterion(Selectable):
     ) -> dict[str, Tensor]:
         """Compute all terms of the predictions, given as the network's `Predictions` or as its output mapping.
 
-        Where there are proposals, they are matched and judged like a layer, and their terms end in `_enc`.
+        Where there are proposals, they are matched and judged like a layer, and their terms end in `_enc`. Of several
+        sets of queries, terms are the first one's; `loss` is the mean over the groups, and the mean over the denoising
+        sets, `loss_denoising`, by its weight.
 
         `normalizers`: those of the whole optimizer step; default: of this batch. Terms: `loss_ce`, `loss_bbox`,
         `loss_giou`, `cardinality_error` of the last layer and, with `_0`, `_1`, ..., of the earlier ones; `class_error`
@@ -79,18 +82,19 @@ class SetCriterion(Selectable):
         normalizers = normalizers or self.normalizers(targets, predictions.logits.shape[2])
         result = self.layers(predictions, targets, normalizers)
         if predictions.proposals is not None:
-            proposed = self.layers(as_layer(predictions.proposals), targets, normalizers)
+            proposed = self.layers(predictions.proposals, targets, normalizers)
             for name in ("loss", "nonfinite_costs"):
                 result[name] = result[name] + proposed.pop(name)
             result |= {f"{name}_enc": value for name, value in proposed.items()}
         return result
 
     def layers(self, predictions: Predictions, targets: Targets, normalizers: Normalizers) -> dict[str, Tensor]:
-        """Compute the terms of stacked predictions: logits (L, B, Q, .), boxes (L, B, Q, 4)."""
+        """Compute the terms of stacked predictions: logits (S * L, B, Q, .), boxes (S * L, B, Q, 4)."""
         logits, boxes_cxcywh = predictions.logits, predictions.boxes_cxcywh
+        sets = predictions.groups + predictions.denoising
         with torch.autocast(logits.device.type, enabled=False):
             with profiler_range("matching"):
-                query_of_target, nonfinite_costs = match(predictions, targets, self.costs, self.selection)
+                query_of_target, nonfinite_costs = self.match(predictions, targets)
             losses = set_loss(
                 logits,
                 boxes_cxcywh,
@@ -112,18 +116,32 @@ class SetCriterion(Selectable):
             "cardinality_error": losses.cardinality_error,
         }
         weights = {"loss_ce": self.weights.ce, "loss_bbox": self.weights.bbox, "loss_giou": self.weights.giou}
-        result = {"loss": sum((terms[name].sum() * weight for name, weight in weights.items()), logits.new_zeros(()))}
+        of_sets = sum(
+            (terms[name].view(sets, -1).sum(1) * weight for name, weight in weights.items()), logits.new_zeros(())
+        )
+        matched, denoised = of_sets.split((predictions.groups, predictions.denoising))
+        result = {"loss": matched.mean()}
+        if predictions.denoising:
+            result["loss_denoising"] = denoised.mean()
+            result["loss"] = result["loss"] + result["loss_denoising"] * self.weights.denoising
         for name, of_layers in terms.items():
-            *early, last = of_layers.unbind()
+            *early, last = of_layers.view(sets, -1)[0].unbind()
             result[name] = last
             if name != "class_error":
                 result |= {f"{name}_{index}": value for index, value in enumerate(early)}
         return {**result, "nonfinite_costs": nonfinite_costs}
 
-
-def as_layer(proposals: Proposals) -> Predictions:
-    """Take proposals (B, N, .) for the predictions of one layer (1, B, N, .)."""
-    return Predictions(proposals.logits[None], proposals.boxes_cxcywh[None])
+    def match(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Match the groups' layers as `match` does; in denoising sets each target's query is its own."""
+        layers, images, queries = predictions.logits.shape[:3]
+        denoising = layers // (predictions.groups + predictions.denoising) * predictions.denoising
+        matched = layers - denoising
+        groups = Predictions(predictions.logits[:matched], predictions.boxes_cxcywh[:matched])
+        query_of_target, nonfinite = match(groups, targets, self.costs, self.selection)
+        if denoising:
+            own = own_queries(targets, queries).expand(denoising, images, -1)
+            query_of_target = torch.cat((query_of_target, own))
+        return query_of_target, nonfinite
 
 
 def build_criterion(

@@ -224,6 +224,7 @@ class TrainingLoop:
             ema=ema.state_dict() if ema else None,
             optimizer=self.step.optimizer.state_dict(),
             scaler=self.step.scaler.state_dict(),
+            query_sets=self.step.sets.state_dict() if self.step.sets else None,
             progress=replace(self.progress, seconds=self._seconds(), trained_seconds=self._trained()),
         )
         state.save(self.folder.last)

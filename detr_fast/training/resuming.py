@@ -65,7 +65,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "queries",
             "query_positions",
         ),
-        *("box_refinement", "layer_heads", "scores"),
+        *("box_refinement", "layer_heads", "scores", "groups", "denoise"),
         *("weights", "backbone_weights", "seed", "buckets"),
     ),
 }

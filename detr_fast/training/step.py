@@ -5,18 +5,20 @@ Around it, with the same call: `micro_batches`, for batches that do not fit into
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from detr_fast.data.batch import Batch
+from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR, Predictions
+from detr_fast.model.query_sets import NoisedTargets, QuerySets
 from detr_fast.preprocessing import Preprocessing
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import Normalizers, SetCriterion
+from detr_fast.training.denoising import noised
 from detr_fast.training.distributed import World, all_reduce_later, data_parallel
 from detr_fast.training.meter import TermSums
 from detr_fast.training.snapshot import batch_norm_statistics
@@ -28,14 +30,17 @@ KINDS = ("losses", "errors")
 
 
 class LayerwiseNetwork(nn.Module):
-    """Makes `predict_layers` a forward pass, for DistributedDataParallel and torch.compile to wrap."""
+    """Makes `predict_layers`, of further sets of queries too, a forward pass: for DistributedDataParallel and
+    torch.compile to wrap, and with all parameters that are trained."""
 
-    def __init__(self, network: DETR) -> None:
+    def __init__(self, network: DETR, sets: QuerySets | None = None) -> None:
         super().__init__()
         self.network = network
+        self.sets = sets
 
-    def forward(self, images: Tensor, mask: Tensor | None) -> Predictions:
-        return self.network.predict_layers(images, mask)
+    def forward(self, images: Tensor, mask: Tensor | None, noised: NoisedTargets | None = None) -> Predictions:
+        more = None if self.sets is None else partial(self.sets, noised=noised)
+        return self.network.predict_layers(images, mask, more)
 
 
 @dataclass
@@ -56,20 +61,23 @@ class TrainStep:
     ema: DETR | None = None
     ema_decay: float = 0.0
     """At most; see `warm_ema_up`."""
+    sets: QuerySets | None = None
+    """Further sets of queries, which are trained with the model and are no part of it."""
 
     def __post_init__(self) -> None:
         self.ema_rate = torch.full((), 1 - self.ema_decay, device=self.runtime.device)
         hand_out(self.model.selection, self.criterion)
         self.preprocessing = Preprocessing.of(self.model, self.runtime)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.network = LayerwiseNetwork(self.model, self.sets)
+        self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.names: tuple[str, ...] = ()
         self.sums = TermSums()
         self.average_gradients_over(self.world)
 
     def average_gradients_over(self, world: World) -> None:
         """Let the backward pass average gradients over the processes of `world`; over one, leave them as they are."""
-        self.synchronized = data_parallel(LayerwiseNetwork(self.model), world, self.runtime.device)
+        self.synchronized = data_parallel(self.network, world, self.runtime.device)
         self.forward = torch.compile(self.synchronized) if self.runtime.compile else self.synchronized
 
     def __call__(self, batches: Sequence[Batch]) -> Terms:
@@ -93,7 +101,7 @@ class TrainStep:
         Returns its `losses` (N,) and `errors` (M,), whose names are in `names` from then on.
         """
         with profiler_range("forward"), self.runtime.autocast():
-            predictions = self.forward(given.images, given.mask)
+            predictions = self.forward(given.images, given.mask, self.noise(given.targets))
         with profiler_range("loss"):
             terms = self.criterion(predictions, given.targets, Normalizers(*normalizers.unbind()))
         with profiler_range("backward"):
@@ -104,6 +112,15 @@ class TrainStep:
             self.names = (*losses, *errors)
             stacked = (torch.stack([terms[name].detach().float() for name in names]) for names in (losses, errors))
             return dict(zip(KINDS, stacked, strict=True))
+
+    def noise(self, targets: Targets) -> NoisedTargets | None:
+        """Draw the queries of the denoising sets, of one shape whatever the targets; None where there are no such sets.
+
+        They are drawn on the device as dropout is: anew in each replay of a graph, and repeated by a resumed run.
+        """
+        if self.sets is None or not self.sets.denoising:
+            return None
+        return noised(targets, self.sets.denoising, self.model.config)
 
     def update(self) -> Terms:
         """Clip, and step the optimizer and the EMA model, by the gradients that lie in `.grad`.

@@ -28,13 +28,14 @@ from detr_fast.console import Console
 from detr_fast.data.batch import Batch, Targets
 from detr_fast.model.backends import reasons, select_backends
 from detr_fast.model.detr import DETR
+from detr_fast.model.query_sets import QuerySets
 from detr_fast.option_groups import Options
 from detr_fast.options import Attention, Kernels
 from detr_fast.profiler_ranges import PROFILER_RANGES, current_range
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.optimizer import build_optimizer
-from detr_fast.training.step import TrainStep
+from detr_fast.training.step import LayerwiseNetwork, TrainStep
 from detr_profiling.absent_gpu import absent_gpu, made_on
 from detr_profiling.limits.counting import UNWRITTEN
 from detr_profiling.pages.blocks import Section, Table, cells, figures, words
@@ -174,15 +175,22 @@ def make_batch(
 
 
 def make_step(
-    config: ModelConfig, device: torch.device, kernels: Kernels = "auto", attention: Attention = "auto"
+    config: ModelConfig,
+    device: torch.device,
+    kernels: Kernels = "auto",
+    attention: Attention = "auto",
+    groups: int = 1,
+    denoising: int = 0,
 ) -> TrainStep:
     """Make a step of a model of random weights in bf16, with the EMA model, all on the device."""
     runtime = Runtime(device, torch.bfloat16, True, False, kernels, attention, {})
     model, ema = (made_on(device, lambda: DETR(config)) for _ in range(2))
     ema.requires_grad_(False)
     select_backends(model, kernels, attention, runtime.dtype)
-    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
+    sets = made_on(device, lambda: QuerySets(config, groups, denoising)) if groups > 1 or denoising else None
+    optimizer = build_optimizer(LayerwiseNetwork(model, sets), 1e-4, 1e-5, 1e-4)
+    criterion = build_criterion(config.num_classes, scores=config.scores)
+    return TrainStep(model, criterion, optimizer, runtime, ema=ema, ema_decay=0.9, sets=sets)
 
 
 def count_step(step: TrainStep, batch: Batch) -> Launches:
@@ -205,7 +213,7 @@ def loss_of(step: TrainStep) -> Callable[..., Tensor]:
 
     def loss(images: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
         with step.runtime.autocast():
-            predictions = step.model.predict_layers(images, mask)
+            predictions = step.network(images, mask, step.noise(targets))
         return step.criterion(predictions, targets)["loss"]
 
     return loss
