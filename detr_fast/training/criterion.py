@@ -119,10 +119,10 @@ class SetCriterion(Selectable):
         of_sets = sum(
             (terms[name].view(sets, -1).sum(1) * weight for name, weight in weights.items()), logits.new_zeros(())
         )
-        matched, denoised = of_sets.split((predictions.groups, predictions.denoising))
-        result = {"loss": matched.mean()}
+        groups = predictions.groups
+        result = {"loss": of_sets.view(()) if sets == 1 else of_sets[:groups].mean()}
         if predictions.denoising:
-            result["loss_denoising"] = denoised.mean()
+            result["loss_denoising"] = of_sets[groups:].mean()
             result["loss"] = result["loss"] + result["loss_denoising"] * self.weights.denoising
         for name, of_layers in terms.items():
             *early, last = of_layers.view(sets, -1)[0].unbind()
