@@ -8,10 +8,11 @@ from torch.profiler import record_function
 
 PROFILER_RANGES = (
     *("data wait", "copy", "pixels"),
-    *("forward", "backbone", "encoder", "decoder", "heads", "postprocess"),
+    *("forward", "backbone", "encoder", "queries", "decoder", "heads", "postprocess"),
     *("loss", "matching", "backward", "optimizer"),
 )
-"""In the order of a step or an inference. "forward" contains the four after it, "loss" contains "matching"."""
+"""In the order of a step or an inference. "forward" contains the five after it, of which DETR itself has no
+"queries"; "loss" contains "matching"."""
 
 _open: list[str] = []
 
