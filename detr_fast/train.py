@@ -253,6 +253,11 @@ def describe(
     lines = {
         "model": f"{options.network.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.dataset.data}: {len(train_set)} training and {len(val_set)} validation images",
+        **(
+            {"query sets": f"{options.optimizer.groups} matched, {options.optimizer.denoise} denoising"}
+            if step.sets
+            else {}
+        ),
         "batch": batch_line(options.optimizer, processes, wrapped.count),
         "length": length,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",

@@ -24,7 +24,7 @@ from detr_fast.options import Attention
 from detr_fast.train import main
 from detr_fast.training import matcher
 from detr_fast.training.criterion import LossWeights, build_criterion
-from detr_fast.training.denoising import noised, own_queries
+from detr_fast.training.denoising import noised_targets, own_queries
 from detr_fast.training.distributed import World
 from detr_fast.training.graphed_step import GraphedStep
 from detr_fast.training.micro_batches import MicroBatches
@@ -128,7 +128,7 @@ def test_the_loss_of_groups_is_the_mean_of_their_own(config: ModelConfig) -> Non
 
 def noise_of(targets: Targets, config: ModelConfig, sets: int, seed: int = 0) -> NoisedTargets:
     torch.manual_seed(seed)
-    return noised(targets, sets, config)
+    return noised_targets(targets, sets, config)
 
 
 @each_config
@@ -169,6 +169,14 @@ def test_backends_agree_on_sets(padded: bool) -> None:
         found.append(network(IMAGES[:, :, :32], MASK[:, :32] if padded else None, noise))
     for other in found[1:]:
         torch.testing.assert_close(other.logits, found[0].logits, rtol=1e-4, atol=1e-5)
+
+
+def test_where_an_image_has_few_tokens_all_sets_have_as_many_queries() -> None:
+    config = replace(CONFIGS["encoder"], num_queries=40)
+    (network, _), targets = make(config, groups=2, denoising=1), targets_of(30)
+    found = network(torch.randn(1, 3, 32, 48), None, noise_of(targets, config, 1))
+    assert found.logits.shape == (3 * 2, 1, 24, 6)
+    assert build_criterion(6, scores="sigmoid")(found, targets)["loss"].isfinite()
 
 
 def test_one_set_is_the_network_itself() -> None:
@@ -241,10 +249,10 @@ def test_a_denoising_set_is_targets_noised_less_and_more_and_random_boxes() -> N
 
 def test_noise_stays_inside_the_image_and_keeps_its_amount() -> None:
     """A center that would leave the image goes the other way: a negative at the edge is none of the target."""
-    edge = Targets.from_list([{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.05, 0.95, 0.1, 0.1]])}])
+    edge = Targets.from_list([{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.02, 0.98, 0.1, 0.1]])}])
     boxes = noise_of(edge, MANY, 500).boxes_cxcywh[0]
     assert boxes.min() >= 0 and boxes.max() <= 1
-    shift = (boxes[:, :2, :2] - torch.tensor([0.05, 0.95])).abs() / 0.05
+    shift = (boxes[:, :2, :2] - torch.tensor([0.02, 0.98])).abs() / 0.05
     assert shift[:, 0].max() <= 1.001 and shift[:, 1].min() >= 0.999 and shift[:, 1].max() <= 2.001
 
 

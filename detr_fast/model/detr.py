@@ -161,7 +161,7 @@ class DETR(QuerySource):
         with profiler_range("decoder"):
             masks = memory.masks(state.shape[1], len(sets))
             for index in range(self.config.decoder_layers):
-                position = self.positions(start, boxes)
+                position = self.positions(start, boxes, state.dtype)
                 state, normed = self.transformer.decode_layer(index, state, position, memory, masks)
                 states.append(normed)
                 if boxes is not None and self.config.box_refinement:
@@ -178,13 +178,13 @@ class DETR(QuerySource):
                 decoded = changes.sigmoid() if boxes is None else corrected(boxes, changes)
             return of_sets(sets, logits, decoded)
 
-    def positions(self, start: Queries, boxes_cxcywh: Tensor | None) -> Tensor:
+    def positions(self, start: Queries, boxes_cxcywh: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the queries' positions: those that all layers have, or made from the boxes that a layer corrects."""
         if start.position is not None:
             return start.position
         assert boxes_cxcywh is not None
         encoded = sine_box_encoding(boxes_cxcywh, self.config.hidden_dim, self.config.position_temperature)
-        return self.query_position(encoded.to(start.state.dtype))
+        return self.query_position(encoded.to(dtype))
 
 
 def of_sets(sets: Sequence[Queries], logits: Tensor, boxes_cxcywh: Tensor) -> Predictions:

@@ -5,7 +5,7 @@ for queries, moved and some of another class, which learn to find back without a
 Neither sees another set, so the network decodes its own as it would alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,9 +32,10 @@ class QuerySets(nn.Module):
         super().__init__()
         self.config = config
         self.denoising = denoising
-        self.groups = nn.ModuleList([QuerySource(config) for _ in range(groups - 1)])
-        for group in self.groups:
-            group.add_query_parts()  # type: ignore[operator]
+        further = [QuerySource(config) for _ in range(groups - 1)]
+        for group in further:
+            group.add_query_parts()
+        self.groups: Any = nn.ModuleList(further)
         if denoising:
             self.label_embed = nn.Embedding(config.num_classes, config.hidden_dim)
             if config.query_positions == "learned":
@@ -42,7 +43,7 @@ class QuerySets(nn.Module):
 
     def forward(self, first: Queries, tokens: Tokens, noised: NoisedTargets | None = None) -> list[Queries]:
         """Make the groups after the network's `first` one from `tokens`, and the denoising sets, of as many queries."""
-        groups = [group.queries(tokens) for group in self.groups]  # type: ignore[operator]
+        groups = [group.queries(tokens) for group in self.groups]
         return groups if noised is None else [*groups, *self.denoising_sets(first, noised)]
 
     def denoising_sets(self, first: Queries, noised: NoisedTargets) -> list[Queries]:

@@ -80,8 +80,8 @@ def make_step(
         sets=sets,
     )
     if state:
-        if sets and state.query_sets:
-            sets.load_state_dict(state.query_sets)
+        if sets:
+            sets.load_state_dict(state.query_sets or {})
         restore_moments(step.optimizer, state.optimizer)
         keep_layouts(step.optimizer)
         if state.scaler:

@@ -91,7 +91,6 @@ class SetCriterion(Selectable):
     def layers(self, predictions: Predictions, targets: Targets, normalizers: Normalizers) -> dict[str, Tensor]:
         """Compute the terms of stacked predictions: logits (S * L, B, Q, .), boxes (S * L, B, Q, 4)."""
         logits, boxes_cxcywh = predictions.logits, predictions.boxes_cxcywh
-        sets = predictions.groups + predictions.denoising
         with torch.autocast(logits.device.type, enabled=False):
             with profiler_range("matching"):
                 query_of_target, nonfinite_costs = self.match(predictions, targets)
@@ -115,21 +114,27 @@ class SetCriterion(Selectable):
             "class_error": losses.class_error,
             "cardinality_error": losses.cardinality_error,
         }
-        weights = {"loss_ce": self.weights.ce, "loss_bbox": self.weights.bbox, "loss_giou": self.weights.giou}
-        of_sets = sum(
-            (terms[name].view(sets, -1).sum(1) * weight for name, weight in weights.items()), logits.new_zeros(())
-        )
-        groups = predictions.groups
-        result = {"loss": of_sets.view(()) if sets == 1 else of_sets[:groups].mean()}
-        if predictions.denoising:
-            result["loss_denoising"] = of_sets[groups:].mean()
-            result["loss"] = result["loss"] + result["loss_denoising"] * self.weights.denoising
+        result = self.total(terms, predictions.groups, predictions.denoising)
         for name, of_layers in terms.items():
-            *early, last = of_layers.view(sets, -1)[0].unbind()
+            *early, last = of_layers.view(predictions.groups + predictions.denoising, -1)[0].unbind()
             result[name] = last
             if name != "class_error":
                 result |= {f"{name}_{index}": value for index, value in enumerate(early)}
         return {**result, "nonfinite_costs": nonfinite_costs}
+
+    def total(self, terms: dict[str, Tensor], groups: int, denoising: int) -> dict[str, Tensor]:
+        """Join the terms (S * L,) of all layers: `loss` and, where there are denoising sets, `loss_denoising`."""
+        sets = groups + denoising
+        weights = {"loss_ce": self.weights.ce, "loss_bbox": self.weights.bbox, "loss_giou": self.weights.giou}
+        weighted = (terms[name].view(sets, -1).sum(1) * weight for name, weight in weights.items())
+        of_sets = sum(weighted, terms["loss_ce"].new_zeros(()))
+        if sets == 1:
+            return {"loss": of_sets.view(())}
+        loss = of_sets[:groups].mean()
+        if not denoising:
+            return {"loss": loss}
+        of_noise = of_sets[groups:].mean()
+        return {"loss": loss + of_noise * self.weights.denoising, "loss_denoising": of_noise}
 
     def match(self, predictions: Predictions, targets: Targets) -> tuple[Tensor, Tensor]:
         """Match the groups' layers as `match` does; in denoising sets each target's query is its own."""

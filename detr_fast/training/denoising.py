@@ -27,7 +27,7 @@ LARGEST_SIDE = 0.5
 
 
 @torch.no_grad()
-def noised(targets: Targets, sets: int, config: ModelConfig) -> NoisedTargets:
+def noised_targets(targets: Targets, sets: int, config: ModelConfig) -> NoisedTargets:
     """Draw the queries of `sets` sets on the targets' device, by its generator; without reading anything there."""
     targets = targets.pad_rows(targets.labels.shape[1] + 1)  # so that there is one where no image has a target
     labels, boxes, count = targets.labels, targets.boxes_cxcywh, targets.count[:, None]

@@ -18,7 +18,7 @@ from detr_fast.preprocessing import Preprocessing
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.runtime import Runtime
 from detr_fast.training.criterion import Normalizers, SetCriterion
-from detr_fast.training.denoising import noised
+from detr_fast.training.denoising import noised_targets
 from detr_fast.training.distributed import World, all_reduce_later, data_parallel
 from detr_fast.training.meter import TermSums
 from detr_fast.training.snapshot import batch_norm_statistics
@@ -120,7 +120,7 @@ class TrainStep:
         """
         if self.sets is None or not self.sets.denoising:
             return None
-        return noised(targets, self.sets.denoising, self.model.config)
+        return noised_targets(targets, self.sets.denoising, self.model.config)
 
     def update(self) -> Terms:
         """Clip, and step the optimizer and the EMA model, by the gradients that lie in `.grad`.
