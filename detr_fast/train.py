@@ -250,14 +250,12 @@ def describe(
     model, runtime, processes = step.model, step.runtime, step.world.size
     train_set, val_set = data
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    matched, denoising = options.optimizer.groups, options.optimizer.denoise
+    sets = {"query sets": f"{matched} matched, {denoising} denoising"} if step.sets else {}
     lines = {
         "model": f"{options.network.model}, {parameters:,} parameters, {model.config.num_classes} classes",
         "data": f"{options.dataset.data}: {len(train_set)} training and {len(val_set)} validation images",
-        **(
-            {"query sets": f"{options.optimizer.groups} matched, {options.optimizer.denoise} denoising"}
-            if step.sets
-            else {}
-        ),
+        **sets,
         "batch": batch_line(options.optimizer, processes, wrapped.count),
         "length": length,
         "compile": "torch.compile: the first step takes a minute" if runtime.compile else "no",
