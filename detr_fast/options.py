@@ -207,6 +207,7 @@ class AugmentationOptions(Options):
 
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("crop_range", lambda o: not o.crop_sizes, "without --crop-sizes: give them too"),
+        Idle("min_visible", lambda o: not o.crop_sizes, "without --crop-sizes: give them too"),
     )
     train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """Shorter sides to draw from, in pixels."""
@@ -214,6 +215,8 @@ class AugmentationOptions(Options):
     """Shorter sides to draw from before a random crop, in half of the images; empty: no crops."""
     crop_range: tuple[int, int] = (384, 600)
     """Smallest and largest side of that crop, in pixels."""
+    min_visible: float = 0.0
+    """Drop an object of whose box a crop leaves less than this fraction; 0: DETR's, any sliver is kept."""
     buckets: bool = True
     """Batches of images of like shape, so that little is padding; without, of any."""
 
@@ -302,7 +305,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},
-    **{"token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
+    **{"min_visible": (0, 1), "token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
     **{"workers": (0, 1024), "seed": (-(2**63), 2**63 - 1)},
 }
 """Least and most of every number that training is given; NaN is neither."""

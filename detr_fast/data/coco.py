@@ -70,11 +70,13 @@ class CocoDataset(Dataset[Sample]):
         num_classes: int | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
         follow_links: bool = False,
+        min_visible: float = 0.0,
     ) -> None:
         """Read the annotations, and find the images.
 
         Labels are indices in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
-        `num_classes` is larger than all ids, the ids themselves.
+        `num_classes` is larger than all ids, the ids themselves. `min_visible`: the least fraction of an object's box
+        that a crop leaves, if the object is to be kept.
 
         Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image
         outside the folder, to which with `follow_links` a symbolic link may lead. What is mended instead
@@ -85,6 +87,7 @@ class CocoDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.on_bad_image = on_bad_image
+        self.min_visible = min_visible
         self.categories = choose_categories(self.annotations, categories, raw_ids, num_classes)
         """The category of each label, in label order; None: labels are the ids."""
         self.label_of = label_map(self.annotations, self.categories)
@@ -119,6 +122,7 @@ class CocoDataset(Dataset[Sample]):
             torch.from_numpy(record.labels),
             crop_box,
             augmentation.hflip,
+            self.min_visible,
         )
         image = decoded.image[:, top:bottom, left:right]
         return Sample(image, labels, boxes, record.id, decoded.size, augmentation.size, augmentation.hflip)
@@ -224,8 +228,10 @@ def build_dataset(
         model = model_config(training.network.model) if training else ModelConfig()
     model = replace(model, **place.sizes_given())
     transform: Transform = EvaluationTransform(model.image_size, model.max_size)
+    min_visible = 0.0
     if training and split == "train":
         drawn = training.augmentation
+        min_visible = drawn.min_visible
         transform = TrainTransform(drawn.train_sizes, model.max_size, drawn.crop_sizes, drawn.crop_range)
     dataset = CocoDataset(
         folder,
@@ -237,6 +243,7 @@ def build_dataset(
         num_classes=training.network.num_classes if training else None,
         on_bad_image=place.on_bad_image,
         follow_links=place.follow_links,
+        min_visible=min_visible,
     )
     require_images(dataset)
     for fault in dataset.silent_faults():

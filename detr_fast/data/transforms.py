@@ -152,17 +152,22 @@ def random_crops(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Dr
 
 
 def boxes_within(
-    boxes_xyxy_px: Tensor, labels: Tensor, crop_box: tuple[float, float, float, float], hflip: bool
+    boxes_xyxy_px: Tensor,
+    labels: Tensor,
+    crop_box: tuple[float, float, float, float],
+    hflip: bool,
+    min_visible: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Clip boxes (T, 4) to `crop_box`; return them as cxcywh relative to it, flipped with it, and their labels (T,).
 
-    Boxes of which nothing is left are dropped, with their labels.
+    A box of which nothing is left, or less than the fraction `min_visible` of its area, is dropped, with its label.
     """
     top, left, bottom, right = crop_box
     size = torch.tensor([right - left, bottom - top], dtype=torch.float32)
-    corners = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
-    corners = torch.minimum(corners, size).clamp(min=0)
-    keep = (corners[:, 1] > corners[:, 0]).all(dim=1)
+    whole = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
+    corners = torch.minimum(whole, size).clamp(min=0)
+    before, after = ((each[:, 1] - each[:, 0]).prod(dim=1) for each in (whole, corners))
+    keep = (corners[:, 1] > corners[:, 0]).all(dim=1) & (after >= min_visible * before)
     relative = (corners[keep] / size).reshape(-1, 4)
     if hflip:
         x0, y0, x1, y1 = relative.unbind(-1)
