@@ -217,6 +217,8 @@ class AugmentationOptions(Options):
     """Smallest and largest side of that crop, in pixels."""
     min_visible: float = 0.0
     """Drop an object of whose box a crop leaves less than this fraction; 0: DETR's, any sliver is kept."""
+    color_jitter: float = 0.0
+    """Strength, 0 to 1, of random brightness, contrast, saturation and channel gains; 0: DETR's, none."""
     buckets: bool = True
     """Batches of images of like shape, so that little is padding; without, of any."""
 
@@ -305,7 +307,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},
-    **{"min_visible": (0, 1), "token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
+    **dict.fromkeys(("min_visible", "color_jitter"), (0, 1)),
+    **{"token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
     **{"workers": (0, 1024), "seed": (-(2**63), 2**63 - 1)},
 }
 """Least and most of every number that training is given; NaN is neither."""

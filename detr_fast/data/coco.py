@@ -125,7 +125,8 @@ class CocoDataset(Dataset[Sample]):
             self.min_visible,
         )
         image = decoded.image[:, top:bottom, left:right]
-        return Sample(image, labels, boxes, record.id, decoded.size, augmentation.size, augmentation.hflip)
+        sampled = augmentation.size, augmentation.hflip, augmentation.color
+        return Sample(image, labels, boxes, record.id, decoded.size, *sampled)
 
     def augmentations(self, epoch: int, images: np.ndarray | Sequence[int]) -> SampledAugmentations:
         """Sample the augmentations of images, (N,) indices, in an epoch; nothing is read for it."""
@@ -232,7 +233,8 @@ def build_dataset(
     if training and split == "train":
         drawn = training.augmentation
         min_visible = drawn.min_visible
-        transform = TrainTransform(drawn.train_sizes, model.max_size, drawn.crop_sizes, drawn.crop_range)
+        crops = drawn.crop_sizes, drawn.crop_range
+        transform = TrainTransform(drawn.train_sizes, model.max_size, *crops, drawn.color_jitter)
     dataset = CocoDataset(
         folder,
         file,
