@@ -38,7 +38,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "scale_lr",
         ),
         *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range"),
-        *("min_visible", "color_jitter", "image_size", "max_size"),
+        *("min_visible", "color_jitter", "mosaic", "mixup", "copy_paste", "compose_epochs", "image_size", "max_size"),
         *(
             "device",
             "precision",
