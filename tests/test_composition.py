@@ -23,6 +23,7 @@ from detr_fast.data.batch import Sample
 from detr_fast.data.coco import CocoDataset, build_dataset
 from detr_fast.data.composition import Composition, Part, composition_of, uncovered
 from detr_fast.data.decode import Decoded
+from detr_fast.data.draws import Draws
 from detr_fast.data.loader import train_loader
 from detr_fast.data.transforms import SampledAugmentation, TrainTransform
 from detr_fast.options import TrainOptions
@@ -189,6 +190,14 @@ def test_parts_are_as_frequent_as_asked_and_tiles_fill_the_canvas(folder: Path) 
         counts += bool(tiles), len(parts) > len(whole), len(whole) > max(1, len(tiles))
     assert counts / 400 == pytest.approx([0.2, 0.4, 0.62], abs=0.06)  # a quarter of the images has nothing to paste
     assert Composition(0, 0.1, 0, range(1)).most_parts == 2
+
+
+def test_no_random_number_decides_two_things(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, drawn, fraction = dataset_of(folder, EACH["all"]), [], Draws.fraction
+    monkeypatch.setattr(Draws, "fraction", lambda self, number: drawn.append(number) or fraction(self, number))
+    for epoch in range(9):
+        assert len(dataset[epoch, 9].labels) and len(drawn) == len(set(drawn)) > 50
+        drawn.clear()
 
 
 def test_a_sample_is_the_same_from_any_process_and_wherever_the_run_begins(shapes_root: Path) -> None:
