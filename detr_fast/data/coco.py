@@ -116,7 +116,10 @@ class CocoDataset(Dataset[Sample]):
         return self.joined(parts, [self.read(part.image, part.augmentation) for part in parts], own)
 
     def parts(self, epoch: int, index: int, own: SampledAugmentation, unreadable: Container[int] = ()) -> list[Part]:
-        """Sample the parts of a sample with the augmentation `own`, mostly one; none but itself is `unreadable`."""
+        """Sample the parts of a sample with the augmentation `own`: of several images, or its own alone.
+
+        For other images that are `unreadable` the next ones stand in.
+        """
         alone = Part(index, own)
         if self.composition is None or epoch not in self.composition.epochs:
             return [alone]
@@ -124,11 +127,9 @@ class CocoDataset(Dataset[Sample]):
 
     def joined(self, parts: Sequence[Part], read: Sequence[Sample], own: SampledAugmentation) -> Sample:
         """Join the parts of a sample, each `read` as one."""
-        return (
-            read[0]
-            if parts[0].augmentation == own and len(parts) == 1
-            else composed(parts, read, own, self.min_visible)
-        )
+        if len(parts) == 1 and parts[0].augmentation == own:
+            return read[0]
+        return composed(parts, read, own, self.min_visible)
 
     def read(self, index: int, augmentation: SampledAugmentation) -> Sample:
         """Read an image, cropped as `augmentation` says. Raises UserError as `[]` does."""

@@ -114,11 +114,8 @@ class PartSampler:
             for side, number in ((height, CENTER_Y), (width, CENTER_X))
         )
         rows, columns = ((0, y), (y, height - y)), ((0, x), (x, width - x))
-        cells = [((top, left), (high, wide)) for top, high in rows for left, wide in columns]
-        tiles = [
-            self._filled(tile, *cell, image if tile == 0 else None) for tile, cell in enumerate(cells) if all(cell[1])
-        ]
-        return tiles
+        cells = enumerate(((top, left), (high, wide)) for top, high in rows for left, wide in columns)
+        return [self._filled(tile, *cell, None if tile else image) for tile, cell in cells if all(cell[1])]
 
     def mixed(self) -> Part:
         """Sample a part over the whole canvas, with an opacity of 0.45 to 0.55 (Huang et al. 2025, DEIM)."""
