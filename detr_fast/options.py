@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from detr_fast.augmentation_options import COMPOSING, AugmentationOptions
 from detr_fast.config import MODELS, ModelConfig, model_config, require
 from detr_fast.option_groups import Idle, Options
 
@@ -209,29 +210,6 @@ class OptimizerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationOptions(Options):
-    """Sample crops and sizes anew in each epoch, and arrange images in batches."""
-
-    idle: ClassVar[tuple[Idle, ...]] = (
-        Idle("crop_range", lambda o: not o.crop_sizes, "without --crop-sizes: give them too"),
-    )
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    """Shorter sides to draw from, in pixels."""
-    crop_sizes: tuple[int, ...] = (400, 500, 600)
-    """Shorter sides to draw from before a random crop, in half of the images; empty: no crops."""
-    crop_range: tuple[int, int] = (384, 600)
-    """Smallest and largest side of that crop, in pixels."""
-    buckets: bool = True
-    """Batches of images of like shape, so that little is padding; without, of any."""
-
-    def __post_init__(self) -> None:
-        require(len(self.train_sizes) > 0 and min(self.train_sizes) > 0, "--train-sizes needs positive sizes.")
-        require(min(self.crop_sizes, default=1) > 0, "--crop-sizes needs positive sizes.")
-        low, high = self.crop_range
-        require(0 < low <= high, f"--crop-range {low} {high}: the smaller side comes first.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainRuntimeOptions(RuntimeOptions):
     """Choose device, precision and backends of the training step, and of the evaluations between."""
 
@@ -298,6 +276,11 @@ class TrainOptions(Options):
                 option = f"--{name.replace('_', '-')}"
                 require(value >= least, f"{option} must be at least {least}, got {value}.")
                 require(value <= most, f"{option} must be at most {most}, got {value}.")
+        require(
+            not (self.optimizer.minutes and self.augmentation.composes) or self.augmentation.compose_epochs is not None,
+            f"{COMPOSING} end before a run does, and of --minutes nobody knows the epochs ahead: "
+            "give --compose-epochs too.",
+        )
         weight, decay = self.optimizer.no_object_weight, self.optimizer.ema
         require(weight > 0, f"--no-object-weight must be positive, got {weight}.")
         require(decay < 1, f"--ema must be in [0, 1), got {decay}.")
@@ -311,6 +294,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},
+    **dict.fromkeys(("min_visible", "color_jitter", "mosaic", "mixup", "copy_paste"), (0, 1)),
     **{"token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},
     **{"workers": (0, 1024), "seed": (-(2**63), 2**63 - 1)},
 }

@@ -32,7 +32,7 @@ def sample(height: int, width: int, targets: int = 1, image_id: int = 1) -> Samp
 
 
 def train_set(root: Path, on_bad_image: str = "error", seed: int = 42) -> CocoDataset:
-    transform = TrainTransform((48, 56, 64), 96, (50, 60), (38, 60))
+    transform = TrainTransform((48, 56, 64), 96, (50, 60), (38, 60), color_jitter=0.3)
     file = root / "annotations" / "train.json"
     return CocoDataset(root / "train", file, transform, seed=seed, on_bad_image=on_bad_image)
 
@@ -47,10 +47,7 @@ def first(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    tensors = [
-        (x.images.buffer, x.images.table, x.targets.labels, x.targets.boxes_cxcywh, x.targets.count, x.original_sizes)
-        for x in (a, b)
-    ]
+    tensors = [list(x.tensors()) for x in (a, b)]
     alike = (a.image_ids, a.padded_size, a.images.slots) == (b.image_ids, b.padded_size, b.images.slots)
     return alike and all(torch.equal(p, q) for p, q in zip(*tensors, strict=True))
 
@@ -75,7 +72,8 @@ def test_fault_21_a_batch_without_any_target() -> None:
 
 def test_of_a_batch_from_a_worker_the_pixels_alone_are_shared_memory() -> None:
     """Each tensor costs a connection to the worker: 0.4 ms in the process that launches steps."""
-    for samples in ([sample(30, 50, targets=3), sample(40, 20, targets=0)], [sample(30, 50, targets=0)]):
+    recolored = replace(sample(30, 50, targets=0), color=(0.5,) * 12)
+    for samples in ([sample(30, 50, targets=3), sample(40, 20, targets=0)], [recolored]):
         batch = replace(collate(samples, (48, 64)), skipped=("a.jpg",))
         again = pickle.loads(pickle.dumps(batch))
         assert same(batch, again) and again.skipped == ("a.jpg",) and again.images.sizes == batch.images.sizes
@@ -86,10 +84,11 @@ def test_of_a_batch_from_a_worker_the_pixels_alone_are_shared_memory() -> None:
 
 
 def test_a_batch_moves_whole() -> None:
-    batch = collate([sample(30, 50), sample(40, 20)]).to("meta")
-    packed = batch.images
-    tensors = (packed.buffer, packed.table, batch.original_sizes, batch.targets.labels, batch.targets.count)
-    assert all(tensor.device.type == "meta" for tensor in tensors) and batch.padded
+    batch = collate([replace(sample(30, 50), color=(0.5,) * 12), replace(sample(40, 20), color=(1.0,) * 12)])
+    moved, half = batch.to("meta"), batch.split(2)[1]
+    assert len(list(moved.tensors())) == 7 and moved.padded
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors())
+    assert half.images.colors is not None and half.images.colors.tolist() == [[[1.0] * 4] * 3]
 
 
 def test_the_dataloader_would_call_our_pin_memory() -> None:
@@ -103,6 +102,7 @@ def test_workers_change_nothing_and_fault_4_a_loader_started_anywhere_continues(
     dataset = train_set(shapes_root)
     reference = first(train_loader(dataset, 5, workers=0, seed=42), 12)  # 9 batches an epoch
     assert len({batch.padded_size for batch in reference}) > 2
+    assert all(batch.images.colors is not None and len(batch.images.colors) == 5 for batch in reference)
     for workers in (1, 3):
         other = first(train_loader(dataset, 5, workers=workers, seed=42), 12)
         assert all(same(a, b) for a, b in zip(reference, other, strict=True)), workers

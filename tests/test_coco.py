@@ -244,10 +244,12 @@ def test_shapes_are_found_and_read_at_their_own_size(shapes_root: Path, monkeypa
 
 def test_options_decide_the_transform(shapes_root: Path) -> None:
     options = TrainOptions.of(data=str(shapes_root), train_sizes=(32,), crop_sizes=(), seed=5, on_bad_image="skip")
+    options = options.but(min_visible=0.3)
     train = build_dataset(options, "train")
     assert train.transform == TrainTransform((32,), 1333, (), (384, 600))
-    assert (train.seed, train.on_bad_image) == (5, "skip")
-    assert build_dataset(options, "val").transform == EvaluationTransform(800, 1333)
+    assert (train.seed, train.on_bad_image, train.min_visible) == (5, "skip", 0.3)
+    val = build_dataset(options, "val")
+    assert (val.transform, val.min_visible) == (EvaluationTransform(800, 1333), 0)
     smaller = DataOptions(data=str(shapes_root), image_size=96, max_size=120)
     assert build_dataset(smaller, "train", ModelConfig()).transform == EvaluationTransform(96, 120)
     tiny = TrainOptions.of(model="detr_tiny", data=str(shapes_root))

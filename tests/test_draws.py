@@ -1,28 +1,40 @@
 """Numbers known by their place: SplitMix64's own, even, and without relation between images, epochs and seeds."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from detr_fast.data.draws import GAMMA, NUMBERS_AN_IMAGE, Draws
+from detr_fast.data.draws import NUMBERS_A_STREAM, Draws
 
 IMAGES = 20_000
+NUMBERS = (*range(NUMBERS_A_STREAM), NUMBERS_A_STREAM, 5 * NUMBERS_A_STREAM + 3)
+"""All of the first stream, and two of others."""
 
 
-def test_they_are_splitmix64s() -> None:
+def test_they_are_splitmix64s(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first five of seed 1234567, as published with the C implementation."""
     published = (
         *(6457827717110365317, 3203168211198807973, 9817491932198370423),
         *(4593380528125082431, 16408922859458223821),
     )
+    starts_there = SimpleNamespace(generate_state=lambda *_: np.array([1234567], dtype=np.uint64))
+    monkeypatch.setattr(np.random, "SeedSequence", lambda place: starts_there)
     draws = Draws(0, 0, [0])
-    draws._states = np.array([(1234567 + GAMMA) % 2**64], dtype=np.uint64)
     assert [draws.fraction(number).item() for number in range(5)] == [(bits >> 11) / 2**53 for bits in published]
+
+
+def test_numbers_stay_what_they_were() -> None:
+    """Of seed 42, epoch 3, image 5: a run that is resumed goes on with them; those past the eighth came later."""
+    draws = Draws(42, 3, [5])
+    first = [draws.fraction(number).item() for number in (0, 7, 8)]
+    assert first == [0.051055396779440376, 0.6350263813167444, 0.3228254583889548]
 
 
 def test_an_images_numbers_depend_on_its_place_alone() -> None:
     whole = Draws(7, 3, range(100))
     for some in ([5], [99, 0, 5], range(40, 60)):
-        for number in range(NUMBERS_AN_IMAGE):
+        for number in NUMBERS:
             expected = whole.fraction(number)[list(some)]
             assert np.array_equal(Draws(7, 3, some).fraction(number), expected)
             assert np.array_equal(whole[np.array(some)].fraction(number), expected)
@@ -31,12 +43,12 @@ def test_an_images_numbers_depend_on_its_place_alone() -> None:
 
 @pytest.mark.parametrize("seed", [0, 42])
 def test_they_are_even_and_unrelated(seed: int) -> None:
-    """Of two epochs and two seeds, eight numbers each: means, and correlations with one another and with the image
+    """Of two epochs and two seeds, ten numbers each: means, and correlations with one another and with the image
     before, within what chance allows."""
     rows = [
         Draws(*place, range(IMAGES)).fraction(number)
         for place in ((seed, 0), (seed, 1), (seed + 1, 0))
-        for number in range(NUMBERS_AN_IMAGE)
+        for number in NUMBERS
     ]
     counts = np.stack([np.histogram(row, 20, (0, 1))[0] for row in rows])
     chi_square = ((counts - IMAGES / 20) ** 2 / (IMAGES / 20)).sum(1)  # 19 degrees of freedom

@@ -43,6 +43,8 @@ CASES: dict[type, list[tuple[str, str]]] = {
         ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
         ("--profile 3 --data-only", "--profile 3"),
         ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
+        ("--min-visible 0.4", "--min-visible 0.4 --mosaic 0.5"),
+        ("--compose-epochs 1 3", "--compose-epochs 1 3 --mixup 0.5"),
         (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
         ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
         ("--train-sizes 48 128", "--train-sizes 48 128 --max-size 128"),

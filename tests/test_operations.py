@@ -1,6 +1,7 @@
 """Every backend of every operation in the registry: the same values and gradients, one graph, sound operators."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,10 +157,16 @@ def costs(backend: str) -> Row:
 
 
 def images(backend: str) -> Row:
-    """One enlarged and mirrored, one as it is; the pixels are no input that learns."""
+    """One enlarged and mirrored, one as it is, then both recolored; the pixels are no input that learns."""
     pixels = [(uniform(*size, 3, seed=seed) + 0.5).mul(255).byte() for seed, size in enumerate([(6, 8), (5, 4)])]
     packed = PackedImages.from_list([each.cpu() for each in pixels], [(9, 12), (5, 4)], [True, False]).to(DEVICE)
-    return lambda: resize_normalize_pad(packed, 10, 12, (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), backend=backend), []
+    recolored = replace(packed, colors=uniform(2, 3, 4))
+
+    def both() -> tuple[Tensor, ...]:
+        statistics = (0.4, 0.5, 0.6), (0.2, 0.3, 0.2)
+        return tuple(resize_normalize_pad(each, 10, 12, *statistics, backend=backend) for each in (packed, recolored))
+
+    return both, []
 
 
 def by_backend(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> Callable[[str], Row]:

@@ -1,5 +1,7 @@
 """Resizing, normalisation and padding in one pass: Pillow's pixels to a level, and torch's numbers to the last bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,36 @@ def test_a_batch_larger_than_its_images_and_bytes_that_are_none_of_theirs(backen
     assert wide[:, :, 10:].abs().sum() == 0 and wide[:, :, :, 8:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("backend", ["triton", "ref"])
+@pytest.mark.parametrize("shape, size", RESIZED)
+def test_levels_are_mapped_and_clamped_between_resizing_and_normalising(
+    shape: tuple[int, int], size: tuple[int, int], backend: str
+) -> None:
+    """Two images, each with its own colors, most of whose results pass 0 or 255; and padding stays 0."""
+    colors = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([1, 1, 1, 90])
+    plain = PackedImages.from_list(make_images([shape, (3, 2)]), [size, (3, 2)], [True, False])
+    packed, (height, width) = replace(plain, colors=colors), largest([size, (4, 5)])
+    levels = resize_normalize_pad(plain.to(DEVICE), height, width, (0,) * 3, (1 / 255,) * 3, backend=backend).cpu()
+    mapped = (
+        torch.einsum("bij,bjhw->bihw", colors[..., :3].double(), levels.double().round()) + colors[..., 3, None, None]
+    )
+    mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (MEAN, STD))
+    expected = (mapped.clamp(0, 255) / 255 - mean) / std
+    inside = torch.zeros(2, 1, height, width, dtype=torch.bool)
+    inside[0, :, : size[0], : size[1]] = inside[1, :, :3, :2] = True
+    found = run(packed, height, width, backend).cpu()
+    torch.testing.assert_close(found, torch.where(inside, expected, 0.0).float(), rtol=1e-5, atol=1e-5)
+    alone = run(packed[1:], height, width, backend).cpu()
+    assert torch.equal(alone, found[1:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "ref"])
+def test_a_map_that_changes_nothing_changes_no_bit(backend: str) -> None:
+    packed = PackedImages.from_list(make_images([(5, 7), (9, 4)]), [(10, 7), (9, 8)])
+    same = replace(packed, colors=torch.eye(3, 4).expand(2, 3, 4))
+    assert torch.equal(run(same, 10, 8, backend), run(packed, 10, 8, backend))
+
+
 def test_views_that_are_not_contiguous() -> None:
     images = [image[1::2, ::3].transpose(0, 1) for image in make_images([(10, 21), (8, 33)])]
     assert not images[0].is_contiguous()
@@ -167,6 +199,8 @@ def test_what_does_not_fit_is_refused() -> None:
         PackedImages(packed.buffer[::2], packed.table, packed.slots)
     with pytest.raises(ValueError, match="table must be"):
         PackedImages(packed.buffer, packed.table[:1], packed.slots)
+    with pytest.raises(ValueError, match="colors must be"):
+        replace(packed, colors=torch.zeros(2, 4, 3))
 
 
 def test_shapes_dtype_and_layout_are_known_without_a_gpu() -> None:
@@ -174,7 +208,7 @@ def test_shapes_dtype_and_layout_are_known_without_a_gpu() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         buffer, table = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (packed.buffer, packed.table))
         fake = PackedImages(buffer, table, packed.slots)
-        by_kernel = forward_op(buffer, table, 10, 8, MEAN, STD, torch.bfloat16)
+        by_kernel = forward_op(buffer, table, None, 10, 8, MEAN, STD, torch.bfloat16)
         for batch in (by_kernel, resize_normalize_pad(fake, 10, 8, MEAN, STD, torch.bfloat16)):
             assert (batch.device.type, batch.dtype, batch.shape) == ("cuda", torch.bfloat16, (2, 3, 10, 8))
             assert batch.stride() == (10 * 8 * 3, 1, 8 * 3, 3)

@@ -66,7 +66,8 @@ OTHERWISE: dict[str, Any] = {
     **{"source_position": False, "weights": "some.pth", "backbone_weights": "some.pth", "seed": 7, "buckets": False},
     **{"epochs": 9, "lr": 1e-6, "lr_backbone": 0.0, "weight_decay": 0.0, "clip": 0.5, "schedule": "step", "lr_drop": 3},
     **{"warmup_steps": 1, "scale_lr": True, "ema": 0.5, "dropout": 0.2, "no_object_weight": 0.3, "train_sizes": (48,)},
-    **{"crop_sizes": (32,), "crop_range": (16, 24), "image_size": 48, "max_size": 128, "device": "cuda"},
+    **{"min_visible": 0.4, "crop_sizes": (32,), "crop_range": (16, 24), "image_size": 48, "max_size": 128},
+    **{"color_jitter": 0.2, "mosaic": 0.2, "mixup": 0.2, "copy_paste": 0.2, "compose_epochs": (1, 4), "device": "cuda"},
     **{"precision": "bf16", "compile": True, "channels_last": False, "kernels": "ref", "attention": "ref"},
     **{
         "tune": False,

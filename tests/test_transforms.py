@@ -66,7 +66,10 @@ def seen(image: Tensor, augmentation: SampledAugmentation, draft_scale: int = 1)
 
 
 def boxes_px(
-    augmentation: SampledAugmentation, *boxes: tuple[float, float, float, float], draft_scale: int = 1
+    augmentation: SampledAugmentation,
+    *boxes: tuple[float, float, float, float],
+    draft_scale: int = 1,
+    min_visible: float = 0.0,
 ) -> tuple[Tensor, list[int]]:
     """The boxes xyxy in pixels of what `augmentation` makes of their image, and which of them are left."""
     height, width = augmentation.size
@@ -75,6 +78,7 @@ def boxes_px(
         torch.arange(len(boxes)),
         augmentation.on_grid(draft_scale),
         augmentation.hflip,
+        min_visible,
     )
     return cxcywh_to_xyxy(kept) * torch.tensor([width, height, width, height]), labels.tolist()
 
@@ -157,6 +161,16 @@ def test_boxes_that_a_crop_leaves_empty_go_with_their_labels() -> None:
     )
     assert labels == [1]  # the first and third only touch the crop box, the last lies outside
     torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, 20, 20]]))
+
+
+def test_boxes_of_which_a_crop_leaves_too_little_go_too() -> None:
+    """A quarter of the first is left, half of the second, all of the third."""
+    augmentation = SampledAugmentation((10, 10, 40, 40), (30, 30), hflip=True)
+    boxes = (0.0, 0.0, 20.0, 20.0), (35.0, 12.0, 45.0, 20.0), (10.3, 11.7, 39.1, 40.0)
+    for least, kept in ((0, [0, 1, 2]), (0.25, [0, 1, 2]), (0.26, [1, 2]), (0.5, [1, 2]), (0.51, [2]), (1, [2])):
+        found, labels = boxes_px(augmentation, *boxes, min_visible=least)
+        assert labels == kept
+        assert torch.equal(found, boxes_px(augmentation, *(boxes[index] for index in kept))[0])
 
 
 def test_the_whole_augmentation_keeps_boxes_on_their_pixels() -> None:

@@ -110,7 +110,7 @@ def reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ref
 
 
 def make_batch(device: torch.device, padded: bool) -> Batch:
-    """Two images of 48x64 to become 96x128, with up to five objects each, on the device."""
+    """Two images of 48x64 to become 96x128, with up to five objects each, on the device; padded ones are recolored."""
     targets = Targets(
         torch.zeros(2, 5, dtype=torch.int64, device=device),
         torch.zeros(2, 5, 4, device=device),
@@ -118,7 +118,8 @@ def make_batch(device: torch.device, padded: bool) -> Batch:
     )
     slots = tuple(Slot(index * 48 * 64 * 3, 48, 64, 96, 120 if padded else 128, index) for index in (0, 1))
     buffer = torch.zeros(2 * 48 * 64 * 3, dtype=torch.uint8, device=device)
-    images = PackedImages(buffer, torch.zeros(2, 6, dtype=torch.int64, device=device), slots)
+    colors = torch.zeros(2, 3, 4, device=device) if padded else None
+    images = PackedImages(buffer, torch.zeros(2, 6, dtype=torch.int64, device=device), slots, colors)
     return Batch(images, (96, 128), targets, [1, 2], torch.zeros(2, 2, dtype=torch.int64, device=device))
 
 

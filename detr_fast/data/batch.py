@@ -29,6 +29,8 @@ class Sample:
     """(h, w) that the image is to have in the batch"""
     hflip: bool = False
     """True: the image is still to be flipped horizontally"""
+    color: tuple[float, ...] | None = None
+    """Row by row the (3, 4) matrix that is still to map its levels; None: they stay"""
 
 
 PADDING_BOX = 0.5
@@ -137,6 +139,8 @@ class Batch:
         targets = self.targets
         yield from (self.images.buffer, self.images.table, self.original_sizes)
         yield from (targets.labels, targets.boxes_cxcywh, targets.count)
+        if self.images.colors is not None:
+            yield self.images.colors
 
     @property
     def padded(self) -> bool:
@@ -159,8 +163,9 @@ def received_batch(
     skipped: tuple[str, ...],
 ) -> Batch:
     """Make a batch again from what `Batch.__reduce__` gives."""
-    table, original_sizes, *targets = map(torch.tensor, values)
-    return Batch(PackedImages(pixels, table, slots), padded_size, Targets(*targets), image_ids, original_sizes, skipped)
+    table, original_sizes, labels, boxes, count, *colors = map(torch.tensor, values)
+    images, targets = PackedImages(pixels, table, slots, *colors), Targets(labels, boxes, count)
+    return Batch(images, padded_size, targets, image_ids, original_sizes, skipped)
 
 
 def collate(samples: Sequence[Sample], padded_size: tuple[int, int] = (1, 1)) -> Batch:
@@ -169,6 +174,7 @@ def collate(samples: Sequence[Sample], padded_size: tuple[int, int] = (1, 1)) ->
         [sample.image.permute(1, 2, 0) for sample in samples],
         [sample.size for sample in samples],
         [sample.hflip for sample in samples],
+        [sample.color for sample in samples if sample.color] or None,
     )
     heights, widths = zip(padded_size, *images.sizes, strict=True)
     return Batch(

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from detr_fast.config import ModelConfig, UserError, model_config, require
 from detr_fast.data.annotations import Annotations, Category, read_annotations
 from detr_fast.data.batch import Sample
 from detr_fast.data.categories import choose_categories, label_map
+from detr_fast.data.composition import Composition, Part, composed, composition_of
 from detr_fast.data.decode import Decoded, decode_file
 from detr_fast.data.draws import Draws
 from detr_fast.data.duplicates import files_listed_twice, find_duplicates
@@ -70,11 +71,14 @@ class CocoDataset(Dataset[Sample]):
         num_classes: int | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
         follow_links: bool = False,
+        min_visible: float = 0.0,
+        composition: Composition | None = None,
     ) -> None:
         """Read the annotations, and find the images.
 
         Labels are indices in `categories`, or in the file's own ascending order of ids; or with `raw_ids`, or where
-        `num_classes` is larger than all ids, the ids themselves.
+        `num_classes` is larger than all ids, the ids themselves. `min_visible`: the least fraction of an object's box
+        that a crop leaves, if the object is to be kept. `composition`: which samples have other images' parts.
 
         Raises UserError for a file that is not as COCO's, a category that `categories` lacks, or an image
         outside the folder, to which with `follow_links` a symbolic link may lead. What is mended instead
@@ -85,6 +89,8 @@ class CocoDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.on_bad_image = on_bad_image
+        self.min_visible = min_visible
+        self.composition = composition
         self.categories = choose_categories(self.annotations, categories, raw_ids, num_classes)
         """The category of each label, in label order; None: labels are the ids."""
         self.label_of = label_map(self.annotations, self.categories)
@@ -101,11 +107,29 @@ class CocoDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Read the sample `key`, (epoch, index); the augmentation is drawn from these and the seed alone.
+        """Read the sample `key`, (epoch, index); augmentation and composition are drawn from these and the seed alone.
 
         Raises UserError for an image that is missing, cannot be decoded, or has another size than the annotations say.
         """
-        return self.read(key[1], self.augmentation(*key))
+        own = self.augmentation(*key)
+        parts = self.parts(*key, own)
+        return self.joined(parts, [self.read(part.image, part.augmentation) for part in parts], own)
+
+    def parts(self, epoch: int, index: int, own: SampledAugmentation, unreadable: Container[int] = ()) -> list[Part]:
+        """Sample the parts of a sample with the augmentation `own`: of several images, or its own alone.
+
+        For other images that are `unreadable` the next ones stand in.
+        """
+        alone = Part(index, own)
+        if self.composition is None or epoch not in self.composition.epochs:
+            return [alone]
+        return self.composition.parts(alone, Draws(self.seed, epoch, [index]), self.records, unreadable)
+
+    def joined(self, parts: Sequence[Part], read: Sequence[Sample], own: SampledAugmentation) -> Sample:
+        """Join the parts of a sample, each `read` as one."""
+        if len(parts) == 1 and parts[0].augmentation == own:
+            return read[0]
+        return composed(parts, read, own, self.min_visible)
 
     def read(self, index: int, augmentation: SampledAugmentation) -> Sample:
         """Read an image, cropped as `augmentation` says. Raises UserError as `[]` does."""
@@ -119,9 +143,11 @@ class CocoDataset(Dataset[Sample]):
             torch.from_numpy(record.labels),
             crop_box,
             augmentation.hflip,
+            self.min_visible,
         )
         image = decoded.image[:, top:bottom, left:right]
-        return Sample(image, labels, boxes, record.id, decoded.size, augmentation.size, augmentation.hflip)
+        sampled = augmentation.size, augmentation.hflip, augmentation.color
+        return Sample(image, labels, boxes, record.id, decoded.size, *sampled)
 
     def augmentations(self, epoch: int, images: np.ndarray | Sequence[int]) -> SampledAugmentations:
         """Sample the augmentations of images, (N,) indices, in an epoch; nothing is read for it."""
@@ -224,9 +250,12 @@ def build_dataset(
         model = model_config(training.network.model) if training else ModelConfig()
     model = replace(model, **place.sizes_given())
     transform: Transform = EvaluationTransform(model.image_size, model.max_size)
+    min_visible, composition = 0.0, None
     if training and split == "train":
         drawn = training.augmentation
-        transform = TrainTransform(drawn.train_sizes, model.max_size, drawn.crop_sizes, drawn.crop_range)
+        min_visible, composition = drawn.min_visible, composition_of(training)
+        crops = drawn.crop_sizes, drawn.crop_range
+        transform = TrainTransform(drawn.train_sizes, model.max_size, *crops, drawn.color_jitter)
     dataset = CocoDataset(
         folder,
         file,
@@ -237,6 +266,8 @@ def build_dataset(
         num_classes=training.network.num_classes if training else None,
         on_bad_image=place.on_bad_image,
         follow_links=place.follow_links,
+        min_visible=min_visible,
+        composition=composition,
     )
     require_images(dataset)
     for fault in dataset.silent_faults():

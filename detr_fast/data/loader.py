@@ -42,17 +42,26 @@ class TrainReader(Dataset[Read]):
         return [self._read(position, one) for position, one in zip(positions, sampled, strict=True)]
 
     def _read(self, position: Position, augmentation: SampledAugmentation) -> Read:
-        skipped: list[str] = []
-        for offset in range(len(self.dataset)):
-            index = (position.image + offset) % len(self.dataset)
+        """Read a sample; where a part of it cannot be read, sample its parts anew without that image."""
+        dataset, index, unreadable = self.dataset, position.image, dict[int, str]()
+        while len(unreadable) < len(dataset):
+            if index in unreadable:
+                index = (index + 1) % len(dataset)
+                augmentation = dataset.augmentation(position.epoch, index)
+                continue
+            parts, read = dataset.parts(position.epoch, index, augmentation, unreadable), list[Sample]()
             try:
-                sample = self.dataset.read(index, augmentation) if offset == 0 else self.dataset[position.epoch, index]
-                return Read(sample, tuple(skipped), padded_size=position.padded_size)
+                for part in parts:
+                    read.append(dataset.read(part.image, part.augmentation))
             except UserError as error:
-                if self.dataset.on_bad_image == "error":
+                if dataset.on_bad_image == "error":
                     return Read(None, error=UserError(f"{error} {SKIPPING}"))
-                skipped.append(str(self.dataset.records[index].path))
-        return Read(None, error=UserError(f"None of the {len(self.dataset)} training images can be read."))
+                bad = parts[len(read)].image
+                unreadable[bad] = str(dataset.records[bad].path)
+            else:
+                joined = dataset.joined(parts, read, augmentation)
+                return Read(joined, tuple(unreadable.values()), padded_size=position.padded_size)
+        return Read(None, error=UserError(f"None of the {len(dataset)} training images can be read."))
 
 
 class EvaluationReader(Dataset[Read]):

@@ -1,5 +1,7 @@
 """Augmentation and the evaluation resize, as DETR's (Carion et al. 2020, section 4): crop box, size and flip.
 
+Color jitter, which DETR has not, can be added.
+
 An augmentation is sampled as numbers, before the image is read: so the sampler forms batches of like shape, the decoder
 reads no more pixels than are needed, and the device resamples once. Many images' are sampled at once, in some passes
 over arrays: training on many devices arranges hundreds of thousands.
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from detr_fast.boxes import xyxy_to_cxcywh
-from detr_fast.data.draws import NUMBERS_AN_IMAGE, Draws
+from detr_fast.data.color_jitter import sampled_colors
+from detr_fast.data.draws import NUMBERS_A_STREAM, Draws
 
 LONGEST_SIDE_BEFORE_CROP_PX = 16384
 """DETR does not bound the resize that precedes a crop; this does, for aspects past 27, so that memory lasts."""
@@ -21,7 +24,7 @@ LONGEST_SIDE_BEFORE_CROP_PX = 16384
 
 @dataclass(frozen=True)
 class SampledAugmentation:
-    """The crop, size and flip of one image, in this order; in evaluation nothing is random."""
+    """The crop, size, flip and colors of one image, in this order; in evaluation nothing is random."""
 
     crop_box: tuple[float, float, float, float]
     """Top, left, bottom, right in pixels of the image."""
@@ -29,6 +32,8 @@ class SampledAugmentation:
     """(h, w) that the crop is resized to."""
     hflip: bool = False
     """Flipped horizontally."""
+    color: tuple[float, ...] | None = None
+    """Row by row the (3, 4) matrix that maps its levels; None: they stay."""
 
     def on_grid(self, draft_scale: int) -> tuple[int, int, int, int]:
         """Round the crop box to whole pixels of the image `draft_scale` times smaller; at least one each way.
@@ -60,10 +65,15 @@ class SampledAugmentations:
     """(N, 2) int64"""
     hflip: np.ndarray
     """(N,) bool"""
+    colors: np.ndarray | None = None
+    """(N, 3, 4) float64; None: levels stay as they are"""
 
     def __iter__(self) -> Iterator[SampledAugmentation]:
-        for crop_box, size, hflip in zip(*(part.tolist() for part in vars(self).values()), strict=True):
-            yield SampledAugmentation(tuple(crop_box), tuple(size), hflip)
+        count = len(self.hflip)
+        colors = [None] * count if self.colors is None else self.colors.reshape(count, 12).tolist()
+        arrays = (each.tolist() for each in (self.crop_boxes, self.sizes, self.hflip))
+        for crop_box, size, hflip, color in zip(*arrays, colors, strict=True):
+            yield SampledAugmentation(tuple(crop_box), tuple(size), hflip, color and tuple(color))
 
 
 Transform = Callable[[np.ndarray, Draws], SampledAugmentations]
@@ -82,7 +92,7 @@ class EvaluationTransform:
         return SampledAugmentations(whole(image_sizes), sizes, np.zeros(len(sizes), dtype=bool))
 
 
-HFLIP, CROP, CROP_SIZE, CROP_WIDTH, CROP_HEIGHT, CROP_LEFT, CROP_TOP, SIZE = range(NUMBERS_AN_IMAGE)
+HFLIP, CROP, CROP_SIZE, CROP_WIDTH, CROP_HEIGHT, CROP_LEFT, CROP_TOP, SIZE = range(NUMBERS_A_STREAM)
 """Which of an image's random numbers decides what."""
 
 
@@ -96,6 +106,8 @@ class TrainTransform:
     """Shorter sides before the crop; empty: no crops."""
     crop_range: tuple[int, int]
     """Smallest and largest side of the crop."""
+    color_jitter: float = 0.0
+    """Strength from 0, colors as they are, to 1."""
 
     def __call__(self, image_sizes: np.ndarray, draws: Draws) -> SampledAugmentations:
         hflip = draws.fraction(HFLIP) < 0.5
@@ -104,7 +116,8 @@ class TrainTransform:
             some = np.flatnonzero(draws.fraction(CROP) < 0.5)
             crop_boxes[some], seen[some] = self._cropped(image_sizes[some], draws[some], hflip[some])
         sizes = resized_sizes(seen, draws.choice(SIZE, self.sizes), self.max_size)
-        return SampledAugmentations(crop_boxes, sizes, hflip)
+        colors = sampled_colors(self.color_jitter, draws) if self.color_jitter else None
+        return SampledAugmentations(crop_boxes, sizes, hflip, colors)
 
     def _cropped(self, image_sizes: np.ndarray, draws: Draws, hflip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample crop boxes (N, 4) in pixels of the images, and their sizes (N, 2) in the resized images' pixels."""
@@ -152,17 +165,22 @@ def random_crops(image_sizes: np.ndarray, side_range: tuple[int, int], draws: Dr
 
 
 def boxes_within(
-    boxes_xyxy_px: Tensor, labels: Tensor, crop_box: tuple[float, float, float, float], hflip: bool
+    boxes_xyxy_px: Tensor,
+    labels: Tensor,
+    crop_box: tuple[float, float, float, float],
+    hflip: bool,
+    min_visible: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Clip boxes (T, 4) to `crop_box`; return them as cxcywh relative to it, flipped with it, and their labels (T,).
 
-    Boxes of which nothing is left are dropped, with their labels.
+    A box of which nothing is left, or less than the fraction `min_visible` of its area, is dropped, with its label.
     """
     top, left, bottom, right = crop_box
     size = torch.tensor([right - left, bottom - top], dtype=torch.float32)
-    corners = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
-    corners = torch.minimum(corners, size).clamp(min=0)
-    keep = (corners[:, 1] > corners[:, 0]).all(dim=1)
+    whole = boxes_xyxy_px.reshape(-1, 2, 2) - torch.tensor([left, top], dtype=torch.float32)
+    corners = torch.minimum(whole, size).clamp(min=0)
+    before, after = ((each[:, 1] - each[:, 0]).prod(dim=1) for each in (whole, corners))
+    keep = (corners[:, 1] > corners[:, 0]).all(dim=1) & (after >= min_visible * before)
     relative = (corners[keep] / size).reshape(-1, 4)
     if hflip:
         x0, y0, x1, y1 = relative.unbind(-1)

@@ -152,9 +152,10 @@ def extremes_of(options: TrainOptions, train_set: CocoDataset, batches_per_epoch
     """
     records, asked = train_set.records, options.augmentation
     sizes = {(record.height, record.width) for record in records}
+    parts = train_set.composition.most_parts if train_set.composition else 1
     drawn = len(asked.train_sizes) > 1 or bool(asked.crop_sizes)
     return Extremes(
-        objects=max(len(record.labels) for record in records),
+        objects=parts * max(len(record.labels) for record in records),
         mixed=not asked.buckets or 0 < batches_per_epoch % BATCHES_A_GROUP < LEAST_ARRANGED,
         padded=drawn or len(sizes) > 1 or any(side % SHAPE_STEP_PX for side in train_set.augmentation(0, 0).size),
     )

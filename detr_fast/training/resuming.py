@@ -37,7 +37,8 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "warmup_steps",
             "scale_lr",
         ),
-        *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range", "image_size", "max_size"),
+        *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range"),
+        *("min_visible", "color_jitter", "mosaic", "mixup", "copy_paste", "compose_epochs", "image_size", "max_size"),
         *(
             "device",
             "precision",

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from detr_fast.augmentation_options import AugmentationOptions
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.draws import Draws
 from detr_fast.data.sampler import BATCHES_A_GROUP, EpochSampler, Position
 from detr_fast.data.transforms import TrainTransform
-from detr_fast.options import AugmentationOptions
 
 COCO_SIZES = {
     **{(480, 640): 38, (427, 640): 22, (640, 480): 12, (640, 427): 8, (426, 640): 6},
