@@ -220,11 +220,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     """
     if name in MODELS:
         return replace(MODELS[name], **changes)
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        hint = unknown_name("model", name, MODELS)
-        raise UserError(f"{hint} Other names are timm backbones: pip install 'detr-fast[timm]'.") from error
+    import timm  # which takes a second
+
     if not timm.is_model(name):
         raise unknown_name("model", name, [*MODELS, *difflib.get_close_matches(name, timm.list_models(), n=3)])
     data = timm.get_pretrained_cfg(name)

@@ -176,7 +176,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_timm_backbone_trains_with_its_batch_norm_frozen() -> None:
-    pytest.importorskip("timm", reason="timm is an extra")
     sizes = {"hidden_dim": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 32}
     model = build_model("resnet10t", num_classes=6, **sizes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
