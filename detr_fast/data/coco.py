@@ -29,7 +29,7 @@ from detr_fast.data.transforms import (
     Transform,
     boxes_within,
 )
-from detr_fast.options import DataOptions, TrainOptions
+from detr_fast.options import AugmentationOptions, DataOptions, TrainOptions
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -143,9 +143,6 @@ class CocoDataset(Dataset[Sample]):
         ids, files = [record.id for record in self.records], [record.path for record in self.records]
         yield from files_listed_twice(ids, files)
 
-    def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
-        return [record for record in self.records if len(record.labels) > limit]
-
     def absent_images(self, shown: int = 3) -> str | None:
         """Say how many images have no file, and of the first `shown` why; None where all have one."""
         absent = [record for record in self.records if record.absent]
@@ -153,16 +150,6 @@ class CocoDataset(Dataset[Sample]):
             return None
         first = "\n".join(f"  {record.path}: {record.absent}" for record in absent[:shown])
         return f"{self.annotation_file}: {len(absent)} of {len(self)} images have no file. The first:\n{first}"
-
-    def warn_if_queries_are_few(self, num_queries: int) -> None:
-        """Warn of images with more targets than queries: each finds at most one object."""
-        crowded = self.images_with_more_targets(num_queries)
-        if crowded:
-            most = max(len(record.labels) for record in crowded)
-            warnings.warn(
-                f"{len(crowded)} images of {self.annotation_file} have more than {num_queries} targets (up to {most}): "
-                f"only {num_queries} of an image's are learned. Raise --num-queries."
-            )
 
 
 SKIPPING = "Or go on without it: --on-bad-image skip."
@@ -225,8 +212,7 @@ def build_dataset(
     model = replace(model, **place.sizes_given())
     transform: Transform = EvaluationTransform(model.image_size, model.max_size)
     if training and split == "train":
-        drawn = training.augmentation
-        transform = TrainTransform(drawn.train_sizes, model.max_size, drawn.crop_sizes, drawn.crop_range)
+        transform = training_transform(training.augmentation, model.max_size)
     dataset = CocoDataset(
         folder,
         file,
@@ -242,6 +228,10 @@ def build_dataset(
     for fault in dataset.silent_faults():
         warnings.warn(f"{file}: {fault}.")
     return dataset
+
+
+def training_transform(options: AugmentationOptions, max_size: int) -> TrainTransform:
+    return TrainTransform(options.train_sizes, max_size, options.crop_sizes, options.crop_range)
 
 
 def require_images(dataset: CocoDataset) -> None:

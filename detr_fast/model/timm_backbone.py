@@ -16,6 +16,14 @@ FOLDED_CLOSE = 1e-3
 """Largest error of a map after folding, relative to its largest value: rounding alone is a thousandth of it."""
 
 
+def strides_of(name: str) -> list[int]:
+    """Return the strides of a timm model's feature maps, first to last."""
+    import timm
+
+    with torch.device("meta"):  # without weights
+        return timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+
+
 class TimmBackbone(nn.Module):
     """A feature map of a timm model, (B, 3, H, W) -> (B, out_channels, h, w): the last one, or that of `stride`.
 
@@ -29,7 +37,7 @@ class TimmBackbone(nn.Module):
 
         asked: dict[str, Any] = {"output_stride": 16} if dilation else {}
         if stride is not None:
-            strides = timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+            strides = strides_of(name)
             require(stride in strides, f"{name} has no feature map of stride {stride}: it has {strides}.")
             asked["out_indices"] = [strides.index(each) for each in sorted({FROZEN_STRIDE, stride}) if each in strides]
         body = timm.create_model(name, pretrained=False, features_only=True, **asked)

@@ -30,7 +30,6 @@ def make_data(options: TrainOptions) -> tuple[CocoDataset, CocoDataset, ModelCon
     """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
     config = options.network.config(num_classes=train_set.num_classes, **options.dataset.sizes_given())
-    train_set.warn_if_queries_are_few(config.num_queries)
     val_set = build_dataset(options, "val", config, categories=train_set.categories)
     warn_before_training(train_set, val_set)
     return train_set, val_set, config
