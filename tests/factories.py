@@ -63,13 +63,14 @@ def make_step(
     world: World | None = None,
     learning_rate: float = 1e-4,
     clip: float = 0.1,
+    muon: bool = False,
 ) -> TrainStep:
     """Make the training step of a new model, always with the same weights; by itself, on a CPU in fp32."""
     torch.manual_seed(0)
     runtime = runtime or choose_runtime(RuntimeOptions(device="cpu", precision="fp32"))
     model = place(DETR(config), runtime).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False) if decay else None
-    optimizer = build_optimizer(model, learning_rate, learning_rate, 1e-4)
+    optimizer = build_optimizer(model, learning_rate, learning_rate, 1e-4, muon)
     criterion = build_criterion(config.num_classes)
     return TrainStep(model, criterion, optimizer, runtime, world or World(), clip, ema=ema, ema_decay=decay)
 

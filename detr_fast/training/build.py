@@ -66,7 +66,7 @@ def make_step(
     step = TrainStep(
         model=model,
         criterion=criterion,
-        optimizer=build_optimizer(model, asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay),
+        optimizer=build_optimizer(model, asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay, asked.muon),
         runtime=runtime,
         world=world,
         clip=asked.clip,
@@ -86,7 +86,7 @@ def make_step(
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Load the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
 
-    The backbone's group is the second, and absent where it is not trained. Moments that are not stored start anew.
+    The backbone's group is the last, and absent where it is not trained. Moments that are not stored start anew.
     """
     own = optimizer.state_dict()
     state: dict[int, Any] = {}

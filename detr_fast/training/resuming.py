@@ -58,7 +58,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
         *("model", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "source_position"),
         *("token_stride", "token_norm", "fold_norms", "position_temperature", "queries", "query_positions"),
         *("box_refinement", "layer_heads", "scores"),
-        *("weights", "backbone_weights", "seed", "buckets"),
+        *("weights", "backbone_weights", "seed", "buckets", "muon"),
     ),
 }
 """Rules for the options of `train` on resuming: every option, once. README's table is made from it."""
