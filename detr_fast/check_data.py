@@ -1,28 +1,41 @@
-"""`python -m detr_fast.check_data`: everything that is wrong with a data set, in one list, before training starts."""
+"""`python -m detr_fast.check_data`: everything that is wrong with a data set, and whether a run will learn from it."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from rich.progress import track
+from rich.table import Table
 
 from detr_fast.command import run
-from detr_fast.config import UserError
+from detr_fast.config import UserError, require
 from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.categories import by_spelling, spelling_hint
 from detr_fast.data.checks import TRAINED_ON, beyond_coco, class_notes, trained_on, without_objects
-from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch
+from detr_fast.data.coco import CocoDataset, ImageRecord, size_mismatch, training_transform
 from detr_fast.data.corrections import shortened
 from detr_fast.data.duplicates import find_duplicates
 from detr_fast.data.headers import UPRIGHT, Header, read_header
 from detr_fast.data.splits import Location, find_split, require_split
 from detr_fast.data.transforms import EvaluationTransform
-from detr_fast.option_groups import Options
-from detr_fast.options import LocationOptions
+from detr_fast.option_groups import Idle, Options
+from detr_fast.options import (
+    AugmentationOptions,
+    DataOptions,
+    LocationOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
+from detr_fast.training.advice import Length, judge
+from detr_fast.training.batch_size import with_batches
+from detr_fast.training.recipes import recipe_asked
 
 NARROW_SPAN = 32
 """An eighth of 256 values."""
@@ -32,12 +45,39 @@ NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class CheckDataOptions(Options):
-    """Read every annotation and every image of a data set and list what is wrong. Nothing is changed."""
+    """Read every annotation and every image of a data set, list what is wrong, and say whether the training run of the
+    same options will learn from it. Nothing is changed. Of `train`'s options those of data, model, length and
+    augmentation are taken."""
 
-    num_queries: int = 100
-    """How many objects an image may have at most: the model's queries."""
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle("images_per_second", lambda o: not o.optimizer.minutes, "without --minutes: give that too"),
+    )
+    images_per_second: float = 0.0
+    """Pace of training, as `train` shows it: with --minutes, the number of updates follows."""
 
-    dataset: LocationOptions = field(default_factory=LocationOptions)
+    dataset: DataOptions = field(default_factory=DataOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+
+    def __post_init__(self) -> None:
+        pace = self.images_per_second
+        require(0 <= pace < math.inf, f"--images-per-second must be at least 0, and finite, got {pace}.")
+        self.training()
+
+    def training(self) -> TrainOptions:
+        """Return the run that is judged. Raises UserError for a number beyond its limits."""
+        return TrainOptions(
+            dataset=self.dataset, network=self.network, optimizer=self.optimizer, augmentation=self.augmentation
+        )
+
+
+def default_options(argv: Sequence[str]) -> CheckDataOptions:
+    """Return the recipe of the model and the data that are asked for."""
+    recipe = recipe_asked(argv)
+    return CheckDataOptions(
+        dataset=recipe.dataset, network=recipe.network, optimizer=recipe.optimizer, augmentation=recipe.augmentation
+    )
 
 
 @dataclass
@@ -77,8 +117,12 @@ def annotation_problems(dataset: CocoDataset, split: str, num_queries: int) -> I
         yield f"there is nothing to train on: {reason}"
     yield from dataset.annotations.corrections.faults(ids_shown=20)
     yield from dataset.silent_faults()
-    for record in dataset.images_with_more_targets(num_queries):
-        yield f"{record.path}: {len(record.labels)} targets, but {num_queries} queries. Raise --num-queries."
+    crowded = {record.path.name: len(record.labels) for record in dataset.records if len(record.labels) > num_queries}
+    if crowded:
+        yield (
+            f"{len(crowded)} images have more than {num_queries} targets (up to {max(crowded.values())}; "
+            f"{shortened(list(crowded), NAMED)}), but {num_queries} queries find no more of them. Raise --num-queries."
+        )
 
 
 def annotation_notes(dataset: CocoDataset, split: str) -> Iterator[str]:
@@ -211,11 +255,12 @@ def check_split(
     console: Console,
 ) -> None:
     """Print a summary of a split, and add what is wrong with it, and with its classes beside those of the `first`."""
+    num_queries = options.network.config().num_queries
     harmless = [*dataset.annotations.corrections.defaults(), *respelled(dataset)]
     console.print("\n  ".join([f"{split}: {summary(dataset)}", *harmless]))
     images = check_images(split, dataset.records, options.dataset.workers or os.cpu_count() or 1, console)
     problems = [
-        *annotation_problems(dataset, split, options.num_queries),
+        *annotation_problems(dataset, split, num_queries),
         *image_problems(dataset, images),
         *check_categories(dataset.annotations.categories, first.annotations.categories),
     ]
@@ -237,6 +282,7 @@ def main(options: CheckDataOptions) -> int:
     console = Console()
     findings = Findings()
     datasets: dict[Location, CocoDataset] = {}
+    train_set: CocoDataset | None = None
     for split in ("train", "val", "test"):
         try:
             location = locate(options.dataset, split)
@@ -253,11 +299,37 @@ def main(options: CheckDataOptions) -> int:
             findings.add_once(split, str(error))
             continue
         check_split(split, dataset, next(iter(datasets.values())), options, findings, console)
+        if split == "train":
+            train_set = dataset
+    if train_set:
+        print_outlook(options, train_set, findings, console)
     print_lines("to look at, though it may be meant", findings.notes, console)
     print_lines("problems", findings.problems, console)
     if not findings.problems:
-        console.print("Nothing is wrong.")
+        console.print("Nothing is wrong with the data.")
     return 2 if findings.problems else 0
+
+
+def print_outlook(options: CheckDataOptions, train_set: CocoDataset, findings: Findings, console: Console) -> None:
+    """Print a table that says whether `train` with the same options will learn; add a problem where it refuses them."""
+    asked, images = options.training(), len(train_set)
+    try:
+        config = asked.network.config(**asked.dataset.sizes_given())
+        train_set.transform = training_transform(asked.augmentation, config.max_size)
+        asked = with_batches(asked, config, "cpu", 1, images)
+        length = Length.of(asked.optimizer, images, processes=1, images_per_second=options.images_per_second)
+        rows = judge(asked, config, train_set, length)
+    except UserError as error:
+        findings.add_once("train", str(error))
+        return
+    headings = ("will it train?", "here", "verdict", "what to change")
+    table = Table(*headings, title=asked.network.model, title_justify="left")
+    for row in rows:
+        table.add_row(row.what, row.here, row.verdict, row.change, style=STYLES.get(row.verdict))
+    console.print(table)
+
+
+STYLES = {"doubtful": "yellow", "will not do": "red"}
 
 
 def print_lines(title: str, lines: Sequence[tuple[str, str]], console: Console) -> None:
@@ -269,4 +341,4 @@ def print_lines(title: str, lines: Sequence[tuple[str, str]], console: Console) 
 
 
 if __name__ == "__main__":
-    run(main, CheckDataOptions)
+    run(main, CheckDataOptions, default_options)

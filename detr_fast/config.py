@@ -79,8 +79,8 @@ class ModelConfig(Checked):
     token_stride: int | None = None
     """Pixels a token is wide: the backbone's feature map of that stride. None: its last map."""
     feature_strides: tuple[int, ...] = ()
-    """Strides of more feature maps whose channels every token has too (Hariharan et al. 2015, "hypercolumns"): a deep
-    map tells classes apart, a shallow one sees small objects."""
+    """Strides of feature maps whose channels every token has too (Hariharan et al. 2015, "hypercolumns"): a deep map
+    tells classes apart, a shallow one sees small objects."""
     fold_norms: bool = False
     """Make the frozen batch norms of a timm backbone part of its convolutions, whose biases then learn."""
     num_classes: int = 91
@@ -139,13 +139,12 @@ class ModelConfig(Checked):
             "feature_strides join maps at token_stride: give that, too.",
         )
         require(
-            len(set(self.map_strides)) == len(self.map_strides)
-            and all(
+            all(
                 stride >= 1 and 0 in (stride % self.map_strides[0], self.map_strides[0] % stride)
                 for stride in self.feature_strides
             ),
-            f"feature_strides {self.feature_strides} must each be another than token_stride {self.token_stride}, "
-            "and multiples or divisors of it.",
+            f"feature_strides {self.feature_strides} must be multiples or divisors of the token_stride, "
+            f"{self.token_stride}.",
         )
         require(
             1 <= self.image_size <= self.max_size,
@@ -168,7 +167,7 @@ class ModelConfig(Checked):
     @property
     def map_strides(self) -> tuple[int, ...]:
         """Return the strides of the feature maps that tokens are made of, their own first; none: the last map."""
-        return () if self.token_stride is None else (self.token_stride, *self.feature_strides)
+        return () if self.token_stride is None else tuple(dict.fromkeys((self.token_stride, *self.feature_strides)))
 
     @property
     def num_logits(self) -> int:
@@ -242,11 +241,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     """
     if name in MODELS:
         return replace(MODELS[name], **changes)
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        hint = unknown_name("model", name, MODELS)
-        raise UserError(f"{hint} Other names are timm backbones: pip install 'detr-fast[timm]'.") from error
+    import timm  # which takes a second
+
     if not timm.is_model(name):
         raise unknown_name("model", name, [*MODELS, *difflib.get_close_matches(name, timm.list_models(), n=3)])
     data = timm.get_pretrained_cfg(name)

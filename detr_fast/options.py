@@ -192,6 +192,9 @@ class OptimizerOptions(Options):
     lr: float = 1e-4
     lr_backbone: float = 1e-5
     weight_decay: float = 1e-4
+    muon: bool = False
+    """Orthogonalize the updates of the transformer's matrices (Muon; Jordan et al. 2024), at AdamW's learning rate; all
+    else stays with AdamW."""
     clip: float = 0.1
     """Largest norm of all gradients together; 0: no clipping."""
     schedule: Literal["step", "cosine"] = "step"

@@ -26,6 +26,7 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.options import OptimizerOptions, TrainOptions
 from detr_fast.runtime import Runtime, choose_runtime
+from detr_fast.training.advice import Length, judge, warn
 from detr_fast.training.autotune import tuning_of
 from detr_fast.training.batch_size import batch_line, with_batches
 from detr_fast.training.build import (
@@ -48,7 +49,7 @@ from detr_fast.training.metrics_log import MetricsLog
 from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.optimizer import Schedule
 from detr_fast.training.profiled_step import ProfiledStep
-from detr_fast.training.recipes import recipe_of
+from detr_fast.training.recipes import recipe_asked
 from detr_fast.training.resuming import (
     changes,
     check_resumed,
@@ -67,14 +68,13 @@ from detr_fast.training.step import TrainStep
 def default_options(argv: Sequence[str]) -> TrainOptions:
     """Return the defaults of all options: a resumed run's own options, else the recipe of the model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--data", "--train-images", "--model", "--recipe", "--image-size", "--output", "--resume"):
+    for name in ("--data", "--output", "--resume"):
         parser.add_argument(name)
     asked, _ = parser.parse_known_args(argv)
     path = resumed_path(asked.resume, asked.output or TrainOptions.output)
     if path:
         return resumed_options(path, data_asked=asked.data is not None)
-    side = int(asked.image_size) if (asked.image_size or "").isdecimal() else None  # what is not is refused later
-    return recipe_of(asked.model, asked.train_images or asked.data, asked.recipe, side)
+    return recipe_asked(argv)
 
 
 def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
@@ -107,6 +107,8 @@ def train(options: TrainOptions, runtime: Runtime, world: World) -> int:
         return 0
     if state:
         console.print(changes(state, options))
+    if world.is_main:
+        warn(judge(options, config, train_set, Length.of(options.optimizer, len(train_set), world.size)))
     model = make_model(config, options, train_set, state, console)
     first = divmod(progress.step * options.optimizer.accumulate, per_epoch)
     with held_output(options, world, model, resuming=is_last_of(resumed, options.output)) as folder:

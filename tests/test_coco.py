@@ -80,14 +80,6 @@ def test_targets_of_an_image_keep_the_files_order(write: Write) -> None:
         assert record.boxes_xyxy_px[:, 0].tolist() == list(range(remainder, 48, 3))
 
 
-def test_fault_22_more_targets_than_queries_warn(write: Write, recwarn: pytest.WarningsRecorder) -> None:
-    dataset = dataset_of(write(document(*(annotation(i, [i, i, 9, 9]) for i in range(1, 6)))))
-    dataset.warn_if_queries_are_few(5)
-    assert len(recwarn) == 0
-    dataset.warn_if_queries_are_few(4)
-    assert "1 images" in str(recwarn[0].message) and "--num-queries" in str(recwarn[0].message)
-
-
 def test_fault_23_crowds_are_evaluated_but_not_trained_on(write: Write) -> None:
     dataset = dataset_of(write(document(annotation(1, [5, 5, 9, 9], iscrowd=1), annotation(2, [1, 1, 9, 9], 2))))
     assert dataset.records[0].labels.tolist() == [1]

@@ -1,11 +1,12 @@
 """Tests of feature maps of several strides joined as one."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from detr_fast.config import UserError
+from detr_fast.config import MODELS, UserError
 from detr_fast.model.backbone import build_backbone
 
 
@@ -36,3 +37,11 @@ def test_joined_maps_lie_where_they_are_in_the_image(name: str, size: tuple[int,
 def test_maps_that_a_resnet_has_not_are_refused(strides: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=f"resnet50 has no feature map of stride {strides[1]}"):
         build_backbone("resnet50", strides=strides)
+
+
+def test_a_map_is_taken_once() -> None:
+    """So that another --token-stride can be asked for of a model that joins that map."""
+    config = replace(MODELS["detr_lite"], feature_strides=(8, 32, 32))
+    assert config.map_strides == (16, 8, 32)
+    assert replace(config, token_stride=8).map_strides == (8, 32)
+    assert replace(config, token_stride=None, feature_strides=()).map_strides == ()

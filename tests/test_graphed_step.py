@@ -33,8 +33,8 @@ CONFIG = replace(TINY, dropout=0.1)
 SCHEDULE = Schedule("cosine", 20, 10, 3)
 
 
-def make_step(decay: float = 0.0, world: World | None = None) -> TrainStep:
-    return factories.make_step(CONFIG, decay=decay, world=world, learning_rate=1e-3)
+def make_step(decay: float = 0.0, muon: bool = False, world: World | None = None) -> TrainStep:
+    return factories.make_step(CONFIG, decay=decay, world=world, learning_rate=1e-3, muon=muon)
 
 
 def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
@@ -100,9 +100,9 @@ def test_the_log_has_the_means_of_the_steps() -> None:
         assert places[0] == places[1]  # all that a graph knows of them
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_same_numbers_as_without(accumulate: int) -> None:
-    plain, captured, capturer = make_step(0.9), make_step(0.9), StandIn()
+@pytest.mark.parametrize(("accumulate", "muon"), [(1, False), (2, False), (1, True)])
+def test_the_same_numbers_as_without(accumulate: int, muon: bool) -> None:
+    plain, captured, capturer = make_step(0.9, muon), make_step(0.9, muon), StandIn()
     for expected, found in zip(run(plain, accumulate), run(graphed(captured, capturer), accumulate), strict=True):
         assert found == expected
     assert plain.ema is not None and captured.ema is not None
@@ -120,11 +120,12 @@ def test_room_for_targets_changes_no_term() -> None:
         assert found[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
 
 
-def test_a_scaled_loss_and_a_step_that_is_skipped() -> None:
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_a_scaled_loss_and_a_step_that_is_skipped(muon: bool) -> None:
     """As fp16 has it. The gradient that is not finite comes once in a step that runs, once in a replay."""
     found = {}
     for name in ("plain", "captured"):
-        step, factor, steps = make_step(0.9), torch.ones(()), []
+        step, factor, steps = make_step(0.9, muon), torch.ones(()), []
         running: AnyStep = step
         step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         step.model.query_embed.weight.register_hook(lambda gradient, factor=factor: gradient * factor)
@@ -369,7 +370,7 @@ def plain_and_captured(world: World) -> dict[str, Any]:
     """Both steps' terms, weights and counts of captures and replays, on one of two ranks."""
     result = {}
     for name in ("plain", "captured"):
-        step, capturer, terms = make_step(0.9, world), StandIn(), []
+        step, capturer, terms = make_step(0.9, world=world), StandIn(), []
         running: AnyStep = step
         if name == "captured":
             wrapper = weakref.ref(step.synchronized)

@@ -16,6 +16,7 @@ from detr_profiling.race import RaceOptions
 from detr_profiling.trace import TraceOptions
 from detr_profiling.tune import TuneOptions
 
+from detr_fast import check_data
 from detr_fast.check_data import CheckDataOptions
 from detr_fast.command import run
 from detr_fast.config import MODELS, UserError
@@ -35,20 +36,25 @@ WORKLOAD = [
     ("--capture --device cpu", "--no-capture --device cpu"),
 ]
 """Of every command that measures a workload."""
+SHARED = [
+    ("--minutes 3 --epochs 3", "--minutes 3"),
+    ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
+    ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
+    ("--min-visible 0.4", "--min-visible 0.4 --mosaic 0.5"),
+    ("--compose-epochs 1 3", "--compose-epochs 1 3 --mixup 0.5"),
+    (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
+    ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
+]
+"""Of `train` and of the command that judges such a run."""
 CASES: dict[type, list[tuple[str, str]]] = {
     TrainOptions: [
         *RUNTIME,
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
-        ("--minutes 3 --epochs 3", "--minutes 3"),
-        ("--schedule cosine --lr-drop 3", "--schedule step --lr-drop 3"),
+        *SHARED,
         ("--profile 3 --data-only", "--profile 3"),
-        ("--crop-range 3 4", "--crop-range 3 4 --crop-sizes 5"),
-        ("--min-visible 0.4", "--min-visible 0.4 --mosaic 0.5"),
-        ("--compose-epochs 1 3", "--compose-epochs 1 3 --mixup 0.5"),
-        (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
-        ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
         ("--train-sizes 48 128", "--train-sizes 48 128 --max-size 128"),
     ],
+    CheckDataOptions: [("--images-per-second 3", "--images-per-second 3 --minutes 3"), *SHARED],
     EvaluateOptions: [
         *((WEIGHTS + each, WEIGHTS + other) for each, other in RUNTIME),
         (WEIGHTS + TRAIN, WEIGHTS + TRAIN + "--split train"),
@@ -95,9 +101,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+DEFAULTS: dict[type, Callable] = {TrainOptions: default_options, CheckDataOptions: check_data.default_options}
+
+
 def answer(options_type: type, arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code and the message of a command that does nothing."""
-    default: Callable | None = default_options if options_type is TrainOptions else None
+    default: Callable | None = DEFAULTS.get(options_type)
     with pytest.raises(SystemExit) as ending:
         run(lambda options: 0, options_type, default, arguments.split())
     return int(str(ending.value.code)), capsys.readouterr().err
@@ -141,7 +150,7 @@ def test_every_command_with_a_table_is_tried() -> None:
     ("options_type", "arguments"),
     [
         *((kind, f"{WEIGHTS}--seed 1") for kind in (EvaluateOptions, PredictOptions)),
-        *((CheckDataOptions, f"--{name} 9") for name in ("image-size", "max-size", "on-bad-image")),
+        *((CheckDataOptions, arguments) for arguments in ("--device cpu", "--output o", "--seed 1")),
         *((kind, "--no-tune") for kind in (TraceOptions, LadderOptions)),
         *((kind, "--size-mix mixed") for kind in (TraceOptions, ParityOptions)),
         *((ParityOptions, arguments) for arguments in ("--no-buckets", "--dropout 0.1")),

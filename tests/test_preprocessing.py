@@ -201,7 +201,6 @@ def test_fine_tuning_says_that_images_were_normalised_otherwise(folder: Path) ->
 def test_a_pipeline_of_transformers_finds_what_predict_does(tmp_path: Path) -> None:
     """On a photograph that both resize; boxes of a pipeline are whole pixels."""
     transformers = pytest.importorskip("transformers", reason="pip install 'detr-fast[reference]'")
-    pytest.importorskip("timm")
     torch.manual_seed(0)
     model = build_model("resnet18", num_classes=3, **SMALL, **INPUT)
     torch.nn.init.normal_(model.class_embed.weight, std=0.5)

@@ -64,6 +64,7 @@ OTHERWISE: dict[str, Any] = {
     },
     **{"query_positions": "boxes", "box_refinement": True, "layer_heads": True, "scores": "sigmoid", "minutes": 3.0},
     **{"source_position": False, "weights": "some.pth", "backbone_weights": "some.pth", "seed": 7, "buckets": False},
+    "muon": True,
     **{"epochs": 9, "lr": 1e-6, "lr_backbone": 0.0, "weight_decay": 0.0, "clip": 0.5, "schedule": "step", "lr_drop": 3},
     **{"warmup_steps": 1, "scale_lr": True, "ema": 0.5, "dropout": 0.2, "no_object_weight": 0.3, "train_sizes": (48,)},
     **{"min_visible": 0.4, "crop_sizes": (32,), "crop_range": (16, 24), "image_size": 48, "max_size": 128},

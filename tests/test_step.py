@@ -29,9 +29,9 @@ RAGGED = make_batch([(64, 64), (48, 56)], [2, 1])
 FULL = make_batch([(64, 64), (64, 64)], [2, 0])
 
 
-def make_step(config: ModelConfig = TINY, decay: float = 0.0, **options: Any) -> TrainStep:
+def make_step(config: ModelConfig = TINY, decay: float = 0.0, muon: bool = False, **options: Any) -> TrainStep:
     runtime = choose_runtime(RuntimeOptions(**{"device": "cpu", "precision": "fp32", **options}))
-    return factories.make_step(config, runtime, decay=decay)
+    return factories.make_step(config, runtime, decay=decay, muon=muon)
 
 
 def gradients(step: TrainStep) -> Tensor:
@@ -145,9 +145,10 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
     assert gradients(step).norm().item() == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fault_28_a_step_with_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
-    step = make_step(decay=0.5)
+def test_fault_28_a_step_with_a_gradient_that_is_not_finite_changes_nothing(value: float, muon: bool) -> None:
+    step = make_step(decay=0.5, muon=muon)
     step([FULL])
     assert step.ema is not None
     before = [each.detach().clone() for each in step.model.parameters()]
@@ -176,7 +177,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_timm_backbone_trains_with_its_batch_norm_frozen() -> None:
-    pytest.importorskip("timm", reason="timm is an extra")
     sizes = {"hidden_dim": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "feedforward_dim": 32}
     model = build_model("resnet10t", num_classes=6, **sizes)
     before = {name: value.clone() for name, value in model.state_dict().items()}

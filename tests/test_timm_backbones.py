@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
@@ -13,8 +14,6 @@ from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.model.timm_backbone import TimmBackbone
 from detr_fast.runtime import multiplies_bf16
-
-timm = pytest.importorskip("timm", reason="timm is an extra")
 
 NAMES = {
     "tf_efficientnet_lite0": "ReLU6 within its batch norm",

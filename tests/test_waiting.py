@@ -123,13 +123,15 @@ def make_batch(device: torch.device, padded: bool) -> Batch:
     return Batch(images, (96, 128), targets, [1, 2], torch.zeros(2, 2, dtype=torch.int64, device=device))
 
 
-def make_step(device: torch.device, kernels: Kernels = "auto", attention: Attention = "sdpa") -> TrainStep:
+def make_step(
+    device: torch.device, kernels: Kernels = "auto", attention: Attention = "sdpa", muon: bool = False
+) -> TrainStep:
     runtime = Runtime(device, torch.float32, True, False, kernels, attention, {})
     with device:  # made there: a module of fake tensors cannot be moved
         model = DETR(CONFIG).train()
         ema = DETR(CONFIG).requires_grad_(False)
     select_backends(model, kernels, attention)
-    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4, muon)
     return TrainStep(model, build_criterion(CONFIG.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
 
 
@@ -154,17 +156,20 @@ OURS = {
 @pytest.mark.parametrize(
     ("kernels", "attention", "expected"), [("triton", "auto", OURS), ("auto", "sdpa", {"assignment"})]
 )
-@pytest.mark.parametrize("padded", [True, False], ids=["ragged", "one size"])
+@pytest.mark.parametrize(("padded", "muon"), [(True, False), (False, False), (True, True)])
 def check_that_a_whole_step_waits_for_nothing(
     kernels: Kernels,
     attention: Attention,
     expected: set[str],
     padded: bool,
+    muon: bool,
     device: torch.device,
     reads: RefuseHostReads,
 ) -> None:
     """Normalising, forward, cost, assignment, loss, backward, clipping, AdamW and the average; dropout included."""
-    step = make_step(device, kernels, attention)
+    step = make_step(device, kernels, attention, muon)
+    if muon:
+        step.optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # as of a captured step
     terms = step([make_batch(device, padded)])
     assert all(value.device == device for value in terms.values())
     assert all(parameter.grad is not None and parameter.grad.device == device for parameter in step.trained)

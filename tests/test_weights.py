@@ -83,7 +83,6 @@ def test_round_trip_is_bit_equal(model: DETR, naming: Naming) -> None:
 
 @pytest.mark.parametrize("naming", ["facebook", "huggingface"])
 def test_timm_backbone_round_trip(naming: Naming) -> None:
-    pytest.importorskip("timm")
     model, other = (build_model("resnet18", **SMALL) for _ in range(2))
     exported = export_state_dict(model, naming)
     assert not any(".body.body." in key for key in exported)
@@ -92,7 +91,6 @@ def test_timm_backbone_round_trip(naming: Naming) -> None:
 
 
 def test_timm_backbone_that_looks_like_a_resnet(tmp_path: Path) -> None:
-    pytest.importorskip("timm")
     model, file, folder = build_model("resnet50d", **SMALL), tmp_path / "weights.safetensors", tmp_path / "folder"
     write_weights(Detector(model), file, "huggingface")
     main(ExportOptions(weights=str(file), output=str(folder), naming="huggingface"))

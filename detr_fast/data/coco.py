@@ -30,7 +30,7 @@ from detr_fast.data.transforms import (
     Transform,
     boxes_within,
 )
-from detr_fast.options import DataOptions, TrainOptions
+from detr_fast.options import AugmentationOptions, DataOptions, TrainOptions
 
 __all__ = ["Category", "CocoDataset", "ImageRecord", "build_dataset", "find_split"]
 
@@ -169,9 +169,6 @@ class CocoDataset(Dataset[Sample]):
         ids, files = [record.id for record in self.records], [record.path for record in self.records]
         yield from files_listed_twice(ids, files)
 
-    def images_with_more_targets(self, limit: int) -> list[ImageRecord]:
-        return [record for record in self.records if len(record.labels) > limit]
-
     def absent_images(self, shown: int = 3) -> str | None:
         """Say how many images have no file, and of the first `shown` why; None where all have one."""
         absent = [record for record in self.records if record.absent]
@@ -179,16 +176,6 @@ class CocoDataset(Dataset[Sample]):
             return None
         first = "\n".join(f"  {record.path}: {record.absent}" for record in absent[:shown])
         return f"{self.annotation_file}: {len(absent)} of {len(self)} images have no file. The first:\n{first}"
-
-    def warn_if_queries_are_few(self, num_queries: int) -> None:
-        """Warn of images with more targets than queries: each finds at most one object."""
-        crowded = self.images_with_more_targets(num_queries)
-        if crowded:
-            most = max(len(record.labels) for record in crowded)
-            warnings.warn(
-                f"{len(crowded)} images of {self.annotation_file} have more than {num_queries} targets (up to {most}): "
-                f"only {num_queries} of an image's are learned. Raise --num-queries."
-            )
 
 
 SKIPPING = "Or go on without it: --on-bad-image skip."
@@ -254,8 +241,7 @@ def build_dataset(
     if training and split == "train":
         drawn = training.augmentation
         min_visible, composition = drawn.min_visible, composition_of(training)
-        crops = drawn.crop_sizes, drawn.crop_range
-        transform = TrainTransform(drawn.train_sizes, model.max_size, *crops, drawn.color_jitter)
+        transform = training_transform(drawn, model.max_size)
     dataset = CocoDataset(
         folder,
         file,
@@ -273,6 +259,11 @@ def build_dataset(
     for fault in dataset.silent_faults():
         warnings.warn(f"{file}: {fault}.")
     return dataset
+
+
+def training_transform(options: AugmentationOptions, max_size: int) -> TrainTransform:
+    crops = options.crop_sizes, options.crop_range
+    return TrainTransform(options.train_sizes, max_size, *crops, options.color_jitter)
 
 
 def require_images(dataset: CocoDataset) -> None:

@@ -9,11 +9,11 @@ from detr_kernels import residual_stage
 from detr_kernels.convolution.stage import blocks_of
 from torch import Tensor, nn
 
-from detr_fast.config import require
+from detr_fast.config import ModelConfig, require
 from detr_fast.model.backends import Selectable
 from detr_fast.model.feature_maps import joined
 from detr_fast.model.normalization import Fold, FrozenBatchNorm2d, computed_in, conv_norm_act, folded_together
-from detr_fast.model.timm_backbone import TimmBackbone
+from detr_fast.model.timm_backbone import TimmBackbone, strides_of
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -184,3 +184,10 @@ def build_backbone(
         require(set(strides) <= {8}, f"tiny has a feature map of stride 8 alone, not {sorted(set(strides) - {8})}.")
         return TinyResNet()
     return TimmBackbone(name, dilation, strides, fold_norms)
+
+
+def token_stride(config: ModelConfig) -> int:
+    """Return how many pixels a token is wide, without building the network."""
+    if config.token_stride is not None or config.backbone == "tiny":
+        return config.token_stride or 8
+    return 16 if config.dilation else 32 if config.backbone in DEPTHS else strides_of(config.backbone)[-1]

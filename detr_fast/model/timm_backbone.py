@@ -17,6 +17,14 @@ FOLDED_CLOSE = 1e-3
 """Largest error of a map after folding, relative to its largest value: rounding alone is a thousandth of it."""
 
 
+def strides_of(name: str) -> list[int]:
+    """Return the strides of a timm model's feature maps, first to last."""
+    import timm
+
+    with torch.device("meta"):  # without weights
+        return timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+
+
 class TimmBackbone(nn.Module):
     """A feature map of a timm model, (B, 3, H, W) -> (B, out_channels, h, w): the last one, or those of `strides`,
     joined at the size of the first.
@@ -31,7 +39,7 @@ class TimmBackbone(nn.Module):
 
         asked: dict[str, Any] = {"output_stride": 16} if dilation else {}
         if strides:
-            there = timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+            there = strides_of(name)
             for stride in strides:
                 require(stride in there, f"{name} has no feature map of stride {stride}: it has {there}.")
             asked["out_indices"] = [there.index(each) for each in sorted({FROZEN_STRIDE, *strides}) if each in there]

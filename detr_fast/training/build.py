@@ -31,7 +31,6 @@ def make_data(options: TrainOptions) -> tuple[CocoDataset, CocoDataset, ModelCon
     """Build training and validation sets with one map of classes, and the model's configuration that fits them."""
     train_set = build_dataset(options, "train")
     config = options.network.config(num_classes=train_set.num_classes, **options.dataset.sizes_given())
-    train_set.warn_if_queries_are_few(config.num_queries)
     val_set = build_dataset(options, "val", config, categories=train_set.categories)
     warn_before_training(train_set, val_set)
     return train_set, val_set, config
@@ -70,7 +69,11 @@ def make_step(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(
-            LayerwiseNetwork(model, sets), asked.lr * factor, asked.lr_backbone * factor, asked.weight_decay
+            LayerwiseNetwork(model, sets),
+            asked.lr * factor,
+            asked.lr_backbone * factor,
+            asked.weight_decay,
+            asked.muon,
         ),
         runtime=runtime,
         world=world,
@@ -103,7 +106,7 @@ def make_sets(config: ModelConfig, options: TrainOptions, runtime: Runtime) -> Q
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
     """Load the moments of a stored optimizer; learning rates and decay stay as they are asked for now.
 
-    The backbone's group is the second, and absent where it is not trained. Moments that are not stored start anew.
+    The backbone's group is the last, and absent where it is not trained. Moments that are not stored start anew.
     """
     own = optimizer.state_dict()
     state: dict[int, Any] = {}

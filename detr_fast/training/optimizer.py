@@ -1,21 +1,34 @@
-"""AdamW with DETR's two groups, and the learning rate as a function of the step alone."""
+"""AdamW with DETR's two groups, or with Muon beside it, and the learning rate as a function of the step alone."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from detr_fast.training.muon import MuonAdamW, hidden_matrices
 
-def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """Build AdamW: the backbone, by its name, gets its own learning rate; decay is on all, and launches are fused."""
+
+def build_optimizer(
+    model: nn.Module, lr: float, lr_backbone: float, weight_decay: float, muon: bool = False
+) -> torch.optim.AdamW:
+    """Build AdamW: the backbone, by its name, gets its own learning rate; decay is on all, and launches are fused.
+
+    With `muon`, hidden matrices are a group of their own, the first, which follows Muon's rule.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
+    if muon:
+        matrices = hidden_matrices(model)
+        first = {"params": [each for _, each in trained if each in matrices], "lr": lr, "base_lr": lr, "muon": True}
+        trained = [(name, each) for name, each in trained if each not in matrices]
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for name, parameter in trained if "backbone" not in name], "lr": lr},
         {"params": [parameter for name, parameter in trained if "backbone" in name], "lr": lr_backbone},
     ]
     groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    if muon:
+        return MuonAdamW([first, *(group | {"muon": False} for group in groups)], weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 

