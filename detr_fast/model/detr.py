@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
+from detr_kernels.loss.boxes import at_least_float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,8 +53,8 @@ class Predictions(NamedTuple):
         """Stack what `to_dict` gives, or another implementation's mapping of the same names."""
         layers = [*outputs["aux_outputs"], outputs]
         encoder = outputs.get("enc_outputs")
-        logits, boxes = (torch.stack([layer[name] for layer in layers]).float() for name in OUTPUTS)
-        proposals = None if encoder is None else Proposals(*(encoder[name].float() for name in OUTPUTS))
+        logits, boxes = (at_least_float32(torch.stack([layer[name] for layer in layers])) for name in OUTPUTS)
+        proposals = None if encoder is None else Proposals(*(at_least_float32(encoder[name]) for name in OUTPUTS))
         return cls(logits, boxes, proposals)
 
 
@@ -165,8 +166,8 @@ class DETR(Selectable):
                     boxes = found[-1].detach()
         with profiler_range("heads"):
             stacked = torch.stack(states)
-            logits = self.class_embed(stacked).float()
+            logits = at_least_float32(self.class_embed(stacked))
             if found:
                 return Predictions(logits, torch.stack(found), proposals)
-            changes = self.bbox_embed(stacked).float()
+            changes = at_least_float32(self.bbox_embed(stacked))
             return Predictions(logits, changes.sigmoid() if boxes is None else corrected(boxes, changes), proposals)

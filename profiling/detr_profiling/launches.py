@@ -182,7 +182,9 @@ def make_step(
     ema.requires_grad_(False)
     select_backends(model, kernels, attention, runtime.dtype)
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    return TrainStep(model, build_criterion(config.num_classes), optimizer, runtime, ema=ema, ema_decay=0.9)
+    return TrainStep(
+        model, build_criterion(config.num_classes, scores=config.scores), optimizer, runtime, ema=ema, ema_decay=0.9
+    )
 
 
 def count_step(step: TrainStep, batch: Batch) -> Launches:

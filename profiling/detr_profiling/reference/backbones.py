@@ -1,6 +1,8 @@
-"""The plain reference's backbones: ResNet with frozen batch norm, operation by operation, and the tiny one that learns
-from scratch. (He et al. 2016.)
+"""The plain reference's backbones: ResNet with frozen batch norm, operation by operation, the tiny one that learns
+from scratch (He et al. 2016), and timm's.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,3 +99,49 @@ class TinyNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(F.relu(self.bn1(self.conv1(x))))
+
+
+def build_backbone(name: str, dilation: bool, stride: int | None, folded: bool) -> Any:
+    """Make the backbone `name`, whose `out_channels` say how wide its last features are."""
+    if name == "tiny":
+        return TinyNet()
+    return ResNet(name, dilation) if name in NUM_BLOCKS else timm_net(name, dilation, stride, folded)
+
+
+def timm_net(name: str, dilation: bool, stride: int | None, folded: bool) -> nn.Module:
+    """Make a timm model, batch norm frozen, that returns a list of features: the last are those of `stride`.
+
+    `folded`: each batch norm was made part of the convolution before it, which has a bias then; only the norm's
+    activation is left. Stages behind `stride` are cut off, and nothing learns up to the map of stride 4.
+    """
+    import timm
+    from timm.layers import freeze_batch_norm_2d
+
+    asked: dict[str, Any] = {"output_stride": 16} if dilation else {}
+    info = timm.create_model(name, pretrained=False, features_only=True, **asked).feature_info
+    strides, made_by = info.reduction(), info.module_name()
+    number = strides.index(stride) if stride else len(strides) - 1
+    body: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=(number,), **asked)
+    if stride and hasattr(body, "blocks"):  # timm cuts other models by itself
+        body.blocks = body.blocks[: int(made_by[number].split(".")[1]) + 1]
+    body = fold_away_norms(body) if folded else freeze_batch_norm_2d(body)
+    body.out_channels = info.channels()[number]
+    if 4 in strides[:number]:
+        early, names = made_by[strides.index(4)], [key for key, _ in body.named_parameters()]
+        last = max(index for index, key in enumerate(names) if key.replace("_", ".").startswith(f"{early}."))
+        for parameter in list(body.parameters())[: last + 1]:
+            parameter.requires_grad_(False)
+    return body
+
+
+def fold_away_norms(body: nn.Module) -> nn.Module:
+    """Give each convolution with a batch norm behind it a bias, and leave of the norm only its activation."""
+    conv = None
+    for name, module in list(body.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            conv = module
+        elif isinstance(module, nn.BatchNorm2d):
+            assert conv is not None
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+            body.set_submodule(name, getattr(module, "act", nn.Identity()))
+    return body
