@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from detr_kernels import Selection
 from detr_profiling.observation import Observation, losses, on_host
-from detr_profiling.reference.detr import reference_criterion
+from detr_profiling.reference.criterion import reference_criterion
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
+from detr_profiling.reference.criterion import reference_criterion
+from detr_profiling.reference.detr import ReferenceDETR
 from detr_profiling.reference.name_seeded_weights import name_seeded_state_dict, seeded_batch, seeded_targets
 from torch import Tensor, nn
 

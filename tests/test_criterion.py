@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from detr_kernels import Selection
-from detr_profiling.reference.detr import reference_criterion
+from detr_profiling.reference.criterion import reference_criterion
 from torch import Tensor
 
 from detr_fast import build_criterion

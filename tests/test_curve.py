@@ -24,7 +24,7 @@ from detr_profiling.comparison.variants import PRECISIONS
 from detr_profiling.reference.weights import reference_of
 from detr_profiling.workload import WorkloadRuntimeOptions
 
-from detr_fast.config import UserError, model_config
+from detr_fast.config import model_config
 from detr_fast.model.detr import DETR
 from detr_fast.postprocess import postprocess
 from detr_fast.runtime import choose_runtime
@@ -70,11 +70,6 @@ def test_the_reference_has_the_tiny_backbone_too(training: bool) -> None:
     names = ("backbone.bn1", "backbone.0.body.bn1")
     ours, plain = (each.get_submodule(name).running_var for each, name in zip((model, reference), names, strict=True))
     torch.testing.assert_close(ours, plain)
-
-
-def test_a_timm_backbone_has_no_reference() -> None:
-    with pytest.raises(UserError, match="no backbone resnet18"):
-        reference_of(DETR(model_config("resnet18")))
 
 
 def test_ours_learns_as_the_reference_does(curve: TrainingCurve) -> None:

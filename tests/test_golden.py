@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detr_kernels import batched_assignment, match_cost
-from detr_profiling.reference.detr import match_image
+from detr_profiling.reference.criterion import match_image
 from detr_profiling.reference.name_seeded_weights import seeded_targets
 from torch import Tensor
 

@@ -209,11 +209,13 @@ def test_it_starts_from_a_detr_as_far_as_shapes_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "model"), [("training", "detr_tiny"), ("inference", "detr_r50")])
 def test_the_suite_measures_it(mode: str, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "encoder_layers": 1, "decoder_layers": 1, "mode": mode, "device": "cpu"}
-    asked |= {"size": "64x64", "batch_size": 2, **PROPOSING}
+    asked |= {"size": "64x64", "batch_size": 2, "precision": "fp32", **PROPOSING}
     workload = build_workload(WorkloadOptions.of(**asked))
     assert workload.run() is not None and "queries" in ranges_of(workload.run)
-    with pytest.raises(UserError, match=r"The plain reference is DETR alone: it has no .*queries"):
-        build_baseline("reference", WorkloadOptions.of(**asked))
+    same = build_workload(WorkloadOptions.of(**asked)), build_baseline("reference", WorkloadOptions.of(**asked))
+    found, exact = (each.observe() for each in same if each.observe)
+    assert found.keys() == exact.keys() and "boxes of proposals" in found
+    torch.testing.assert_close(found["boxes"], exact["boxes"], rtol=0, atol=1e-4)
 
 
 def ranges_of(run: Callable[[], Any]) -> set[str]:

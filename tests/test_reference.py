@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from detr_profiling.comparison.closeness import largest_error
-from detr_profiling.reference.detr import ReferenceDETR, reference_criterion
+from detr_profiling.reference.criterion import reference_criterion
+from detr_profiling.reference.detr import ReferenceDETR
 from detr_profiling.reference.name_seeded_weights import (
     name_seeded_state_dict,
     perturbed_state_dict,

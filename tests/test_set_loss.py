@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_kernels import SetLossTerms, match_cost, set_loss, set_loss_ref
 from detr_profiling.comparison.closeness import assert_same_function
-from detr_profiling.reference.detr import reference_criterion
+from detr_profiling.reference.criterion import reference_criterion
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 

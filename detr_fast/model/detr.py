@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
+from detr_kernels.loss.boxes import at_least_float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,8 +61,11 @@ class Predictions(NamedTuple):
         """Stack what `to_dict` gives, or another implementation's mapping of the same names."""
         layers = [*outputs["aux_outputs"], outputs]
         encoder = outputs.get("enc_outputs")
-        logits, boxes = (torch.stack([layer[name] for layer in layers]).float() for name in OUTPUTS)
-        proposals = None if encoder is None else cls(*(encoder[name][None].float() for name in OUTPUTS))
+        logits, boxes = (at_least_float32(torch.stack([layer[name] for layer in layers])) for name in OUTPUTS)
+        if encoder is None:
+            return cls(logits, boxes)
+        proposed_logits, proposed_boxes = (at_least_float32(encoder[name])[None] for name in OUTPUTS)
+        proposals = cls(proposed_logits, proposed_boxes)
         return cls(logits, boxes, proposals)
 
 
@@ -170,11 +174,11 @@ class DETR(QuerySource):
                     boxes = found[-1].detach()
         with profiler_range("heads"):
             stacked = torch.stack(states)
-            logits = self.class_embed(stacked).float()
+            logits = at_least_float32(self.class_embed(stacked))
             if found:
                 decoded = torch.stack(found)
             else:
-                changes = self.bbox_embed(stacked).float()
+                changes = at_least_float32(self.bbox_embed(stacked))
                 decoded = changes.sigmoid() if boxes is None else corrected(boxes, changes)
             return of_sets(sets, logits, decoded)
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from detr_kernels.loss.boxes import at_least_float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,8 +67,9 @@ def box_head(dim: int, corrects: bool) -> MLP:
 
 
 def corrected(boxes_cxcywh: Tensor, change: Tensor) -> Tensor:
-    """Move boxes (..., 4) in [0, 1] by `change` in logits; float32."""
-    return torch.sigmoid(change.float() + torch.logit(boxes_cxcywh.float(), eps=EPS))
+    """Move boxes (..., 4) in [0, 1] by `change` in logits; float32 at least."""
+    change = at_least_float32(change)
+    return torch.sigmoid(change + torch.logit(boxes_cxcywh.to(change.dtype), eps=EPS))
 
 
 class Proposals(NamedTuple):
@@ -129,7 +131,7 @@ class LearnedBoxes(nn.Module):
             self.logits.copy_(torch.logit(torch.rand(num_queries, 4), eps=0.02))
 
     def forward(self, images: int) -> Tensor:
-        return self.logits.float().sigmoid().expand(images, -1, -1)
+        return at_least_float32(self.logits).sigmoid().expand(images, -1, -1)
 
 
 class QuerySelection(nn.Module):
@@ -146,7 +148,7 @@ class QuerySelection(nn.Module):
     def forward(self, tokens: Tensor, anchors: Tensor, padding: Tensor | None) -> Queries:
         """Choose of tokens (B, N, D), with anchors (B or 1, N, 4) and padding (B, N); at most N queries an image."""
         tokens = self.norm(self.linear(tokens))
-        logits = self.class_embed(tokens).float()
+        logits = at_least_float32(self.class_embed(tokens))
         if padding is not None:
             logits = logits.masked_fill(padding[..., None], PADDED_LOGIT)
         boxes = corrected(anchors, self.bbox_embed(tokens))

@@ -1,5 +1,6 @@
 """A model's outputs, losses, matches and gradients under names that every implementation shares, to be compared."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,13 @@ from detr_fast.training.optimizer import build_optimizer
 from detr_fast.training.step import TrainStep
 from detr_profiling.measuring.timing import STEADY_AFTER
 
+OUTPUTS = ("logits", "boxes")
 Observation = dict[str, Tensor]
 """On the CPU: `logits` (L, B, Q, C+1) and `boxes` (L, B, Q, 4) cxcywh of the decoder's layers; where gradients are
 enabled also each `loss...` term, `matches` (L, B, T) int64 query of each target, -1 for none, and `gradient NAME` of
-each trained parameter under our name. Of an inference, L is 1."""
+each trained parameter under our name. Of an inference, L is 1.
+
+Where the encoder proposes, also `logits of proposals` (1, B, N, C), `boxes of proposals` and `matches of proposals`."""
 
 
 def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Batch, runtime: Runtime) -> Observation:
@@ -34,12 +38,15 @@ def observe_model(model: DETR, forward: Any, criterion: SetCriterion, batch: Bat
         with runtime.autocast():
             outputs = forward(images, mask)
         if not torch.is_grad_enabled():
-            return on_host(stacked_layers([outputs]))
+            return in_token_order(on_host(stacked_layers([outputs]) | proposals(outputs)))
         predictions: Predictions = outputs
         terms = criterion(predictions, batch.targets)
         found = {"logits": predictions.logits, "boxes": predictions.boxes_cxcywh}
-        matches, _ = match(predictions, batch.targets, criterion.costs, criterion.selection)
-        return on_host(found | losses(terms) | {"matches": matches} | named_gradients(model, terms["loss"]))
+        found["matches"], _ = match(predictions, batch.targets, criterion.costs, criterion.selection)
+        if predictions.proposals is not None:
+            matches, _ = match(predictions.proposals, batch.targets, criterion.costs, criterion.selection)
+            found |= proposals(predictions.to_dict()) | {"matches of proposals": matches}
+        return in_token_order(on_host(found | losses(terms) | named_gradients(model, terms["loss"])))
 
 
 def observe_captured_step(
@@ -56,7 +63,9 @@ def observe_captured_step(
         for _ in range(STEADY_AFTER["cuda"]):
             terms = graphed([batch])
     named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = on_host(losses(terms) | {f"gradient {name}": each for name, each in named.items() if each is not None})
+    found = on_host(
+        losses(terms) | {f"gradient {our_name(name)}": each for name, each in named.items() if each is not None}
+    )
     for parameter, gradient in before.items():
         parameter.grad = gradient
     return found
@@ -72,13 +81,44 @@ def stacked_layers(layers: Sequence[dict[str, Any]]) -> Observation:
     return {name: torch.stack([layer[key] for layer in layers]) for name, key in names.items()}
 
 
+def proposals(outputs: dict[str, Any]) -> Observation:
+    """Name what the encoder's tokens propose, as one layer; nothing where they propose nothing."""
+    found = stacked_layers([outputs["enc_outputs"]]) if "enc_outputs" in outputs else {}
+    return {f"{name} of proposals": value for name, value in found.items()}
+
+
+def token_order(found: Observation) -> Tensor | None:
+    """Return the numbers (B, Q) of the queries in the order of the tokens that they are; None where they are none."""
+    if "logits of proposals" not in found:
+        return None
+    return found["logits of proposals"][0].amax(-1).topk(found["logits"].shape[2]).indices.argsort(-1)
+
+
+def in_token_order(found: Observation) -> Observation:
+    """Number queries that are tokens in the order of the tokens: of two with nearly the same score, rounding decides
+    which is the first."""
+    order = token_order(found)
+    if order is None:
+        return found
+    kept = {name: torch.stack([layer.take_along_dim(order[..., None], 1) for layer in found[name]]) for name in OUTPUTS}
+    if "matches" in found:
+        number, matches = order.argsort(-1), found["matches"]
+        moved = torch.stack([number.gather(1, layer.clamp(min=0)) for layer in matches])
+        kept["matches"] = torch.where(matches >= 0, moved, -1)
+    return found | kept
+
+
 def losses(terms: dict[str, Tensor]) -> Observation:
     return {name: value for name, value in terms.items() if name.startswith("loss")}
 
 
 def named_gradients(model: nn.Module, loss: Tensor) -> Observation:
-    """Name each trained parameter's `gradient NAME`; facebookresearch's `backbone.0.body.` becomes our `backbone.`"""
+    """Name each trained parameter's `gradient NAME`, as `our_name` has it."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
-    names = (name.replace("backbone.0.body.", "backbone.") for name in trained)
-    return {f"gradient {name}": value for name, value in zip(names, gradients, strict=True)}
+    return {f"gradient {our_name(name)}": value for name, value in zip(trained, gradients, strict=True)}
+
+
+def our_name(name: str) -> str:
+    """Name a module or parameter alike in ours and in the reference, without what holds a backbone."""
+    return re.sub(r"^backbone\.(0\.)?(body\.)?", "backbone.", name)

@@ -30,12 +30,14 @@ from detr_profiling.workload import Workload, WorkloadOptions, stepping
 def initial_model(options: WorkloadOptions) -> DETR:
     """Make the model on the CPU, its weights from the seed alone.
 
-    Norms and biases of DETR around a ResNet are not 1 and 0, so that every term shows.
+    Norms and biases of DETR around a ResNet, and of other decoders, are not 1 and 0, so that every term shows.
     """
     torch.manual_seed(options.seed)
     model = DETR(options.network.config())
     if model.config.backbone in DEPTHS and not model.config.beyond_detr:
         load_state_dict(model, perturbed_state_dict(export_state_dict(model, "facebook"), options.seed))
+    elif model.config.beyond_detr.keys() - {"source_position"}:
+        load_state_dict(model, perturbed_state_dict(model.state_dict(), options.seed))
     return model
 
 
@@ -50,7 +52,7 @@ def build_workload(options: WorkloadOptions, backends: Mapping[str, str] | None 
     model = place(initial_model(options).train(options.mode == "training"), runtime, backends)
     if options.mode == "inference" and runtime.optimizes:
         model = optimized(model, runtime.dtype)
-    criterion = build_criterion(model.config.num_classes)
+    criterion = build_criterion(model.config.num_classes, scores=model.config.scores)
     hand_out(model.selection, criterion)
     if options.mode == "training":
         step, forward = training_step(model, criterion, options, runtime)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from detr_fast.config import require, unknown_name
 from detr_fast.data.batch import Batch
@@ -18,9 +19,18 @@ from detr_profiling.baselines.plain_loop import (
     training_step,
 )
 from detr_profiling.batches import make_batches, observed_batch
-from detr_profiling.observation import Observation, losses, named_gradients, on_host, stacked_layers
+from detr_profiling.observation import (
+    Observation,
+    in_token_order,
+    losses,
+    named_gradients,
+    on_host,
+    proposals,
+    stacked_layers,
+)
 from detr_profiling.own_workload import initial_model
-from detr_profiling.reference.detr import ReferenceDETR, match_image, reference_criterion
+from detr_profiling.reference.criterion import Scores, match_image, reference_criterion
+from detr_profiling.reference.detr import ReferenceDETR
 from detr_profiling.reference.weights import reference_of
 from detr_profiling.workload import Workload, WorkloadOptions, stepping
 
@@ -61,7 +71,7 @@ def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype)
         return outputs if dtype == torch.float64 else in_float32(outputs)
 
     def loss(placed: PlainBatch) -> Tensor:
-        return reference_criterion(forward(placed), placed.targets)["loss"]
+        return reference_criterion(forward(placed), placed.targets, config.scores)["loss"]
 
     def place(batch: Batch) -> PlainBatch:
         return PlainBatch.of(batch, config, dtype).to(device)
@@ -75,7 +85,9 @@ def reference_workload(ours: DETR, options: WorkloadOptions, dtype: torch.dtype)
         reference.train(training)
         return found
 
-    step = training_step(reference, loss) if options.mode == "training" else inference(reference, forward)
+    step = (
+        training_step(reference, loss) if options.mode == "training" else inference(reference, forward, config.scores)
+    )
     run = stepping(step, plain_feed(batches, config, device, dtype), len(batches))
     return Workload(REFERENCE, options, reference, run, observe, step=lambda batch: step(place(batch)))
 
@@ -84,26 +96,26 @@ def observe_reference(reference: ReferenceDETR, forward: Any, placed: PlainBatch
     """Observe `forward`, which is the reference on a PlainBatch; `most`: objects on an image."""
     outputs = forward(placed)
     if not torch.is_grad_enabled():
-        return on_host(stacked_layers([outputs]))
+        return in_token_order(on_host(stacked_layers([outputs]) | proposals(outputs)))
     layers = [*outputs["aux_outputs"], outputs]
-    terms = reference_criterion(outputs, placed.targets)
-    found = stacked_layers(layers) | {"matches": match_layers(layers, placed.targets, most)}
-    return on_host(found | losses(terms) | named_gradients(reference, terms["loss"]))
+    scores = reference.choices.scores
+    terms = reference_criterion(outputs, placed.targets, scores)
+    found = stacked_layers(layers) | {"matches": match_layers(layers, placed.targets, most, scores)}
+    if "enc_outputs" in outputs:
+        matches = match_layers([outputs["enc_outputs"]], placed.targets, most, scores)
+        found |= proposals(outputs) | {"matches of proposals": matches}
+    return in_token_order(on_host(found | losses(terms) | named_gradients(reference, terms["loss"])))
 
 
-def match_layers(layers: list[dict[str, Any]], targets: BoxTargets, most: int) -> Tensor:
+def match_layers(layers: list[dict[str, Any]], targets: BoxTargets, most: int, scores: Scores) -> Tensor:
     """Match each layer: the query of each target, -1 for none, (L, B, most) int64."""
     found = torch.full((len(layers), len(targets), most), -1)
     for layer, outputs in enumerate(layers):
         for image, target in enumerate(targets):
-            queries, chosen = match_image(outputs["pred_logits"][image], outputs["pred_boxes"][image], target)
+            queries, chosen = match_image(outputs["pred_logits"][image], outputs["pred_boxes"][image], target, scores)
             found[layer, image, chosen] = queries
     return found
 
 
 def in_float32(outputs: dict[str, Any]) -> dict[str, Any]:
-    *early, last = [
-        {key: layer[key].float() for key in ("pred_logits", "pred_boxes")}
-        for layer in [*outputs["aux_outputs"], outputs]
-    ]
-    return {**last, "aux_outputs": early}
+    return tree_map_only(Tensor, Tensor.float, outputs)

@@ -19,6 +19,7 @@ from detr_fast.data.batch import Batch
 from detr_fast.postprocess import postprocess
 from detr_fast.preprocessing import Preprocessing
 from detr_profiling.batches import copied_ahead
+from detr_profiling.reference.criterion import Scores
 from detr_profiling.workload import WorkloadOptions
 
 BoxTargets = list[dict[str, Tensor]]
@@ -94,13 +95,15 @@ def training_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[
     return step
 
 
-def inference(model: nn.Module, forward: Callable[[PlainBatch], dict[str, Any]]) -> Callable[[PlainBatch], Any]:
+def inference(
+    model: nn.Module, forward: Callable[[PlainBatch], dict[str, Any]], scores: Scores = "softmax"
+) -> Callable[[PlainBatch], Any]:
     """Make a step from a batch on the device to scores, labels and boxes in pixels there."""
     model.eval()
 
     @torch.no_grad()
     def step(batch: PlainBatch) -> Any:
         outputs = forward(batch)
-        return postprocess(outputs["pred_logits"], outputs["pred_boxes"], batch.original_sizes)
+        return postprocess(outputs["pred_logits"], outputs["pred_boxes"], batch.original_sizes, scores)
 
     return step

@@ -41,7 +41,7 @@ from detr_fast.options import EvaluateOptions, RuntimeOptions
 from detr_fast.runtime import choose_runtime
 from detr_fast.weights import read_detector
 from detr_profiling.baselines.plain_loop import PlainBatch
-from detr_profiling.reference.detr import corners
+from detr_profiling.reference.criterion import Scores, corners
 from detr_profiling.reference.weights import reference_of
 
 ALLOWED_FP32, ALLOWED_BF16 = 1e-3, 1e-2
@@ -86,9 +86,8 @@ def reference_detections(model: DETR, images: Images, device: torch.device) -> n
     for batch in images.batches():
         placed = PlainBatch.of(batch, model.config).to(device)
         outputs = reference(placed.images, placed.mask)
-        parts.append(
-            row_values(*plain_detections(outputs["pred_logits"], outputs["pred_boxes"], placed.original_sizes))
-        )
+        found = outputs["pred_logits"], outputs["pred_boxes"]
+        parts.append(row_values(*plain_detections(*found, placed.original_sizes, model.config.scores)))
         image_ids += batch.image_ids
     rows = join_rows(image_ids, parts)
     require_finite(rows)
@@ -97,13 +96,28 @@ def reference_detections(model: DETR, images: Images, device: torch.device) -> n
     return rows
 
 
-def plain_detections(logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_detections(
+    logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor, scores: Scores = "softmax"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits (B, Q, C+1), the last of them no object, and boxes into scores and labels (B, Q) and boxes xyxy
-    (B, Q, 4) in pixels."""
+    (B, Q, 4) in pixels. Of sigmoid scores, logits (B, Q, C), the best 100 of an image are taken, classes apart."""
+    if scores == "sigmoid":
+        return best_hundred(logits.sigmoid(), boxes_cxcywh, sizes_hw)
     probabilities = logits.softmax(-1)[:, :, :-1]
     height, width = sizes_hw.unbind(1)
     scale = torch.stack((width, height, width, height), 1)[:, None]  # (B, 1, 4)
     return probabilities.amax(-1), probabilities.argmax(-1), corners(boxes_cxcywh) * scale
+
+
+def best_hundred(scores: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the best scores (B, Q, C) of each image, one after another: as `plain_detections` returns them."""
+    images = []
+    for image, size, boxes in zip(scores, sizes_hw.flip(1), corners(boxes_cxcywh), strict=True):
+        best = image.flatten().argsort(descending=True)[:100]
+        queries, labels = best // image.shape[1], best % image.shape[1]
+        images.append((image[queries, labels], labels, boxes[queries] * size.repeat(2)))
+    found, labels, boxes = (torch.stack(each) for each in zip(*images, strict=True))
+    return found, labels, boxes
 
 
 def score(rows: np.ndarray, images: Images) -> Score:

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from detr_fast.model.detr import DETR
 from detr_fast.preprocessing import Preprocessing
 from detr_profiling.batches import observed_batch
-from detr_profiling.observation import Observation
+from detr_profiling.observation import Observation, our_name, token_order
 from detr_profiling.workload import Workload
 
-BLOCK = r"(?:transformer\.)?((?:backbone\.layer\d|backbone\.layers\.\d+|(?:encoder|decoder)\.layers\.\d+|input_proj))"
-"""The names of modules whose outputs are compared, facebookresearch's `backbone.0.body.` cut to `backbone.`."""
+BLOCK = (
+    r"(?:transformer\.)?"
+    r"((?:backbone\.layer\d|backbone\.(?:layers|blocks|stages)\.\d+|(?:encoder|decoder)\.layers\.\d+|input_proj))"
+)
+"""The names of modules whose outputs are compared, as `our_name` has them."""
 FIRST_STAGE = r"backbone\.(layer1|layers)"
 """Its input is the stem's output, which no module of every model has."""
 
@@ -35,7 +38,11 @@ def observe_with_blocks(workload: Workload) -> Observation:
         return workload.observe()
     with recorded_outputs(workload.model) as outputs:
         found = workload.observe()
-    return {**as_rows(outputs, workload), **found}
+    blocks, order = as_rows(outputs, workload), token_order(found)
+    if order is not None:
+        decoded = {name: each for name, each in blocks.items() if name.startswith("block decoder")}
+        blocks |= {name: each.take_along_dim(order[..., None], 1) for name, each in decoded.items()}
+    return {**blocks, **found}
 
 
 @contextmanager
@@ -54,7 +61,7 @@ def recorded_outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as hooks:
         for module_name, module in model.named_modules():
-            name = module_name.replace("backbone.0.body.", "backbone.")
+            name = our_name(module_name)
             if re.fullmatch(FIRST_STAGE, name):
                 hooks.enter_context(module.register_forward_pre_hook(keep_stem))
             if matched := re.fullmatch(BLOCK, name):

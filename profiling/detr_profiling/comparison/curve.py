@@ -35,7 +35,8 @@ from detr_profiling.baselines.build import in_float32
 from detr_profiling.baselines.plain_loop import PlainBatch
 from detr_profiling.comparison.closeness import FACTOR
 from detr_profiling.observation import Observation, losses, on_host
-from detr_profiling.reference.detr import TERM_WEIGHTS, ReferenceDETR, reference_criterion
+from detr_profiling.reference.criterion import TERM_WEIGHTS, Scores, reference_criterion, term_of
+from detr_profiling.reference.detr import ReferenceDETR
 from detr_profiling.reference.weights import reference_of
 
 Losses = list[Observation]
@@ -90,7 +91,8 @@ def train_reference(task: Task, device: torch.device, precision: str, steps: int
     for _ in range(steps):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             outputs = reference(placed.images, placed.mask)
-        terms = reference_criterion(outputs if precision == "fp64" else in_float32(outputs), placed.targets)
+        outputs = outputs if precision == "fp64" else in_float32(outputs)
+        terms = reference_criterion(outputs, placed.targets, task.model.config.scores)
         optimizer.zero_grad()
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(reference.parameters(), asked.clip)
@@ -108,13 +110,14 @@ def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[s
     ]
 
 
-def relative_errors(found: Losses, reference: Losses) -> list[float]:
+def relative_errors(found: Losses, reference: Losses, scores: Scores = "softmax") -> list[float]:
     """Add, for each step, its terms' absolute errors, so that none is small by luck, relative to the loss."""
+    weights = TERM_WEIGHTS[scores]
     return [
         sum(
-            TERM_WEIGHTS[term] * (step[name].double() - exact[name].double()).abs().item()
+            weights[term_of(name)] * (step[name].double() - exact[name].double()).abs().item()
             for name in exact
-            if (term := name.rstrip("_0123456789")) in TERM_WEIGHTS
+            if term_of(name) in weights
         )
         / exact["loss"].abs().item()
         for step, exact in zip(found, reference, strict=True)
@@ -149,7 +152,7 @@ class TrainingCurve:
     def run_reference(self, precision: str) -> ReferenceDETR:
         found, reference = train_reference(self.task, self.device, precision, self.steps)
         self.losses["reference" if precision == "fp32" else f"reference {precision}"] = total(found)
-        self.allowed[precision] = allowed_errors(relative_errors(found, self.reference))
+        self.allowed[precision] = allowed_errors(relative_errors(found, self.reference, self.task.model.config.scores))
         return reference
 
     def add(self, name: str, options: RuntimeOptions) -> None:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from detr_profiling.comparison.closeness import Closeness, closeness, scaled_tolerance
-from detr_profiling.comparison.own_outputs import TARGET_KEYS, cost_of_matches, losses_from_outputs, targets_of
+from detr_profiling.comparison.own_outputs import (
+    PROPOSALS,
+    SIGMOID,
+    TARGET_KEYS,
+    cost_of_matches,
+    losses_from_outputs,
+    targets_of,
+)
 from detr_profiling.observation import Observation
 
 __all__ = ["Row", "judge", "targets_of", "worst"]
@@ -38,8 +45,8 @@ rounding, since the decoder starts from zeros, and their relative error says not
 GROUPS = (
     (r"backbone\.layers?\.?\d", None),
     (r"backbone", "backbone"),
-    (r"input_proj|transformer\.encoder", "encoder"),
-    (r"query_embed|transformer\.decoder", "decoder"),
+    (r"input_(?:proj|norm)|transformer\.encoder", "encoder"),
+    (r"query_(?:embed|boxes|position|selection)|transformer\.decoder", "decoder"),
     (r"class_embed|bbox_embed", "heads"),
 )
 """Parameter names to the rows that they are reported in; None: what matched is the name."""
@@ -96,7 +103,7 @@ def judge(found: Observation, reference: Observation, eager: Observation) -> lis
     themselves, are judged where `reference` also holds the targets (`reference | targets_of(options)`).
     """
     sides = (found, reference, eager)
-    names = list(dict.fromkeys(name for side in sides for name in side if name not in TARGET_KEYS))
+    names = list(dict.fromkeys(name for side in sides for name in side if name not in (*TARGET_KEYS, SIGMOID)))
     rows = [Row.missing(name, kind_of(name)) for name in names if any(name not in side for side in sides)]
     shared = [name for name in names if all(name in side for side in sides)]
     kinds = {kind: [name for name in shared if kind_of(name) == kind] for kind in Kind.__args__}  # type: ignore[attr-defined]
@@ -108,13 +115,13 @@ def judge(found: Observation, reference: Observation, eager: Observation) -> lis
         rows.append(judge_losses("losses", "loss", kinds["loss"], *sides))
         if kinds["match"] and all(key in reference for key in TARGET_KEYS):
             rows += judge_own_losses(kinds["loss"], *sides)
-            rows.append(judge_matches(*sides))
+            rows += [judge_matches(name.removeprefix("matches"), *sides) for name in kinds["match"]]
     return rows + list(judge_gradients(kinds["gradient"], *sides)) + list(judge_update(kinds["update"], *sides))
 
 
 def kind_of(name: str) -> Kind:
     """Tell the kind of an observation's quantity."""
-    if name in ("logits", "boxes"):
+    if name.removesuffix(PROPOSALS) in ("logits", "boxes"):
         return "output"
     prefixes: dict[str, Kind] = {"matches": "match", "loss": "loss", "gradient ": "gradient", "update ": "update"}
     return next((kind for prefix, kind in prefixes.items() if name.startswith(prefix)), "block")
@@ -167,10 +174,10 @@ def judge_own_losses(
         yield Row.of(f"{name}, from its outputs", "loss", judged)
 
 
-def judge_matches(found: Observation, reference: Observation, eager: Observation) -> Row:
+def judge_matches(of: str, found: Observation, reference: Observation, eager: Observation) -> Row:
     """Judge by how much the matches cost more than the cheapest ones, by the outputs that they were made from."""
-    (ours, largest), (plain, _) = cost_of_matches(found, reference), cost_of_matches(eager, reference)
-    return Row.of_errors("matches, cost above the least", "match", ours, plain, FORWARD * largest)
+    (ours, largest), (plain, _) = (cost_of_matches(side, reference, of) for side in (found, eager))
+    return Row.of_errors(f"matches{of}, cost above the least", "match", ours, plain, FORWARD * largest)
 
 
 def judge_gradients(

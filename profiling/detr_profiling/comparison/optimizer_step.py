@@ -9,7 +9,7 @@ import torch
 
 from detr_profiling.batches import observed_batch
 from detr_profiling.comparison.judgement import group_of
-from detr_profiling.observation import Observation
+from detr_profiling.observation import Observation, our_name
 from detr_profiling.workload import Workload
 
 
@@ -30,7 +30,7 @@ def observe_step(workload: Workload, gradients: Observation) -> Observation:
     decrease: dict[str, torch.Tensor] = {}
     for name, value in model.named_parameters():
         if name in before:
-            name, moved = name.replace("backbone.0.body.", "backbone."), (before[name] - value.detach()).cpu().double()
+            name, moved = our_name(name), (before[name] - value.detach()).cpu().double()
             group = f"update of {group_of(name)}"
             along = (moved * gradients[f"gradient {name}"].double()).sum()
             decrease[group] = decrease[group] + along if group in decrease else along

@@ -14,17 +14,26 @@ from torch import Tensor
 
 from detr_profiling.batches import observed_batch
 from detr_profiling.observation import Observation
-from detr_profiling.reference.detr import image_cost, matched_losses, weighted_terms
+from detr_profiling.reference.criterion import Scores, image_cost, matched_losses, weighted_terms
 from detr_profiling.workload import WorkloadOptions
 
 TARGET_KEYS = ("target labels", "target boxes", "target counts")
 """(B, T) int64, (B, T, 4) cxcywh, (B,) int64."""
+SIGMOID = "target scores are sigmoids"
+"""Beside them, () bool: without it they are softmax."""
+PROPOSALS = " of proposals"
+"""Ends the names of what the encoder's tokens propose."""
 
 
 def targets_of(options: WorkloadOptions) -> Observation:
     """Take the targets of a workload's observed batch."""
     targets = observed_batch(options, options.network.config().num_classes).targets
-    return dict(zip(TARGET_KEYS, (targets.labels, targets.boxes_cxcywh, targets.count), strict=True))
+    found = dict(zip(TARGET_KEYS, (targets.labels, targets.boxes_cxcywh, targets.count), strict=True))
+    return found | {SIGMOID: torch.tensor(options.network.config().scores == "sigmoid")}
+
+
+def scores_of(targets: Observation) -> Scores:
+    return "sigmoid" if targets.get(SIGMOID) else "softmax"
 
 
 def plain_targets(targets: Observation) -> list[dict[str, Tensor]]:
@@ -34,9 +43,9 @@ def plain_targets(targets: Observation) -> list[dict[str, Tensor]]:
     return [{"labels": label[:count], "boxes": box[:count]} for label, box, count in rows]
 
 
-def layer_outputs(found: Observation) -> list[dict[str, Any]]:
-    """List each decoder layer's outputs in float64, first to last, as the reference returns them."""
-    layers = zip(found["logits"].double(), found["boxes"].double(), strict=True)
+def layer_outputs(found: Observation, of: str = "") -> list[dict[str, Any]]:
+    """List each decoder layer's outputs in float64, first to last, as the reference returns them, or the PROPOSALS."""
+    layers = zip(found[f"logits{of}"].double(), found[f"boxes{of}"].double(), strict=True)
     return [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in layers]
 
 
@@ -45,11 +54,16 @@ def losses_from_outputs(found: Observation, targets: Observation) -> Observation
     wanted, (*early, last) = plain_targets(targets), layer_outputs(found)
     layers = {f"_{index}": output for index, output in enumerate(early)} | {"": last}
     matches = dict(zip(layers, found["matches"], strict=True))
+    if f"matches{PROPOSALS}" in found:
+        layers |= {"_enc": layer_outputs(found, PROPOSALS)[0]}
+        matches |= {"_enc": found[f"matches{PROPOSALS}"][0]}
     terms: Observation = {}
     for suffix, output in layers.items():
         pairs = [matched_pairs(row[: len(one["labels"])]) for row, one in zip(matches[suffix], wanted, strict=True)]
-        terms |= {name + suffix: value for name, value in matched_losses(output, wanted, pairs).items()}
-    return weighted_terms(terms)
+        terms |= {
+            name + suffix: value for name, value in matched_losses(output, wanted, pairs, scores_of(targets)).items()
+        }
+    return weighted_terms(terms, scores_of(targets))
 
 
 def matched_pairs(queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,10 +72,10 @@ def matched_pairs(queries: Tensor) -> tuple[Tensor, Tensor]:
     return queries[chosen], chosen
 
 
-def cost_of_matches(found: Observation, targets: Observation) -> tuple[Tensor, float]:
+def cost_of_matches(found: Observation, targets: Observation, of: str = "") -> tuple[Tensor, float]:
     """Compute by how much the matches cost more than the cheapest ones, (L, B) float64, NaN where they are no matches
     at all; and the largest sum of the costs' magnitudes in an image, which rounding is relative to."""
-    matches, layers, wanted = found["matches"], layer_outputs(found), plain_targets(targets)
+    matches, layers, wanted = found[f"matches{of}"], layer_outputs(found, of), plain_targets(targets)
     above, largest = torch.zeros(matches.shape[:2], dtype=torch.float64), 0.0
     for layer, image in itertools.product(*map(range, matches.shape[:2])):
         output, count, queries = layers[layer], len(wanted[image]["labels"]), matches[layer, image]
@@ -69,7 +83,8 @@ def cost_of_matches(found: Observation, targets: Observation) -> tuple[Tensor, f
             above[layer, image] = math.nan
         if count == 0:
             continue
-        cost = image_cost(output["pred_logits"][image], output["pred_boxes"][image], wanted[image])  # (Q, T)
+        outputs = output["pred_logits"][image], output["pred_boxes"][image]
+        cost = image_cost(*outputs, wanted[image], scores_of(targets))  # (Q, T)
         above[layer, image] += cost_above_least(cost, queries[:count])
         largest = max(largest, cost.abs().amax(0).sum().item())
     return above, largest

@@ -57,13 +57,13 @@ def name_seeded_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> di
 
 
 def perturbed_state_dict(reference: Mapping[str, Tensor], salt: int = 0) -> dict[str, Tensor]:
-    """Replace the vectors of `reference` by name-seeded ones: norms and biases that are not 1 and 0.
+    """Replace the vectors of `reference` by name-seeded ones, and matrices of zeros: norms and biases are not 1 and 0.
 
     Name-seeded matrices sharpen the attention and amplify the backbone's rounding a hundredfold; so these are kept,
     and closeness can be judged tightly.
     """
     seeded = name_seeded_state_dict(reference, salt)
-    return {key: value.clone() if value.dim() > 1 else seeded[key] for key, value in reference.items()}
+    return {key: value.clone() if value.dim() > 1 and value.any() else seeded[key] for key, value in reference.items()}
 
 
 def seeded_images(sizes: Sequence[tuple[int, int]], salt: int = 0) -> list[Tensor]:

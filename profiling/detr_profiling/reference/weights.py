@@ -1,24 +1,19 @@
-"""The plain reference with the weights of one of our models, whichever backbone it has."""
+"""The plain reference with the weights of one of our models."""
 
-from detr_fast.config import require
+from detr_fast.config import BEYOND_DETR
 from detr_fast.model.detr import DETR
 from detr_fast.weights.naming import to_naming
-from detr_profiling.reference.backbones import NUM_BLOCKS
 from detr_profiling.reference.detr import ReferenceDETR
+from detr_profiling.reference.queries import Choices
 
 
 def reference_of(model: DETR) -> ReferenceDETR:
-    """Build it on the CPU, in float32 and in evaluation mode. Raises UserError for a timm backbone,
-    and for a decoder that is not DETR's.
+    """Build it on the CPU, in float32 and in evaluation mode.
+
+    Weights map by name. Of a model whose norms are folded they are convolutions with biases, and no norm is left: its
+    biases have learned what no norm's statistics say.
     """
     config = model.config
-    require(
-        config.backbone in (*NUM_BLOCKS, "tiny"),
-        f"The plain reference has no backbone {config.backbone}: compare a model with one of {', '.join(NUM_BLOCKS)}, "
-        "or detr_tiny.",
-    )
-    others = config.beyond_detr.keys() - {"source_position"}
-    require(not others, f"The plain reference is DETR alone: it has no {', '.join(sorted(others))}.")
     reference = ReferenceDETR(
         config.backbone,
         config.dilation,
@@ -30,7 +25,7 @@ def reference_of(model: DETR) -> ReferenceDETR:
         config.decoder_layers,
         config.feedforward_dim,
         config.dropout,
-        config.source_position,
+        Choices(**{name: getattr(config, name) for name in BEYOND_DETR}),
     )
     reference.load_state_dict(to_naming(model.state_dict(), "facebook"))
     return reference.eval()
