@@ -17,7 +17,7 @@ from detr_fast.model.backends import hand_out, reasons, select_backends
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import OptimizedDETR, optimized
 from detr_fast.out_of_memory import is_out_of_memory
-from detr_fast.postprocess import postprocess
+from detr_fast.postprocess import USUAL_THRESHOLDS, postprocess
 from detr_fast.prediction import (
     Detections,
     ImageLike,
@@ -108,10 +108,11 @@ class Detector:
         return self
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.7, batch_size: int = 1
+        self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None, batch_size: int = 1
     ) -> list[Detections]:
         """Find the objects with at least `threshold` as score on one photograph or several, one Detections each.
 
+        `threshold`: default 0.7, of sigmoid scores 0.35.
         `images`: paths, PIL images or (H, W, 3) uint8 arrays. More than one a batch is faster: those of like shape
         share one, whatever their order here, and smaller ones are padded, which changes the numbers a little. The
         network's mode is restored. Raises UserError for what is no image, and for outputs that are not finite.
@@ -123,11 +124,17 @@ class Detector:
             found.update(zip(indices, self.predict_batch(pixels, threshold), strict=True))
         return [found[index] for index in range(len(several))]
 
-    def predict_batch(self, pixels: Sequence[Tensor], threshold: float = 0.7) -> list[Detections]:
+    def predict_batch(self, pixels: Sequence[Tensor], threshold: float | None = None) -> list[Detections]:
         """Find objects as `predict` does, on decoded images uint8 (3, h, w) in one batch."""
-        require_threshold(threshold)
+        threshold = self.least_score(threshold)
         on_host = [part.cpu() for part in self.detect(make_batch(self.config, pixels))]
         return [keep_best(self.categories, threshold, *one) for one in zip(*on_host, strict=True)]
+
+    def least_score(self, asked: float | None) -> float:
+        """Return the threshold that is asked for, or the usual one. Raises UserError for what is no score."""
+        threshold = USUAL_THRESHOLDS[self.config.scores] if asked is None else asked
+        require_threshold(threshold)
+        return threshold
 
     @torch.no_grad()  # and not inference_mode: what a module might cache here must stay usable in training
     def detect(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,6 +84,8 @@ def flags(values: Mapping[str, Any]) -> Iterator[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, tuple):
+            yield from (f"--{flag}", *map(str, value))
         elif value is not None:
             yield from (f"--{flag}", str(value))
 

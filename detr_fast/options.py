@@ -353,8 +353,8 @@ class PredictOptions(Options):
     """A COCO json that names the weights' classes, where they do not: ids are labels."""
     output: Output = "runs/predictions"
     """Folder for predictions.json and the pictures."""
-    threshold: float = 0.7
-    """Least score of a box that is kept."""
+    threshold: float | None = None
+    """Least score of a box that is kept; default: 0.7, of sigmoid scores, which are lower, 0.35."""
     batch_size: int = 1
     """Images a step."""
 

@@ -40,12 +40,13 @@ def main(options: PredictOptions) -> int:
         print(note)
     require_writable("--output", out)
     detector.optimize(runtime_for_inference(options.runtime, detector.config, options.batch_size))
-    names, note = drawn_names(detector.categories or ()), f"score at least {options.threshold}"
+    threshold = detector.least_score(options.threshold)
+    names, note = drawn_names(detector.categories or ()), f"score at least {threshold}"
     bad: set[Path] = set()
     by_shape = prediction_batches(detector.config, files, options.batch_size)
     with PredictionsFile(out / "predictions.json") as predictions:
         for batch in read_batches([[files[index] for index in batch] for batch in by_shape], bad):
-            found = detector.predict_batch([pixels for _, pixels in batch], options.threshold)
+            found = detector.predict_batch([pixels for _, pixels in batch], threshold)
             predictions.add([entry(*read, one) for read, one in zip(batch, found, strict=True)])
             for (file, pixels), detections in zip(batch, found, strict=True):
                 with named(file, bad):

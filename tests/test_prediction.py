@@ -1,5 +1,6 @@
 """`predict`: every kind of input, the boxes' frame, the threshold, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from detr_fast.data.loader import evaluation_loader
 from detr_fast.detector import Detector
 from detr_fast.evaluation.inference import CATEGORY_ID, IMAGE_ID, SCORE, collect_detections
 from detr_fast.model.backends import Selectable
+from detr_fast.model.detr import DETR
 from detr_fast.options import DataOptions, RuntimeOptions
 from detr_fast.prediction import Detections
 from detr_fast.runtime import choose_runtime
@@ -242,3 +244,11 @@ def test_html_named_jpg_and_a_torn_pil_image_are_named(pixels: np.ndarray, tmp_p
 def test_senseless_options_are_refused(options: dict[str, Any], pixels: np.ndarray) -> None:
     with pytest.raises(UserError, match="must be"):
         Detector(Constant()).predict(pixels, **options)
+
+
+@pytest.mark.parametrize(("scores", "least"), [("softmax", 0.7), ("sigmoid", 0.35)])
+def test_the_usual_threshold_is_that_of_the_scores(scores: str, least: float, pixels: np.ndarray) -> None:
+    detector = Detector(DETR(replace(MODELS["detr_tiny"], scores=scores)))
+    assert detector.least_score(None) == least and detector.least_score(0.0) == 0.0
+    (all_,), (usual,) = detector.predict(pixels, threshold=0.0), detector.predict(pixels)
+    assert len(usual) == int((all_.scores >= least).sum())

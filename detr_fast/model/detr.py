@@ -31,7 +31,7 @@ from detr_fast.profiler_ranges import profiler_range
 
 
 class Predictions(NamedTuple):
-    """The predictions of every decoder layer, first to last, float32.
+    """The predictions of every decoder layer, first to last, float32 or, of a float64 network, that.
 
     In training there may be S sets of queries. All layers of the first set come first, then all of the next.
     """
@@ -114,7 +114,7 @@ class DETR(QuerySource):
         """Predict from images (B, 3, H, W), normalised, and a mask (B, H, W), True where padded; None: nothing is.
 
         Returns `pred_logits` (B, Q, num_logits), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the image without its
-        padding, both float32, and under `aux_outputs` the same for the decoder's earlier layers, first to last.
+        padding, and under `aux_outputs` the same for the decoder's earlier layers, first to last.
         """
         return self.predict_layers(images, mask).to_dict()
 

@@ -73,7 +73,7 @@ def corrected(boxes_cxcywh: Tensor, change: Tensor) -> Tensor:
 
 
 class Proposals(NamedTuple):
-    """The proposals of every token of the memory, float32."""
+    """The proposals of every token of the memory, float32 at least."""
 
     logits: Tensor
     """(B, N, num_logits)"""

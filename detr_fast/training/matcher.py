@@ -37,5 +37,5 @@ def match(
         *given, *wanted, weights.class_, weights.l1, weights.giou, backend, focal_alpha=weights.focal_alpha
     )
     nonfinite = torch.zeros(1, dtype=torch.int64, device=cost.device)
-    query_of_target = batched_assignment(cost.float(), targets.count.repeat(layers), solver, nonfinite)
+    query_of_target = batched_assignment(cost.to(torch.float32), targets.count.repeat(layers), solver, nonfinite)
     return query_of_target.unflatten(0, (layers, -1)), nonfinite[0]

@@ -107,8 +107,10 @@ class TinyNet(nn.Module):
 
 
 def build_backbone(name: str, dilation: bool, strides: Sequence[int], folded: bool) -> Any:
-    """Make the backbone `name`, which gives its maps of `strides`, finest first, or its last; `out_channels` are theirs
-    together."""
+    """Make the backbone `name`, which gives its maps of `strides`, finest first, or its last one.
+
+    `out_channels` are those of all maps.
+    """
     if name == "tiny":
         return TinyNet()
     return ResNet(name, dilation, strides) if name in NUM_BLOCKS else timm_net(name, dilation, strides, folded)
