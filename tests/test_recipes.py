@@ -1,5 +1,7 @@
 """Tests of recipes: which options a run has where nothing else is asked for."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from detr_fast.options import TrainOptions
 from detr_fast.train import default_options
 from detr_fast.training.recipes import RECIPES, SMALL_SIDE_PX, recipe_of, small_sizes
+
+DOCUMENT = Path(__file__).parents[1] / "docs/recipes.md"
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,16 @@ def test_other_recipes_keep_their_sizes() -> None:
     assert recipe_of(**named, image_size=400) == recipe_of(**named)
     assert recipe_of("detr_tiny", "shapes:96").augmentation.train_sizes == (96,)
     assert recipe_of("detr_lite", "shapes:96").dataset.image_size == 96 == small_sizes(96)["image_size"]
+
+
+def test_the_document_has_every_value_of_the_small_recipe() -> None:
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]+) \|", DOCUMENT.read_text(), re.MULTILINE))
+    usual, small = TrainOptions().to_dict(), RECIPES["small"].to_dict()
+    given = {name: value for name, value in small.items() if value != usual[name] and name not in ("recipe", "model")}
+    assert rows.keys() == {f"--{name.replace('_', '-')}" for name in given}
+    for name, value in given.items():
+        row = rows[f"--{name.replace('_', '-')}"]
+        if name == "train_sizes":
+            assert row == f"{value[0]} to {value[-1]} in steps of {value[1] - value[0]}"
+        else:
+            assert row == (" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
