@@ -31,6 +31,7 @@ from detr_fast.options import (
     LocationOptions,
     NetworkOptions,
     OptimizerOptions,
+    Recipe,
     TrainOptions,
 )
 from detr_fast.training.advice import Length, judge
@@ -52,6 +53,8 @@ class CheckDataOptions(Options):
     idle: ClassVar[tuple[Idle, ...]] = (
         Idle("images_per_second", lambda o: not o.optimizer.minutes, "without --minutes: give that too"),
     )
+    recipe: Recipe = "paper"
+    """The run's, as in `train`: defaults of the options below."""
     images_per_second: float = 0.0
     """Pace of training, as `train` shows it: with --minutes, the number of updates follows."""
 
@@ -68,7 +71,11 @@ class CheckDataOptions(Options):
     def training(self) -> TrainOptions:
         """Return the run that is judged. Raises UserError for a number beyond its limits."""
         return TrainOptions(
-            dataset=self.dataset, network=self.network, optimizer=self.optimizer, augmentation=self.augmentation
+            recipe=self.recipe,
+            dataset=self.dataset,
+            network=self.network,
+            optimizer=self.optimizer,
+            augmentation=self.augmentation,
         )
 
 
@@ -76,7 +83,11 @@ def default_options(argv: Sequence[str]) -> CheckDataOptions:
     """Return the recipe of the model and the data that are asked for."""
     recipe = recipe_asked(argv)
     return CheckDataOptions(
-        dataset=recipe.dataset, network=recipe.network, optimizer=recipe.optimizer, augmentation=recipe.augmentation
+        recipe=recipe.recipe,
+        dataset=recipe.dataset,
+        network=recipe.network,
+        optimizer=recipe.optimizer,
+        augmentation=recipe.augmentation,
     )
 
 

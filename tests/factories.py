@@ -107,7 +107,7 @@ def begun(root: Path, **options: Any) -> TrainOptions:
 
 
 def state_of(options: TrainOptions, processes: int = 1) -> TrainingState:
-    """What last.pt holds after three steps, without weights and moments."""
+    """Makes what last.pt holds after three steps, without weights and moments."""
     train_set, val_set, config = make_data(options)
     return TrainingState(
         model_config=config,

@@ -30,7 +30,7 @@ def test_the_map_is_channel_gains_saturation_contrast_and_brightness_in_turn() -
 
 @pytest.mark.parametrize("strength", [0.2, 1.0])
 def test_mid_gray_tells_brightness_and_gains_alone(strength: float) -> None:
-    """Of mid-gray the brightness spans its whole range, and channels differ by no more than their gains do."""
+    """Maps mid-gray: its brightness spans the whole range, and channels differ by no more than their gains do."""
     colors = sampled_colors(strength, Draws(0, 0, range(IMAGES)))
     assert np.allclose(sampled_colors(0.0, Draws(0, 0, range(9))), np.eye(3, 4))
     luma = (colors @ np.array([127.5, 127.5, 127.5, 1]) / 127.5).mean(1)

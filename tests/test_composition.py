@@ -159,7 +159,7 @@ def test_what_rectangles_leave_of_a_box() -> None:
 
 
 def test_objects_that_are_covered_go_as_those_that_are_cropped(folder: Path) -> None:
-    """With a half asked for, none that is covered by more; what remains is as without."""
+    """Asks for a half: none that is covered by more stays, and what remains is as without."""
     every, half = (dataset_of(folder, EACH["copy-paste"], min_visible=least) for least in (0.0, 0.5))
     gone = 0
     for epoch in range(60):

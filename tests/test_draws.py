@@ -25,7 +25,7 @@ def test_they_are_splitmix64s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numbers_stay_what_they_were() -> None:
-    """Of seed 42, epoch 3, image 5: a run that is resumed goes on with them; those past the eighth came later."""
+    """Pins those of seed 42, epoch 3, image 5: a resumed run goes on with them; those past the eighth came later."""
     draws = Draws(42, 3, [5])
     first = [draws.fraction(number).item() for number in (0, 7, 8)]
     assert first == [0.051055396779440376, 0.6350263813167444, 0.3228254583889548]
@@ -43,7 +43,7 @@ def test_an_images_numbers_depend_on_its_place_alone() -> None:
 
 @pytest.mark.parametrize("seed", [0, 42])
 def test_they_are_even_and_unrelated(seed: int) -> None:
-    """Of two epochs and two seeds, ten numbers each: means, and correlations with one another and with the image
+    """Looks at two epochs and two seeds, ten numbers each: means, and correlations with one another and with the image
     before, within what chance allows."""
     rows = [
         Draws(*place, range(IMAGES)).fraction(number)

@@ -45,7 +45,7 @@ SHARED = [
     (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
     ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
 ]
-"""Of `train` and of the command that judges such a run."""
+"""Lists those of `train` and of the command that judges such a run."""
 CASES: dict[type, list[tuple[str, str]]] = {
     TrainOptions: [
         *RUNTIME,

@@ -26,7 +26,7 @@ def test_a_step_opens_every_range_but_waiting_for_data() -> None:
 
 
 def test_every_range_that_is_opened_is_listed() -> None:
-    """What is not is left out of every count."""
+    """Holds the list complete: a range that is not in it is left out of every count."""
     sources = [path.read_text() for path in Path(detr_fast.__file__).parent.rglob("*.py")]
     opened = {name for source in sources for name in re.findall(r'profiler_range\("([^"]+)"\)', source)}
     assert opened == set(PROFILER_RANGES)

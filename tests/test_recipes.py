@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from detr_fast.check_data import default_options as judged_defaults
 from detr_fast.options import TrainOptions
 from detr_fast.train import default_options
 from detr_fast.training.recipes import RECIPES, SMALL_SIDE_PX, recipe_of, small_sizes
@@ -71,3 +72,10 @@ def test_the_document_has_every_value_of_the_small_recipe() -> None:
             assert row == f"{value[0]} to {value[-1]} in steps of {value[1] - value[0]}"
         else:
             assert row == (" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
+def test_the_command_that_judges_a_run_has_its_recipe() -> None:
+    line = ["--data", "photographs", "--model", "detr_r50", "--recipe", "small"]
+    judged, run = judged_defaults(line), default_options(line)
+    assert judged.recipe == judged.training().recipe == "small"
+    assert (judged.network, judged.optimizer, judged.augmentation) == (run.network, run.optimizer, run.augmentation)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 Scores = Literal["softmax", "sigmoid"]
 Matches = Sequence[tuple[Tensor, Tensor]]
-"""For each image the matched queries and their targets."""
+"""Names, for each image, the matched queries and their targets."""
 
 TERM_WEIGHTS: dict[Scores, dict[str, float]] = {
     "softmax": {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
