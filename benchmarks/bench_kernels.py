@@ -165,6 +165,17 @@ def residual_stage(images: int, channels: int, height: int, width: int) -> Kerne
     return Kernel("residual_stage", call, make, f"{height}x{width}", differentiable=len(shapes) + 1)
 
 
+def depthwise(images: int, channels: int, height: int, width: int) -> Kernel:
+    """Describe a 5x5 of EfficientNet-lite0, whose channels at stride 16 are 672."""
+
+    def make(dtype: torch.dtype) -> Sequence[Any]:
+        x = noise(images, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
+        return x, noise(channels, 1, 5, 5, dtype=dtype) / 5, noise(channels, dtype=dtype)
+
+    call = partial(detr_kernels.depthwise_conv, padding=2)
+    return Kernel("depthwise_convolution", call, make, f"{height}x{width}", dtype=torch.float32)
+
+
 def dropout(images: int, tokens: int) -> Kernel:
     def call(x: Tensor, backend: str) -> Tensor:
         return detr_kernels.apply_dropout(x, P, True, backend)
@@ -247,6 +258,7 @@ def make_kernels(images: int, height: int, width: int) -> dict[str, Kernel]:
     }
     if not ON_GPU:
         kernels["residual-stage"] = residual_stage(images, 256, *at[4])
+        kernels["depthwise-conv5x5"] = depthwise(images, 672, *at[16])
         kernels["dropout"] = dropout(images, tokens)
         kernels["dropout-attention"] = dropout_attention(images, tokens)
     return kernels

@@ -1,5 +1,8 @@
 """The library's fused convolution, cuDNN's on a GPU and oneDNN's on a CPU: as exact as eager code, in both passes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,3 +145,20 @@ def test_the_operator_is_registered_as_torch_asks(library: str) -> None:
         each.requires_grad_() if isinstance(each, Tensor) else each for each in make_inputs(CASES[1], torch.float32)
     ]
     torch.library.opcheck(library_op, (*inputs, True, library))
+
+
+TWICE = """
+import detr_kernels, torch
+weight = torch.ones(16, 16, 5, 5)
+for width in [*range(1, 1101)] * 2:
+    torch.nn.functional.conv2d(torch.ones(2, 16, 5, 4 + width), weight)
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="oneDNN is for a CPU")
+def test_onednn_forgets_no_shape_of_a_run_of_many() -> None:
+    """By itself it keeps 1,024."""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "profile_create"}
+    told = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True, check=True)
+    made, kept = (told.stdout.count(f"create:{which},cpu,convolution,") for which in ("cache_miss", "cache_hit"))
+    assert made == kept == 1100

@@ -18,6 +18,7 @@ from detr_kernels import (
     apply_dropout,
     batched_assignment,
     conv_bias_act,
+    depthwise_conv,
     fused_add_layer_norm,
     match_cost,
     packed_attention,
@@ -112,6 +113,15 @@ def convolution(backend: str) -> Row:
     return both, list(tensors)
 
 
+def depthwise_convolution(backend: str) -> Row:
+    """A 5x5, and a 3x7 of stride 2 without a bias."""
+
+    def both(x: Tensor, square: Tensor, bias: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        return depthwise_conv(x, square, bias, 1, 2, backend), depthwise_conv(x, flat, None, 2, 1, backend)
+
+    return both, [uniform(2, 6, 9, 8), uniform(6, 1, 5, 5), uniform(6), uniform(6, 1, 3, 7, seed=1)]
+
+
 def packed_convolution(backend: str) -> Row:
     weight, bias = uniform(6, 4, 3, 3, seed=1), uniform(6, seed=2)
     packed = OneDNNConvolution(weight, bias, 2, 1, 1)
@@ -179,6 +189,7 @@ ROWS_OF: dict[str, Callable[[str], Row]] = {
     "convolution": convolution,
     "residual_stage": stage,
     "packed_convolution": packed_convolution,
+    "depthwise_convolution": depthwise_convolution,
     "attention": attention,
     "dropout": dropout,
     "layer_norm": by_backend(fused_add_layer_norm, uniform(3, 5, 16), uniform(3, 5, 16), uniform(16), uniform(16)),
@@ -253,7 +264,11 @@ def test_every_backend_computes_what_the_reference_does(name: str, backend: str,
     assert_all_close(name, found, exact, eager, TOLERANCES.get(name, 3e-6))
 
 
-AUTOCAST = [each for each in EVERY if each[0] in ("convolution", "layer_norm", "match_cost", "set_loss")]
+AUTOCAST = [
+    each
+    for each in EVERY
+    if each[0] in ("convolution", "depthwise_convolution", "layer_norm", "match_cost", "set_loss")
+]
 """Those that cast their own inputs; into the others come what was cast, or nothing that autocast knows."""
 
 
@@ -278,7 +293,7 @@ def test_every_backend_counts_the_references_flop(name: str, backend: str) -> No
         for run in (function, plain)
     )
     assert count == expected
-    assert (count > 0) == (name in ("convolution", "residual_stage", "packed_convolution", "attention"))
+    assert (count > 0) == (name == "attention" or "convolution" in name or name == "residual_stage")
 
 
 @each_backend

@@ -1,15 +1,19 @@
 """A timm backbone computes here what it computes in timm: with its batch norm frozen, and in a model for inference."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
 import torch
+from detr_kernels import Selection
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, UserError
+from detr_fast.model.backends import hand_out
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.model.timm_backbone import TimmBackbone
@@ -105,6 +109,42 @@ def test_folded_norms_change_no_feature(name: str) -> None:
         assert backbone.fold_norms()
         torch.testing.assert_close(backbone(IMAGES), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     assert learning <= {key for key, each in backbone.named_parameters() if each.requires_grad}
+
+
+class WeightGradients(TorchDispatchMode):
+    """Remembers the kernels of depthwise convolutions whose weight gradient oneDNN was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[9] > 1 and args[10][1]:
+            self.kernels.append(tuple(args[2].shape[2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_wide_depthwise_kernels_learn_in_strips_what_they_learn_whole(name: str, folded: bool) -> None:
+    """Padded on both sides or, as TensorFlow does, more on one; of stride 1 and 2."""
+    _, model = make_pair(name)
+    backbone = model.float().backbone
+    assert isinstance(backbone, TimmBackbone) and (not folded or backbone.fold_norms())
+    learning = [each for each in backbone.parameters() if each.requires_grad]
+
+    def gradients(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+        hand_out(Selection.named(depthwise_convolution=backend), backbone)
+        y = backbone.to(dtype)(IMAGES.to(dtype))
+        with WeightGradients() as seen:
+            return list(torch.autograd.grad(y.square().mean(), learning)), seen.kernels
+
+    found, narrow = gradients("strips", torch.float32)
+    eager, whole = gradients("ref", torch.float32)
+    exact, _ = gradients("ref", torch.float64)
+    assert {(5, 3), (5, 2)} <= set(narrow) and not {(5, 5)} & set(narrow) and (5, 5) in whole
+    for one, oracle, plain in zip(found, exact, eager, strict=True):
+        assert_close(one, oracle, plain, 1e-5 * oracle.abs().max().item(), name)
 
 
 def test_what_does_not_fold_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,13 @@ import copy
 from typing import Any
 
 import torch
+from detr_kernels import depthwise_conv
+from detr_kernels.convolution.depthwise import WIDEST_STRIP
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from detr_fast.config import require
+from detr_fast.model.backends import Selectable
 from detr_fast.model.feature_maps import joined
 
 FROZEN_STRIDE = 4
@@ -23,6 +26,40 @@ def strides_of(name: str) -> list[int]:
 
     with torch.device("meta"):  # without weights
         return timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+
+
+class DepthwiseConvolution(nn.Conv2d, Selectable):
+    """A depthwise convolution of a timm model, with its parameters and its padding, by our operation."""
+
+    operations = ("depthwise_convolution",)
+
+    def __init__(self, conv: nn.Conv2d, same: bool) -> None:
+        channels, padding = conv.in_channels, conv.padding
+        with torch.device("meta"):
+            super().__init__(channels, channels, conv.kernel_size, conv.stride, padding, groups=channels)  # type: ignore[arg-type]
+        self.weight, self.bias, self.same = conv.weight, conv.bias, same
+
+    def forward(self, input: Tensor) -> Tensor:
+        from timm.layers import pad_same
+
+        x = pad_same(input, self.kernel_size, self.stride) if self.same else input
+        backend = self.backend("depthwise_convolution", x.device, x.dtype)
+        return depthwise_conv(x, self.weight, self.bias, self.stride[0], int(self.padding[0]), backend)
+
+
+def use_depthwise(body: nn.Module) -> None:
+    """Replace the depthwise convolutions of `body` whose kernels are wider than a strip by ours."""
+    from timm.layers import Conv2dSame
+
+    for parent in list(body.modules()):
+        for name, conv in parent.named_children():
+            if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv2dSame):
+                continue
+            depthwise = conv.groups == conv.in_channels == conv.out_channels
+            symmetric = len({*conv.stride}) == len({*conv.padding}) == 1
+            plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+            if depthwise and conv.kernel_size[1] > WIDEST_STRIP and symmetric and plain:
+                setattr(parent, name, DepthwiseConvolution(conv, type(conv) is Conv2dSame))
 
 
 class TimmBackbone(nn.Module):
@@ -53,6 +90,7 @@ class TimmBackbone(nn.Module):
             last = int(body.feature_info.module_name()[-1].rpartition(".")[2])
             body.blocks = body.blocks[: last + 1]  # timm cuts other models by itself
         self.body: Any = freeze_batch_norm_2d(body)
+        use_depthwise(self.body)
         self.made_of, self.folded = (name, dilation, strides), False
         self._freeze_early(made)
         if fold_norms:

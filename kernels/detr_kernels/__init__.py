@@ -8,6 +8,7 @@ from detr_kernels.attention.padded import attention_ref, padded_attention
 from detr_kernels.attention.xformers import why_not_xformers
 from detr_kernels.convolution.batch_norm import fold_frozen_bn
 from detr_kernels.convolution.conv_bias_act import conv_bias_act, conv_bias_act_ref
+from detr_kernels.convolution.depthwise import depthwise_conv, depthwise_conv_ref
 from detr_kernels.convolution.library import OneDNNConvolution, why_not_onednn
 from detr_kernels.convolution.pointwise import conv1x1_bias_act, conv1x1_bias_act_ref
 from detr_kernels.convolution.stage import residual_stage, residual_stage_ref
@@ -41,6 +42,8 @@ __all__ = [
     "conv1x1_bias_act_ref",
     "conv_bias_act",
     "conv_bias_act_ref",
+    "depthwise_conv",
+    "depthwise_conv_ref",
     "fold_frozen_bn",
     "fused_add_layer_norm",
     "fused_add_layer_norm_ref",

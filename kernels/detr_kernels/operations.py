@@ -3,6 +3,7 @@
 from detr_kernels.attention.backends import OPERATION as ATTENTION
 from detr_kernels.convolution.batch_norm import OPERATION as FROZEN_BATCH_NORM
 from detr_kernels.convolution.conv_bias_act import OPERATION as CONVOLUTION
+from detr_kernels.convolution.depthwise import OPERATION as DEPTHWISE
 from detr_kernels.convolution.library import PACKED
 from detr_kernels.convolution.stage import OPERATION as RESIDUAL_STAGE
 from detr_kernels.dropout.pcg64 import OPERATION as DROPOUT
@@ -20,6 +21,7 @@ OPERATIONS = {
         CONVOLUTION,
         RESIDUAL_STAGE,
         PACKED,
+        DEPTHWISE,
         ATTENTION,
         DROPOUT,
         LAYER_NORM,

@@ -6,6 +6,7 @@ Backward: the ReLU's mask, and the library's gradients of a convolution; for 1x1
 Saved for it are x, the weight, and y where there is a ReLU.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from detr_kernels.convolution.geometry import channels_last, empty_image, output_shape
 from detr_kernels.registry import Backend, Facts, Operation
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(2**14))
+"""oneDNN compiles every convolution for its shape, and by itself keeps 1,024: six sizes of images, in a network of 54
+convolutions with their gradients. It reads the variable at its first one; each takes some 50 KiB."""
 
 
 @torch.compiler.assume_constant_result
