@@ -4,7 +4,7 @@
 
 OUT ?= runs/profile
 
-.PHONY: train test lint coverage bench trace report setup clean
+.PHONY: train accuracy test lint coverage bench trace report setup clean
 
 train: setup
 	.venv/bin/python -m detr_fast.train --resume auto $(ARGS)
@@ -23,6 +23,10 @@ lint: setup
 
 coverage: setup
 	.venv/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov $(ARGS)
+
+# Hours: python -m detr_profiling accuracy --help says of what.
+accuracy: setup
+	.venv/bin/python -m detr_profiling accuracy $(ARGS)
 
 bench: setup
 	.venv/bin/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

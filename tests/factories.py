@@ -27,6 +27,11 @@ from detr_fast.training.recipes import RECIPES
 from detr_fast.training.resuming import digests
 from detr_fast.training.step import LayerwiseNetwork, TrainStep
 
+PROPOSING: dict[str, Any] = {
+    **{"queries": "encoder", "query_positions": "boxes", "box_refinement": True, "layer_heads": True},
+    **{"scores": "sigmoid", "token_norm": True, "position_temperature": 20.0},
+}
+"""`detr_lite`'s decoder, for a network of any backbone."""
 TINY = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)
 """The smallest DETR that has auxiliary losses."""
 NARROW = replace(

@@ -12,7 +12,7 @@ from detr_kernels import Selection
 from detr_profiling.mixed_sizes import order_of
 from torch import Tensor
 
-from detr_fast.config import UserError
+from detr_fast.config import ModelConfig, UserError
 from detr_fast.cuda_graphs import Call, cudnn_benchmark
 from detr_fast.data.batch import Batch
 from detr_fast.model.backends import select_backends
@@ -26,15 +26,17 @@ from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.optimizer import Schedule
 from detr_fast.training.step import TrainStep
 from tests import factories
-from tests.factories import TINY, make_batch, run_processes
+from tests.factories import PROPOSING, TINY, make_batch, run_processes
 from tests.stand_in import StandIn
 
 CONFIG = replace(TINY, dropout=0.1)
 SCHEDULE = Schedule("cosine", 20, 10, 3)
 
 
-def make_step(decay: float = 0.0, muon: bool = False, world: World | None = None) -> TrainStep:
-    return factories.make_step(CONFIG, decay=decay, world=world, learning_rate=1e-3, muon=muon)
+def make_step(
+    decay: float = 0.0, muon: bool = False, world: World | None = None, config: ModelConfig = CONFIG
+) -> TrainStep:
+    return factories.make_step(config, decay=decay, world=world, learning_rate=1e-3, muon=muon)
 
 
 def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
@@ -100,9 +102,13 @@ def test_the_log_has_the_means_of_the_steps() -> None:
         assert places[0] == places[1]  # all that a graph knows of them
 
 
-@pytest.mark.parametrize(("accumulate", "muon"), [(1, False), (2, False), (1, True)])
-def test_the_same_numbers_as_without(accumulate: int, muon: bool) -> None:
-    plain, captured, capturer = make_step(0.9, muon), make_step(0.9, muon), StandIn()
+@pytest.mark.parametrize(
+    ("accumulate", "muon", "config"),
+    [(1, False, CONFIG), (2, False, CONFIG), (1, True, CONFIG), (2, False, replace(CONFIG, **PROPOSING))],
+    ids=["adamw", "accumulated", "muon", "proposing"],
+)
+def test_the_same_numbers_as_without(accumulate: int, muon: bool, config: ModelConfig) -> None:
+    plain, captured, capturer = (*(make_step(0.9, muon, config=config) for _ in range(2)), StandIn())
     for expected, found in zip(run(plain, accumulate), run(graphed(captured, capturer), accumulate), strict=True):
         assert found == expected
     assert plain.ema is not None and captured.ema is not None

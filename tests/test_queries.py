@@ -24,11 +24,8 @@ from detr_fast.training.criterion import build_criterion
 from detr_fast.training.recipes import RECIPES
 from detr_fast.weights import load_for_fine_tuning
 from detr_fast.weights.container import write_container
+from tests.factories import PROPOSING
 
-PROPOSING: dict[str, Any] = {
-    **{"queries": "encoder", "query_positions": "boxes", "box_refinement": True, "layer_heads": True},
-    **{"scores": "sigmoid", "token_norm": True, "position_temperature": 20.0},
-}
 CONFIG = replace(MODELS["detr_tiny"], **PROPOSING)
 
 

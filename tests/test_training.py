@@ -119,8 +119,13 @@ def test_a_run_leaves_what_it_promises_and_learns(shapes_root: Path, tmp_path: P
     [
         (signal.SIGTERM, 143, {}),
         (signal.SIGINT, 130, {"accumulate": 2, "ema": 0.9, "dropout": 0.1, "workers": 1, "groups": 2, "denoise": 2}),
+        (signal.SIGTERM, 143, {"model": "detr_lite", "ema": 0.9, "color_jitter": 0.5, "mosaic": 0.5, "mixup": 0.5}),
     ],
-    ids=["terminated in mid-epoch", "interrupted with accumulation, average, dropout, query sets, other workers"],
+    ids=[
+        "terminated in mid-epoch",
+        "interrupted with accumulation, average, dropout, query sets, other workers",
+        "detr_lite with colours and compositions",
+    ],
 )
 def test_an_interrupted_run_continues_bit_equal(
     shapes_root: Path,

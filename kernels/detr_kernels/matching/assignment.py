@@ -23,7 +23,7 @@ from detr_kernels.specimens import IMAGES, LAYERS, QUERIES, TARGETS, meta
 from detr_kernels.triton_compat import UNALIGNED, tl, triton
 
 MOST_COLUMNS = 32768
-"""So that the keys of the Triton kernel fit into int32."""
+"""So that the keys of the Triton kernel fit into int32; wider problems are solved by SciPy."""
 CHUNK = 512
 """Entries that a program looks at together for non-finite ones: 16 a thread."""
 
@@ -197,14 +197,14 @@ def _solve(cost: Tensor, num_targets: Tensor) -> tuple[Tensor, Tensor]:
     """Compute query_of_target (P, T) int64 and the counts of non-finite costs (P,) int32 from cost (P, Q, T).
 
     One warp a problem, up to 512 columns: reductions, of which there are three a step, are then shuffles and need no
-    barrier. At 128 columns (DETR's 100 queries) a thread holds 4 of each vector.
+    barrier. At 128 columns (DETR's 100 queries) a thread holds 4 of each vector; at 4,096 (an image's tokens) 16.
     """
-    query_of_target, non_finite = _empty_outputs(cost)
     problems, queries, targets = cost.shape
-    arguments = (cost, num_targets.contiguous(), query_of_target, non_finite, queries, targets, *cost.stride())
     columns = max(32, next_power_of_2(max(queries, targets)))
     if columns > MOST_COLUMNS:
-        raise ValueError(f"at most {MOST_COLUMNS} queries or targets; got cost {tuple(cost.shape)}")
+        return _solve_on_host(cost, num_targets)
+    query_of_target, non_finite = _empty_outputs(cost)
+    arguments = (cost, num_targets.contiguous(), query_of_target, non_finite, queries, targets, *cost.stride())
     warps = min(8, max(1, columns // 512))
     launch(_solve_kernel, (problems,), *arguments, COLUMNS=columns, CHUNK=CHUNK, num_warps=warps)
     return query_of_target, non_finite
@@ -220,9 +220,10 @@ def _(cost, num_targets):
 
 
 def _specimens() -> None:
-    for queries in (QUERIES, 300):
-        cost = meta(LAYERS * IMAGES, queries, TARGETS, dtype=torch.float32)
-        _solve(cost, meta(LAYERS * IMAGES, dtype=torch.int64))
+    """Match the queries of all layers, and all tokens of 16 pixels of 800 x 1066."""
+    for problems, columns in ((LAYERS * IMAGES, QUERIES), (LAYERS * IMAGES, 300), (IMAGES, 50 * 67)):
+        cost = meta(problems, columns, TARGETS, dtype=torch.float32)
+        _solve(cost, meta(problems, dtype=torch.int64))
 
 
 OPERATION = Operation(
@@ -255,8 +256,8 @@ def batched_assignment(
     last; the answer is a matching whatever the costs. Has no gradient.
 
     With SciPy a GPU is waited for, and no graph can be captured. Triton's kernel holds a problem's larger side in
-    registers: fast up to 512, at most 32768. Raises ValueError for shapes or dtypes that do not fit and RuntimeError
-    where Triton is asked for and cannot run.
+    registers, up to 32768; wider ones are SciPy's. Raises ValueError for shapes or dtypes that do not fit and
+    RuntimeError where Triton is asked for and cannot run.
     """
     if cost.dim() != 3 or num_targets.shape != cost.shape[:1] or num_targets.device != cost.device:
         given = [(tuple(each.shape), str(each.device)) for each in (cost, num_targets)]
