@@ -44,8 +44,9 @@ class RuntimeOptions(Options):
     """auto: what was measured to be fastest on this device; triton: every kernel of ours; ref: DETR's own sequence of
     operations, nothing fused or folded."""
     attention: Attention = "auto"
-    """auto: what was measured to win on this device, else sdpa; sdpa: torch's scaled_dot_product_attention; blocked:
-    ours for dropout on a CPU; xformers: FlashAttention; triton: our kernel; ref: with materialised weights."""
+    """auto: what was measured to win on this device, else sdpa, on a CPU in bf16 blocked; sdpa: torch's
+    scaled_dot_product_attention; blocked: ours for a CPU; xformers: FlashAttention; triton: our kernel; ref: with
+    materialised weights."""
     tune: bool = True
     """Use what `python -m detr_profiling tune` measured here; training on a GPU that has no such entry measures first,
     for at most a minute."""

@@ -116,7 +116,7 @@ def test_each_choice_has_its_reason() -> None:
 OPERATORS = {
     "detr_kernels::residual_stage": "residual_stage",
     "detr_kernels::conv_bias_act_library": "convolution",
-    "detr_kernels::dropout_attention": "attention",
+    "detr_kernels::blocked_attention": "attention",
     "detr_kernels::dropout": "dropout",
     "detr_kernels::relu_dropout": "dropout",
 }
@@ -220,10 +220,19 @@ def test_what_is_asked_for_runs_in_optimised_inference(tiny: bool) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
 def test_a_backend_of_one_mode_leaves_the_other_to_auto() -> None:
-    selection = select_backends(DETR(replace(NARROW, dropout=0.1)), attention="blocked")
-    assert [selection.backend("attention", training) for training in (True, False)] == ["blocked", "sdpa"]
-    with pytest.raises(UserError, match="attention by blocked: it is for dropout in training"):
-        select_backends(DETR(NARROW), attention="blocked")
+    selection = select_backends(DETR(NARROW), named={"packed_convolution": "onednn"})
+    assert [selection.backend("packed_convolution", training) for training in (True, False)] == ["ref", "onednn"]
+    with pytest.raises(UserError, match="frozen batch norm by foreach: it saves launches on a GPU"):
+        select_backends(DETR(NARROW), named={"frozen_batch_norm": "foreach"})
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are a CPU's")
+@pytest.mark.parametrize("amx", [False, True])
+def test_attention_in_bfloat16_is_ours_where_it_was_measured(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    for dtype, expected in ((torch.bfloat16, "sdpa" if amx else "blocked"), (torch.float32, "sdpa")):
+        selection = select_backends(DETR(NARROW), dtype=dtype)
+        assert [selection.backend("attention", training) for training in (True, False)] == [expected] * 2
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it runs")

@@ -63,6 +63,12 @@ class Measurer:
         return Measurement(timing, 1000.0, 0.1, None, 3.0, **error)
 
 
+@pytest.fixture(autouse=True)
+def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor is: with AMX, attention in bfloat16 is torch's own."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+
+
 @pytest.fixture
 def measurer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurer]:
     stand_in = Measurer()
@@ -89,9 +95,9 @@ def test_each_row_adds_one_technique_and_the_last_has_what_was_asked_for() -> No
 
 def test_inference_ends_with_weights_that_are_folded_and_rounded_once() -> None:
     eager = OPTIONS.but(mode="inference", compile=False)
-    *_, folded, packed, attention = [entry.name for entry in build_entries(eager)]
+    *_, folded, packed, sdpa, blocked = [entry.name for entry in build_entries(eager)]
     assert (folded, packed) == ("weights folded and rounded once", "packed convolution: onednn")
-    assert attention == "attention: sdpa", "dropout is of training"
+    assert (sdpa, blocked) == ("attention: sdpa", "attention: blocked"), "dropout is of training"
 
 
 def test_what_a_later_row_replaces_is_not_left_out() -> None:
@@ -106,7 +112,7 @@ def test_what_a_later_row_replaces_is_not_left_out() -> None:
 def test_a_model_has_rows_of_its_own_operations_alone(mode: Any) -> None:
     """detr_tiny's batch norm is live and its backbone is none of ours to fuse; it has no dropout."""
     entries = build_entries(OPTIONS.but(model="detr_tiny", mode=mode, compile=False))
-    assert [entry.name for entry in entries if ":" in entry.name] == ["attention: sdpa"]
+    assert [entry.name for entry in entries if ":" in entry.name] == ["attention: sdpa", "attention: blocked"]
 
 
 @pytest.fixture
@@ -256,7 +262,7 @@ def test_rows_go_to_a_file_and_back_and_another_mode_stays(measurer: Measurer, t
     for mode in ("training", "inference", "training"):
         assert ladder.main(OPTIONS.but(rounds=1, mode=mode, output=str(tmp_path))) == 0
     rows = read_rows(tmp_path / "ladder.csv")
-    assert [row.mode for row in rows] == ["inference"] * 11 + ["training"] * 12
+    assert [row.mode for row in rows] == ["inference"] * 12 + ["training"] * 12
     last = rows[-1]
     assert last.median_ms and last.without_median_ms and last.without_median_ms > last.median_ms
     assert last.speedup == pytest.approx(100.5 / last.median_ms, rel=1e-4) and last.rounds_ms == (last.median_ms,)

@@ -114,12 +114,14 @@ def convolution(backend: str) -> Row:
 
 
 def depthwise_convolution(backend: str) -> Row:
-    """A 5x5, and a 3x7 of stride 2 without a bias."""
+    """A 5x5, and a 3x7 and a 3x3 of stride 2 without a bias."""
 
-    def both(x: Tensor, square: Tensor, bias: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        return depthwise_conv(x, square, bias, 1, 2, backend), depthwise_conv(x, flat, None, 2, 1, backend)
+    def all_three(x: Tensor, bias: Tensor, *weights: Tensor) -> list[Tensor]:
+        geometries = (bias, 1, 2), (None, 2, 1), (None, 2, 0)
+        return [depthwise_conv(x, weight, *each, backend) for weight, each in zip(weights, geometries, strict=True)]
 
-    return both, [uniform(2, 6, 9, 8), uniform(6, 1, 5, 5), uniform(6), uniform(6, 1, 3, 7, seed=1)]
+    weights = [uniform(6, 1, *size, seed=number) for number, size in enumerate([(5, 5), (3, 7), (3, 3)])]
+    return all_three, [uniform(2, 6, 9, 8), uniform(6), *weights]
 
 
 def packed_convolution(backend: str) -> Row:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from detr_kernels import depthwise_conv
-from detr_kernels.convolution.depthwise import WIDEST_STRIP
+from detr_kernels.convolution.depthwise import is_slow
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -48,7 +48,7 @@ class DepthwiseConvolution(nn.Conv2d, Selectable):
 
 
 def use_depthwise(body: nn.Module) -> None:
-    """Replace the depthwise convolutions of `body` whose kernels are wider than a strip by ours."""
+    """Replace the depthwise convolutions of `body` whose gradients the library is slow at by ours."""
     from timm.layers import Conv2dSame
 
     for parent in list(body.modules()):
@@ -58,7 +58,7 @@ def use_depthwise(body: nn.Module) -> None:
             depthwise = conv.groups == conv.in_channels == conv.out_channels
             symmetric = len({*conv.stride}) == len({*conv.padding}) == 1
             plain = conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-            if depthwise and conv.kernel_size[1] > WIDEST_STRIP and symmetric and plain:
+            if depthwise and symmetric and plain and is_slow(conv.kernel_size[1], conv.stride[0]):
                 setattr(parent, name, DepthwiseConvolution(conv, type(conv) is Conv2dSame))
 
 

@@ -14,11 +14,15 @@ from detr_kernels.specimens import DIM, HEADS, IMAGES, QUERIES, TOKENS, meta
 
 
 def _why_not_blocked(facts: Facts) -> str | None:
-    if facts.device.type != "cpu":
-        return f"it is for a CPU's caches, not for {facts.device.type}"
+    return None if facts.device.type == "cpu" else f"it is for a CPU's caches, not for {facts.device.type}"
+
+
+def _blocked_only_by_name(facts: Facts) -> str | None:
     if facts.training and facts.dropout:
         return None
-    return "it is for dropout in training: without, torch's own is as fast"
+    if facts.dtype != torch.bfloat16:
+        return "without dropout torch's own is as fast, but in bfloat16"
+    return "nobody has measured it in bfloat16 with AMX" if torch.cpu._is_amx_tile_supported() else None
 
 
 def _why_not_xformers(facts: Facts) -> str | None:
@@ -89,7 +93,10 @@ OPERATION = Operation(
     "attention",
     (
         Backend(
-            "blocked", _why_not_blocked, reason="torch's own computes dropout on a CPU in float32, out of the caches"
+            "blocked",
+            _why_not_blocked,
+            _blocked_only_by_name,
+            reason="torch's own is slow on a CPU in bfloat16, and with dropout",
         ),
         Backend("xformers", _why_not_xformers, unmeasured),
         Backend("triton", _why_not_triton, unmeasured),
@@ -97,8 +104,8 @@ OPERATION = Operation(
         Backend("ref"),
     ),
     flop={
-        "dropout_attention": attention_flop,
-        "dropout_attention_backward": attention_backward_flop,
+        "blocked_attention": attention_flop,
+        "blocked_attention_backward": attention_backward_flop,
         "packed_attention": _triton_flop,
         "packed_attention_backward": _triton_backward_flop,
         "xformers_attention": _xformers_flop,

@@ -1,10 +1,11 @@
-"""Attention with dropout on its weights, a few heads at a time: what training on a CPU runs.
+"""Attention a few heads at a time: what a CPU runs in bfloat16, and in training with dropout on the weights.
 
     out = dropout(softmax(q k^T / sqrt(d))) v                 over the keys that are attended to
 
 With dropout on a CPU, torch's `scaled_dot_product_attention` computes in float32 and saves five tensors of B H Nq Nk
-numbers for the backward pass. Here only so many heads are computed at a time that their weights stay in the cache,
-in the inputs' own precision, and two such tensors are saved: the weights before and after dropout.
+numbers for the backward pass; without, its tiles of bfloat16 are so small that converting them takes longer than their
+products. Here only so many heads are computed at a time that their weights stay in the cache, in the inputs' own
+precision. For the backward pass the weights are saved, before and after dropout.
 (Vaswani et al. 2017, section 3.2.)
 """
 
@@ -20,32 +21,46 @@ CACHED_BYTES = 2**23
 """Weights of the heads that are computed together: a matrix or two of them stays in the caches."""
 
 
-def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], Tensor]:
-    """Group heads of q (G, Nq, d) and k (G, Nk, d) to compute together; allocate the weights of one group."""
-    together = max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
-    workspace = q.new_empty(min(together, len(q)), q.shape[1], k.shape[1])
-    return [slice(start, start + together) for start in range(0, len(q), together)], workspace
+def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], int]:
+    """Group heads of q (G, Nq, d) and k (G, Nk, d) to compute together; the second is how many those are."""
+    together = min(len(q), max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size())))
+    return [slice(start, start + together) for start in range(0, len(q), together)], together
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    return q.new_empty(heads, q.shape[1], k.shape[1])
+
+
+def _outputs(q: Tensor, k: Tensor, p: float, saves: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `_forward` returns."""
+    weights, dropped = (_weights(q, k, len(q) if saved else 0) for saved in (saves, saves and p > 0))
+    return q.new_empty(q.shape), weights, dropped
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, p: float, saves: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute out (G, Nq, d), and the weights (G, Nq, Nk) before and after dropout, of q (G, Nq, d), k, v (G, Nk, d).
 
-    `attn_bias` (G, 1, Nk) is 0, or -inf where a key is not attended to.
+    `attn_bias` (G, 1, Nk) is 0, or -inf where a key is not attended to. The weights are (0, Nq, Nk) where they are not
+    saved, those after dropout also where there is none.
     """
     q, k, v = q.contiguous() * math.sqrt(1 / q.shape[-1]), k.contiguous(), v.contiguous()
-    out, (weights, dropped) = torch.empty_like(q), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
-    groups, workspace = _groups(q, k)
-    dropper = Dropper(p)
+    out, weights, dropped = _outputs(q, k, p, saves)
+    groups, together = _groups(q, k)
+    workspace, passing = _weights(q, k, together), _weights(q, k, 0 if saves else together)
+    dropper = Dropper(p) if p else None
     for some in groups:
         scores = workspace[: len(q[some])]
         if attn_bias is None:
             torch.bmm(q[some], k[some].transpose(1, 2), out=scores)
         else:
             torch.baddbmm(attn_bias[some], q[some], k[some].transpose(1, 2), out=scores)
-        torch.softmax(scores, -1, out=weights[some])
-        dropper.drop(weights[some], out=dropped[some])
-        torch.bmm(dropped[some], v[some], out=out[some])
-    return out.mul_(1 / (1 - p)), weights, dropped
+        mixing = torch.softmax(scores, -1, out=weights[some] if saves else passing[: len(scores)])
+        if dropper is not None:
+            mixing = dropper.drop(mixing, out=dropped[some] if saves else scores)
+        torch.bmm(mixing, v[some], out=out[some])
+    return out.mul_(1 / (1 - p)) if p else out, weights, dropped
 
 
 def _backward(
@@ -53,10 +68,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v; the scores' is dropped g - weights sum(dropped g), with g = dout v^T."""
     scale = math.sqrt(1 / q.shape[-1])
-    dout, q = dout * (1 / (1 - p)), q.contiguous() * scale
+    dout, dropped = (dout * (1 / (1 - p)), dropped) if p else (dout.contiguous(), weights)
+    q = q.contiguous() * scale
     k, v = k.contiguous(), v.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    groups, workspace = _groups(q, k)
+    groups, together = _groups(q, k)
+    workspace = _weights(q, k, together)
     for some in groups:
         dscores = workspace[: len(q[some])]
         torch.bmm(dropped[some].transpose(1, 2), dout[some], out=dv[some])
@@ -67,14 +84,13 @@ def _backward(
     return dq.mul_(scale), dk, dv
 
 
-forward_op = torch.library.custom_op("detr_kernels::dropout_attention", _forward, mutates_args=())
-backward_op = torch.library.custom_op("detr_kernels::dropout_attention_backward", _backward, mutates_args=())
+forward_op = torch.library.custom_op("detr_kernels::blocked_attention", _forward, mutates_args=())
+backward_op = torch.library.custom_op("detr_kernels::blocked_attention_backward", _backward, mutates_args=())
 
 
 @forward_op.register_fake
-def _(q, k, v, attn_bias, p):
-    out, (weights, dropped) = q.new_empty(q.shape), (q.new_empty(*q.shape[:2], k.shape[1]) for _ in range(2))
-    return out, weights, dropped
+def _(q, k, v, attn_bias, p, saves=True):
+    return _outputs(q, k, p, saves)
 
 
 @backward_op.register_fake
@@ -83,20 +99,20 @@ def _(dout, q, k, v, weights, dropped, p):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, ctx.p = inputs
+    q, k, v, _, ctx.p, _ = inputs
     ctx.save_for_backward(q, k, v, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *backward_op(dout, *ctx.saved_tensors, ctx.p), None, None
+    return *backward_op(dout, *ctx.saved_tensors, ctx.p), None, None, None
 
 
 forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, p: float) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, p: float) -> Tensor:
     """Compute `F.scaled_dot_product_attention(q, k, v, attn_mask, p)` of q (B, H, Nq, d) and k, v (B, H, Nk, d).
 
     Returns (B, H, Nq, d). `attn_mask` (B, 1, 1, Nk) bool is True where a key is attended to; None: everywhere. An image
@@ -111,6 +127,7 @@ def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
             q.new_zeros(()).masked_fill(~attn_mask & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
         )
     flat = (x.reshape(images * heads, -1, width) for x in (q, k, v))
-    out, *_ = forward_op(*flat, attn_bias, p)
+    saves = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, *_ = forward_op(*flat, attn_bias, p, saves)
     out = out.view(images, heads, queries, width)
     return out if some is None else torch.where(some, out, 0)

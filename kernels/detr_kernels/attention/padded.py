@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_kernels.attention.backends import OPERATION, ROWS
-from detr_kernels.attention.blocked import attention_with_dropout
+from detr_kernels.attention.blocked import blocked_attention
 from detr_kernels.registry import Facts
 
 
@@ -50,5 +50,5 @@ def padded_attention(
     if chosen == "ref":
         return attention_ref(q, k, v, attn_mask, p)
     if chosen == "blocked":
-        return attention_with_dropout(q, k, v, attn_mask, p)
+        return blocked_attention(q, k, v, attn_mask, p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask, p)

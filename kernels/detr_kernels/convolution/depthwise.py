@@ -5,7 +5,8 @@
 
 oneDNN has a kernel for dw that takes at most three columns; a wider one is left to that of grouped convolutions, which
 computes blocks of 16 x 16 channels to keep their diagonal. Columns j to j + n of dw are the weight gradient of a
-convolution n columns wide whose image is moved by j: a 5x5 is one strip of three columns and one of two.
+convolution n columns wide whose image is moved by j: a 5x5 is one strip of three columns and one of two. Of strided
+ones in bfloat16 it has no kernel for the input's gradient either, which is computed in float32.
 """
 
 from typing import Any
@@ -21,15 +22,21 @@ from detr_kernels.registry import Backend, Facts, Operation
 WIDEST_STRIP = 3
 """Columns of the widest kernel that oneDNN's weight gradient of depthwise convolutions takes."""
 
+
+def is_slow(columns: int, stride: int) -> bool:
+    """Tell whether a gradient of such a convolution is one that the library is slow at, in some dtype."""
+    return columns > WIDEST_STRIP or stride > 1
+
+
 OPERATION = Operation(
     "depthwise_convolution",
     (
-        Backend("strips", why_not_onednn_here, reason="oneDNN takes weight gradients of three columns at a time"),
+        Backend("strips", why_not_onednn_here, reason="oneDNN takes weight gradients of up to three columns"),
         Backend("ref"),
     ),
     mode="training",
 )
-"""Both run the same forward pass; they differ in the gradient of kernels wider than three columns."""
+"""Both run the same forward pass; they differ in the gradients of wide kernels, and of strided ones in bfloat16."""
 
 
 def depthwise_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
@@ -60,7 +67,9 @@ class _InStrips(torch.autograd.Function):
         dy = channels_last(dy)
         dx = dweight = dbias = None
         if wants_x:
-            dx = _gradients(dy, x, weight, stride, (padding, padding), [True, False, False])[0]
+            wide = torch.float32 if stride > 1 else x.dtype
+            operands = dy.to(wide), x.to(wide), weight.to(wide)
+            dx = _gradients(*operands, stride, (padding, padding), [True, False, False])[0].to(x.dtype)
         if wants_weight:
             strips, last = [], (dy.shape[3] - 1) * stride - padding  # first column under the last place of the kernel
             for first in range(0, weight.shape[3], WIDEST_STRIP):
@@ -90,6 +99,6 @@ def depthwise_conv(
         raise ValueError(f"x must be (B, C, H, W), weight (C, 1, h, w), bias (C,); got {shapes}")
     x, weight, bias = as_under_autocast(x, weight, bias)
     chosen = OPERATION.choose(Facts(x.device, x.dtype), backend).backend
-    if chosen == "ref" or weight.shape[3] <= WIDEST_STRIP:
+    if chosen == "ref" or not is_slow(weight.shape[3], stride):
         return depthwise_conv_ref(x, weight, bias, stride, padding)
     return _InStrips.apply(channels_last(x), weight, bias, stride, padding)

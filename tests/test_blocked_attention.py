@@ -1,11 +1,11 @@
-"""Attention with dropout on a CPU, and the dropout it draws: exact for the mask that was drawn, which is fair."""
+"""Attention a few heads at a time, and the dropout it draws: exact for the mask that was drawn, which is fair."""
 
 import math
 
 import pytest
 import torch
 from detr_kernels import apply_dropout, relu_dropout
-from detr_kernels.attention.blocked import attention_with_dropout, backward_op, forward_op
+from detr_kernels.attention.blocked import backward_op, blocked_attention, forward_op
 from detr_kernels.dropout.pcg64 import Dropper, threshold_of
 from detr_profiling.comparison.closeness import assert_close
 from torch import Tensor
@@ -49,12 +49,13 @@ def with_gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [0.3, 0.0])
 def test_as_exact_as_eager_with_the_same_mask(
-    shape: tuple[int, ...], dtype: torch.dtype, masked: bool, together: int, monkeypatch: pytest.MonkeyPatch
+    p: float, shape: tuple[int, ...], dtype: torch.dtype, masked: bool, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = shape[2] * shape[3] * dtype.itemsize
     monkeypatch.setattr("detr_kernels.attention.blocked.CACHED_BYTES", together * weights)
-    p, drawn = 0.3, []
+    drawn: list[Tensor] = []
     drop = Dropper.drop
 
     def draw(self: Dropper, x: Tensor, out: Tensor) -> Tensor:
@@ -64,9 +65,9 @@ def test_as_exact_as_eager_with_the_same_mask(
     monkeypatch.setattr(Dropper, "drop", draw)
     attended = padding_of(shape) if masked else None
     inputs = tuple(x.requires_grad_() for x in make_inputs(shape, dtype))
-    found = with_gradients(attention_with_dropout(*inputs, attended, p), inputs)
-    keep = torch.cat(drawn)
-    assert len(drawn) == -(-shape[0] * shape[1] // together)
+    found = with_gradients(blocked_attention(*inputs, attended, p), inputs)
+    keep = torch.cat(drawn) if p else torch.ones(shape)
+    assert len(drawn) == (-(-shape[0] * shape[1] // together) if p else 0)
     eager = with_gradients(plain(*inputs, attended, keep, p), inputs)
     doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
     oracle = with_gradients(plain(*doubles, attended, keep, p), doubles)
@@ -78,17 +79,23 @@ def test_an_image_that_attends_to_nothing_gives_zeros() -> None:
     inputs = tuple(x.requires_grad_() for x in make_inputs(SHAPES[0], torch.float32))
     attended = torch.ones(2, 1, 1, 33, dtype=torch.bool)
     attended[1] = False
-    out, *grads = with_gradients(attention_with_dropout(*inputs, attended, 0.1), inputs)
+    out, *grads = with_gradients(blocked_attention(*inputs, attended, 0.1), inputs)
     assert out[0].abs().sum() > 0 and out[1].abs().sum() == 0
     assert all(grad.isfinite().all() and grad[1].abs().sum() == 0 for grad in grads)
 
 
-def test_two_tensors_of_the_weights_size_are_kept() -> None:
+@pytest.mark.parametrize(("p", "count"), [(0.1, 2), (0.0, 1)])
+def test_tensors_of_the_weights_size_are_kept_for_training_alone(p: float, count: int) -> None:
     inputs = tuple(x.requires_grad_() for x in make_inputs((1, 2, 40, 50), torch.float32))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        attention_with_dropout(*inputs, None, 0.1)
-    assert [tuple(x.shape) for x in saved if x.numel() >= 2 * 40 * 50] == [(2, 40, 50)] * 2
+        torch.manual_seed(0)
+        trained = blocked_attention(*inputs, None, p)
+    assert [tuple(x.shape) for x in saved if x.numel() >= 2 * 40 * 50] == [(2, 40, 50)] * count
+    flat = [x.detach()[0] for x in inputs]
+    torch.manual_seed(0)
+    out, *weights = forward_op(*flat, None, p, False)
+    assert torch.equal(out, trained[0].detach()) and [len(each) for each in weights] == [0, 0]
 
 
 def test_operators_are_registered_as_torch_asks() -> None:
@@ -101,12 +108,13 @@ def test_operators_are_registered_as_torch_asks() -> None:
     _, weights, dropped = forward_op(q, k, v, hidden, 0.1)
     detached = [x.detach() for x in (q, k, v, weights, dropped)]
     torch.library.opcheck(backward_op, (torch.ones_like(detached[0]), *detached, 0.1))
-    torch.library.opcheck(forward_op, (q, k, v, None, 0.1), test_utils=utils)
+    torch.library.opcheck(forward_op, (q, k, v, None, 0.1, False), test_utils=utils)
+    torch.library.opcheck(forward_op, (q, k, v, hidden, 0.0))
 
 
 def test_compiles_without_a_graph_break() -> None:
     inputs = tuple(x.requires_grad_() for x in make_inputs(SHAPES[1], torch.float32))
-    function = lambda q, k, v: apply_dropout(attention_with_dropout(q, k, v, None, 0.1), 0.1, True) + 1  # noqa: E731
+    function = lambda q, k, v: apply_dropout(blocked_attention(q, k, v, None, 0.1), 0.1, True) + 1  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for each in (function, compiled):
