@@ -28,8 +28,8 @@ def small_sizes(side_px: int) -> dict[str, Any]:
         "image_size": side_px,
         "max_size": 7 * side_px // 4,
         "train_sizes": times(*range(10, 25)),
-        "crop_sizes": times(16, 20, 24),
-        "crop_range": times(10, 20),
+        "crop_sizes": times(16),
+        "crop_range": times(11, 21),
     }
 
 
