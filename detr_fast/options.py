@@ -63,7 +63,7 @@ class RuntimeOptions(Options):
 class LocationOptions(Options):
     """Say where images lie."""
 
-    data: str = "shapes:64"
+    data: str = "shapes:128"
     """A folder in COCO layout, or shapes:SIDE, the embedded data set at that image side."""
     train_images: str | None = None
     """Folder of the training images, instead of the one found under --data; likewise the next three."""

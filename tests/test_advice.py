@@ -85,9 +85,11 @@ def test_of_a_run_that_learns_nothing_is_said(judged: Judged, line: str, made: d
 def test_the_embedded_data_and_its_recipe_are_fine(judged: Judged) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = judged("", data="shapes:64", images=8000, side_px=180)
-        assert judged("--epochs 1", data="shapes:64", images=8000, side_px=180)[UPDATES].verdict == "doubtful"
-    assert {row.verdict for row in rows.values()} == {"fine"} and "tokens of 8 " in rows[WIDTH].here
+        for line, data, tokens in (("", "shapes:128", 16), ("--model detr_tiny", "shapes:64", 8)):
+            made: dict[str, Any] = {"data": data, "images": 8000, "side_px": 180}
+            rows = judged(line, **made)
+            assert judged(f"{line} --epochs 1", **made)[UPDATES].verdict == "doubtful"
+            assert {row.verdict for row in rows.values()} == {"fine"} and f"tokens of {tokens} " in rows[WIDTH].here
 
 
 FAULTS = [

@@ -43,7 +43,7 @@ SHARED = [
     ("--min-visible 0.4", "--min-visible 0.4 --mosaic 0.5"),
     ("--compose-epochs 1 3", "--compose-epochs 1 3 --mixup 0.5"),
     (WEIGHTS + "--backbone-weights none", "--backbone-weights none"),
-    ("--backbone-weights=imagenet", "--backbone-weights=file.pth"),
+    ("--model detr_tiny --backbone-weights=imagenet", "--model detr_tiny --backbone-weights=file.pth"),
 ]
 """Lists those of `train` and of the command that judges such a run."""
 CASES: dict[type, list[tuple[str, str]]] = {
@@ -52,7 +52,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
         *SHARED,
         ("--profile 3 --data-only", "--profile 3"),
-        ("--train-sizes 48 128", "--train-sizes 48 128 --max-size 128"),
+        ("--train-sizes 48 256", "--train-sizes 48 256 --max-size 256"),
     ],
     CheckDataOptions: [("--images-per-second 3", "--images-per-second 3 --minutes 3"), *SHARED],
     EvaluateOptions: [

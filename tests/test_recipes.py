@@ -9,7 +9,7 @@ import pytest
 from detr_fast.check_data import default_options as judged_defaults
 from detr_fast.options import TrainOptions
 from detr_fast.train import default_options
-from detr_fast.training.recipes import RECIPES, SMALL_SIDE_PX, recipe_of, small_sizes
+from detr_fast.training.recipes import DRAWN, RECIPES, SMALL_SIDE_PX, recipe_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs/recipes.md"
 
@@ -21,7 +21,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs/recipes.md"
         ("--data photographs --model detr_lite", "small", "detr_lite"),
         ("--data photographs --model detr_lite --recipe paper", "paper", "detr_lite"),
         ("--data photographs --model detr_r50 --recipe small", "small", "detr_r50"),
-        ("", "tiny", "detr_tiny"),
+        ("--data shapes:64 --model detr_tiny", "tiny", "detr_tiny"),
         ("--data shapes:96 --model detr_tiny --recipe paper", "paper", "detr_tiny"),
     ],
 )
@@ -53,12 +53,21 @@ def test_an_image_size_that_is_none_is_left_to_the_parser(size: str) -> None:
     )
 
 
+def test_the_embedded_data_set_is_seen_whole_and_a_few_times() -> None:
+    options = default_options([])
+    assert (options.dataset.data, options.network.model, options.recipe) == ("shapes:128", "detr_lite", "small")
+    assert options.augmentation.train_sizes == (128,) and not options.augmentation.crop_sizes
+    assert {name: options.to_dict()[name] for name in DRAWN} == DRAWN
+    told = re.sub(r"\s+", " ", DOCUMENT.read_text())
+    assert all(f"`--{name.replace('_', '-')} {value}`" in told for name, value in DRAWN.items())
+
+
 def test_other_recipes_keep_their_sizes() -> None:
     """DETR's do not follow --image-size, which is of the evaluation alone."""
     named: dict[str, Any] = {"model": "detr_r50", "data": "photographs"}
     assert recipe_of(**named, image_size=400) == recipe_of(**named)
     assert recipe_of("detr_tiny", "shapes:96").augmentation.train_sizes == (96,)
-    assert recipe_of("detr_lite", "shapes:96").dataset.image_size == 96 == small_sizes(96)["image_size"]
+    assert recipe_of("detr_lite", "shapes:96").dataset.image_size == 96
 
 
 def test_the_document_has_every_value_of_the_small_recipe() -> None:

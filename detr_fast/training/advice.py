@@ -32,7 +32,7 @@ PROPOSING = Updates(200, 600, 100_000)
 LEARNED = Updates(100_000, 300_000, 100_000)
 """Learned queries, on photographs."""
 DRAWN = Updates(0, 3_000, 3_000)
-"""Learned queries, on the embedded data set."""
+"""On the embedded data set."""
 FINE_TUNED = Updates(0, 0, 0)
 LEAST_TOKENS, ENOUGH_TOKENS = 2.5, 4.0
 """Width of the median object."""
@@ -42,6 +42,8 @@ FEW_OBJECTS = 25
 QUERIES_FOR_ONE = 10
 """Learned queries for each object of the fullest image, from which on fewer are better."""
 MOSTLY_EMPTY, NEARLY_EMPTY = 0.5, 0.9
+SPARE = 1.1
+"""Larger than needed: objects are not as often as large in the three sizes that are named as in all that were drawn."""
 LARGEST_PX = 1333
 """Longer side up to which larger images are advised: DETR's."""
 SAMPLED = 5_000
@@ -103,9 +105,9 @@ def warn(rows: list[Row]) -> None:
 def needed(options: TrainOptions, config: ModelConfig) -> Updates:
     if options.network.weights:
         return FINE_TUNED
-    if config.queries == "encoder":
-        return PROPOSING
-    return DRAWN if is_shapes(options.dataset.data) else LEARNED
+    if is_shapes(options.dataset.data):
+        return DRAWN
+    return PROPOSING if config.queries == "encoder" else LEARNED
 
 
 ELSE = "--model detr_lite (queries that the encoder proposes, tokens of 16 pixels), or --weights of a trained detector"
@@ -148,7 +150,7 @@ def judge_width(
     change, left = "", max(ENOUGH_TOKENS / median, LEAST_OF_SMALL / small)
     if stride > 16 and config.queries == "encoder" and not (config.dilation or options.network.weights):
         change, left = "--token-stride 16", left * 16 / stride
-    larger = larger_images(options, config, left) if left > 1 else ""
+    larger = larger_images(options, config, SPARE * left) if left > 1 else ""
     return Row("width of an object", here, verdict, " ".join(filter(None, (change, larger))))
 
 
