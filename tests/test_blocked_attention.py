@@ -15,6 +15,8 @@ from tests.kernel_inputs import TOLERANCES, TWO_DTYPES
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(2, 4, 33, 33), (2, 4, 10, 57), (1, 2, 7, 1)]
 """Images, heads, queries, keys: self- and cross-attention, and one key alone."""
+EMPTY = [(0, 2, 3, 4), (1, 2, 0, 4)]
+"""No image, no query."""
 WIDTH = 16
 
 
@@ -82,6 +84,13 @@ def test_an_image_that_attends_to_nothing_gives_zeros() -> None:
     out, *grads = with_gradients(blocked_attention(*inputs, attended, 0.1), inputs)
     assert out[0].abs().sum() > 0 and out[1].abs().sum() == 0
     assert all(grad.isfinite().all() and grad[1].abs().sum() == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
+    inputs = tuple(x.requires_grad_() for x in make_inputs(shape, torch.float32))
+    out, *grads = with_gradients(blocked_attention(*inputs, None, 0.0), inputs)
+    assert out.shape == inputs[0].shape and all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize(("p", "count"), [(0.1, 2), (0.0, 1)])

@@ -23,7 +23,7 @@ CACHED_BYTES = 2**23
 
 def _groups(q: Tensor, k: Tensor) -> tuple[list[slice], int]:
     """Group heads of q (G, Nq, d) and k (G, Nk, d) to compute together; the second is how many those are."""
-    together = min(len(q), max(1, CACHED_BYTES // (q.shape[1] * k.shape[1] * q.element_size())))
+    together = max(1, min(len(q), CACHED_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size())))
     return [slice(start, start + together) for start in range(0, len(q), together)], together
 
 
@@ -126,7 +126,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None,
         attn_bias = (
             q.new_zeros(()).masked_fill(~attn_mask & some, float("-inf")).expand(-1, heads, -1, -1).flatten(0, 1)
         )
-    flat = (x.reshape(images * heads, -1, width) for x in (q, k, v))
+    flat = (x.flatten(0, 1) for x in (q, k, v))
     saves = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     out, *_ = forward_op(*flat, attn_bias, p, saves)
     out = out.view(images, heads, queries, width)
