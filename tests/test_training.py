@@ -227,10 +227,10 @@ def test_fine_tuning_keeps_what_the_classes_share(
 
 
 def test_defaults_follow_the_data_and_the_model() -> None:
-    assert default_options([]).network.model == "detr_tiny"
-    shapes = default_options(["--data", "shapes:128"])
+    assert default_options([]).network.model == "detr_lite"
+    shapes = default_options(["--data", "shapes:96"])
     found = shapes.network.model, shapes.dataset.image_size, shapes.augmentation.train_sizes
-    assert found == ("detr_tiny", 128, (128,))
+    assert found == ("detr_lite", 96, (96,))
     for arguments in (["--data", "some/folder"], ["--data", "shapes_of/mine"], ["--train-images", "some/folder"]):
         assert default_options(arguments).network.model == "detr_r50", arguments
     own = default_options(["--data", "some/folder"])

@@ -34,7 +34,7 @@ def small_sizes(side_px: int) -> dict[str, Any]:
 
 
 DRAWN: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "num_queries": 20, "eval_every": 1}
-"""What the recipe for small data sets has otherwise on the embedded one, whose 8,000 images are drawn."""
+"""Values that the recipe for small data sets has on the embedded one, whose 8,000 images are drawn."""
 
 
 RECIPES: dict[Recipe, TrainOptions] = {
