@@ -70,25 +70,17 @@ class CheckDataOptions(Options):
 
     def training(self) -> TrainOptions:
         """Return the run that is judged. Raises UserError for a number beyond its limits."""
-        return TrainOptions(
-            recipe=self.recipe,
-            dataset=self.dataset,
-            network=self.network,
-            optimizer=self.optimizer,
-            augmentation=self.augmentation,
-        )
+        return TrainOptions(**{name: getattr(self, name) for name in OF_A_RUN})
+
+
+OF_A_RUN = ("recipe", "dataset", "network", "optimizer", "augmentation")
+"""Options that this command and `train` have in common."""
 
 
 def default_options(argv: Sequence[str]) -> CheckDataOptions:
     """Return the recipe of the model and the data that are asked for."""
     recipe = recipe_asked(argv)
-    return CheckDataOptions(
-        recipe=recipe.recipe,
-        dataset=recipe.dataset,
-        network=recipe.network,
-        optimizer=recipe.optimizer,
-        augmentation=recipe.augmentation,
-    )
+    return CheckDataOptions(**{name: getattr(recipe, name) for name in OF_A_RUN})
 
 
 @dataclass

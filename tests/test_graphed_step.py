@@ -33,10 +33,8 @@ CONFIG = replace(TINY, dropout=0.1)
 SCHEDULE = Schedule("cosine", 20, 10, 3)
 
 
-def make_step(
-    decay: float = 0.0, muon: bool = False, world: World | None = None, config: ModelConfig = CONFIG
-) -> TrainStep:
-    return factories.make_step(config, decay=decay, world=world, learning_rate=1e-3, muon=muon)
+def make_step(decay: float = 0.0, config: ModelConfig = CONFIG, **others: Any) -> TrainStep:
+    return factories.make_step(config, decay=decay, learning_rate=1e-3, **others)
 
 
 def graphed(step: TrainStep, capturer: StandIn) -> GraphedStep:
@@ -53,8 +51,6 @@ def batch(seed: int, size: tuple[int, int], objects: int, pad_rows: bool = True,
 WIDE, HIGH = (48, 64), (64, 48)
 # two shapes in turn, targets of any number below 16, and once more of them
 BATCHES = [(WIDE, 3), (WIDE, 1), (HIGH, 2), (WIDE, 0), (HIGH, 5), (HIGH, 3), (WIDE, 20), (WIDE, 17), (WIDE, 2)]
-
-
 AnyStep = TrainStep | MicroBatches | GraphedStep
 
 
@@ -105,10 +101,9 @@ def test_the_log_has_the_means_of_the_steps() -> None:
 @pytest.mark.parametrize(
     ("accumulate", "muon", "config"),
     [(1, False, CONFIG), (2, False, CONFIG), (1, True, CONFIG), (2, False, replace(CONFIG, **PROPOSING))],
-    ids=["adamw", "accumulated", "muon", "proposing"],
 )
 def test_the_same_numbers_as_without(accumulate: int, muon: bool, config: ModelConfig) -> None:
-    plain, captured, capturer = (*(make_step(0.9, muon, config=config) for _ in range(2)), StandIn())
+    plain, captured, capturer = (*(make_step(0.9, config, muon=muon) for _ in range(2)), StandIn())
     for expected, found in zip(run(plain, accumulate), run(graphed(captured, capturer), accumulate), strict=True):
         assert found == expected
     assert plain.ema is not None and captured.ema is not None
@@ -131,7 +126,7 @@ def test_a_scaled_loss_and_a_step_that_is_skipped(muon: bool) -> None:
     """As fp16 has it. The gradient that is not finite comes once in a step that runs, once in a replay."""
     found = {}
     for name in ("plain", "captured"):
-        step, factor, steps = make_step(0.9, muon), torch.ones(()), []
+        step, factor, steps = make_step(0.9, muon=muon), torch.ones(()), []
         running: AnyStep = step
         step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         step.model.query_embed.weight.register_hook(lambda gradient, factor=factor: gradient * factor)

@@ -63,7 +63,7 @@ def make(name: str) -> DETR:
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Of what learns, under the names that both sides have without their wrappers."""
+    """Compute them of what learns, under the names that both sides have without their wrappers."""
     model.zero_grad()
     loss.backward()
     found = {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
@@ -166,7 +166,7 @@ def test_the_focal_loss_is_torchvisions() -> None:
 
 @pytest.mark.parametrize("fault", ["order", "padding", "boxes"])
 def test_a_planted_fault_in_the_selection_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes of the tokens is not blurred by anything: one that is chosen wrongly is far from 1e-9."""
+    """Nothing blurs what comes of the tokens: one that is chosen wrongly is far from 1e-9."""
     plain = QuerySelection.forward
 
     def planted(self: QuerySelection, memory: Tensor, anchors: Tensor, padded: Tensor) -> Any:

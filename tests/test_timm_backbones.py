@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.config import MODELS, UserError
-from detr_fast.model.backends import hand_out
+from detr_fast.model.backends import hand_out, selectable
 from detr_fast.model.detr import DETR
 from detr_fast.model.optimized import optimized
 from detr_fast.model.timm_backbone import TimmBackbone
 from detr_fast.runtime import multiplies_bf16
+from tests.kernel_inputs import TOLERANCES
 
 NAMES = {
     "tf_efficientnet_lite0": "ReLU6 within its batch norm",
@@ -124,10 +125,6 @@ class WeightGradients(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-SUMS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Tolerances of gradients, sums over an image in another order, relative to the largest."""
-
-
 def smooth(body: nn.Module) -> None:
     """Replaces activations with kinks, at which another rounding has another gradient."""
     for parent in list(body.modules()):
@@ -163,7 +160,17 @@ def test_depthwise_kernels_learn_by_ours_what_they_learn_by_the_librarys(
     exact, _ = gradients("ref", torch.float64)
     assert {(5, 3), (5, 2)} <= narrow and (5, 5) not in narrow and (5, 5) in whole
     for one, oracle, plain in zip(found, exact, eager, strict=True):
-        assert_close(one, oracle, plain, SUMS[dtype] * oracle.abs().max().item(), name)
+        assert_close(one, oracle, plain, TOLERANCES[dtype] * oracle.abs().max().item(), name)
+
+
+def test_detr_lites_backbone_is_one_graph_and_leaves_a_gpu_its_library() -> None:
+    backbone = TimmBackbone("tf_efficientnet_lite0", False, (16, 8, 32))
+    found = torch._dynamo.explain(backbone)(IMAGES.float())
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    for device, expected in (("cpu", "strips"), ("cuda", "ref")):
+        assert {each.backend("depthwise_convolution", torch.device(device)) for each in selectable(backbone)} == {
+            expected
+        }
 
 
 def test_what_does_not_fold_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ PROPOSING = Updates(200, 600, 100_000)
 LEARNED = Updates(100_000, 300_000, 100_000)
 """Learned queries, on photographs."""
 DRAWN = Updates(0, 3_000, 3_000)
-"""On the embedded data set."""
+"""Queries of any kind, on the embedded data set."""
 FINE_TUNED = Updates(0, 0, 0)
 LEAST_TOKENS, ENOUGH_TOKENS = 2.5, 4.0
 """Width of the median object."""
@@ -43,7 +43,7 @@ QUERIES_FOR_ONE = 10
 """Learned queries for each object of the fullest image, from which on fewer are better."""
 MOSTLY_EMPTY, NEARLY_EMPTY = 0.5, 0.9
 SPARE = 1.1
-"""Larger than needed: objects are not as often as large in the three sizes that are named as in all that were drawn."""
+"""Factor on the sizes that are named: of three, objects have another median width than of all that were drawn."""
 LARGEST_PX = 1333
 """Longer side up to which larger images are advised: DETR's."""
 SAMPLED = 5_000

@@ -35,8 +35,6 @@ def small_sizes(side_px: int) -> dict[str, Any]:
 
 DRAWN: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "num_queries": 20, "eval_every": 1}
 """Values that the recipe for small data sets has on the embedded one, whose 8,000 images are drawn."""
-
-
 RECIPES: dict[Recipe, TrainOptions] = {
     "paper": TrainOptions(),
     "small": TrainOptions(
@@ -75,11 +73,10 @@ def recipe_of(
     chosen: Recipe = next((name for name in get_args(Recipe) if name == recipe), USUAL.get(model, "paper"))
     pretrained = "none" if model == "detr_tiny" else NetworkOptions.backbone_weights
     options = RECIPES[chosen].but(model=model, backbone_weights=pretrained)
-    if chosen == "small":
-        options = options.but(**small_sizes(image_size or SMALL_SIDE_PX), **({} if side is None else DRAWN))
-    if side is None:
-        return options
-    return options.but(train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side)
+    if side is not None:
+        drawn = DRAWN if chosen == "small" else {}
+        return options.but(train_sizes=(side,), crop_sizes=(), image_size=side, max_size=side, **drawn)
+    return options.but(**small_sizes(image_size or SMALL_SIDE_PX)) if chosen == "small" else options
 
 
 def recipe_asked(argv: Sequence[str]) -> TrainOptions:

@@ -51,7 +51,7 @@ class AccuracyOptions(Options):
             "on the embedded data set, which has validation images: give a folder as --data",
         ),
     )
-    data: str = "shapes:64"
+    data: str = "shapes:128"
     """A folder in COCO layout, or shapes:SIDE, the embedded data set."""
     configurations: tuple[str, ...] = ("detr_lite", REFEREE)
     """Each a model and options of train, as in 'detr_lite --lr 1e-3'; fasterrcnn is torchvision's."""
