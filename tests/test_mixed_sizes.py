@@ -17,7 +17,7 @@ from detr_profiling.mixed_sizes import (
 from detr_fast.data.buckets import shape_batches
 from detr_fast.data.sampler import Position
 from detr_fast.data.transforms import EvaluationTransform
-from detr_fast.training.build import SHAPE_STEP_PX
+from detr_fast.training.build import SHAPE_STEP_PX, shape_step_px
 
 
 def image_px(shapes: list[BatchShape]) -> float:
@@ -51,6 +51,15 @@ def test_four_batches_compute_as_much_for_an_image_as_the_whole_order(
     for step in (1, SHAPE_STEP_PX):
         found, whole = (padding([shape.in_steps(step) for shape in shapes]) for shapes in (typical, order))
         assert found == pytest.approx(whole, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_long_run_has_few_shapes(device: str) -> None:
+    """For each the process keeps code and memory."""
+    shapes = [shape for seed in range(7) for shape in order_of(8, seed, buckets=True, largest_px=384)]
+    rounded = [shape.in_steps(shape_step_px(device, compiled=False)) for shape in shapes]
+    assert len({shape.padded_size for shape in shapes}) > 800 and len({shape.padded_size for shape in rounded}) < 100
+    assert padding(rounded) < 1.25
 
 
 @pytest.mark.parametrize(("batch_size", "before"), [(2, 1.17), (8, 1.51), (16, 1.64)])

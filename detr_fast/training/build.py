@@ -189,10 +189,12 @@ def largest_batch(options: TrainOptions, config: ModelConfig, extremes: Extremes
 SHAPE_STEP_PX = 64
 """Sides of batches are multiples of it where each new shape costs a compilation or a capture: DETR's augmentation of
 COCO then has about 80 shapes, for 6 % more pixels."""
+EAGER_CPU_STEP_PX = 32
+"""Elsewhere a new shape costs oneDNN's code for its convolutions, and memory that is kept for it."""
 
 
 def shape_step_px(device: str, compiled: bool) -> int:
-    return SHAPE_STEP_PX if compiled or device == "cuda" else 1
+    return SHAPE_STEP_PX if compiled or device == "cuda" else EAGER_CPU_STEP_PX
 
 
 def make_batches(
