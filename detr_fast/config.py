@@ -83,6 +83,9 @@ class ModelConfig(Checked):
     tells classes apart, a shallow one sees small objects."""
     fold_norms: bool = False
     """Make the frozen batch norms of a timm backbone part of its convolutions, whose biases then learn."""
+    size_divisible: int = 1
+    """Images are padded, right and below, so that their sides are multiples of it: "same" convolutions, TensorFlow's,
+    pad by what a size leaves over, and features lie elsewhere in an image of another size."""
     num_classes: int = 91
     num_queries: int = 100
     queries: Literal["learned", "encoder"] = "learned"
@@ -118,7 +121,10 @@ class ModelConfig(Checked):
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "num_queries", "hidden_dim", "num_heads", "feedforward_dim", "decoder_layers"):
+        for name in (
+            *("num_classes", "num_queries", "hidden_dim", "num_heads", "feedforward_dim", "decoder_layers"),
+            "size_divisible",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         require(self.encoder_layers >= 0, f"encoder_layers must not be negative, got {self.encoder_layers}.")
         require(
@@ -181,11 +187,13 @@ class ModelConfig(Checked):
 
 
 BEYOND_DETR = (
-    *("token_stride", "feature_strides", "fold_norms", "token_norm", "source_position", "position_temperature"),
-    *("queries", "query_positions", "box_refinement", "layer_heads", "scores"),
+    *("token_stride", "feature_strides", "size_divisible", "fold_norms", "token_norm", "source_position"),
+    *("position_temperature", "queries", "query_positions", "box_refinement", "layer_heads", "scores"),
 )
 """Fields of ModelConfig whose defaults are DETR's and whose other values make another architecture of it."""
 
+SAME_PADDING_STEP = 32
+"""Multiples of the last map's stride, at which "same" convolutions pad every image alike."""
 MODELS = {
     "detr_r50": ModelConfig(),
     "detr_r50_dc5": ModelConfig(dilation=True),
@@ -195,6 +203,7 @@ MODELS = {
         backbone="tf_efficientnet_lite0",
         token_stride=16,
         feature_strides=(8, 32),
+        size_divisible=SAME_PADDING_STEP,
         fold_norms=True,
         num_queries=60,
         queries="encoder",
@@ -247,4 +256,5 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         raise unknown_name("model", name, [*MODELS, *difflib.get_close_matches(name, timm.list_models(), n=3)])
     data = timm.get_pretrained_cfg(name)
     statistics = {"image_mean": tuple(data.mean), "image_std": tuple(data.std)} if data else {}
-    return replace(ModelConfig(backbone=name), **(statistics | changes))
+    step = {"size_divisible": SAME_PADDING_STEP} if "tf_" in name else {}  # how timm calls weights of TensorFlow
+    return replace(ModelConfig(backbone=name), **(statistics | step | changes))

@@ -123,6 +123,8 @@ class ArchitectureOptions(Options):
     """Pixels a token is wide: the backbone's feature map of that stride."""
     feature_strides: tuple[int, ...] | None = None
     """Strides of more feature maps that every token is made of too, as 32 beside 16."""
+    size_divisible: int | None = None
+    """Pad images to multiples of so many pixels, as a backbone of TensorFlow's needs."""
     token_norm: bool | None = None
     """Norm the tokens before the encoder."""
     fold_norms: bool | None = None
@@ -297,6 +299,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("save_every", "profile", "denoise"), (0, LARGEST_INT)),
     **dict.fromkeys(("lr", "lr_backbone", "weight_decay", "clip", "no_object_weight"), (0, sys.float_info.max)),
     **dict.fromkeys(("num_classes", "num_queries", "decoder_layers", "image_size", "max_size"), (1, LARGEST_INT)),
+    "size_divisible": (1, 1024),
     **{"encoder_layers": (0, LARGEST_INT), "ema": (0, 1), "dropout": (0, 1), "minutes": (0, LARGEST_INT)},
     **dict.fromkeys(("min_visible", "color_jitter", "mosaic", "mixup", "copy_paste"), (0, 1)),
     **{"token_stride": (1, LARGEST_INT), "position_temperature": (1, sys.float_info.max)},

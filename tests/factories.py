@@ -30,6 +30,7 @@ from detr_fast.training.step import LayerwiseNetwork, TrainStep
 PROPOSING: dict[str, Any] = {
     **{"queries": "encoder", "query_positions": "boxes", "box_refinement": True, "layer_heads": True},
     **{"scores": "sigmoid", "token_norm": True, "position_temperature": 20.0},
+    "size_divisible": 32,
 }
 """`detr_lite`'s decoder, for a network of any backbone."""
 TINY = replace(MODELS["detr_tiny"], encoder_layers=1, decoder_layers=2)

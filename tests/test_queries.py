@@ -26,7 +26,7 @@ from detr_fast.weights import load_for_fine_tuning
 from detr_fast.weights.container import write_container
 from tests.factories import PROPOSING
 
-CONFIG = replace(MODELS["detr_tiny"], **PROPOSING)
+CONFIG = replace(MODELS["detr_tiny"], **(PROPOSING | {"size_divisible": 8}))
 
 
 def make(**changes: Any) -> DETR:

@@ -57,6 +57,7 @@ OTHERWISE: dict[str, Any] = {
     **{
         "token_stride": 4,
         "feature_strides": (8,),
+        "size_divisible": 32,
         "token_norm": True,
         "fold_norms": True,
         "position_temperature": 20.0,

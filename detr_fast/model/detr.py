@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from detr_fast.config import ModelConfig
 from detr_fast.model.backbone import build_backbone
+from detr_fast.model.feature_maps import divisible
 from detr_fast.model.position_encoding import sine_box_encoding, sine_position_encoding
 from detr_fast.model.queries import (
     MLP,
@@ -123,6 +124,7 @@ class DETR(QuerySource):
     ) -> Predictions:
         """Predict as `forward` does, with the decoder's layers stacked; `more`: of these sets of queries too."""
         with profiler_range("backbone"):
+            images, mask = divisible(images, mask, self.config.size_divisible)
             features = self.input_proj(self.backbone(images))  # (B, D, h, w)
         size = features.shape[-2:]
         if mask is None:  # one position encoding for all images, (1, N, D)

@@ -1,4 +1,4 @@
-"""Feature maps of several strides as one: each token then has fine detail and what only deep layers know."""
+"""Images of a size that suits the backbone, and its feature maps of several strides as one."""
 
 from collections.abc import Sequence
 
@@ -22,3 +22,17 @@ def joined(maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
         else:
             resampled.append(F.avg_pool2d(features, strides[0] // stride, ceil_mode=True))
     return torch.cat(resampled, dim=1) if others else first
+
+
+def divisible(images: Tensor, mask: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+    """Pad images (B, 3, H, W), with zeros, and their mask (B, H, W), with True, to multiples of `step` pixels.
+
+    None, the mask of images without padding, stays None where none is added.
+    """
+    height, width = images.shape[-2:]
+    more = (0, -width % step, 0, -height % step)
+    if not any(more):
+        return images, mask
+    if mask is None:
+        mask = images.new_zeros((len(images), height, width), dtype=torch.bool)
+    return F.pad(images, more), F.pad(mask, more, value=True)

@@ -14,7 +14,8 @@ from detr_kernels.loss.boxes import at_least_float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr_fast.config import ModelConfig
+from detr_fast.config import ModelConfig, require
+from detr_fast.model.backbone import token_stride
 from detr_fast.model.backends import Selectable
 from detr_fast.profiler_ranges import profiler_range
 
@@ -172,6 +173,12 @@ class QuerySource(Selectable):
         """Make what a set of queries has of its own."""
         config = self.config
         if config.queries == "encoder":
+            step = token_stride(config)
+            require(
+                config.size_divisible % step == 0,
+                f"Tokens that propose boxes have to be whole, {step} pixels wide: give --size-divisible {step}, or a "
+                "multiple of it.",
+            )
             self.query_selection = QuerySelection(config.hidden_dim, config.num_logits, config.num_queries)
         elif config.corrects_boxes:
             self.query_boxes = LearnedBoxes(config.num_queries)
@@ -193,7 +200,7 @@ class QuerySource(Selectable):
 def token_anchors(size_hw: tuple[int, int], padded_hw: tuple[int, int], mask: Tensor | None, like: Tensor) -> Tensor:
     """Make a box around each of h * w tokens, (B or 1, N, 4) cxcywh float32, in fractions of the unpadded image.
 
-    `mask` (B, H, W), True where padded, is of the images of `padded_hw`; None: nothing is.
+    `mask` (B, H, W), True where padded, is of the images of `padded_hw`, a whole number of tokens; None: nothing is.
     """
     sides, centers = [], []
     for axis, (tokens, pixels) in enumerate(zip(size_hw, padded_hw, strict=True), start=1):

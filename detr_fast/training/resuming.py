@@ -60,6 +60,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
         *(
             "feature_strides",
             "token_stride",
+            "size_divisible",
             "token_norm",
             "fold_norms",
             "position_temperature",

@@ -5,6 +5,7 @@ be otherwise than in the paper is one of `Choices`, beside whose defaults nothin
 facebookresearch's names. Nothing of the model here or beside it comes from `detr_fast`. (Carion et al. 2020.)
 """
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -138,6 +139,11 @@ class ReferenceDETR(nn.Module):
         Returns `pred_logits` (B, Q, C+1), of sigmoid scores (B, Q, C), `pred_boxes` cxcywh (B, Q, 4), `aux_outputs`,
         the same of the earlier layers, and where the encoder proposes `enc_outputs`, the same of every token.
         """
+        height, width = images.shape[2:]
+        step = self.choices.size_divisible
+        below, right = (math.ceil(side / step) * step - side for side in (height, width))
+        images = F.pad(images, (0, right, 0, below))
+        mask = F.pad(mask.float(), (0, right, 0, below), value=1.0).bool()
         maps, strides = self.backbone(images), self.choices.map_strides
         ordered = [maps[sorted(strides).index(stride)] for stride in strides] or maps
         features = self.input_proj(side_by_side(ordered, strides))

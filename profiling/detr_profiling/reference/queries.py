@@ -22,6 +22,7 @@ class Choices:
 
     token_stride: int | None = None
     feature_strides: tuple[int, ...] = ()
+    size_divisible: int = 1
     fold_norms: bool = False
     token_norm: bool = False
     source_position: bool = False
