@@ -14,15 +14,19 @@ from detr_fast.options import (
     TrainOptions,
 )
 
-SMALL_SIDE_PX = 256
-"""Shorter side of images in the recipe for small data sets, where none is asked for."""
+SMALL_SIDE_PX = 288
+"""Shorter side of images in the recipe for small data sets, where none is asked for: 256 in training on average."""
 
 
 def small_sizes(side_px: int) -> dict[str, Any]:
-    """Return the sizes of the recipe for small data sets around images of the shorter side `side_px`."""
+    """Return the sizes of the recipe for small data sets around images of the shorter side `side_px`.
 
-    def times(*sixteenths: int) -> tuple[int, ...]:
-        return tuple(round(side_px * each / 16) for each in sixteenths)
+    Training has smaller images on average, whose crops are enlarged: their objects look as large as those of evaluation
+    (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+    """
+
+    def times(*eighteenths: int) -> tuple[int, ...]:
+        return tuple(round(side_px * each / 18) for each in eighteenths)
 
     return {
         "image_size": side_px,
