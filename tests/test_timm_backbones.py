@@ -55,6 +55,7 @@ def randomize(body: nn.Module) -> None:
 
 def make_pair(name: str) -> tuple[nn.Module, DETR]:
     """The model as timm makes it, in evaluation mode, and a small DETR around the same weights; float64."""
+    torch.manual_seed(0)
     body = timm.create_model(name, pretrained=False, features_only=True).eval()
     randomize(body)
     config = replace(MODELS["detr_tiny"], backbone=name, encoder_layers=1, decoder_layers=1, hidden_dim=32)
@@ -159,8 +160,9 @@ def test_depthwise_kernels_learn_by_ours_what_they_learn_by_the_librarys(
     eager, whole = gradients("ref", dtype)
     exact, _ = gradients("ref", torch.float64)
     assert {(5, 3), (5, 2)} <= narrow and (5, 5) not in narrow and (5, 5) in whole
-    for one, oracle, plain in zip(found, exact, eager, strict=True):
-        assert_close(one, oracle, plain, TOLERANCES[dtype] * oracle.abs().max().item(), name)
+    for one, oracle, plain in zip(found, exact, eager, strict=True):  # norms: which number errs most is chance
+        allowed = 2 * (plain - oracle).norm() + TOLERANCES[dtype] * oracle.norm()
+        assert (one - oracle).norm() <= allowed, (name, tuple(one.shape))
 
 
 def test_detr_lites_backbone_is_one_graph_and_leaves_a_gpu_its_library() -> None:
