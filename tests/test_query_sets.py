@@ -172,7 +172,7 @@ def test_backends_agree_on_sets(padded: bool) -> None:
 
 
 def test_where_an_image_has_few_tokens_all_sets_have_as_many_queries() -> None:
-    config = replace(CONFIGS["encoder"], num_queries=40)
+    config = replace(CONFIGS["encoder"], num_queries=40, size_divisible=8)
     (network, _), targets = make(config, groups=2, denoising=1), targets_of(30)
     found = network(torch.randn(1, 3, 32, 48), None, noise_of(targets, config, 1))
     assert found.logits.shape == (3 * 2, 1, 24, 6)
