@@ -16,6 +16,7 @@ Kernels = Literal["auto", "triton", "ref"]
 Attention = Literal["auto", "blocked", "sdpa", "xformers", "triton", "ref"]
 HostAllocator = Literal["auto", "keep", "system"]
 Recipe = Literal["paper", "small", "tiny"]
+SigmoidLoss = Literal["focal", "varifocal"]
 Output = Annotated[str, tyro.conf.arg(aliases=("--out",))]
 """A file or folder to write; --out is short for --output."""
 
@@ -209,6 +210,8 @@ class OptimizerOptions(Options):
     """Decay of the EMA model, which is then evaluated and kept beside the trained one; 0: none."""
     no_object_weight: float = 0.1
     """Weight of "no object" among the classes in the loss."""
+    class_loss: SigmoidLoss = "focal"
+    """Loss of sigmoid scores; varifocal: of an object, the IoU of its box is the score to reach."""
     groups: int = 1
     """Sets of queries to train, each matched by itself; all but the first are left behind with training."""
     denoise: int = 0
@@ -232,6 +235,11 @@ class TrainOptions(Options):
     """Train a detector. All defaults are the recipe's."""
 
     idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(
+            "class_loss",
+            lambda o: o.network.config().scores == "softmax",
+            "on softmax scores: give --scores sigmoid, or --model detr_lite",
+        ),
         Idle("profile", lambda o: o.data_only, "with --data-only, which makes no step: leave that out"),
         Idle(
             "data",

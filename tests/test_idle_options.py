@@ -52,6 +52,7 @@ CASES: dict[type, list[tuple[str, str]]] = {
         (TRAIN + VAL + "--data d", TRAIN + "--data d"),
         *SHARED,
         ("--profile 3 --data-only", "--profile 3"),
+        ("--model detr_tiny --class-loss varifocal", "--model detr_lite --class-loss varifocal"),
         ("--train-sizes 48 256", "--train-sizes 48 256 --max-size 256"),
     ],
     CheckDataOptions: [("--images-per-second 3", "--images-per-second 3 --minutes 3"), *SHARED],

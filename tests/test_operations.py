@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from detr_kernels import (
 from detr_kernels.attention.backends import ROWS
 from detr_kernels.compile_ahead import recorded_launches
 from detr_kernels.convolution.batch_norm import scale_weight, scale_weights
+from detr_kernels.loss.set_loss import ClassLoss
 from detr_kernels.registry import select
 from detr_profiling.comparison.closeness import assert_close
 from detr_profiling.limits.roofline import count_work
@@ -151,9 +152,9 @@ def losses(backend: str) -> Row:
 
     def both(*given: Tensor) -> Tensor:
         """The terms of softmax and of sigmoid scores."""
-        kinds = (None, 0.25)
-        terms = [set_loss(*given, *targets, counts, queries, *sums, 0.1, backend, alpha)[:3] for alpha in kinds]
-        return torch.stack([*terms[0], *terms[1]])
+        kinds = get_args(ClassLoss)
+        terms = [set_loss(*given, *targets, counts, queries, *sums, 0.1, backend, kind)[:3] for kind in kinds]
+        return torch.stack([term for of_kind in terms for term in of_kind])
 
     return both, tensors
 

@@ -3,11 +3,12 @@ losses and all gradients to 1e-9, which leaves no room for another formula."""
 
 import copy
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from detr_profiling.reference.criterion import focal_loss, reference_criterion
+from detr_profiling.reference.criterion import SigmoidLoss, focal_loss, reference_criterion
 from detr_profiling.reference.name_seeded_weights import seeded_batch, seeded_targets
 from detr_profiling.reference.queries import Choices, QuerySelection, box_sines
 from detr_profiling.reference.weights import reference_of
@@ -75,9 +76,9 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "class_loss"), [*product(CONFIGS, ["focal"]), ("detr_lite", "varifocal")])
 def test_outputs_losses_and_gradients_are_the_references(
-    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, class_loss: SigmoidLoss, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_profiling.reference.criterion.NO_OBJECT_WEIGHT", NO_OBJECT_WEIGHT)
     model = make(name)
@@ -89,10 +90,9 @@ def test_outputs_losses_and_gradients_are_the_references(
     found = model.predict_layers(images.double(), mask if padded else None)
     expected = reference(images.double(), mask)
     assert_same_outputs(found.to_dict(), expected)
-    terms = build_criterion(CLASSES, LossWeights(no_object=NO_OBJECT_WEIGHT), scores=scores)(
-        found, *in_double(targets, found.logits.shape[2])
-    )
-    exact = reference_criterion(expected, targets, scores)
+    criterion = build_criterion(CLASSES, LossWeights(no_object=NO_OBJECT_WEIGHT), scores=scores, class_loss=class_loss)
+    terms = criterion(found, *in_double(targets, found.logits.shape[2]))
+    exact = reference_criterion(expected, targets, scores, class_loss)
     assert {each for each in terms if each.startswith("loss")} == exact.keys()
     for term, value in exact.items():
         assert terms[term].item() == pytest.approx(value.item(), rel=TOLERANCE, abs=TOLERANCE), term
@@ -183,4 +183,4 @@ def test_a_planted_fault_in_the_selection_is_seen(fault: str, monkeypatch: pytes
 
     monkeypatch.setattr(QuerySelection, "forward", planted)
     with pytest.raises(AssertionError):
-        test_outputs_losses_and_gradients_are_the_references("detr_lite", True, monkeypatch)
+        test_outputs_losses_and_gradients_are_the_references("detr_lite", "focal", True, monkeypatch)

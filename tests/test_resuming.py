@@ -68,6 +68,7 @@ OTHERWISE: dict[str, Any] = {
     "muon": True,
     **{"epochs": 9, "lr": 1e-6, "lr_backbone": 0.0, "weight_decay": 0.0, "clip": 0.5, "schedule": "step", "lr_drop": 3},
     **{"warmup_steps": 1, "scale_lr": True, "ema": 0.5, "dropout": 0.2, "no_object_weight": 0.3, "train_sizes": (48,)},
+    "class_loss": "varifocal",
     **{"min_visible": 0.4, "crop_sizes": (32,), "crop_range": (16, 24), "image_size": 48, "max_size": 128},
     **{"color_jitter": 0.2, "mosaic": 0.2, "mixup": 0.2, "copy_paste": 0.2, "compose_epochs": (1, 4), "device": "cuda"},
     **{"precision": "bf16", "compile": True, "channels_last": False, "kernels": "ref", "attention": "ref"},

@@ -62,7 +62,10 @@ def make_step(
     """Make the step of a model that is on its device already."""
     asked, factor = options.optimizer, lr_factor(options.optimizer, world.size)
     criterion = build_criterion(
-        model.config.num_classes, LossWeights(no_object=asked.no_object_weight), scores=model.config.scores
+        model.config.num_classes,
+        LossWeights(no_object=asked.no_object_weight),
+        scores=model.config.scores,
+        class_loss=asked.class_loss,
     )
     sets = make_sets(model.config, options, runtime)
     step = TrainStep(

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import torch
 from detr_kernels import set_loss
+from detr_kernels.loss.set_loss import FOCAL_ALPHA, ClassLoss
 from torch import Tensor
 
 from detr_fast.data.batch import Targets
 from detr_fast.model.backends import Selectable
 from detr_fast.model.detr import Predictions
+from detr_fast.options import SigmoidLoss
 from detr_fast.profiler_ranges import profiler_range
 from detr_fast.training.denoising import own_queries
 from detr_fast.training.matcher import MatchCosts, match
@@ -25,8 +27,8 @@ class LossWeights:
     giou: float = 2.0
     no_object: float = 0.1
     denoising: float = 1.0
-    focal_alpha: float | None = None
-    """Weight of an object in the focal loss of sigmoid scores; None: softmax, where "no object" is a class."""
+    class_loss: ClassLoss = "softmax"
+    """softmax, where "no object" is a class; of sigmoid scores focal, or varifocal, which asks for the boxes' IoU."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class SetCriterion(Selectable):
                 normalizers.class_weight,
                 self.weights.no_object,
                 self.selection.backend("set_loss", training=True),
-                focal_alpha=self.weights.focal_alpha,
+                class_loss=self.weights.class_loss,
             )
         terms = {
             "loss_ce": losses.ce,
@@ -154,12 +156,15 @@ def build_criterion(
     weights: LossWeights | None = None,
     costs: MatchCosts | None = None,
     scores: Literal["softmax", "sigmoid"] = "softmax",
+    class_loss: SigmoidLoss = "focal",
 ) -> SetCriterion:
     """Build DETR's criterion: the official costs 1/5/2, coefficients 1/5/2 and no-object weight 0.1 unless given.
 
-    Of sigmoid scores the class loss is focal with alpha 0.25, and it and its cost weigh 2 (Zhu et al. 2021).
+    Of sigmoid scores the focal loss weighs 2, as its cost does, which both have (Zhu et al. 2021), and the varifocal
+    loss 1 (Zhao et al. 2024, "RT-DETR").
     """
     weights, costs = weights or LossWeights(), costs or MatchCosts()
     if scores == "sigmoid":
-        weights, costs = replace(weights, ce=2.0, focal_alpha=0.25), replace(costs, class_=2.0, focal_alpha=0.25)
+        weights = replace(weights, ce=2.0 if class_loss == "focal" else 1.0, class_loss=class_loss)
+        costs = replace(costs, class_=2.0, focal_alpha=FOCAL_ALPHA)
     return SetCriterion(num_classes, weights, costs)

@@ -45,7 +45,14 @@ RECIPES: dict[Recipe, TrainOptions] = {
         recipe="small",
         network=NetworkOptions(model="detr_lite"),
         optimizer=OptimizerOptions(
-            epochs=30, batch_size=8, lr=7e-4, lr_backbone=2e-4, schedule="cosine", warmup_steps=60, ema=0.998
+            epochs=30,
+            batch_size=8,
+            lr=7e-4,
+            lr_backbone=2e-4,
+            schedule="cosine",
+            warmup_steps=60,
+            ema=0.998,
+            class_loss="varifocal",
         ),
         eval_every=10,
         log_every=20,

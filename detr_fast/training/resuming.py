@@ -37,7 +37,7 @@ ON_RESUMING: dict[str, tuple[str, ...]] = {
             "warmup_steps",
             "scale_lr",
         ),
-        *("ema", "dropout", "no_object_weight", "train_sizes", "crop_sizes", "crop_range"),
+        *("ema", "dropout", "no_object_weight", "class_loss", "train_sizes", "crop_sizes", "crop_range"),
         *("min_visible", "color_jitter", "mosaic", "mixup", "copy_paste", "compose_epochs", "image_size", "max_size"),
         *(
             "device",

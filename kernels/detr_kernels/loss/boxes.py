@@ -18,15 +18,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def generalized_iou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
-    """Compute GIoU (...) of boxes (..., 4) and (..., 4), broadcast, in plain torch."""
+def iou_and_giou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute IoU and GIoU (...) of boxes (..., 4) and (..., 4), broadcast, in plain torch."""
     (a_center, a_size), (b_center, b_size) = a_cxcywh.split(2, -1), b_cxcywh.split(2, -1)
     a_low, a_high = a_center - 0.5 * a_size, a_center + 0.5 * a_size
     b_low, b_high = b_center - 0.5 * b_size, b_center + 0.5 * b_size
     intersection = area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
     hull = area((torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0))
     union = area(a_high - a_low) + area(b_high - b_low) - intersection
-    return intersection / union - (hull - union) / hull
+    iou = intersection / union
+    return iou, iou - (hull - union) / hull
+
+
+def generalized_iou_ref(a_cxcywh: Tensor, b_cxcywh: Tensor) -> Tensor:
+    """Compute GIoU (...) of boxes (..., 4) and (..., 4), broadcast, in plain torch."""
+    return iou_and_giou_ref(a_cxcywh, b_cxcywh)[1]
 
 
 def area(size: Tensor) -> Tensor:
@@ -62,13 +68,20 @@ def _side_lengths(a_center, a_size, b_center, b_size):
 
 
 @triton.jit
-def generalized_iou(a, b):
-    """Compute GIoU of two boxes, broadcast."""
+def iou_and_giou(a, b):
+    """Compute IoU and GIoU of two boxes, broadcast."""
     a_width, b_width, width, hull_width = _side_lengths(a[0], a[2], b[0], b[2])
     a_height, b_height, height, hull_height = _side_lengths(a[1], a[3], b[1], b[3])
     intersection, hull = width * height, hull_width * hull_height
     union = a_width * a_height + b_width * b_height - intersection
-    return intersection / union - (hull - union) / hull
+    iou = intersection / union
+    return iou, iou - (hull - union) / hull
+
+
+@triton.jit
+def generalized_iou(a, b):
+    """Compute GIoU of two boxes, broadcast."""
+    return iou_and_giou(a, b)[1]
 
 
 @triton.jit

@@ -4,18 +4,24 @@
     bbox = sum over matched pairs of |box - target|_1 / max(num_boxes, 1)
     giou = sum over matched pairs of (1 - GIoU(box, target)) / max(num_boxes, 1)
 
-With `focal_alpha` each class has a score of its own, the sigmoid p of its logit, there is no class for "no object", and
+In the focal losses each class has a score of its own, the sigmoid p of its logit, none is "no object", and
 
     ce   = sum over queries and classes of a * (1 - q)^2 * -log q / max(num_boxes, 1)
 
-where q, a are p, alpha for the class of a query's target, and 1 - p, 1 - alpha for any other (Lin et al. 2017).
+where q, a are p, alpha for the class of a query's target, and 1 - p, 1 - alpha for any other (Lin et al. 2017). In the
+varifocal loss the class of a query's target has the IoU u of its box with the target's as the score to reach (Zhang et
+al. 2021, "VarifocalNet"), and
+
+    u * (u * -log p + (1 - u) * -log(1 - p))
+
+in the place of its term; u has no gradient.
 
 (Carion et al. 2020, section 3.1 and A.2.) A query looks its target up by comparing the targets' queries with its own
 number: nothing is scattered, so sums come in one order and sizes follow from shapes alone. The backward pass finds the
 softmax again and writes each gradient once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,13 +30,13 @@ from torch.nn import functional as F
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
 from detr_kernels.loss.boxes import (
     at_least_float32,
-    generalized_iou,
     generalized_iou_gradient,
-    generalized_iou_ref,
+    iou_and_giou,
+    iou_and_giou_ref,
     l1_distance,
     load_box,
 )
-from detr_kernels.loss.logits import focal_parts, load_logits, log_softmax
+from detr_kernels.loss.logits import focal_parts, load_logits, log_softmax, softplus
 from detr_kernels.registry import Facts, Operation, zero_flop
 from detr_kernels.specimens import IMAGES, LAYERS, meta, predictions_and_targets
 from detr_kernels.triton_compat import UNALIGNED, tl, triton
@@ -44,6 +50,11 @@ QUERIES = 64
 """At most, of few classes."""
 TARGETS = 32
 """Targets compared at a time. Every thread comes to hold all of them; 64 would cost the backward pass 40 registers."""
+
+
+ClassLoss = Literal["softmax", "focal", "varifocal"]
+FOCAL_ALPHA = 0.25
+"""Weight of an object in the focal loss, and, less 1, of what is none in both (Lin et al. 2017)."""
 
 
 class SetLossTerms(NamedTuple):
@@ -68,34 +79,39 @@ def set_loss_ref(
     num_boxes: Tensor,
     class_weight_sum: Tensor,
     no_object_weight: float = 0.1,
-    focal_alpha: float | None = None,
+    class_loss: ClassLoss = "softmax",
 ) -> SetLossTerms:
     """Compute `set_loss` in plain torch."""
     logits, boxes_cxcywh = at_least_float32(logits), at_least_float32(boxes_cxcywh)
-    num_queries, no_object = logits.shape[2], logits.shape[3] - (focal_alpha is None)
+    num_queries, no_object = logits.shape[2], logits.shape[3] - (class_loss == "softmax")
     boxes = num_boxes.clamp(min=1)
     matched, query = query_of_target >= 0, query_of_target.clamp(min=0)  # (L, B, T)
-    # unmatched targets write into one column more, which is then cut off
-    wanted = torch.full((*logits.shape[:2], num_queries + 1), no_object, device=logits.device)
-    wanted.scatter_(2, torch.where(matched, query, num_queries), labels.expand_as(query))
-    wanted = wanted[..., :num_queries]  # (L, B, Q)
-    if focal_alpha is None:
-        log_probability = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-        ce = -(torch.where(wanted == no_object, no_object_weight, 1.0) * log_probability).sum((1, 2)) / class_weight_sum
-    else:
-        hit = wanted[..., None] == torch.arange(no_object, device=logits.device)
-        ce = _focal(logits, hit, focal_alpha).sum((1, 2, 3)) / boxes
-
     predicted = boxes_cxcywh.gather(2, query[..., None].expand(-1, -1, -1, 4))  # (L, B, T, 4)
     # an unmatched row compares a target with itself: its loss and gradient are masked
     predicted = torch.where(matched[..., None], predicted, target_boxes_cxcywh.to(predicted.dtype))
     l1 = (predicted - target_boxes_cxcywh).abs().sum(-1)
-    giou = generalized_iou_ref(predicted, target_boxes_cxcywh)
+    iou, giou = iou_and_giou_ref(predicted, target_boxes_cxcywh)
+
+    # unmatched targets write into one column more, which is then cut off
+    column = torch.where(matched, query, num_queries)
+    wanted = torch.full((*logits.shape[:2], num_queries + 1), no_object, device=logits.device)
+    wanted = wanted.scatter_(2, column, labels.expand_as(query))[..., :num_queries]  # (L, B, Q)
+    if class_loss == "softmax":
+        log_probability = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+        ce = -(torch.where(wanted == no_object, no_object_weight, 1.0) * log_probability).sum((1, 2)) / class_weight_sum
+    else:
+        hit = wanted[..., None] == torch.arange(no_object, device=logits.device)
+        entries = _focal(logits, hit)
+        if class_loss == "varifocal":
+            quality = iou.new_zeros(*logits.shape[:2], num_queries + 1)
+            quality = quality.scatter_(2, column, iou.detach())[..., :num_queries, None]
+            entries = torch.where(hit, quality * (F.softplus(logits) - quality * logits), entries)
+        ce = entries.sum((1, 2, 3)) / boxes
 
     with torch.no_grad():
         chosen = logits.argmax(-1)  # (L, B, Q)
         right = ((chosen.gather(2, query) == labels) & matched).sum((1, 2))
-        detected = chosen != no_object if focal_alpha is None else logits.amax(-1) > 0
+        detected = chosen != no_object if class_loss == "softmax" else logits.amax(-1) > 0
         detected = detected.sum(2)  # (L, B)
         cardinality_error = (detected - num_targets).abs().to(logits.dtype).mean(1)
         class_error = _class_error(right.to(logits.dtype), matched.sum((1, 2)))
@@ -108,7 +124,7 @@ def set_loss_ref(
     )
 
 
-def _focal(logits: Tensor, hit: Tensor, alpha: float) -> Tensor:
+def _focal(logits: Tensor, hit: Tensor, alpha: float = FOCAL_ALPHA) -> Tensor:
     """Compute the focal loss of each entry, gamma 2; `hit`: the class of the query's target."""
     wrong = torch.where(hit, 1 - logits.sigmoid(), logits.sigmoid())
     return torch.where(hit, alpha, 1 - alpha) * wrong.square() * F.softplus(torch.where(hit, -logits, logits))
@@ -144,7 +160,7 @@ def _forward_kernel(
     queries,
     targets,
     class_weight,  # of "no object"; alpha of the focal loss
-    FOCAL: tl.constexpr,
+    LOSS: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -161,12 +177,17 @@ def _forward_kernel(
         logit = load_logits(logits, row, COLUMNS, CLASSES)
         column = tl.arange(0, CLASSES)[None, :]
         chosen = tl.argmax(logit, 1)[:, None]
-        if FOCAL:
+        if LOSS != "softmax":
             label = tl.load(labels + target, mask=matched, other=COLUMNS)
             seen = tl.max(logit, 1)[:, None] > 0
             logit = tl.where(column < COLUMNS, logit, 0.0)
-            weight, wrong, entropy = focal_parts(logit, column == label, class_weight)
-            entry = tl.where(column < COLUMNS, weight * wrong * wrong * entropy, 0.0)
+            hit = column == label
+            weight, wrong, entropy = focal_parts(logit, hit, class_weight)
+            entry = weight * wrong * wrong * entropy
+            if LOSS == "varifocal":
+                quality, _ = iou_and_giou(load_box(boxes, row, inside), load_box(target_boxes, target, matched))
+                entry = tl.where(hit, quality * (softplus(logit) - quality * logit), entry)
+            entry = tl.where(column < COLUMNS, entry, 0.0)
             ce += tl.where(inside, tl.sum(entry, 1)[:, None], 0.0)
         else:
             label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
@@ -179,10 +200,10 @@ def _forward_kernel(
         matches += tl.where(matched, 1.0, 0.0)
         predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
         bbox += tl.where(matched, l1_distance(predicted, wanted), 0.0)
-        giou += tl.where(matched, 1 - generalized_iou(predicted, wanted), 0.0)
+        giou += tl.where(matched, 1 - iou_and_giou(predicted, wanted)[1], 0.0)
     count = tl.load(num_targets + image).to(tl.float32)
     boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
-    class_norm = boxes_norm if FOCAL else tl.load(class_weight_sum).to(tl.float32)
+    class_norm = boxes_norm if LOSS != "softmax" else tl.load(class_weight_sum).to(tl.float32)
     terms += problem
     tl.store(terms, tl.sum(ce) / class_norm)
     tl.store(terms + problems, tl.sum(bbox) / boxes_norm)
@@ -207,7 +228,7 @@ def _backward_kernel(
     queries,
     targets,
     class_weight,  # of "no object"; alpha of the focal loss
-    FOCAL: tl.constexpr,
+    LOSS: tl.constexpr,
     COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -223,11 +244,16 @@ def _backward_kernel(
     boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
     logit = load_logits(logits, row, COLUMNS, CLASSES)
     column = tl.arange(0, CLASSES)[None, :]
-    if FOCAL:
+    if LOSS != "softmax":
         hit = column == tl.load(labels + target, mask=matched, other=COLUMNS)
         weight, wrong, entropy = focal_parts(tl.where(column < COLUMNS, logit, 0.0), hit, class_weight)
         d_logit = weight * wrong * wrong * (2.0 * (1.0 - wrong) * entropy + wrong)
-        d_logit = tl.where(hit, -d_logit, d_logit) * (tl.load(d_terms + layer) / boxes_norm)
+        if LOSS == "varifocal":
+            quality, _ = iou_and_giou(load_box(boxes, row, inside), load_box(target_boxes, target, matched))
+            d_logit = tl.where(hit, quality * (1.0 - wrong - quality), d_logit)
+        else:
+            d_logit = tl.where(hit, -d_logit, d_logit)
+        d_logit *= tl.load(d_terms + layer) / boxes_norm
     else:
         label = tl.load(labels + target, mask=matched, other=COLUMNS - 1)
         d_ce = tl.load(d_terms + layer) / tl.load(class_weight_sum).to(tl.float32)
@@ -267,15 +293,15 @@ def _forward(
     num_boxes: Tensor,
     class_weight_sum: Tensor,
     class_weight: float,
-    focal: bool,
+    class_loss: str,
 ) -> Tensor:
     """Compute (6, L) float32: ce, bbox, giou, which have gradients; right and matched pairs, cardinality error."""
     layers, images, queries, columns = logits.shape
     terms = torch.empty(6, layers, images, dtype=torch.float32, device=logits.device)
     given = (logits, boxes, labels, target_boxes, num_targets, query_of_target, num_boxes, class_weight_sum)
     arguments = (*(each.contiguous() for each in given), terms, queries, labels.shape[1], class_weight)
-    blocks = _blocks(columns, FORWARD_TILE // 2 if focal else FORWARD_TILE)  # the focal loss holds more of each logit
-    launch(_forward_kernel, (images, layers), *arguments, FOCAL=focal, **blocks, num_warps=8)
+    blocks = _blocks(columns, FORWARD_TILE if class_loss == "softmax" else FORWARD_TILE // 2)  # focal losses hold more
+    launch(_forward_kernel, (images, layers), *arguments, LOSS=class_loss, **blocks, num_warps=8)
     return terms.sum(2)
 
 
@@ -289,7 +315,7 @@ def _backward(
     num_boxes: Tensor,
     class_weight_sum: Tensor,
     class_weight: float,
-    focal: bool,
+    class_loss: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of logits and boxes in their dtypes, from the first three rows of d_terms (6, L)."""
     layers, images, queries, columns = logits.shape
@@ -299,7 +325,7 @@ def _backward(
     blocks = _blocks(columns, BACKWARD_TILE)
     grid = (cdiv(queries, blocks["QUERIES"]), images, layers)
     sizes = queries, labels.shape[1], class_weight
-    launch(_backward_kernel, grid, *tensors, *sizes, FOCAL=focal, **blocks, num_warps=4)
+    launch(_backward_kernel, grid, *tensors, *sizes, LOSS=class_loss, **blocks, num_warps=4)
     return d_logits, d_boxes
 
 
@@ -318,8 +344,8 @@ def _(d_terms, logits, boxes, *_):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, boxes, labels, target_boxes, _, *rest, class_weight, focal = inputs
-    ctx.class_loss = class_weight, focal
+    logits, boxes, labels, target_boxes, _, *rest, class_weight, class_loss = inputs
+    ctx.class_loss = class_weight, class_loss
     ctx.save_for_backward(logits, boxes, labels, target_boxes, *rest)
 
 
@@ -335,9 +361,9 @@ def _specimens() -> None:
         counts, query_of_target = (meta(*shape, dtype=torch.int64) for shape in ((IMAGES,), (LAYERS, *labels.shape)))
         scalar = meta(dtype=torch.float32)
         tensors = (logits, boxes, labels, target_boxes, counts, query_of_target, scalar, scalar)
-        for focal in (False, True):
-            d_terms = _forward(*tensors, 0.1, focal)
-            _backward(d_terms, *tensors[:4], *tensors[5:], 0.1, focal)
+        for class_loss in get_args(ClassLoss):
+            d_terms = _forward(*tensors, 0.1, class_loss)
+            _backward(d_terms, *tensors[:4], *tensors[5:], 0.1, class_loss)
 
 
 OPERATION = Operation(
@@ -360,7 +386,7 @@ def set_loss(
     class_weight_sum: Tensor,
     no_object_weight: float = 0.1,
     backend: str = "auto",
-    focal_alpha: float | None = None,
+    class_loss: ClassLoss = "softmax",
 ) -> SetLossTerms:
     """Compute the terms of every decoder layer, (L,) each.
 
@@ -368,9 +394,9 @@ def set_loss(
     "no object", and boxes_cxcywh (L, B, Q, 4) of any floating dtype, taken as float32; labels (B, T) int64;
     target_boxes_cxcywh (B, T, 4) float32; num_targets (B,) int64; query_of_target (L, B, T) int64: the query matched to
     each target, -1 for none, no query twice in an image; num_boxes and class_weight_sum: scalars on the device, what
-    the sums are divided by. `focal_alpha`: logits are (L, B, Q, C), scores are sigmoids, and `ce` is the focal loss,
-    divided by num_boxes; neither class_weight_sum nor no_object_weight is used. Unmatched targets count for nothing,
-    NaN or not. Raises ValueError for shapes that do not fit and RuntimeError where Triton is asked for and cannot run.
+    the sums are divided by. With a focal `class_loss` logits are (L, B, Q, C), scores are sigmoids, and `ce` is divided
+    by num_boxes; neither class_weight_sum nor no_object_weight is used. Unmatched targets count for nothing, NaN or
+    not. Raises ValueError for shapes that do not fit and RuntimeError where Triton is asked for and cannot run.
     """
     given = (logits, boxes_cxcywh, labels, target_boxes_cxcywh, num_targets, query_of_target)
     arguments = (*given, num_boxes, class_weight_sum)
@@ -384,8 +410,8 @@ def set_loss(
             f"(B,), query_of_target (L, B, T); got {shapes}"
         )
     if OPERATION.choose(Facts(logits.device), backend).backend == "ref":
-        return set_loss_ref(*arguments, no_object_weight, focal_alpha)
-    class_loss = (no_object_weight, False) if focal_alpha is None else (focal_alpha, True)
-    ce, bbox, giou, right, matched, cardinality_error = forward_op(*arguments, *class_loss).unbind()
+        return set_loss_ref(*arguments, no_object_weight, class_loss)
+    class_weight = no_object_weight if class_loss == "softmax" else FOCAL_ALPHA
+    ce, bbox, giou, right, matched, cardinality_error = forward_op(*arguments, class_weight, class_loss).unbind()
     class_error = _class_error(right.detach(), matched.detach())
     return SetLossTerms(ce, bbox, giou, class_error, cardinality_error.detach())

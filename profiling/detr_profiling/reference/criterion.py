@@ -9,16 +9,19 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 Scores = Literal["softmax", "sigmoid"]
 Matches = Sequence[tuple[Tensor, Tensor]]
 """Names, for each image, the matched queries and their targets."""
 
+SigmoidLoss = Literal["focal", "varifocal"]
 TERM_WEIGHTS: dict[Scores, dict[str, float]] = {
     "softmax": {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
     "sigmoid": {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
 }
 """Also those of the matching costs."""
+VARIFOCAL_WEIGHT = 1.0
 NO_OBJECT_WEIGHT = 0.1
 FOCAL_ALPHA = 0.25
 
@@ -68,26 +71,37 @@ def match_image(
 
 
 def layer_losses(
-    output: dict[str, Any], targets: Sequence[dict[str, Tensor]], scores: Scores = "softmax"
+    output: dict[str, Any],
+    targets: Sequence[dict[str, Tensor]],
+    scores: Scores = "softmax",
+    class_loss: SigmoidLoss = "focal",
 ) -> dict[str, Tensor]:
     """Compute the three losses of one decoder layer, not yet weighted, each layer matched anew."""
     images = zip(output["pred_logits"], output["pred_boxes"], targets, strict=True)
     matches = [match_image(logits, boxes, target, scores) for logits, boxes, target in images]
-    return matched_losses(output, targets, matches, scores)
+    return matched_losses(output, targets, matches, scores, class_loss)
 
 
 def matched_losses(
-    output: dict[str, Any], targets: Sequence[dict[str, Tensor]], matches: Matches, scores: Scores = "softmax"
+    output: dict[str, Any],
+    targets: Sequence[dict[str, Tensor]],
+    matches: Matches,
+    scores: Scores = "softmax",
+    class_loss: SigmoidLoss = "focal",
 ) -> dict[str, Tensor]:
     logits, boxes_cxcywh = output["pred_logits"], output["pred_boxes"]
     num_boxes = max(1, sum(len(target["labels"]) for target in targets))
-    class_loss = softmax_loss if scores == "softmax" else sigmoid_loss
     l1 = giou = boxes_cxcywh.new_zeros(())
     for image, (target, (queries, chosen)) in enumerate(zip(targets, matches, strict=True)):
         predicted, wanted = boxes_cxcywh[image, queries], target["boxes"][chosen].to(boxes_cxcywh.dtype)
         l1 = l1 + (predicted - wanted).abs().sum()
         giou = giou + (1 - pairwise_giou(corners(predicted), corners(wanted)).diagonal()).sum()
-    loss_ce = class_loss(logits, targets, matches, num_boxes)
+    if scores == "softmax":
+        loss_ce = softmax_loss(logits, targets, matches, num_boxes)
+    elif class_loss == "focal":
+        loss_ce = sigmoid_loss(logits, targets, matches, num_boxes)
+    else:
+        loss_ce = varifocal_loss(logits, boxes_cxcywh.detach(), targets, matches) / num_boxes
     return {"loss_ce": loss_ce, "loss_bbox": l1 / num_boxes, "loss_giou": giou / num_boxes}
 
 
@@ -110,19 +124,43 @@ def sigmoid_loss(logits: Tensor, targets: Sequence[dict[str, Tensor]], matches: 
     return focal_loss(logits, wanted).sum() / num_boxes
 
 
+def varifocal_loss(
+    logits: Tensor, boxes_cxcywh: Tensor, targets: Sequence[dict[str, Tensor]], matches: Matches
+) -> Tensor:
+    """Sum the varifocal loss of all queries and classes (Zhang et al. 2021): where an object is matched, the cross
+    entropy against the IoU of its box, weighted by it; elsewhere the focal loss."""
+    total = focal_loss(logits, torch.zeros_like(logits)).sum()
+    for image, (target, (queries, chosen)) in enumerate(zip(targets, matches, strict=True)):
+        for query, number in zip(queries.tolist(), chosen.tolist(), strict=True):
+            logit = logits[image, query, target["labels"][number]]
+            predicted, wanted = corners(boxes_cxcywh[image, query]), corners(target["boxes"][number].to(logits.dtype))
+            iou = box_iou(predicted[None], wanted[None])[0, 0]
+            reached = iou * F.logsigmoid(logit) + (1 - iou) * F.logsigmoid(-logit)
+            total = total - focal_loss(logit, torch.zeros_like(logit)) - iou * reached
+    return total
+
+
 def term_of(name: str) -> str:
     """Return a loss's name without the layer that it is of."""
     return name.removesuffix("_enc").rstrip("_0123456789")
 
 
-def weighted_terms(terms: dict[str, Tensor], scores: Scores = "softmax") -> dict[str, Tensor]:
+def weighted_terms(
+    terms: dict[str, Tensor], scores: Scores = "softmax", class_loss: SigmoidLoss = "focal"
+) -> dict[str, Tensor]:
     """Weight `terms`, and add `loss`, their sum."""
-    loss = sum(value * TERM_WEIGHTS[scores][term_of(name)] for name, value in terms.items())
+    weights = dict(TERM_WEIGHTS[scores])
+    if class_loss == "varifocal":
+        weights["loss_ce"] = VARIFOCAL_WEIGHT
+    loss = sum(value * weights[term_of(name)] for name, value in terms.items())
     return {**terms, "loss": torch.as_tensor(loss)}
 
 
 def reference_criterion(
-    outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]], scores: Scores = "softmax"
+    outputs: dict[str, Any],
+    targets: Sequence[dict[str, Tensor]],
+    scores: Scores = "softmax",
+    class_loss: SigmoidLoss = "focal",
 ) -> dict[str, Tensor]:
     """Compute every loss under DETR's names, `_0`, `_1`, ... for the earlier layers, `_enc` for the tokens' proposals,
     and `loss`, their weighted sum."""
@@ -131,5 +169,5 @@ def reference_criterion(
         layers["_enc"] = outputs["enc_outputs"]
     terms: dict[str, Tensor] = {}
     for suffix, output in layers.items():
-        terms |= {name + suffix: value for name, value in layer_losses(output, targets, scores).items()}
-    return weighted_terms(terms, scores)
+        terms |= {name + suffix: value for name, value in layer_losses(output, targets, scores, class_loss).items()}
+    return weighted_terms(terms, scores, class_loss)
