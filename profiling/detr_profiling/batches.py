@@ -26,7 +26,8 @@ def batch_shapes(options: WorkloadOptions) -> list[BatchShape]:
         narrow = [index >= (images + 1) // 2 for index in range(images)]
         return [BatchShape([(height, width - width // 8 * less) for less in narrow], (height, width))]
     buckets, runtime = options.mix.buckets, options.runtime
-    step = shape_step_px(runtime.device, bool(runtime.compile)) if buckets else 1
+    rounded = buckets and options.mode == "training"  # evaluation does not round
+    step = shape_step_px(runtime.device, bool(runtime.compile)) if rounded else 1
     shapes = typical_shapes(images, options.seed, buckets, min(height, width))
     return [shape.in_steps(step) for shape in shapes]
 
