@@ -193,7 +193,8 @@ BEYOND_DETR = (
 """Fields of ModelConfig whose defaults are DETR's and whose other values make another architecture of it."""
 
 SAME_PADDING_STEP = 32
-"""Multiples of the last map's stride, at which "same" convolutions pad every image alike."""
+"""Stride of the last map: images whose sides are multiples of it are all padded alike by "same" convolutions."""
+
 MODELS = {
     "detr_r50": ModelConfig(),
     "detr_r50_dc5": ModelConfig(dilation=True),
@@ -256,5 +257,15 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         raise unknown_name("model", name, [*MODELS, *difflib.get_close_matches(name, timm.list_models(), n=3)])
     data = timm.get_pretrained_cfg(name)
     statistics = {"image_mean": tuple(data.mean), "image_std": tuple(data.std)} if data else {}
-    step = {"size_divisible": SAME_PADDING_STEP} if "tf_" in name else {}  # how timm calls weights of TensorFlow
+    step = {"size_divisible": SAME_PADDING_STEP} if pads_by_size(name) else {}
     return replace(ModelConfig(backbone=name), **(statistics | step | changes))
+
+
+def pads_by_size(name: str) -> bool:
+    """Tell whether convolutions or pools of a timm model pad by what an image's size leaves over."""
+    import timm
+    import torch
+
+    with torch.device("meta"):  # without weights
+        body = timm.create_model(name, pretrained=False)
+    return any(type(module).__name__.endswith("Same") for module in body.modules())

@@ -125,7 +125,7 @@ class ArchitectureOptions(Options):
     feature_strides: tuple[int, ...] | None = None
     """Strides of more feature maps that every token is made of too, as 32 beside 16."""
     size_divisible: int | None = None
-    """Pad images to multiples of so many pixels, as a backbone of TensorFlow's needs."""
+    """Pad images to multiples of so many pixels, as a backbone needs whose convolutions pad by an image's size."""
     token_norm: bool | None = None
     """Norm the tokens before the encoder."""
     fold_norms: bool | None = None

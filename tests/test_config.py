@@ -118,6 +118,19 @@ def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *((name, 32) for name in ("tf_efficientnet_lite1", "dm_nfnet_f0", "nasnetalarge", "maxvit_tiny_tf_224")),
+        *((name, 1) for name in ("resnet18", "efficientnet_lite0", "mobilenetv3_small_050", "eca_nfnet_l0")),
+    ],
+)
+def test_a_backbone_that_pads_by_the_size_has_images_padded(name: str, step: int) -> None:
+    """TensorFlow's "same" convolutions; timm's names do not always tell."""
+    assert model_config(name).size_divisible == step
+    assert model_config(name, size_divisible=7).size_divisible == 7
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--epoch-count", "3"], "--epoch"),

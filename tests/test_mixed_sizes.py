@@ -55,7 +55,7 @@ def test_four_batches_compute_as_much_for_an_image_as_the_whole_order(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_long_run_has_few_shapes(device: str) -> None:
-    """For each the process keeps code and memory."""
+    """Keeping code and memory for every shape that there was, a process would grow without end."""
     shapes = [shape for seed in range(7) for shape in order_of(8, seed, buckets=True, largest_px=384)]
     rounded = [shape.in_steps(shape_step_px(device, compiled=False)) for shape in shapes]
     assert len({shape.padded_size for shape in shapes}) > 800 and len({shape.padded_size for shape in rounded}) < 100

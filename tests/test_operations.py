@@ -152,9 +152,8 @@ def losses(backend: str) -> Row:
 
     def both(*given: Tensor) -> Tensor:
         """The terms of softmax and of sigmoid scores."""
-        kinds = get_args(ClassLoss)
-        terms = [set_loss(*given, *targets, counts, queries, *sums, 0.1, backend, kind)[:3] for kind in kinds]
-        return torch.stack([term for of_kind in terms for term in of_kind])
+        given = (*given, *targets, counts, queries, *sums, 0.1, backend)
+        return torch.stack([term for kind in get_args(ClassLoss) for term in set_loss(*given, kind)[:3]])
 
     return both, tensors
 

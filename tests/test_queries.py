@@ -246,3 +246,10 @@ def test_detr_itself_has_no_part_more() -> None:
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(("changes", "step"), [({"size_divisible": 12}, 8), ({"backbone": "resnet50"}, 32)])
+def test_tokens_that_propose_are_whole(changes: dict[str, Any], step: int) -> None:
+    """Of an image with half a token at its end, anchors would lie elsewhere with a mask than without."""
+    with pytest.raises(UserError, match=f"{step} pixels wide: give --size-divisible {step}"):
+        make(**changes)

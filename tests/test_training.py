@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,16 +21,20 @@ from PIL import Image
 from detr_fast import load_model
 from detr_fast.config import UserError
 from detr_fast.evaluation.coco_metrics import ABSENT, METRICS, UNLIMITED
-from detr_fast.options import TrainOptions
+from detr_fast.model.detr import DETR
+from detr_fast.options import SigmoidLoss, TrainOptions
+from detr_fast.runtime import choose_runtime
 from detr_fast.train import default_options, last_line, main
-from detr_fast.training.build import make_data
+from detr_fast.training.build import make_data, make_step
 from detr_fast.training.checkpoint import Progress
 from detr_fast.training.criterion import SetCriterion
+from detr_fast.training.distributed import World
 from detr_fast.training.loop import TrainingLoop
 from detr_fast.training.micro_batches import MicroBatches
 from detr_fast.training.recipes import RECIPES
 from detr_fast.training.run_folder import RunFolder
 from detr_fast.weights.container import read_container
+from tests.factories import TINY
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -224,6 +229,14 @@ def test_fine_tuning_keeps_what_the_classes_share(
     weights = str(one_epoch / "checkpoints" / "best.pt")
     assert main(options(shapes_root, tmp_path, epochs=1, weights=weights)) == 0
     assert "kept for 6 of 6 classes" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("class_loss", get_args(SigmoidLoss))
+def test_the_class_loss_that_is_asked_for_is_trained(class_loss: SigmoidLoss) -> None:
+    options = RECIPES["tiny"].but(class_loss=class_loss)
+    config, runtime = replace(TINY, scores="sigmoid"), choose_runtime(options.runtime.but(device="cpu"))
+    step = make_step(DETR(config), options, runtime, World(), None)
+    assert (step.criterion.weights.class_loss, step.criterion.costs.focal_alpha) == (class_loss, 0.25)
 
 
 def test_defaults_follow_the_data_and_the_model() -> None:

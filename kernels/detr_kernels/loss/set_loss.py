@@ -27,12 +27,7 @@ import torch
 from torch import Tensor
 
 from detr_kernels.launch import REFERENCE, TRITON, cdiv, launch, next_power_of_2
-from detr_kernels.loss.boxes import (
-    generalized_iou_gradient,
-    iou_and_giou,
-    l1_distance,
-    load_box,
-)
+from detr_kernels.loss.boxes import generalized_iou, generalized_iou_gradient, iou_and_giou, l1_distance, load_box
 from detr_kernels.loss.logits import focal_parts, load_logits, log_softmax, softplus
 from detr_kernels.loss.set_loss_ref import FOCAL_ALPHA, ClassLoss, SetLossTerms, class_error_of, set_loss_ref
 from detr_kernels.registry import Facts, Operation, zero_flop
@@ -115,7 +110,7 @@ def _forward_kernel(
         matches += tl.where(matched, 1.0, 0.0)
         predicted, wanted = load_box(boxes, row, inside), load_box(target_boxes, target, matched)
         bbox += tl.where(matched, l1_distance(predicted, wanted), 0.0)
-        giou += tl.where(matched, 1 - iou_and_giou(predicted, wanted)[1], 0.0)
+        giou += tl.where(matched, 1 - generalized_iou(predicted, wanted), 0.0)
     count = tl.load(num_targets + image).to(tl.float32)
     boxes_norm = tl.maximum(tl.load(num_boxes).to(tl.float32), 1.0)
     class_norm = boxes_norm if LOSS != "softmax" else tl.load(class_weight_sum).to(tl.float32)

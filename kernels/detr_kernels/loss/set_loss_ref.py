@@ -1,4 +1,4 @@
-"""The set loss in plain torch, which the kernels are held against: its formulas are in `set_loss`."""
+"""The set loss in plain torch, which the kernels are held against, and its terms; `set_loss` has the formulas."""
 
 from typing import Literal, NamedTuple
 
@@ -80,10 +80,11 @@ def set_loss_ref(
     )
 
 
-def _focal(logits: Tensor, hit: Tensor, alpha: float = FOCAL_ALPHA) -> Tensor:
+def _focal(logits: Tensor, hit: Tensor) -> Tensor:
     """Compute the focal loss of each entry, gamma 2; `hit`: the class of the query's target."""
     wrong = torch.where(hit, 1 - logits.sigmoid(), logits.sigmoid())
-    return torch.where(hit, alpha, 1 - alpha) * wrong.square() * F.softplus(torch.where(hit, -logits, logits))
+    weight = torch.where(hit, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return weight * wrong.square() * F.softplus(torch.where(hit, -logits, logits))
 
 
 def class_error_of(right: Tensor, matched: Tensor) -> Tensor:
