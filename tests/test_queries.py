@@ -15,16 +15,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from detr_fast import export_state_dict, load_model
 from detr_fast.config import MODELS, ModelConfig, UserError
+from detr_fast.console import Console
 from detr_fast.data.annotations import Category
 from detr_fast.data.batch import Targets
+from detr_fast.data.coco import CocoDataset
+from detr_fast.data.transforms import EvaluationTransform
 from detr_fast.model.detr import DETR, Predictions
 from detr_fast.model.queries import PADDED_LOGIT, PRIOR, QuerySelection, corrected, token_anchors
+from detr_fast.options import RuntimeOptions
+from detr_fast.runtime import choose_runtime
 from detr_fast.train import main
+from detr_fast.training.build import make_model, make_sets
 from detr_fast.training.criterion import build_criterion
 from detr_fast.training.recipes import RECIPES
 from detr_fast.weights import load_for_fine_tuning
 from detr_fast.weights.container import write_container
 from tests.factories import PROPOSING
+from tests.test_advice import photographs
 
 CONFIG = replace(MODELS["detr_tiny"], **(PROPOSING | {"size_divisible": 8}))
 
@@ -63,6 +70,35 @@ def test_scores_begin_low_and_boxes_where_they_are() -> None:
     assert found.proposals is not None
     anchors = token_anchors((8, 6), (64, 48), None, IMAGES)
     torch.testing.assert_close(found.proposals.boxes_cxcywh, anchors.expand(1, 2, -1, -1).clamp(1e-5, 1 - 1e-5))
+
+
+@pytest.mark.parametrize("side_px", [6, 60, 200, 360])
+def test_proposals_begin_at_the_size_of_the_objects_that_training_draws(side_px: int, tmp_path: Path) -> None:
+    """From an anchor of a fifth of the image to objects that fill it a short training does not come."""
+    photographs(tmp_path / "train.json", images=10, side_px=side_px)
+    config, transform = replace(CONFIG, hidden_dim=32), EvaluationTransform(128, 256)
+    model = make_model(
+        config,
+        RECIPES["tiny"].but(groups=2),
+        CocoDataset(tmp_path, tmp_path / "train.json", transform),
+        None,
+        Console(quiet=True),
+    )
+    sets = make_sets(model, RECIPES["tiny"].but(groups=2), choose_runtime(RuntimeOptions(device="cpu")))
+    assert sets is not None
+    outputs = model.predict_layers(torch.randn(1, 3, 128, 168), more=sets)
+    assert outputs.proposals is not None and len(outputs.proposals.boxes_cxcywh) == 2
+    for proposed in outputs.proposals.boxes_cxcywh:
+        torch.testing.assert_close(
+            proposed[0, :, 2:].median(0).values, torch.tensor([side_px / 480, side_px / 360]), rtol=0.03, atol=0
+        )
+
+
+def test_without_an_object_proposals_begin_at_their_anchors(tmp_path: Path) -> None:
+    photographs(tmp_path / "train.json", images=10, empty=10)
+    train_set = CocoDataset(tmp_path, tmp_path / "train.json", EvaluationTransform(128, 256))
+    model = make_model(CONFIG, RECIPES["tiny"], train_set, None, Console(quiet=True))
+    assert not model.query_selection.bbox_embed.layers[-1].bias.any()
 
 
 def test_the_best_tokens_become_the_queries() -> None:

@@ -7,7 +7,7 @@ Every token of the memory proposes a class and a box, has a loss of its own, and
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from detr_kernels.loss.boxes import at_least_float32
@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(widths)])
+        self.layers: Any = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(widths)])
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
@@ -145,6 +145,20 @@ class QuerySelection(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.class_embed = class_head(dim, num_logits, sigmoid=True)
         self.bbox_embed = box_head(dim, corrects=True)
+
+    @torch.no_grad()
+    def begin_at(self, sizes: Tensor, anchors: Tensor) -> None:
+        """Begin with proposals of the median of objects' `sizes` (M, 2), beside the `anchors` (M, 2) of their images.
+
+        Both are widths and heights in fractions of the image.
+        """
+        change = torch.logit(sizes, eps=EPS) - torch.logit(anchors, eps=EPS)
+        self.bbox_embed.layers[-1].bias[2:] = change.median(0).values
+
+    @torch.no_grad()
+    def begin_like(self, other: "QuerySelection") -> None:
+        """Begin with proposals of the size that another's have without their tokens."""
+        self.bbox_embed.layers[-1].bias.copy_(other.bbox_embed.layers[-1].bias)
 
     def forward(self, tokens: Tensor, anchors: Tensor, padding: Tensor | None) -> Queries:
         """Choose of tokens (B, N, D), with anchors (B or 1, N, 4) and padding (B, N); at most N queries an image."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from detr_fast.config import ModelConfig
 from detr_fast.data.coco import CocoDataset
+from detr_fast.data.drawn_objects import drawn_objects
 from detr_fast.data.sampler import batches_per_epoch
 from detr_fast.data.shapes import is_shapes
 from detr_fast.model.backbone import token_stride
@@ -46,8 +47,6 @@ SPARE = 1.1
 """Factor on the sizes that are named: of three, objects have another median width than of all that were drawn."""
 LARGEST_PX = 1333
 """Longer side up to which larger images are advised: DETR's."""
-SAMPLED = 5_000
-"""Images, those of several epochs where there are fewer, whose sizes are looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def judge(options: TrainOptions, config: ModelConfig, train_set: CocoDataset, le
     settled = (length.updates or 0) >= enough.plenty
     return [
         judge_updates(options, len(train_set), length, enough),
-        judge_width(options, config, train_set, counts, settled),
+        judge_width(options, config, train_set, settled),
         judge_queries(config, counts, settled),
         judge_classes(train_set),
         judge_empty(counts),
@@ -131,12 +130,11 @@ def judge_updates(options: TrainOptions, images: int, length: Length, enough: Up
     return Row("updates", here, verdict, f"{ELSE}; or {change}" if enough == LEARNED else change)
 
 
-def judge_width(
-    options: TrainOptions, config: ModelConfig, train_set: CocoDataset, counts: np.ndarray, settled: bool
-) -> Row:
+def judge_width(options: TrainOptions, config: ModelConfig, train_set: CocoDataset, settled: bool) -> Row:
     """Judge how many tokens an object is wide; in a `settled` run, one that is long enough, small ones are learned."""
     stride = token_stride(config)
-    small, median = np.percentile(drawn_widths_px(train_set, counts) / stride, (10, 50)).tolist()
+    widths_px = np.sqrt(drawn_objects(train_set).sizes_px.prod(1))  # of a square of the box's area
+    small, median = np.percentile(widths_px / stride, (10, 50)).tolist()
     here = f"{median:.1f} tokens of {stride} pixels (median; of the smallest tenth at most {small:.1f})"
     least, enough, of_small = (0, LEAST_OF_SMALL, 0) if settled else (LEAST_TOKENS, ENOUGH_TOKENS, LEAST_OF_SMALL)
     verdict: Verdict = "doubtful" if median < enough or small < of_small else "fine"
@@ -162,20 +160,6 @@ def larger_images(options: TrainOptions, config: ModelConfig, factor: float) -> 
         return "cut the images into tiles, in which objects are larger"
     shown = " ".join(str(size) for size in sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))
     return f"--train-sizes {shown} --max-size {max(sizes[-1], math.ceil(factor * bound / 32) * 32)}"
-
-
-def drawn_widths_px(train_set: CocoDataset, counts: np.ndarray) -> np.ndarray:
-    """Return the widths, as the square roots of their boxes' areas, that objects have in the sizes training draws."""
-    images = np.flatnonzero(counts)
-    images = images[:: -(-len(images) // SAMPLED)]
-    boxes = np.concatenate([train_set.records[image].boxes_xyxy_px for image in images])
-    widths = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
-    found = []
-    for epoch in range(-(-SAMPLED // len(images))):
-        drawn = train_set.augmentations(epoch, images)
-        scales = np.sqrt((drawn.sizes / (drawn.crop_boxes[:, 2:] - drawn.crop_boxes[:, :2])).prod(1))
-        found.append(widths * np.repeat(scales, counts[images]))
-    return np.concatenate(found)
 
 
 def judge_queries(config: ModelConfig, counts: np.ndarray, settled: bool) -> Row:

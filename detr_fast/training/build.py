@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from detr_fast.config import ModelConfig
@@ -12,9 +13,12 @@ from detr_fast.data.batch import Batch, Sample, collate
 from detr_fast.data.buckets import Buckets
 from detr_fast.data.checks import warn_before_training
 from detr_fast.data.coco import CocoDataset, build_dataset
+from detr_fast.data.drawn_objects import drawn_objects
 from detr_fast.data.loader import on_device, train_loader
 from detr_fast.data.sampler import BATCHES_A_GROUP
+from detr_fast.model.backbone import token_stride
 from detr_fast.model.detr import DETR
+from detr_fast.model.queries import ANCHOR_CELLS
 from detr_fast.model.query_sets import QuerySets
 from detr_fast.options import OptimizerOptions, TrainOptions
 from detr_fast.runtime import Runtime
@@ -42,6 +46,7 @@ def make_model(
     """Make the checkpoint's model, or a new one from --weights or --backbone-weights; the same for the same seed."""
     torch.manual_seed(options.seed)
     model = DETR(config)
+    expect_objects(model, train_set)
     if state:
         load_state_dict(model, state.model)
     elif weights := options.network.weights:
@@ -56,6 +61,19 @@ def make_model(
     return model
 
 
+def expect_objects(model: DETR, train_set: CocoDataset) -> None:
+    """Let the proposals of encoder tokens begin with the size of the objects that training draws.
+
+    Some hundred updates move a box little from its anchor: objects that fill an image took most of a short training.
+    """
+    drawn = drawn_objects(train_set)
+    if model.config.queries == "encoder" and len(drawn.sizes_px):
+        anchors_px = np.minimum(ANCHOR_CELLS * token_stride(model.config), drawn.images_px)
+        model.query_selection.begin_at(
+            *(torch.from_numpy(each / drawn.images_px) for each in (drawn.sizes_px, anchors_px))
+        )
+
+
 def make_step(
     model: DETR, options: TrainOptions, runtime: Runtime, world: World, state: TrainingState | None
 ) -> TrainStep:
@@ -67,7 +85,7 @@ def make_step(
         scores=model.config.scores,
         class_loss=asked.class_loss,
     )
-    sets = make_sets(model.config, options, runtime)
+    sets = make_sets(model, options, runtime)
     step = TrainStep(
         model=model,
         criterion=criterion,
@@ -97,13 +115,17 @@ def make_step(
     return step
 
 
-def make_sets(config: ModelConfig, options: TrainOptions, runtime: Runtime) -> QuerySets | None:
+def make_sets(model: DETR, options: TrainOptions, runtime: Runtime) -> QuerySets | None:
     """Make the further sets of queries, the same for the same seed; None where the network's own is all."""
     groups, denoise = options.optimizer.groups, options.optimizer.denoise
     if (groups, denoise) == (1, 0):
         return None
     torch.manual_seed(options.seed)
-    return QuerySets(config, groups, denoise).to(runtime.device)
+    sets = QuerySets(model.config, groups, denoise).to(runtime.device)
+    if model.config.queries == "encoder":
+        for group in sets.groups:
+            group.query_selection.begin_like(model.query_selection)
+    return sets
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:

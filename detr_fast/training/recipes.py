@@ -37,7 +37,7 @@ def small_sizes(side_px: int) -> dict[str, Any]:
     }
 
 
-DRAWN: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "num_queries": 20, "eval_every": 1}
+DRAWN: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "num_queries": 20, "groups": 1, "eval_every": 1}
 """Values that the recipe for small data sets has on the embedded one, whose 8,000 images are drawn."""
 RECIPES: dict[Recipe, TrainOptions] = {
     "paper": TrainOptions(),
@@ -53,6 +53,7 @@ RECIPES: dict[Recipe, TrainOptions] = {
             warmup_steps=60,
             ema=0.998,
             class_loss="varifocal",
+            groups=3,
         ),
         eval_every=10,
         log_every=20,
