@@ -74,7 +74,7 @@ def test_scores_begin_low_and_boxes_where_they_are() -> None:
 
 @pytest.mark.parametrize("side_px", [6, 60, 200, 360])
 def test_proposals_begin_at_the_size_of_the_objects_that_training_draws(side_px: int, tmp_path: Path) -> None:
-    """From an anchor of a fifth of the image to objects that fill it a short training does not come."""
+    """Reaching objects that fill the image, from anchors of a fifth of it, would take long."""
     photographs(tmp_path / "train.json", images=10, side_px=side_px)
     config, transform = replace(CONFIG, hidden_dim=32), EvaluationTransform(128, 256)
     model = make_model(
@@ -286,6 +286,6 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
 
 @pytest.mark.parametrize(("changes", "step"), [({"size_divisible": 12}, 8), ({"backbone": "resnet50"}, 32)])
 def test_tokens_that_propose_are_whole(changes: dict[str, Any], step: int) -> None:
-    """Of an image with half a token at its end, anchors would lie elsewhere with a mask than without."""
+    """Anchors of an image with half a token at its end would lie elsewhere with a mask than without."""
     with pytest.raises(UserError, match=f"{step} pixels wide: give --size-divisible {step}"):
         make(**changes)

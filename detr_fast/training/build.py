@@ -64,10 +64,12 @@ def make_model(
 def expect_objects(model: DETR, train_set: CocoDataset) -> None:
     """Let the proposals of encoder tokens begin with the size of the objects that training draws.
 
-    Some hundred updates move a box little from its anchor: objects that fill an image took most of a short training.
+    Some hundred updates move a box little from its anchor, and an object may be several times as large.
     """
+    if model.config.queries == "learned":
+        return
     drawn = drawn_objects(train_set)
-    if model.config.queries == "encoder" and len(drawn.sizes_px):
+    if len(drawn.sizes_px):
         anchors_px = np.minimum(ANCHOR_CELLS * token_stride(model.config), drawn.images_px)
         model.query_selection.begin_at(
             *(torch.from_numpy(each / drawn.images_px) for each in (drawn.sizes_px, anchors_px))

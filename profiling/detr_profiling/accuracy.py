@@ -60,7 +60,7 @@ class AccuracyOptions(Options):
     """Length of each run, evaluations apart."""
     val_fraction: float = 0.2
     """Fraction of the training images that is set apart to judge by; 0: judge by the data's own validation or test
-    images, at the end and once."""
+    images, when nothing is chosen any more."""
     output: Output = "runs/accuracy"
     """Folder for accuracy.json and the runs; runs that are in it are not made again."""
 
